@@ -1,0 +1,34 @@
+"""Evaluate a trained BERT4Rec from its run folder, or from an exported model, on any ranks.
+
+    python eval.py --checkpoint runs/ml-1m
+    torchrun --standalone --nproc_per_node 2 eval.py --checkpoint runs/ml-1m --split validation
+
+Prints the metrics table and writes eval_<split>.json into the folder.
+"""
+
+import sys
+from pathlib import Path
+
+from model.evaluation import report, write_result
+from model.flags import FlagParser
+from model.ranks import first_rank_first, run_script, start
+from model.run import EvalFlags, TrainedRun, evaluator
+from pipeline.preparation import prepare
+
+
+def main() -> None:
+    """Parse, load, evaluate, print."""
+    flags: EvalFlags = FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
+    ranks = start()
+    run = TrainedRun(flags)
+    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    run.check_catalog(store)
+    model = run.model(ranks)
+    result = evaluator(run.config, model, store, flags.split, ranks)()
+    if ranks.is_first:
+        write_result(Path(flags.checkpoint), flags.split, result)
+    ranks.say(report(flags.split, result, (store.best_possible or {}).get(flags.split)))
+
+
+if __name__ == "__main__":
+    run_script(main)

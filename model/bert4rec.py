@@ -1,0 +1,88 @@
+"""BERT4Rec on TorchRec: an EmbeddingCollection, the encoder, and a softmax over the catalog.
+
+    batch.features  "item"      -> rows of all positions  -> encoder -> hidden [M, D]
+                    "candidate" -> rows to score with ----------------> head -> loss
+
+``forward`` is kept to what TorchRec's pipelines can trace: one call of the EmbeddingCollection on
+``batch.features`` as it came, then modules that know nothing of TorchRec.
+
+Shapes: M masked positions, D width, V items.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torchrec import EmbeddingCollection, EmbeddingConfig
+
+from model.encoder import Encoder, EncoderConfig
+from model.head import CatalogSlice, HeadConfig, SoftmaxHead
+from pipeline.batch import CANDIDATE, ITEM, TrainBatch
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes of the weights."""
+
+    num_items: int
+    max_len: int
+    encoder: EncoderConfig
+    head: HeadConfig
+
+
+class BERT4Rec(nn.Module):
+    """Predicts the masked items of histories.
+
+    Args:
+        config: sizes.
+        catalog: the slice of items that this rank scores.
+        seed: of the initial weights, equal on all ranks.
+        autocast: run the dense part in bfloat16 (CUDA).
+        table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        catalog: CatalogSlice,
+        seed: int = 0,
+        autocast: bool = False,
+        table_device: str = "cpu",
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embeddings = EmbeddingCollection(
+                tables=_tables(config), device=torch.device(table_device)
+            )
+            self.encoder = Encoder(config.encoder, config.max_len)
+        self.head = SoftmaxHead(config.head, catalog)
+        self.autocast = autocast
+
+    def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
+        rows = self.embeddings(batch.features)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
+            hidden = self.encoder(rows[ITEM].values(), rows[ITEM].offsets(), batch.masked)
+            return self.head(hidden, rows[CANDIDATE].values(), batch.targets)
+
+
+def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
+    """The item table, which scores too when the head is tied; else a second table for scoring.
+
+    Rows 0 (padding) and V + 1 (mask) exist in both, so that ids mean the same everywhere.
+    """
+
+    def table(name: str, features: list[str]) -> EmbeddingConfig:
+        return EmbeddingConfig(
+            name=name,
+            num_embeddings=config.num_items + 2,
+            embedding_dim=config.encoder.emb_dim,
+            feature_names=features,
+            init_fn=partial(nn.init.normal_, std=0.02),
+        )
+
+    if config.head.head == "tied":
+        return [table("item", [ITEM, CANDIDATE])]
+    return [table("item", [ITEM]), table("output", [CANDIDATE])]

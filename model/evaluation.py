@@ -1,0 +1,235 @@
+"""Leave-one-out evaluation, exact on any number of ranks.
+
+Two protocols, always both:
+    sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
+    full     the target against the whole catalog without the items the user has seen before
+
+Sharded tables stay sharded. Each rank scores the users of all ranks against its own slice of the
+catalog; what crosses the network are hidden vectors, the scores of targets and negatives, and
+counts of items that score at least as high as the target:
+
+    hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
+
+Shapes: U users of all ranks in one block, C items of this rank's slice, D width, N negatives.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from model.bert4rec import BERT4Rec
+from model.head import CatalogSlice
+from model.metrics import METRICS, format_table, means, metric_sums
+from model.sharded_softmax import all_gather_rows
+from model.sharding import unwrap
+from pipeline.batch import CANDIDATE, ITEM, EvalBatch
+
+# Bounds the block of users x items that is scored at once: 256 MiB of float32.
+MAX_SCORES = 2**26
+
+Result = dict[str, Any]
+ScoreBlock = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class _Questions:
+    """What is asked of one batch: [U, ...] over all ranks where the catalog is shared."""
+
+    hidden: torch.Tensor  # float32 [U, D]
+    targets: torch.Tensor  # int64 [U]
+    negatives: torch.Tensor  # int64 [U, N], 0 = none
+    seen: torch.Tensor  # int64 [S], 0 = none
+    seen_row: torch.Tensor  # int64 [S], the user of each seen item
+    own: torch.Tensor  # bool [U], this rank's real users
+
+    def block(self, start: int, stop: int) -> "_Questions":
+        """Users ``start`` ... ``stop - 1``."""
+        inside = (self.seen_row >= start) & (self.seen_row < stop)
+        return _Questions(
+            self.hidden[start:stop],
+            self.targets[start:stop],
+            self.negatives[start:stop],
+            self.seen[inside],
+            self.seen_row[inside] - start,
+            self.own[start:stop],
+        )
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    popularity: torch.Tensor | None = None,
+    max_scores: int = MAX_SCORES,
+) -> Result:
+    """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
+
+    Args:
+        model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
+        batches: this rank's users; every rank must have the same number of batches.
+        popularity: int64 [V + 2] training count of each item; None leaves its rows out.
+        max_scores: bound of users x items held at once.
+
+    Returns:
+        ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
+        every rank.
+    """
+    bert = unwrap(model)
+    was_training = model.training
+    model.eval()
+    device = next(bert.encoder.parameters()).device
+    sums = torch.zeros(4, len(METRICS) + 1, dtype=torch.float64, device=device)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad():
+            catalog = bert.head.catalog
+            items = bert.head.project(_catalog_rows(bert, device))  # [C, D]
+            counts = None if popularity is None else popularity.to(device, torch.float32)
+            for batch in batches:
+                asked = _ask(bert, batch.to(device, non_blocking=True))
+                for block in _blocks(asked, catalog, max_scores):
+                    sums[:2] += _block_sums(block, block.hidden @ items.T, catalog)
+                    if counts is not None:
+                        scores = counts[catalog.low : catalog.high]
+                        scores = scores.expand(block.hidden.shape[0], -1)
+                        sums[2:] += _block_sums(block, scores, catalog)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(was_training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    result: Result = {"users": int(sums[0, -1])}
+    result |= {"sampled": means(sums[0]), "full": means(sums[1])}
+    if popularity is not None:
+        result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
+    return result
+
+
+def _catalog_rows(bert: BERT4Rec, device: torch.device) -> torch.Tensor:
+    """Scoring rows [C, D] of this rank's slice, looked up as the training step does."""
+    catalog = bert.head.catalog
+    size = catalog.high - catalog.low
+    features = KeyedJaggedTensor(
+        keys=[ITEM, CANDIDATE],
+        values=torch.arange(catalog.low, catalog.high, device=device),
+        lengths=torch.tensor([0, size], device=device),
+        stride=1,
+    )
+    return bert.embeddings(features)[CANDIDATE].values()
+
+
+def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
+    """Encode a batch's users and, where the catalog is shared, gather those of all ranks."""
+    rows = bert.embeddings(batch.features)[ITEM]
+    with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
+        hidden = bert.encoder(rows.values(), rows.offsets(), batch.masked)
+    hidden = bert.head.project(hidden)
+    seen_row = torch.repeat_interleave(
+        torch.arange(hidden.shape[0], device=hidden.device),
+        batch.seen_offsets.diff(),
+        output_size=batch.seen.numel(),
+    )
+    own = batch.users >= 0
+    if not bert.head.catalog.shared:
+        return _Questions(hidden, batch.targets, batch.negatives, batch.seen, seen_row, own)
+    everyone, sizes = all_gather_rows(hidden)
+    longest, rank = max(sizes), dist.get_rank()
+    seen, seen_sizes = all_gather_rows(batch.seen)
+    seen_row, _ = all_gather_rows(seen_row)
+    first_row = torch.arange(len(sizes), device=seen.device) * longest
+    own_everywhere = own.new_zeros(len(sizes) * longest)
+    own_everywhere[rank * longest : rank * longest + sizes[rank]] = own
+    return _Questions(
+        everyone,
+        all_gather_rows(batch.targets)[0],
+        all_gather_rows(batch.negatives)[0],
+        seen,
+        seen_row + first_row.repeat_interleave(max(seen_sizes)),
+        own_everywhere,
+    )
+
+
+def _blocks(asked: _Questions, catalog: CatalogSlice, max_scores: int) -> Iterator[_Questions]:
+    """Blocks of users whose scores stay within ``max_scores``; the same number on every rank."""
+    largest = torch.tensor(catalog.high - catalog.low)
+    if catalog.shared:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    users = asked.targets.numel()
+    step = max(1, max_scores // max(1, int(largest)))
+    for start in range(0, users, step):
+        yield asked.block(start, min(start + step, users))
+
+
+def _block_sums(asked: _Questions, scores: torch.Tensor, catalog: CatalogSlice) -> torch.Tensor:
+    """float64 [2, metrics + 1] of this rank's users: sampled, full."""
+    sampled, full = target_ranks(asked, scores, catalog)
+    return torch.stack([metric_sums(sampled[asked.own]), metric_sums(full[asked.own])])
+
+
+def target_ranks(
+    asked: _Questions, scores: torch.Tensor, catalog: CatalogSlice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's rank among its negatives and among all unseen items.
+
+    Written as "not lower" instead of "at least as high", so that NaN counts against the model.
+
+    Args:
+        scores: float32 [U, C] of the items ``catalog.low`` ... ``catalog.high - 1``.
+
+    Returns:
+        int64 [U] and int64 [U], 1 = best.
+    """
+    size = scores.shape[1]
+    picked = torch.cat([asked.targets[:, None], asked.negatives], dim=1)  # [U, 1 + N]
+    column = picked - catalog.low
+    owned = (column >= 0) & (column < size)
+    picked_scores = scores.new_zeros(picked.shape)
+    if size:
+        found = scores.gather(1, column.clamp(0, size - 1))
+        picked_scores = torch.where(owned, found, 0.0)
+    if catalog.shared:
+        dist.all_reduce(picked_scores)
+    target = picked_scores[:, :1]
+    ahead_sampled = ~(picked_scores[:, 1:] < target) & (asked.negatives > 0)
+
+    ahead = (~(scores < target)).sum(dim=1)  # the target itself included: ranks start at 1
+    seen_column = asked.seen - catalog.low
+    inside = (seen_column >= 0) & (seen_column < size)
+    seen_row, seen_column = asked.seen_row[inside], seen_column[inside]
+    seen_ahead = ~(scores[seen_row, seen_column] < target[seen_row, 0])
+    ahead.index_add_(0, seen_row, -seen_ahead.long())
+    if catalog.shared:
+        dist.all_reduce(ahead)
+    return 1 + ahead_sampled.sum(dim=1), ahead
+
+
+def report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
+    """The metrics table of one split, both protocols, popularity beside the model."""
+    rows: list[tuple[str, dict[str, float]]] = []
+    labels = (
+        ("sampled", "sampled (100 unseen items by popularity)"),
+        ("full", "full (all items, seen ones removed)"),
+    )
+    for protocol, label in labels:
+        rows.append((label, result[protocol]))
+        if "popularity" in result:
+            rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
+    if best_possible:
+        rows.append(("full, best possible on this data", best_possible))
+    return f"{split}, {result['users']:,} users\n{format_table(rows)}"
+
+
+def write_result(folder: Path, split: str, result: Result) -> Path:
+    """Write ``eval_<split>.json`` into ``folder``, visible only when complete."""
+    path = folder / f"eval_{split}.json"
+    aside = path.with_suffix(".json.part")
+    aside.write_text(json.dumps(result, indent=2) + "\n")
+    aside.replace(path)
+    return path

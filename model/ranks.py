@@ -1,0 +1,126 @@
+"""Processes: who am I among the ranks, on which device, and how errors end all of us.
+
+    torchrun --nproc_per_node 2 train.py     two ranks
+    python train.py                          one rank, no torchrun needed
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def __str__(self) -> str:
+        return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}"
+
+
+def alone(device: torch.device) -> Ranks:
+    """This process by itself, for work that does not involve the others."""
+    return Ranks(rank=0, world_size=1, local_world_size=1, device=device)
+
+
+def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
+    """Join the process group that torchrun describes, or one of a single process."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this "
+                "host: start one process per GPU"
+            )
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(rank, world_size, local_world_size, device)
+
+
+def from_first_rank(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, on all ranks.
+
+    Raises:
+        UserError: on all ranks, when ``work`` raised it on rank 0.
+    """
+    outcome: list[Any] = [None, None]
+    if ranks.is_first:
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    result, failure = outcome
+    if failure is not None:
+        raise UserError(failure)
+    return result
+
+
+def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0, then on the others, which find its result cached on disk.
+
+    Raises:
+        UserError: on all ranks, when ``work`` raised it on rank 0.
+    """
+    results: list[T] = []
+    from_first_rank(ranks, lambda: results.append(work()))
+    return results[0] if results else work()
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2.
+
+    All ranks usually fail alike. Rank 0 speaks at once; the others wait for torchrun to end them
+    and speak only if it does not, that is if the mistake was theirs alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except UserError as error:
+        if rank:
+            time.sleep(3)
+        where = f"rank {rank}: " if rank else ""
+        print(f"{os.path.basename(sys.argv[0])}: {where}{error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

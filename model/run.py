@@ -1,0 +1,299 @@
+"""A run: all its flags, its folder, and the parts that train.py and eval.py both build from them.
+
+    config = RunConfig()                                   or FlagParser(..., RunConfig).parse(argv)
+    store = prepare(config.data)
+    model = build_model(config, store.num_items, ranks)    sharded, with the seed's initial weights
+"""
+
+import fcntl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.checkpoint import Checkpoints
+from model.encoder import EncoderConfig
+from model.evaluation import Result, evaluate
+from model.export import WEIGHTS, load_exported
+from model.flags import build, flatten
+from model.head import CatalogSlice, HeadConfig, catalog_slice
+from model.ranks import Ranks, from_first_rank
+from model.run_log import read_config
+from model.sharding import OptimizerConfig, ShardingConfig, shard
+from model.training import TrainingConfig
+from pipeline.datasets import DataConfig
+from pipeline.errors import UserError
+from pipeline.holdout import EvalLoader, HoldoutConfig
+from pipeline.loader import LoaderConfig, TrainLoader
+from pipeline.masking import MaskConfig
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig
+
+# Tables above this many bytes are never built whole on one host: each rank makes its own shard.
+WHOLE_TABLE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What is written where, and in which precision to compute."""
+
+    run_dir: str = field(
+        default="",
+        metadata={"help": "folder of this run; without it runs/<data set>-<date>-<time>"},
+    )
+    resume: str = field(
+        default="never",
+        metadata={
+            "help": "auto: go on from the newest checkpoint of --run_dir, if there is one",
+            "choices": ("never", "auto"),
+        },
+    )
+    keep_last: int = field(
+        default=1, metadata={"help": "newest checkpoints to keep besides the best"}
+    )
+    export_root: str = field(
+        default="", metadata={"help": "also write the best model here: safetensors and catalog"}
+    )
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "of the encoder: bf16 or fp32; auto: bf16 on CUDA, fp32 on CPU",
+            "choices": ("auto", "bf16", "fp32"),
+        },
+    )
+    val_batch_size: int = field(
+        default=256, metadata={"help": "users a rank evaluates at once on validation"}
+    )
+    test_batch_size: int = field(
+        default=256, metadata={"help": "users a rank evaluates at once on test"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.resume not in ("never", "auto"):
+            raise UserError(f"--resume must be never or auto, not {self.resume!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UserError(f"--precision must be auto, bf16 or fp32, not {self.precision!r}")
+        for name in ("keep_last", "val_batch_size", "test_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.resume == "auto" and not self.run_dir:
+            raise UserError("--resume auto needs --run_dir: the folder of the run to go on with")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every flag of train.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4Rec:
+    """An unsharded model with the seed's initial weights, the same on every rank."""
+    model_config = ModelConfig(num_items, config.windows.max_len, config.encoder, config.head)
+    precision = config.output.precision
+    autocast = precision == "bf16" or (precision == "auto" and ranks.device.type == "cuda")
+    if autocast and ranks.device.type != "cuda":
+        raise UserError("--precision bf16 needs CUDA: leave it out on CPU, where it is slower")
+    huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
+    return BERT4Rec(
+        model_config,
+        _catalog(config, num_items, ranks),
+        seed=config.loader.seed,
+        autocast=autocast,
+        table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
+    )
+
+
+def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedModelParallel:
+    """The model, sharded or replicated over the ranks."""
+    return _shard(config, build_plain_model(config, num_items, ranks), ranks)
+
+
+def _shard(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> DistributedModelParallel:
+    rows = config.loader.train_batch_size
+    return shard(plain, config.sharding, config.optimizer, rows, ranks)
+
+
+def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
+    """This rank's training batches, each with the candidates that the rank scores."""
+    catalog = _catalog(config, store.num_items, ranks)
+    return TrainLoader(
+        store,
+        config.windows,
+        config.mask,
+        config.loader,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        candidate_range=(catalog.low, catalog.high),
+    )
+
+
+def _catalog(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:
+    sharded = config.sharding.mode == "dmp"
+    return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded)
+
+
+def evaluator(
+    config: RunConfig,
+    model: DistributedModelParallel,
+    store: SequenceStore,
+    split: str,
+    ranks: Ranks,
+) -> Callable[[], Result]:
+    """A function that evaluates ``model`` as it is when called, on every user of ``split``."""
+    output = config.output
+    loader = EvalLoader(
+        store,
+        split,
+        config=config.holdout,
+        max_len=config.windows.max_len,
+        batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
+    )
+    popularity = torch.from_numpy(store.train_item_counts())
+    return lambda: evaluate(model, loader, popularity)
+
+
+class RunFolder:
+    """The folder of one run, held by one run at a time.
+
+    Args:
+        config: its ``--run_dir``, or ``runs/<data set>-<date>-<time>``.
+
+    Raises:
+        UserError: another run holds it, it cannot be written, or it has a run already and
+            ``--resume auto`` was not given or was given with flags that make it another run.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self._lock: IO[str] | None = None
+        self.path = from_first_rank(ranks, lambda: self._claim(config))
+
+    def _claim(self, config: RunConfig) -> Path:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = Path(config.output.run_dir or f"runs/{config.data.name}-{stamp}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"--run_dir {path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--run_dir {path} is in use by another run: wait for it or choose another folder"
+            ) from error
+        if (path / "config.json").exists():
+            _check_same_run(config, path)
+        return path
+
+
+def _check_same_run(config: RunConfig, path: Path) -> None:
+    if config.output.resume == "never":
+        raise UserError(
+            f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "
+            "another folder"
+        )
+    before = read_config(path)["flags"]
+    groups = (config.data, config.windows, config.mask, config.encoder, config.head)
+    now = {name: value for group in groups for name, value in flatten(group).items()}
+    now["seed"] = config.loader.seed
+    for name in now.keys() - {"cache_dir", "dataset_path"}:
+        if before.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"--resume auto: {path} was trained with --{name} {before[name]}, not "
+                f"{now[name]}: give the same value, or choose another --run_dir"
+            )
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    """Every flag of eval.py."""
+
+    checkpoint: str = field(
+        default="", metadata={"help": "folder of a run (its best checkpoint) or exported model"}
+    )
+    split: str = field(
+        default="test",
+        metadata={"help": "which held-out items to rank", "choices": ("test", "validation")},
+    )
+    dataset_path: str = field(
+        default="", metadata={"help": "where the ratings are now, if they were moved"}
+    )
+    cache_dir: str = field(default="", metadata={"help": "downloads and prepared data"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "users a rank evaluates at once; as in training without it"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("--checkpoint is needed: the --run_dir of a training run")
+        if self.split not in ("test", "validation"):
+            raise UserError(f"--split must be test or validation, not {self.split!r}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
+
+
+class TrainedRun:
+    """A trained model on disk: a run folder with checkpoints, or an exported model.
+
+    Raises:
+        UserError: the folder is neither.
+    """
+
+    def __init__(self, flags: EvalFlags) -> None:
+        self.folder = Path(flags.checkpoint)
+        recorded = read_config(self.folder)
+        self._num_items, self._fingerprint = recorded["num_items"], recorded["catalog"]
+        settings = dict(recorded["flags"])
+        settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
+        if flags.batch_size:
+            settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
+        self.config = build(RunConfig, settings)
+
+    def check_catalog(self, store: SequenceStore) -> None:
+        """Refuse data whose items are not those the model was trained on.
+
+        Raises:
+            UserError: they differ.
+        """
+        if store.catalog.fingerprint != self._fingerprint:
+            raise UserError(
+                f"{self.folder} was trained on {self._num_items} items that are not the "
+                f"{store.num_items} of this data: give the ratings of training by --dataset_path"
+            )
+
+    def model(self, ranks: Ranks) -> DistributedModelParallel:
+        """The trained model, sharded over the ranks.
+
+        Raises:
+            UserError: there are no weights, or they do not fit.
+        """
+        if (self.folder / WEIGHTS).exists():
+            plain = build_plain_model(self.config, self._num_items, ranks)
+            load_exported(self.folder, plain)
+            return _shard(self.config, plain, ranks)
+        checkpoints = Checkpoints(self.folder, ranks)
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(f"{self.folder} has no checkpoint yet: train until the first evaluation")
+        model = build_model(self.config, self._num_items, ranks)
+        checkpoints.load_weights(model, step)
+        return model

@@ -1,0 +1,199 @@
+"""What one rank trains or evaluates in one step: jagged histories and the positions to predict.
+
+Two windows, ``[7 3 9]`` and ``[4 2]``, V = 10 items (so 11 is the mask token), with one masked
+position each, travel as::
+
+    features["item"]    values   7 11  9 |  4 11      no padding ids, two rows
+                        lengths        3 |     2
+    masked                  1            |     4      flat positions in the values above
+    targets                 3            |     2      the items that stood there
+
+The model ties its output layer to the item table by looking candidates up as a second feature of
+the same table. A dense range of candidates never crosses from host to device: ``to(device)``
+appends it there, all of it in row 0::
+
+    features["candidate"]  values  1 2 3 4 5 6 7 8 9 10      candidate_range (1, 11)
+                           lengths                   10, 0
+
+Later variants may put sampled negatives under "candidate" on the host; ``to`` then leaves them.
+Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the train pipelines of
+TorchRec can copy them on one CUDA stream and use them on another.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+ITEM = "item"
+CANDIDATE = "candidate"
+
+
+def jagged_items(values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:
+    """Rows of items under the key "item".
+
+    Args:
+        values: int64 [T], the rows' item ids one after the other.
+        lengths: int64 [B], items per row; sums to T.
+    """
+    return KeyedJaggedTensor(
+        keys=[ITEM],
+        values=values,
+        lengths=lengths,
+        stride=lengths.numel(),
+        # Known from the shapes: left out, TorchRec would sum the lengths and wait for the device.
+        length_per_key=[values.numel()],
+    )
+
+
+@dataclass(eq=False)
+class TrainBatch(Pipelineable):
+    """One rank's step of B rows, T items and M masked positions.
+
+    Attributes:
+        features: key "item" (int64 values [T], int64 lengths [B]) and, once on the device, key
+            "candidate" (see the module docstring).
+        masked: int64 [M], flat positions in the item values, ascending.
+        targets: int64 [M], the item ids at these positions before masking.
+        num_windows: rows that hold a real window; a filler row is not counted.
+        candidate_range: half-open range of the item ids that this rank scores, or None.
+    """
+
+    features: KeyedJaggedTensor
+    masked: Tensor
+    targets: Tensor
+    num_windows: int
+    candidate_range: tuple[int, int] | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
+        """A copy on ``device``, with the candidates appended."""
+        return TrainBatch(
+            features=_features_to(self.features, device, non_blocking, self.candidate_range),
+            masked=self.masked.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            num_windows=self.num_windows,
+            candidate_range=self.candidate_range,
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
+        self.features.record_stream(stream)
+        self.masked.record_stream(stream)
+        self.targets.record_stream(stream)
+
+    def pin_memory(self) -> "TrainBatch":
+        """A copy in page-locked memory, or this very batch where there is no CUDA."""
+        if not torch.cuda.is_available():
+            return self
+        return TrainBatch(
+            features=self.features.pin_memory(),
+            masked=self.masked.pin_memory(),
+            targets=self.targets.pin_memory(),
+            num_windows=self.num_windows,
+            candidate_range=self.candidate_range,
+        )
+
+
+@dataclass(eq=False)
+class EvalBatch(Pipelineable):
+    """One rank's B users to evaluate; each row ends with the mask token in the target's place.
+
+    Attributes:
+        features: as in :class:`TrainBatch`; a row is the user's last known items and the mask
+            token.
+        masked: int64 [B], the flat position of each row's mask token.
+        targets: int64 [B], the held-out item.
+        users: int64 [B], the user's number in the sequence store; -1 for a filler row, which must
+            not be counted.
+        negatives: int64 [B, N], distinct items the user never rated; 0 where there are too few.
+        seen: int64 [S], distinct items known before the target, over the whole history, target
+            excluded; user after user.
+        seen_offsets: int64 [B + 1], row b's seen items are ``seen[seen_offsets[b]:seen_offsets[b
+            + 1]]``.
+        candidate_range: as in :class:`TrainBatch`.
+    """
+
+    features: KeyedJaggedTensor
+    masked: Tensor
+    targets: Tensor
+    users: Tensor
+    negatives: Tensor
+    seen: Tensor
+    seen_offsets: Tensor
+    candidate_range: tuple[int, int] | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
+        """A copy on ``device``, with the candidates appended."""
+        moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()]
+        features = _features_to(self.features, device, non_blocking, self.candidate_range)
+        return EvalBatch(features, *moved, candidate_range=self.candidate_range)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
+        self.features.record_stream(stream)
+        for tensor in self._tensors():
+            tensor.record_stream(stream)
+
+    def pin_memory(self) -> "EvalBatch":
+        """A copy in page-locked memory, or this very batch where there is no CUDA."""
+        if not torch.cuda.is_available():
+            return self
+        pinned = [tensor.pin_memory() for tensor in self._tensors()]
+        return EvalBatch(self.features.pin_memory(), *pinned, candidate_range=self.candidate_range)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All tensors outside of the features, in the order of the fields."""
+        return (
+            self.masked,
+            self.targets,
+            self.users,
+            self.negatives,
+            self.seen,
+            self.seen_offsets,
+        )
+
+
+def _features_to(
+    features: KeyedJaggedTensor,
+    device: torch.device,
+    non_blocking: bool,
+    candidate_range: tuple[int, int] | None,
+) -> KeyedJaggedTensor:
+    """The features on ``device``, with the candidates of ``candidate_range`` appended there."""
+    moved = features.to(device, non_blocking=non_blocking)
+    keys: list[str] = moved.keys()
+    if candidate_range is None or CANDIDATE in keys:
+        return moved
+    values, lengths = moved.values(), moved.lengths()
+    candidates, candidate_lengths = _candidates(
+        candidate_range, lengths.numel(), lengths.device, _stream_id(lengths.device)
+    )
+    return KeyedJaggedTensor(
+        keys=[ITEM, CANDIDATE],
+        values=torch.cat([values, candidates]),
+        lengths=torch.cat([lengths, candidate_lengths]),
+        stride=lengths.numel(),
+        length_per_key=[values.numel(), candidates.numel()],
+    )
+
+
+@lru_cache(maxsize=16)
+def _candidates(
+    candidate_range: tuple[int, int], num_rows: int, device: torch.device, stream_id: int
+) -> tuple[Tensor, Tensor]:
+    """Candidate ids int64 [C] and their row lengths int64 [B] = (C, 0, 0, ...), made on ``device``.
+
+    ``stream_id`` keeps the cached tensors of one CUDA stream away from another, which would
+    otherwise have to wait until they are written.
+    """
+    low, high = candidate_range
+    lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    lengths[:1] = high - low
+    return torch.arange(low, high, dtype=torch.int64, device=device), lengths
+
+
+def _stream_id(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,118 @@
+"""Random draws that are a function of their key alone: the same on any rank, in any batch.
+
+A counter-based hash stands in for a generator with a state: to draw again, hash again::
+
+    key = key64(seed, epoch)                       one Python int
+    row_keys = child_keys(key, windows)            uint64 [B], one a window
+    draws = low32(row_keys)                        uint32 [B], uniform
+    chosen = below(draws, 0.15)                    bool [B], true for 15 % of them
+    items = 1 + scaled(draws, num_items)           int64 [B], uniform in 1..num_items
+
+The 64-bit mixer is splitmix64's (Steele, Lea, Flood 2014), the 32-bit one is lowbias32 (Wellons,
+hash-prospector). Neither is cryptographic.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+_GOLDEN64 = 0x9E3779B97F4A7C15
+_GOLDEN32 = np.uint32(0x9E3779B9)
+_MASK64 = (1 << 64) - 1
+_LOWBIAS32 = (
+    (np.uint32(16), np.uint32(0x7FEB352D)),
+    (np.uint32(15), np.uint32(0x846CA68B)),
+)
+_LAST_SHIFT = np.uint32(16)
+# Values mixed at a time: eight passes over a block that stays in the processor's cache.
+_BLOCK = 1 << 14
+
+
+def key64(*parts: int) -> int:
+    """One 64-bit key for a tuple of integers of any size and sign; order matters."""
+    key = 0
+    for part in parts:
+        key = (key + _GOLDEN64 + part) & _MASK64
+        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK64
+        key ^= key >> 31
+    return key
+
+
+def child_keys(key: int | np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """One key per part: uint64 [N] of a parent key (an int, or uint64 [N]) and integers [N]."""
+    parent = np.uint64(key) if isinstance(key, int) else key
+    return _mix64(parts.astype(np.uint64) * np.uint64(_GOLDEN64) + parent)
+
+
+def low32(keys: np.ndarray) -> np.ndarray:
+    """The low halves of uint64 keys: uint32, uniform, independent of the high halves."""
+    return keys.astype(np.uint32)
+
+
+def high32(keys: np.ndarray) -> np.ndarray:
+    """The high halves of uint64 keys: uint32, uniform."""
+    return (keys >> np.uint64(32)).astype(np.uint32)
+
+
+def position_draws(row_keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """A uniform uint32 for every position of every jagged row, keyed by (row key, position).
+
+    Args:
+        row_keys: uint32 [B].
+        offsets: int64 [B + 1], where rows begin in the flat positions.
+
+    Returns:
+        uint32 [T], T = offsets[-1].
+    """
+    bases = row_keys - offsets[:-1].astype(np.uint32) * _GOLDEN32
+    draws = np.repeat(bases, np.diff(offsets))
+    draws += _golden_ramp(len(draws).bit_length())[: len(draws)]
+    return mix32(draws)
+
+
+def unit_floats(keys: np.ndarray) -> np.ndarray:
+    """uint64 keys as float64 in [0, 1), of 53 random bits."""
+    return (keys >> np.uint64(11)) * 2.0**-53
+
+
+def mix32(values: np.ndarray) -> np.ndarray:
+    """Mix uint32 values **in place** and return them: a bijection that looks random."""
+    shifted = np.empty(min(len(values), _BLOCK), dtype=np.uint32)
+    for first in range(0, len(values), _BLOCK):
+        block = values[first : first + _BLOCK]
+        scratch = shifted[: len(block)]
+        for shift, factor in _LOWBIAS32:
+            np.right_shift(block, shift, out=scratch)
+            np.bitwise_xor(block, scratch, out=block)
+            np.multiply(block, factor, out=block)
+        np.right_shift(block, _LAST_SHIFT, out=scratch)
+        np.bitwise_xor(block, scratch, out=block)
+    return values
+
+
+def below(draws: np.ndarray, probability: float) -> np.ndarray:
+    """Bool [N]: true with this probability for uniform uint32 draws; exactly always for 1."""
+    bound = round(probability * 2**32)
+    if bound >= 2**32:
+        return np.ones(len(draws), dtype=bool)
+    return draws < np.uint32(bound)
+
+
+def scaled(draws: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
+    """Uniform uint32 draws [N] as int64 [N] in 0..bound-1; bound below 2**31, one or [N]."""
+    product = draws.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)
+    return (product >> np.uint64(32)).astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _golden_ramp(size_bits: int) -> np.ndarray:
+    """uint32 [2**size_bits]: the multiples of the golden ratio."""
+    return np.arange(1 << size_bits, dtype=np.uint32) * _GOLDEN32
+
+
+def _mix64(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, uint64 to uint64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

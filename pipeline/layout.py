@@ -1,0 +1,169 @@
+"""How a ratings file is laid out: its separator and where user, item, rating and time stand.
+
+    ratings.csv   userId,movieId,rating,timestamp     header, ","     (GroupLens, TSV with tabs)
+    ml.inter      user_id:token  item_id:token  ...   header, tab     (RecBole)
+    ratings.dat   1::1193::5::978300760               no header, "::" (GroupLens)
+    u.data        196  242  3  881250949              no header, tab  (MovieLens 100K)
+    beauty.txt    1 17                                no header, one space; time order
+
+`--columns` names user, item[, rating[, timestamp]] in this order, e.g. "customer,asin,stars,date";
+an empty place leaves one out ("user,item,,time"); numbers are places, from 1, in a file without a
+header ("1,2,4,3"). Without it the well-known names below are looked for.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+
+ROLES = ("user", "item", "rating", "timestamp")
+_KNOWN = {
+    "user": "user_id userid user uid reviewerid customer_id customerid visitorid session_id",
+    "item": "item_id itemid item movieid movie_id iid sid asin parent_asin product_id productid "
+    "business_id book_id artist_id track_id",
+    "rating": "rating ratings stars overall score",
+    "timestamp": "timestamp time ts unixreviewtime unix_timestamp date datetime",
+}
+_SEPARATORS = {"csv": ",", "tsv": "\t", "inter": "\t", "data": "\t", "dat": "::", "txt": " "}
+_HEADERLESS = {"dat", "data", "txt"}
+_SPELLED = {"tab": "\t", "\\t": "\t", "space": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the columns of one file stand.
+
+    Attributes:
+        separator: between two fields.
+        width: fields in a line.
+        places: place of each role that the file has, from 0.
+        has_header: the first line holds names.
+    """
+
+    separator: str
+    width: int
+    places: dict[str, int]
+    has_header: bool
+
+    @property
+    def quoted(self) -> bool:
+        """Only comma-like formats quote; elsewhere a quotation mark is part of an id."""
+        return self.separator in ",;|"
+
+    def fields(self, line: str) -> list[str]:
+        """One line cut at the separators."""
+        return split(line, self.separator)
+
+
+def split(line: str, separator: str) -> list[str]:
+    """Cut one line at the separator, minding quotation marks where the format has them."""
+    if separator in ",;|" and '"' in line:
+        return next(csv.reader([line], delimiter=separator))
+    return line.split(separator)
+
+
+def check_columns(columns: str) -> dict[str, str]:
+    """The flag's name or number of each role.
+
+    Raises:
+        UserError: it does not name at least user and item, or names more than four columns.
+    """
+    names = [name.strip() for name in columns.split(",")]
+    if not 2 <= len(names) <= len(ROLES) or not all(names[:2]):
+        raise UserError(
+            f"--columns must name user,item[,rating[,timestamp]], not {columns!r}: "
+            'for example "user_id,item_id,rating,timestamp"'
+        )
+    return {role: name for role, name in zip(ROLES, names, strict=False) if name}
+
+
+def text_layout(where: str, name: str, line: str, columns: str, separator: str) -> Layout:
+    """The layout of a text file whose first line is `line`.
+
+    Args:
+        where: the file as messages name it.
+        name: file name that tells the format by its extension.
+        line: the first line, without line end.
+        columns, separator: the flags, "" to tell by the format.
+
+    Raises:
+        UserError: no such format, wrong separator, or a column that is not there.
+    """
+    extension = name.rsplit(".", 1)[-1].lower() if "." in name else ""
+    separator = _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(extension, "")
+    if not separator:
+        raise UserError(
+            f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
+            ".dat .data .txt .parquet, also .gz of each; or give --separator and --columns"
+        )
+    if len(separator) > 1 and separator != "::":
+        raise UserError(f'--separator must be one character, "tab" or "::", not {separator!r}')
+    if extension == "txt" and separator == " " and "\t" in line:
+        separator = "\t"
+    names = [field.strip().strip('"') for field in split(line, separator)]
+    if len(names) < 2:
+        raise UserError(_wrong_separator(where, line, separator))
+    wanted = check_columns(columns) if columns else {}
+    if wanted and all(name.isdigit() for name in wanted.values()):
+        places = {role: _place(where, name, len(names)) for role, name in wanted.items()}
+        return Layout(separator, len(names), places, has_header=False)
+    if extension in _HEADERLESS and not wanted:
+        places = {role: place for place, role in enumerate(ROLES[: len(names)])}
+        return Layout(separator, len(names), places, has_header=False)
+    return Layout(separator, len(names), find_columns(f"{where}:1", names, columns), True)
+
+
+def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
+    """Place of each role among a file's column names, from 0.
+
+    Raises:
+        UserError: no such column; the message lists those there are.
+    """
+    plain = [name.split(":")[0].lower() for name in names]
+    places = {}
+    for role, name in check_columns(columns).items() if columns else ():
+        matches = [at for at, there in enumerate(names) if name in (there, there.split(":")[0])]
+        if not matches:
+            raise UserError(f"{where}: no column {name!r} (--columns); there are {_list(names)}")
+        places[role] = matches[0]
+    if columns:
+        return places
+    for role, known in _KNOWN.items():
+        matches = [plain.index(name) for name in known.split() if name in plain]
+        if matches:
+            places[role] = matches[0]
+        elif role in ("user", "item"):
+            raise UserError(
+                f"{where}: cannot tell the {role} column among {_list(names)}; name them with "
+                '--columns "user,item[,rating[,timestamp]]", or by numbers ("1,2,3,4") if the '
+                "file has no header"
+            )
+    return places
+
+
+def _place(where: str, number: str, width: int) -> int:
+    if not 1 <= int(number) <= width:
+        raise UserError(f"{where}:1: no column {number} (--columns); there are {width}")
+    return int(number) - 1
+
+
+def _wrong_separator(where: str, line: str, separator: str) -> str:
+    counts = {mark: len(split(line, mark)) for mark in ("::", "\t", ",", ";", "|", " ")}
+    likely = max(counts, key=lambda mark: counts[mark])
+    hint = (
+        f"; is it {_spell(likely)}? Give --separator"
+        if counts[likely] > 1
+        else "; a ratings file has at least a user and an item column"
+    )
+    return f"{where}:1: one column only when cut at {_spell(separator)}: {line[:60]!r}{hint}"
+
+
+def _spell(separator: str) -> str:
+    return {"\t": "a tab", " ": "a space"}.get(separator, repr(separator))
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(re.sub(r"[^\x20-\x7e]", "?", name)[:40] for name in names[:20])
+    return shown + (", ..." if len(names) > 20 else "")

@@ -1,0 +1,215 @@
+"""Training batches: every window, in a new order each epoch, once over all ranks.
+
+    ShuffledSamples -> CutWindows -> MaskItems -> SplitBatches -> Prefetcher
+    sample numbers     jagged rows   cloze task   TrainBatch      a thread runs ahead
+
+A sample is one of ``dupe_factor`` copies of a window; ``pipeline/samples.py`` says which rank
+trains which. All ranks have equally many batches: one that gets no part of an epoch's last, partial
+step is given a filler row, a lone mask token with nothing to predict.
+
+Stages before the split work on chunks of several steps, which is what makes small batches cheap;
+draws are keyed by window, so chunks change nothing. The state is {"epoch", "sample"}, the samples
+consumed by all ranks together, and goes on at any world size or batch size::
+
+    loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
+    batches = loader.epoch(3)
+    train(itertools.islice(batches, 100))
+    state = loader.state_dict()                  {"epoch": 3, "sample": 51200}
+    batches = loader.epoch(**state)              later, elsewhere
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata.nodes import BaseNode, Prefetcher
+
+from pipeline.batch import TrainBatch, jagged_items
+from pipeline.errors import UserError
+from pipeline.masking import ClozeMask, MaskConfig, MaskItems
+from pipeline.samples import Chunk, ShuffledSamples
+from pipeline.store import SequenceStore
+from pipeline.windows import CutWindows, WindowConfig, WindowTable
+
+# Enough items a chunk that NumPy's fixed cost a call vanishes, few enough to be made in some
+# milliseconds.
+_CHUNK_ITEMS = 1 << 17
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How windows become batches."""
+
+    train_batch_size: int = field(default=256, metadata={"help": "windows a rank trains in a step"})
+    prefetch_batches: int = field(
+        default=8, metadata={"help": "batches made ahead by a background thread"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
+
+    def __post_init__(self) -> None:
+        for flag in ("train_batch_size", "prefetch_batches"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+
+
+class SplitBatches(BaseNode[TrainBatch]):
+    """The chunk's steps one by one as batches, their tensors views of the chunk's."""
+
+    def __init__(
+        self,
+        source: BaseNode[Chunk],
+        mask_token: int,
+        candidate_range: tuple[int, int] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.mask_token = mask_token
+        self.candidate_range = candidate_range
+        self.pin_memory = pin_memory
+        self._batches: Iterator[tuple[TrainBatch, dict[str, int]]] = iter(())
+        self._state: dict[str, Any] = {}
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+        self._batches = iter(())
+        self._state = self.source.state_dict()
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def next(self) -> TrainBatch:
+        made = next(self._batches, None)
+        if made is None:
+            self._batches = self._split(next(self.source))
+            made = next(self._batches)
+        batch, self._state = made
+        return batch
+
+    def _split(self, chunk: Chunk) -> Iterator[tuple[TrainBatch, dict[str, int]]]:
+        """The chunk's batches, each with the state after it."""
+        value_splits = chunk.offsets[chunk.row_splits]
+        mask_splits = np.searchsorted(chunk.masked, value_splits)
+        chunk.masked -= np.repeat(value_splits[:-1], np.diff(mask_splits))
+        values, lengths, masked, targets = (
+            self._tensor(array)
+            for array in (chunk.values, np.diff(chunk.offsets), chunk.masked, chunk.targets)
+        )
+        rows, items, masks = (s.tolist() for s in (chunk.row_splits, value_splits, mask_splits))
+        for step, sample in enumerate(chunk.step_samples):
+            num_windows = rows[step + 1] - rows[step]
+            batch = TrainBatch(
+                features=jagged_items(
+                    values[items[step] : items[step + 1]], lengths[rows[step] : rows[step + 1]]
+                ),
+                masked=masked[masks[step] : masks[step + 1]],
+                targets=targets[masks[step] : masks[step + 1]],
+                num_windows=num_windows,
+                candidate_range=self.candidate_range,
+            )
+            yield batch if num_windows else self._filler(), {"epoch": chunk.epoch, "sample": sample}
+
+    def _filler(self) -> TrainBatch:
+        """What a rank without a share trains on: one mask token, nothing masked, no window."""
+        nothing = np.empty(0, dtype=np.int64)
+        return TrainBatch(
+            features=jagged_items(
+                self._tensor(np.array([self.mask_token])), self._tensor(np.array([1]))
+            ),
+            masked=self._tensor(nothing),
+            targets=self._tensor(nothing),
+            num_windows=0,
+            candidate_range=self.candidate_range,
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        """As int64, in page-locked memory if asked for: a whole chunk costs one allocation."""
+        tensor = torch.empty(len(array), dtype=torch.int64, pin_memory=self.pin_memory)
+        tensor.numpy()[:] = array
+        return tensor
+
+
+class TrainLoader:
+    """All stages put together, for one rank.
+
+    Args:
+        store: the histories.
+        windows, mask, config: how to cut, mask and batch them.
+        rank, world_size: this rank's share; every rank must be given the same rest.
+        candidate_range: half-open range of item ids that this rank scores; put into each batch.
+        pin_memory: page-locked batches; None means wherever there is CUDA.
+
+    Raises:
+        UserError: if there is no window to train on.
+    """
+
+    def __init__(
+        self,
+        store: SequenceStore,
+        windows: WindowConfig,
+        mask: MaskConfig,
+        config: LoaderConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        candidate_range: tuple[int, int] | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        table = WindowTable.build(store, windows)
+        if len(table) == 0:
+            raise UserError("there is no history to train on: every user was filtered out")
+        self.num_windows = len(table)
+        batch_items = config.train_batch_size * windows.max_len
+        self._samples = ShuffledSamples(
+            num_windows=len(table),
+            dupe_factor=mask.dupe_factor,
+            batch_size=config.train_batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            steps_per_chunk=max(1, _CHUNK_ITEMS // batch_items),
+        )
+        cloze = ClozeMask(mask, store.num_items, config.seed)
+        cut = CutWindows(self._samples, store.items, table)
+        pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+        batches = SplitBatches(MaskItems(cut, cloze), cloze.mask_token, candidate_range, pin)
+        self._prefetcher = Prefetcher(batches, prefetch_factor=config.prefetch_batches)
+        self._state = {"epoch": 0, "sample": 0}
+
+    @property
+    def num_samples(self) -> int:
+        """Windows times ``dupe_factor``: what an epoch trains over all ranks."""
+        return self._samples.num_samples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a whole epoch, the same on every rank."""
+        return self.steps_left(0)
+
+    def steps_left(self, sample: int) -> int:
+        """Batches of an epoch of which ``sample`` samples are already trained."""
+        return -(-(self.num_samples - sample) // self._samples.global_batch_size)
+
+    def epoch(self, epoch: int, sample: int = 0) -> Iterator[TrainBatch]:
+        """The batches of one epoch, from ``sample`` on, made ahead by a thread from now on.
+
+        May be consumed in parts. The iterator of an earlier call is dead from now on.
+        """
+        self._state = {"epoch": epoch, "sample": sample}
+        self._prefetcher.reset({"snapshot": dict(self._state), "steps_since_snapshot": 0})
+        return self._consume()
+
+    def state_dict(self) -> dict[str, int]:
+        """{"epoch", "sample"}: what was handed out so far, however far the thread has run ahead.
+
+        The same on every rank, JSON-able, and the arguments of :meth:`epoch`.
+        """
+        return dict(self._state)
+
+    def _consume(self) -> Iterator[TrainBatch]:
+        for batch in self._prefetcher:
+            # The snapshot that came with this batch, not where the thread is by now.
+            self._state = self._prefetcher.state_dict()["snapshot"]
+            yield batch

@@ -1,0 +1,99 @@
+"""Files that ratings come from: opening them, whatever they are packed in, and naming them.
+
+    SourceFile(Path("ratings.csv"))                              # text, also gzipped
+    SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
+    SourceFile(Path("events/part-0.parquet"))
+
+What a file is packed in is told by its first bytes, not by its name. Every way in which opening or
+reading can fail ends in a UserError that names the file.
+"""
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import UserError
+
+_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file, or one member of a zip archive."""
+
+    path: Path
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name that tells the format: the member's or the file's, without ``.gz``."""
+        name = (self.member or self.path.name).rsplit("/", 1)[-1]
+        return name[:-3] if name.lower().endswith(".gz") else name
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else str(self.path)
+
+    def stamp(self) -> list[Any]:
+        """[path, member, size in bytes, mtime in ns]: changes when the file does."""
+        with reading(self):
+            status = self.path.stat()
+        return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The unpacked bytes.
+
+        Raises:
+            UserError: the file is missing, unreadable, truncated or no proper archive, whether it
+                shows on opening or later while reading.
+        """
+        with reading(self):
+            if not self.member:
+                with _unzipped(self.path.open("rb")) as stream:
+                    yield stream
+                return
+            with (
+                zipfile.ZipFile(self.path) as archive,
+                _unzipped(archive.open(self.member)) as stream,
+            ):
+                yield stream
+
+
+@contextmanager
+def reading(source: SourceFile | Path) -> Iterator[None]:
+    """Turn every failure to read `source` into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {source}; see --dataset_path") from error
+    except KeyError as error:
+        raise UserError(f"no such member: {source}") from error
+    except _BROKEN as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {source}: {reason}; is it complete?") from error
+
+
+def zip_members(path: Path) -> list[str]:
+    """Names of the files in a zip archive, without what macOS adds."""
+    with reading(path), zipfile.ZipFile(path) as archive:
+        return [
+            info.filename
+            for info in archive.infolist()
+            if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+        ]
+
+
+def is_zip(path: Path) -> bool:
+    with reading(path), path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _unzipped(stream: BinaryIO) -> BinaryIO:
+    buffered = io.BufferedReader(stream, 1 << 20) if not hasattr(stream, "peek") else stream
+    return gzip.open(buffered) if buffered.peek(2)[:2] == b"\x1f\x8b" else buffered

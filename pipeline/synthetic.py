@@ -1,0 +1,170 @@
+"""Generated ratings whose best possible metrics are known.
+
+Items are popular by Zipf's law. They also stand on a ring, as episodes of a series do, and the
+favourite successors of an item are the next few on it. A user's next item is
+
+    P(next | history)  ~  (1 - noise) * successor[last item, next]  +  noise * popularity[next]
+
+over the items that the user has not had yet: nothing repeats. Ranking the unseen items by this very
+probability is therefore the best that any model can do when it ranks all items with the seen ones
+removed, and its HR@10 and NDCG@10 on the actual targets are what a trained model is measured
+against (a model may be a little above it by luck on few users, never on average).
+
+    ratings = SyntheticRatings(SyntheticConfig(num_users=500))
+    table = next(ratings)               # user, item: user by user, in time order
+    ratings.best_possible["test"]       # {"HR@10": ..., "NDCG@10": ...}
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.stage import Stage
+
+_SCORES_AT_ONCE = 1 << 22  # bounds users x items held together
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Sizes and shape of the generated data.
+
+    Attributes:
+        num_users, num_items: how many.
+        min_length, max_length: items of a user, uniform in this range.
+        successors: favourites that each item has.
+        decay: probability of each favourite over that of the one before.
+        noise: share of next items that come from popularity alone.
+        zipf: popularity of the r-th most popular item ~ r ** -zipf.
+        seed: of everything.
+    """
+
+    num_users: int = 3000
+    num_items: int = 500
+    min_length: int = 20
+    max_length: int = 40
+    successors: int = 6
+    decay: float = 0.7
+    noise: float = 0.3
+    zipf: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_users < 1:
+            raise UserError(f"--synthetic_user_count must be at least 1, not {self.num_users}")
+        if self.num_items < 2 * self.max_length:
+            raise UserError(
+                f"--synthetic_item_count must be at least {2 * self.max_length}, twice the longest "
+                f"history (nothing repeats in one), not {self.num_items}"
+            )
+        assert 3 <= self.min_length <= self.max_length
+        assert 1 <= self.successors < self.num_items
+
+
+class SyntheticRatings(Stage[pa.Table]):
+    """Source stage: one table (user int64 from 0, item int64 from 1), user by user in time order.
+
+    Attributes:
+        best_possible: {"validation" | "test": {"HR@10", "NDCG@10"}} (once streamed).
+    """
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.best_possible: dict[str, dict[str, float]] = {}
+
+    def stream(self) -> Iterator[pa.Table]:
+        process = Process(self.config)
+        histories, lengths = process.draw()
+        self.best_possible = {
+            split: metrics(process.target_ranks(histories, lengths - back), cutoff=10)
+            for split, back in (("validation", 2), ("test", 1))
+        }
+        users, places = np.nonzero(np.arange(histories.shape[1]) < lengths[:, None])
+        yield pa.table({"user": users, "item": histories[users, places] + 1})
+
+
+class Process:
+    """The random process that users follow. U users, V items, L = max_length, K successors."""
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        self.config = config
+        generator = np.random.default_rng((config.seed, 1))
+        popularity = np.arange(1, config.num_items + 1, dtype=np.float64) ** -config.zipf
+        generator.shuffle(popularity)
+        self.popularity = popularity / popularity.sum()  # [V]
+        # Items stand on a ring in a random order; an item's favourites are the next ones on it.
+        ring = generator.permutation(config.num_items)
+        place = np.argsort(ring)
+        ahead = np.arange(1, config.successors + 1)
+        self.favourites = ring[(place[:, None] + ahead) % config.num_items]  # [V, K]
+        weights = config.decay ** np.arange(config.successors)
+        self.weights = weights / weights.sum()  # [K]
+
+    def scores(self, last: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """float64 [B, V]: P(next) of each item before normalisation, 0 for seen ones.
+
+        Args:
+            last: [B] the last known item, from 0; -1 where nothing is known yet.
+            seen: bool [B, V].
+        """
+        scores = np.tile(self.config.noise * self.popularity, (len(last), 1))
+        rows = np.flatnonzero(last >= 0)[:, None]
+        scores[rows, self.favourites[last[rows[:, 0]]]] += (1 - self.config.noise) * self.weights
+        scores[seen] = 0
+        return scores
+
+    def draw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Histories int64 [U, L] of items from 0 (-1 past the end), lengths int64 [U]."""
+        config = self.config
+        # Row u of this table is all the luck that user u has, whatever else is drawn.
+        luck = np.random.default_rng((config.seed, 2)).random(
+            (config.num_users, config.max_length + 1)
+        )
+        spread = config.max_length - config.min_length + 1
+        lengths = config.min_length + (luck[:, -1] * spread).astype(np.int64)
+        histories = np.full((config.num_users, config.max_length), -1)
+        for block in self._blocks():
+            seen = np.zeros((len(luck[block]), config.num_items), bool)
+            last = np.full(len(seen), -1)
+            for step in range(config.max_length):
+                cumulated = np.cumsum(self.scores(last, seen), axis=1)
+                aim = luck[block, step, None] * cumulated[:, -1:]
+                last = (cumulated <= aim).sum(axis=1)
+                seen[np.arange(len(seen)), last] = True
+                histories[block, step] = last
+        histories[np.arange(config.max_length) >= lengths[:, None]] = -1
+        return histories, lengths
+
+    def target_ranks(self, histories: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """int64 [U]: rank from 1 of each user's item at place `at` among all items of the data.
+
+        Ranked by `scores` given the items before it; equal scores count against the target.
+        """
+        occurs = np.zeros(self.config.num_items, bool)
+        occurs[histories[histories >= 0]] = True
+        ranks = np.empty(len(histories), np.int64)
+        for block in self._blocks():
+            history, place = histories[block], at[block, None]
+            rows, places = np.nonzero(np.arange(history.shape[1]) < place)
+            seen = np.tile(~occurs, (len(history), 1))
+            seen[rows, history[rows, places]] = True
+            last = np.take_along_axis(history, place - 1, axis=1)[:, 0]
+            scores = self.scores(last, seen)
+            target = np.take_along_axis(scores, np.take_along_axis(history, place, axis=1), axis=1)
+            ranks[block] = (scores >= target).sum(axis=1)  # the target itself makes it at least 1
+        return ranks
+
+    def _blocks(self) -> Iterator[slice]:
+        size = max(1, _SCORES_AT_ONCE // self.config.num_items)
+        for start in range(0, self.config.num_users, size):
+            yield slice(start, start + size)
+
+
+def metrics(ranks: np.ndarray, cutoff: int) -> dict[str, float]:
+    """Mean HR and NDCG at a cutoff, of one target's rank (from 1) a user."""
+    hits = ranks <= cutoff
+    gains = np.where(hits, 1 / np.log2(ranks + 1), 0)
+    return {f"HR@{cutoff}": float(hits.mean()), f"NDCG@{cutoff}": float(gains.mean())}

@@ -1,0 +1,287 @@
+"""Reading ratings files: every format, every packing, every mistake."""
+
+import gzip
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import readers
+from pipeline.errors import UserError
+from pipeline.readers import ReadRatings
+from pipeline.sources import SourceFile
+
+ROWS = {
+    "user": ["1", "1", "2"],
+    "item": ["10", "7", "10"],
+    "rating": [5.0, 3.5, 1.0],
+    "timestamp": [30, 20, 10],
+}
+CSV = b"userId,movieId,rating,timestamp\n1,10,5,30\n1,7,3.5,20\n2,10,1,10\n"
+INTER = CSV.replace(
+    b"userId,movieId,rating,timestamp",
+    b"user_id:token,item_id:token,rating:float,timestamp:float",
+).replace(b",", b"\t")
+BODY = CSV.partition(b"\n")[2]
+
+
+def read(*files: Path | SourceFile, **flags: str) -> dict[str, list]:
+    return pa.concat_tables(
+        list(ReadRatings(*files, **flags)), promote_options="default"
+    ).to_pydict()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ratings.csv", CSV),
+        ("ratings.tsv", CSV.replace(b",", b"\t")),
+        ("x.inter", INTER),
+        ("ratings.dat", BODY.replace(b",", b"::")),
+        ("u.data", BODY.replace(b",", b"\t")),
+        ("x.txt", BODY.replace(b",", b" ")),
+        ("bom.csv", b"\xef\xbb\xbf" + CSV),
+        ("bom.dat", b"\xef\xbb\xbf" + BODY.replace(b",", b"::")),
+        ("crlf.csv", CSV.replace(b"\n", b"\r\n")),
+        ("crlf.dat", BODY.replace(b",", b"::").replace(b"\n", b"\r\n")),
+        ("no_newline_at_end.csv", CSV[:-1]),
+        ("blank_lines.csv", CSV + b"\n\n"),
+        ("quoted.csv", CSV.replace(b"userId", b'"userId"').replace(b"10", b'"10"')),
+        ("UPPER.CSV", CSV.upper()),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_formats(tmp_path: Path, name: str, content: bytes, packed: bool) -> None:
+    if packed:
+        name, content = name + ".gz", gzip.compress(content)
+    assert read(write(tmp_path / name, content)) == ROWS
+
+
+def test_zip_member_is_streamed(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "ml.zip", "w") as archive:
+        archive.writestr("ml/ratings.csv", CSV)
+    assert read(SourceFile(tmp_path / "ml.zip", "ml/ratings.csv")) == ROWS
+    assert [each.name for each in tmp_path.iterdir()] == ["ml.zip"]
+
+
+def test_pairs_in_time_order(tmp_path: Path) -> None:
+    pairs = read(write(tmp_path / "beauty.txt", b"1 1\n1 2\n2 1\n"))
+    assert pairs == {"user": ["1", "1", "2"], "item": ["1", "2", "1"]}
+
+
+@pytest.mark.parametrize("kind", [pa.int32(), pa.string(), pa.large_string()])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    table = pa.table({key: pa.array(ROWS[key]) for key in ROWS})
+    table = table.set_column(0, "user_id", table["user"].cast(kind)).append_column(
+        "other", pa.array([None] * 3)
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet", tmp_path / "a.parquet", columns="user_id,item,rating")
+    assert [str(user) for user in found["user"]] == ROWS["user"] * 2
+    assert found["rating"] == ROWS["rating"] * 2 and "timestamp" not in found
+
+
+def test_parquet_times_keep_their_order(tmp_path: Path) -> None:
+    times = pa.array([5_000_001, 5_000_000, 7], pa.timestamp("ns"))
+    table = pa.table({"user": [1, 1, 1], "item": [1, 2, 3], "timestamp": times})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")["timestamp"] == [5_000_001, 5_000_000, 7]
+
+
+def test_parquet_files_must_agree(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": [1], "item": [1], "time": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"user": [1], "item": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(
+        UserError, match=r"b\.parquet has the columns user, item where .*a\.parquet"
+    ):
+        read(tmp_path / "a.parquet", tmp_path / "b.parquet")
+
+
+def test_parquet_times_of_different_units_compare(tmp_path: Path) -> None:
+    for name, unit in (("a", "s"), ("b", "ms")):
+        times = pa.array([2], pa.timestamp(unit))
+        columns = {"user": [1], "item": [1], "timestamp": times}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    found = read(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert found["timestamp"] == [2_000_000_000, 2_000_000]
+
+
+def test_ids_are_text_and_nothing_is_rounded(tmp_path: Path) -> None:
+    ids = ["007", "7", "-1", "99999999999999999999", "NA", "1e3", "é"]
+    lines = "".join(f"{each},x,{2**53 + at}\n" for at, each in enumerate(ids))
+    found = read(write(tmp_path / "a.csv", ("user,item,timestamp\n" + lines).encode()))
+    assert found["user"] == ids
+    assert found["timestamp"] == [2**53 + at for at in range(len(ids))]
+
+
+def test_columns_by_name_in_any_place(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", b"when,junk,what,who\n9,z,i,u\n8,z,j,u\n")
+    found = read(file, columns="who,what,,when")
+    assert found == {"user": ["u", "u"], "item": ["i", "j"], "timestamp": [9, 8]}
+
+
+def test_columns_by_number_have_no_header(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", b"i;u;9\nj;u;8\n")
+    found = read(file, columns="2,1,,3", separator=";")
+    assert found == {"user": ["u", "u"], "item": ["i", "j"], "timestamp": [9, 8]}
+
+
+def test_typed_name_without_its_type(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "x.inter", INTER), columns="user_id,item_id") == {
+        key: ROWS[key] for key in ("user", "item")
+    }
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (["9.0", "8.5"], [9.0, 8.5]),
+        (["9", "8.5"], [9.0, 8.5]),  # whole first, decimal later
+        (["1970-01-01 00:00:01", "1970-01-01T00:00:00"], [1_000_000_000, 0]),
+        (["-5", "-6"], [-5, -6]),
+    ],
+)
+def test_times(tmp_path: Path, times: list[str], expected: list[float]) -> None:
+    lines = "".join(f"u,i,{time}\n" for time in times)
+    file = write(tmp_path / "a.csv", f"user,item,timestamp\n{lines}".encode())
+    assert read(file)["timestamp"] == expected
+
+
+def test_chunks_do_not_change_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + CSV[:-1])
+    for size in (33, 40, 60):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+        assert read(file) == ROWS
+
+
+def test_resumes_at_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 33)
+    reader = ReadRatings(write(tmp_path / "a.csv", CSV))
+    next(reader)
+    state, rest = reader.state_dict(), [table.to_pydict() for table in reader]
+    assert len(rest) >= 1
+    reader.reset(state)
+    assert [table.to_pydict() for table in reader] == rest
+
+
+HEADER = b"user,item,rating,timestamp\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", r"a\.csv: no ratings"),
+        ("a.csv", HEADER, r"a\.csv: no ratings"),
+        ("a.csv", b"\n\n", r"a\.csv:1: one column only"),
+        ("a.csv", CSV.replace(b",", b";"), r"a\.csv:1: one column only .* ';'\? Give --separator"),
+        ("a.tsv", CSV, r"a\.tsv:1: one column only when cut at a tab: .* ','"),
+        ("a.csv", b"a,b,c\n1,2,3\n", r"a\.csv:1: cannot tell the user column among a, b, c"),
+        ("a.csv", b"user,b\n1,2\n", r"a\.csv:1: cannot tell the item column among user, b"),
+        ("a.csv", BODY, r"a\.csv:1: cannot tell the user column among 1, 10, 5, 30; .*no header"),
+        ("a.csv", HEADER + b"1,2,3,4\n1,2,3\n", r"a\.csv:3: 3 fields where 4 are expected"),
+        ("a.csv", HEADER + b"\n1,2,3,4\n\n1,2,x,4\n", r"a\.csv:5: the rating 'x' is not a number"),
+        ("a.csv", HEADER + b"1,2,nan,4\n", r"a\.csv:2: the rating 'nan' is not a number"),
+        ("a.csv", HEADER + b"1,2,inf,4\n", r"a\.csv:2: the rating 'inf' is not a number"),
+        ("a.csv", HEADER + b"1,2,,4\n", r"a\.csv:2: the rating '' is not a number"),
+        ("a.csv", HEADER + b"1,2,3,4\n1,2,3,NaN\n", r"a\.csv:3: the timestamp 'NaN' is not"),
+        ("a.csv", HEADER + b"1,2,3,4\n1,2,3,soon\n", r"a\.csv:3: the timestamp 'soon' is not"),
+        ("a.csv", HEADER + b"1,2,3,soon\n", r"a\.csv:2: the timestamp 'soon' is neither"),
+        ("a.csv", HEADER + b"1,2,3,2015-99-01\n", r"a\.csv:2: the timestamp '2015-99-01'"),
+        ("a.csv", HEADER + b"1,2,3,4\n,2,3,4\n", r"a\.csv:3: the user id is empty"),
+        ("a.csv", HEADER + b"1, ,3,4\n", r"a\.csv:2: the item id is empty"),
+        ("a.csv", HEADER + b"1,\xe9,3,4\n", r"a\.csv:2: not UTF-8"),
+        ("a.csv", b"\xe9,item\n1,2\n", r"a\.csv:1: not UTF-8"),
+        ("a.dat", b"1::2::3::4\n1::2::3\n", r"a\.dat:2: 3 fields where 4 are expected"),
+        ("a.dat", b"1,2,3,4\n", r"a\.dat:1: one column only when cut at '::'.* ','"),
+        ("a.txt", b"1 2\n1  2\n", r"a\.txt:2: 3 fields where 2 are expected"),
+        ("a.csv", b"user,item\n\x00\x01\n", r"a\.csv is not a text file"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00", r"a\.png is not a text file"),
+        ("a.json", b'{"user": 1}\n', r"cannot tell the format from the name 'a\.json'"),
+        ("noextension", CSV, r"cannot tell the format from the name 'noextension'"),
+        ("a.csv.gz", gzip.compress(CSV * 999)[:-20], r"cannot read .*a\.csv\.gz"),
+        ("a.csv.gz", b"\x1f\x8b\x08 nonsense", r"cannot read .*a\.csv\.gz"),
+        ("a.parquet", b"PAR1 nonsense PAR1", r"cannot read .*a\.parquet"),
+        ("a.parquet", b"not parquet,x\n", r"cannot tell the format"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"columns": "userId,nope"},
+            r"a\.csv:1: no column 'nope' \(--columns\); there are userId, m",
+        ),
+        ({"columns": "1,9"}, r"a\.csv:1: no column 9 \(--columns\); there are 4"),
+        ({"columns": "user"}, "--columns must name user,item"),
+        ({"columns": ",item"}, "--columns must name user,item"),
+        ({"columns": "a,b,c,d,e"}, "--columns must name user,item"),
+        ({"separator": "ab"}, "--separator must be one character"),
+        ({"separator": "tab"}, "one column only when cut at a tab"),
+    ],
+)
+def test_mistakes_in_flags(tmp_path: Path, flags: dict[str, str], message: str) -> None:
+    file = write(tmp_path / "a.csv", CSV)
+    with pytest.raises(UserError, match=message):
+        read(file, **flags)
+
+
+def test_bad_line_is_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    file = write(tmp_path / "a.csv", HEADER + b"1,2,3,4\n" * 50 + b"1,2,bad,4\n" + b"1,2,3,4\n" * 9)
+    with pytest.raises(UserError, match=r"a\.csv:52: the rating 'bad'"):
+        read(file)
+
+
+def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    with pytest.raises(UserError, match=r"a\.csv:1: a line of more than 64 bytes"):
+        read(write(tmp_path / "a.csv", b"x" * 1000))
+
+
+def test_missing_file_and_damaged_zip(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*nope\.csv"):
+        read(tmp_path / "nope.csv")
+    with pytest.raises(UserError, match="cannot read"):
+        read(tmp_path)
+    content = CSV * 500
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.csv", content)
+    damaged = bytearray((tmp_path / "a.zip").read_bytes())
+    damaged[60] ^= 255
+    write(tmp_path / "b.zip", bytes(damaged))
+    with pytest.raises(UserError, match=r"cannot read .*b\.zip"):
+        read(SourceFile(tmp_path / "b.zip", "a.csv"))
+    with pytest.raises(UserError, match="no such member"):
+        read(SourceFile(tmp_path / "a.zip", "other.csv"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user": [1.5], "item": [1]}, "user ids are double, not text or whole numbers"),
+        ({"user": [1, None], "item": [1, 2]}, r"row 1 \(from 0\) has no user"),
+        ({"user": ["", "a"], "item": [1, 2]}, "a user is empty"),
+        ({"user": [1], "item": [1], "rating": [float("nan")]}, "a rating is not a finite number"),
+        ({"user": [1], "item": [1], "rating": ["5"]}, "rating column is string, not a number"),
+        ({"user": [1], "stuff": [1]}, "cannot tell the item column among user, stuff"),
+        ({"user": pa.array([], pa.int64()), "item": pa.array([], pa.int64())}, "no ratings in it"),
+    ],
+)
+def test_mistakes_in_parquet(tmp_path: Path, columns: dict[str, list], message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "a.parquet")

@@ -1,0 +1,86 @@
+"""Windows against examples worked out by hand, and what must hold for any history."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig, WindowTable, jagged_positions
+
+
+def table_of(lengths: list[int], max_len: int, window_stride: float) -> list[tuple[int, int, int]]:
+    """(user, start, end) of every window of users with histories of these lengths."""
+    offsets = np.cumsum([0, *lengths])
+    store = SequenceStore.from_arrays(np.ones(offsets[-1]), offsets, num_items=1)
+    table = WindowTable.build(store, WindowConfig(max_len, window_stride))
+    return list(zip(table.user.tolist(), table.start.tolist(), table.end.tolist(), strict=True))
+
+
+def test_the_example_of_the_module() -> None:
+    # 11 items, the last two held out: nine train; steps of 3 from the newest window [5, 9).
+    assert table_of([11], 4, 0.75) == [(0, 0, 4), (0, 2, 6), (0, 5, 9)]
+
+
+def test_without_overlap_the_oldest_window_alone_overlaps() -> None:
+    assert table_of([12], 4, 1.0) == [(0, 0, 4), (0, 2, 6), (0, 6, 10)]
+
+
+def test_an_exact_multiple_has_no_overlap() -> None:
+    assert table_of([10], 4, 1.0) == [(0, 0, 4), (0, 4, 8)]
+
+
+def test_a_step_is_at_least_one_item() -> None:
+    assert table_of([6], 2, 0.1) == [(0, 0, 2), (0, 1, 3), (0, 2, 4)]
+
+
+def test_users_keep_to_themselves() -> None:
+    # Two items only train; of three one trains; seven leave five, one more than a window.
+    assert table_of([2, 3, 7], 4, 1.0) == [(0, 0, 2), (1, 2, 3), (2, 5, 9), (2, 6, 10)]
+
+
+def test_a_user_without_items_has_no_window() -> None:
+    assert table_of([0, 1, 0], 4, 1.0) == [(1, 0, 1)]
+
+
+def test_no_user_at_all() -> None:
+    assert table_of([], 4, 1.0) == []
+
+
+def test_windows_of_one_item() -> None:
+    assert table_of([4], 1, 1.0) == [(0, 0, 1), (0, 1, 2)]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), max_size=6),
+    max_len=st.integers(1, 9),
+    window_stride=st.floats(0.01, 1.0),
+)
+def test_every_training_item_is_covered_and_no_held_out_one(
+    lengths: list[int], max_len: int, window_stride: float
+) -> None:
+    windows = table_of(lengths, max_len, window_stride)
+    begins = np.cumsum([0, *lengths])
+    assert len(set(windows)) == len(windows)
+    for user, length in enumerate(lengths):
+        train = length - 2 if length >= 3 else length
+        mine = [(start, end) for owner, start, end in windows if owner == user]
+        covered = {item for start, end in mine for item in range(start, end)}
+        assert covered == set(range(begins[user], begins[user] + train))
+        expected = min(max_len, train)
+        assert all(end - start == expected for start, end in mine)
+
+
+def test_jagged_positions() -> None:
+    positions = jagged_positions(np.array([5, 0, 9]), np.array([8, 1, 9]))
+    assert positions.tolist() == [5, 6, 7, 0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_len", 0), ("window_stride", 0.0), ("window_stride", 1.1), ("window_stride", -1.0)],
+)
+def test_flags_out_of_range_are_named(flag: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{flag} must"):
+        WindowConfig(**{flag: value})

@@ -1,0 +1,71 @@
+"""Train BERT4Rec on TorchRec: prepare ratings, train, validate each epoch, test the best model.
+
+    python train.py                                                   synthetic data, one process
+    torchrun --standalone --nproc_per_node 2 train.py --dataset_name ml-1m --run_dir runs/ml-1m
+    tensorboard --logdir runs
+"""
+
+import sys
+from pathlib import Path
+
+from model.checkpoint import Checkpoints, Position
+from model.export import export
+from model.flags import FlagParser, flatten
+from model.ranks import alone, first_rank_first, run_script, start
+from model.run import RunConfig, RunFolder, build_model, build_plain_model, evaluator, train_loader
+from model.run_log import RunLog, write_config
+from model.sharding import Optimizers, describe_plan
+from model.training import Trainer
+from pipeline.preparation import describe, prepare
+
+
+def main() -> None:
+    """Parse, build, loop, close."""
+    config: RunConfig = FlagParser(__doc__, RunConfig).parse(sys.argv[1:])
+    ranks = start()
+    folder = RunFolder(config, ranks)
+    store = first_rank_first(ranks, lambda: prepare(config.data))
+    ranks.say(describe(store))
+
+    loader = train_loader(config, store, ranks)
+    model = build_model(config, store.num_items, ranks)
+    optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+    ranks.say(f"{ranks}: {describe_plan(model)}; {optimizers}; run folder {folder.path}")
+
+    checkpoints = Checkpoints(folder.path, ranks, config.output.keep_last)
+    position = Position()
+    if steps := checkpoints.steps():
+        position = checkpoints.resume(model, optimizers, steps[-1])
+        ranks.say(f"resumed from {checkpoints.path(steps[-1])}")
+    if ranks.is_first:
+        facts = {"num_items": store.num_items, "catalog": store.catalog.fingerprint}
+        write_config(folder.path, flatten(config), facts)
+        store.catalog.write_to(folder.path)
+
+    total = config.training.num_epochs * loader.steps_per_epoch
+    log = RunLog(folder.path if ranks.is_first else None, total, position.step)
+    trainer = Trainer(
+        model=model,
+        optimizers=optimizers,
+        loader=loader,
+        validate=evaluator(config, model, store, "validation", ranks),
+        checkpoints=checkpoints,
+        log=log,
+        config=config.training,
+        ranks=ranks,
+        seed=config.loader.seed,
+        position=position,
+    )
+    best_step = trainer.run().best_step
+
+    checkpoints.load_weights(model, best_step)
+    result = evaluator(config, model, store, "test", ranks)()
+    log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
+    log.close()
+    if config.output.export_root and ranks.is_first:
+        plain = build_plain_model(config, store.num_items, alone(ranks.device))
+        export(checkpoints.path(best_step), plain, folder.path, Path(config.output.export_root))
+
+
+if __name__ == "__main__":
+    run_script(main)
