@@ -1,8 +1,8 @@
 """Train BERT4Rec on TorchRec: prepare ratings, train, validate each epoch, test the best model.
 
-    python train.py                                                   synthetic data, one process
-    torchrun --standalone --nproc_per_node 2 train.py --dataset_name ml-1m --run_dir runs/ml-1m
-    tensorboard --logdir runs
+python train.py                                                   synthetic data, one process
+torchrun --standalone --nproc_per_node 2 train.py --dataset_name ml-1m --run_dir runs/ml-1m
+tensorboard --logdir runs
 """
 
 import sys

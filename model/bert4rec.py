@@ -64,7 +64,9 @@ class BERT4Rec(nn.Module):
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
-            hidden = self.encoder(rows[ITEM].values(), rows[ITEM].offsets(), batch.masked)
+            hidden = self.encoder(
+                rows[ITEM].values(), rows[ITEM].offsets(), batch.masked, batch.longest
+            )
             return self.head(hidden, rows[CANDIDATE].values(), batch.targets)
 
 

@@ -5,7 +5,7 @@ projections, feed-forward) runs on the packed positions of all rows; only attent
 
     items [T, D] + positions -> layer x N -> norm -> rows of the masked positions [M, D]
 
-Shapes: B rows, L longest row allowed, T positions of all rows, H heads, D width, M masked positions.
+Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
 """
 
 from dataclasses import dataclass, field
@@ -55,38 +55,38 @@ class EncoderConfig:
 class RowLayout:
     """Where the packed positions of a jagged batch lie in a padded [B, L] grid.
 
-    Rows are aligned at their end: column L-1 holds the newest item, so that a position index
-    means "how many steps ago" whatever the length of the history.
+    Rows are aligned at their end, column L-1 holds the newest item, and positions are counted from
+    there: an index means "how many steps ago" whatever the length of the history.
 
     Args:
         offsets: int64 [B+1] starts of the rows in the packed positions.
         num_positions: T, known on the host.
-        max_len: L.
+        longest: L, at least the length of every row.
     """
 
-    def __init__(self, offsets: torch.Tensor, num_positions: int, max_len: int) -> None:
+    def __init__(self, offsets: torch.Tensor, num_positions: int, longest: int) -> None:
         rows = offsets.numel() - 1
-        self.rows, self.max_len = rows, max_len
+        self.rows, self.longest = rows, longest
         row = torch.repeat_interleave(
             torch.arange(rows, device=offsets.device),
             offsets.diff(),
             output_size=num_positions,  # the host knows T: no synchronisation
         )
         flat = torch.arange(num_positions, device=offsets.device)
-        self.column = max_len - (offsets[1:][row] - flat)  # [T]
-        self.cell = row * max_len + self.column  # [T] index into the flattened grid
-        columns = torch.arange(max_len, device=offsets.device)
-        self.key_is_real = columns >= max_len - offsets.diff()[:, None]  # [B, L]
+        self.steps_ago = offsets[1:][row] - flat - 1  # [T], 0 = newest
+        self.cell = (row + 1) * longest - 1 - self.steps_ago  # [T] in the flattened grid
+        columns = torch.arange(longest, device=offsets.device)
+        self.key_is_real = columns >= longest - offsets.diff()[:, None]  # [B, L]
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [B, L, C], zeros where a row has no item."""
-        grid = packed.new_zeros(self.rows * self.max_len, packed.shape[1])
-        return grid.index_copy(0, self.cell, packed).view(self.rows, self.max_len, -1)
+        grid = packed.new_zeros(self.rows * self.longest, packed.shape[1])
+        return grid.index_copy(0, self.cell, packed).view(self.rows, self.longest, -1)
 
     def pack(self, grid: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
         """[B, L, C] -> [T, C], or [M, C] for the ``wanted`` int64 [M] packed positions."""
         cell = self.cell if wanted is None else self.cell.index_select(0, wanted)
-        return grid.reshape(self.rows * self.max_len, -1).index_select(0, cell)
+        return grid.reshape(self.rows * self.longest, -1).index_select(0, cell)
 
 
 class SelfAttention(nn.Module):
@@ -109,12 +109,13 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """[T, D] -> [T, D], or [M, D] for the ``wanted`` positions alone."""
         grid = layout.pad(self.project_in(packed))  # [B, L, 3D]
-        query, key, value = grid.view(layout.rows, layout.max_len, 3, self.heads, -1).permute(
+        query, key, value = grid.view(layout.rows, layout.longest, 3, self.heads, -1).permute(
             2, 0, 3, 1, 4
         )  # each [B, H, L, D/H]
         mask = layout.key_is_real[:, None, None, :]
         if self.distance_bias is not None:
-            bias = self.distance_bias[:, self.distance].to(query.dtype)  # [H, L, L]
+            distance = self.distance[: layout.longest, : layout.longest]
+            bias = self.distance_bias[:, distance].to(query.dtype)  # [H, L, L]
             mask = torch.where(mask, bias, float("-inf"))  # [B, H, L, L]
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
         self.apply(_initialise)
 
     def forward(
-        self, items: torch.Tensor, offsets: torch.Tensor, masked: torch.Tensor
+        self, items: torch.Tensor, offsets: torch.Tensor, masked: torch.Tensor, longest: int
     ) -> torch.Tensor:
         """Encode a jagged batch.
 
@@ -172,12 +173,13 @@ class Encoder(nn.Module):
             items: float [T, D] embeddings of all positions, row after row.
             offsets: int64 [B+1] starts of the rows in ``items``; no row longer than ``max_len``.
             masked: int64 [M] positions in ``items`` whose vectors are wanted.
+            longest: rows are padded to this for attention; rounded up, it may exceed ``max_len``.
 
         Returns:
             float [M, D].
         """
-        layout = RowLayout(offsets, items.shape[0], self.max_len)
-        packed = self.embedding_norm(items + self.positions(layout.column))
+        layout = RowLayout(offsets, items.shape[0], min(longest, self.max_len))
+        packed = self.embedding_norm(items + self.positions(layout.steps_ago))
         packed = self.dropout(packed)
         *lower, last = self.layers
         for layer in lower:

@@ -129,7 +129,7 @@ def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
     """Encode a batch's users and, where the catalog is shared, gather those of all ranks."""
     rows = bert.embeddings(batch.features)[ITEM]
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(rows.values(), rows.offsets(), batch.masked)
+        hidden = bert.encoder(rows.values(), rows.offsets(), batch.masked, batch.longest)
     hidden = bert.head.project(hidden)
     seen_row = torch.repeat_interleave(
         torch.arange(hidden.shape[0], device=hidden.device),

@@ -1,9 +1,9 @@
 """The portable form of a trained model: no pickle, no sharding, no optimizer.
 
-    exported/
-        model.safetensors    all weights, under the names of the plain BERT4Rec
-        config.json          flags, number of items, catalog fingerprint, metrics
-        catalog.parquet      original id and title of each item
+exported/
+    model.safetensors    all weights, under the names of the plain BERT4Rec
+    config.json          flags, number of items, catalog fingerprint, metrics
+    catalog.parquet      original id and title of each item
 """
 
 import shutil

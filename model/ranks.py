@@ -1,7 +1,7 @@
 """Processes: who am I among the ranks, on which device, and how errors end all of us.
 
-    torchrun --nproc_per_node 2 train.py     two ranks
-    python train.py                          one rank, no torchrun needed
+torchrun --nproc_per_node 2 train.py     two ranks
+python train.py                          one rank, no torchrun needed
 """
 
 import os
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -117,7 +118,7 @@ def run_script(main: Callable[[], None]) -> None:
         if rank:
             time.sleep(3)
         where = f"rank {rank}: " if rank else ""
-        print(f"{os.path.basename(sys.argv[0])}: {where}{error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {where}{error}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)

@@ -1,8 +1,8 @@
 """A run: all its flags, its folder, and the parts that train.py and eval.py both build from them.
 
-    config = RunConfig()                                   or FlagParser(..., RunConfig).parse(argv)
-    store = prepare(config.data)
-    model = build_model(config, store.num_items, ranks)    sharded, with the seed's initial weights
+config = RunConfig()                                   or FlagParser(..., RunConfig).parse(argv)
+store = prepare(config.data)
+model = build_model(config, store.num_items, ranks)    sharded, with the seed's initial weights
 """
 
 import fcntl
@@ -293,7 +293,9 @@ class TrainedRun:
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         if step is None:
-            raise UserError(f"{self.folder} has no checkpoint yet: train until the first evaluation")
+            raise UserError(
+                f"{self.folder} has no checkpoint yet: train until the first evaluation"
+            )
         model = build_model(self.config, self._num_items, ranks)
         checkpoints.load_weights(model, step)
         return model

@@ -127,9 +127,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print above the progress bar."""
         if self._bar is not None:
-            self._bar.clear()
-            print(text, flush=True)
-            self._bar.refresh()
+            self._bar.write(text, file=sys.stdout)
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -28,9 +28,9 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from model.bert4rec import BERT4Rec
 from model.ranks import Ranks
@@ -188,9 +188,7 @@ def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
     return config.embedding_optimizer
 
 
-def embedding_lr(
-    config: ShardingConfig, optimizer: OptimizerConfig, device: torch.device
-) -> float:
+def embedding_lr(config: ShardingConfig, optimizer: OptimizerConfig, device: torch.device) -> float:
     """The tables' peak learning rate.
 
     Adagrad divides by the root of all squared gradients so far, not of recent ones, so its steps

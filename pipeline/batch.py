@@ -32,6 +32,11 @@ ITEM = "item"
 CANDIDATE = "candidate"
 
 
+def rounded_up(longest: int) -> int:
+    """The next multiple of 8: rows are padded to this, and few different widths occur."""
+    return -(-longest // 8) * 8
+
+
 def jagged_items(values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:
     """Rows of items under the key "item".
 
@@ -59,6 +64,7 @@ class TrainBatch(Pipelineable):
         masked: int64 [M], flat positions in the item values, ascending.
         targets: int64 [M], the item ids at these positions before masking.
         num_windows: rows that hold a real window; a filler row is not counted.
+        longest: no row has more items than this; known on the host.
         candidate_range: half-open range of the item ids that this rank scores, or None.
     """
 
@@ -66,6 +72,7 @@ class TrainBatch(Pipelineable):
     masked: Tensor
     targets: Tensor
     num_windows: int
+    longest: int
     candidate_range: tuple[int, int] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
@@ -75,6 +82,7 @@ class TrainBatch(Pipelineable):
             masked=self.masked.to(device, non_blocking=non_blocking),
             targets=self.targets.to(device, non_blocking=non_blocking),
             num_windows=self.num_windows,
+            longest=self.longest,
             candidate_range=self.candidate_range,
         )
 
@@ -93,6 +101,7 @@ class TrainBatch(Pipelineable):
             masked=self.masked.pin_memory(),
             targets=self.targets.pin_memory(),
             num_windows=self.num_windows,
+            longest=self.longest,
             candidate_range=self.candidate_range,
         )
 
@@ -113,6 +122,7 @@ class EvalBatch(Pipelineable):
             excluded; user after user.
         seen_offsets: int64 [B + 1], row b's seen items are ``seen[seen_offsets[b]:seen_offsets[b
             + 1]]``.
+        longest: as in :class:`TrainBatch`.
         candidate_range: as in :class:`TrainBatch`.
     """
 
@@ -123,13 +133,14 @@ class EvalBatch(Pipelineable):
     negatives: Tensor
     seen: Tensor
     seen_offsets: Tensor
+    longest: int
     candidate_range: tuple[int, int] | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()]
         features = _features_to(self.features, device, non_blocking, self.candidate_range)
-        return EvalBatch(features, *moved, candidate_range=self.candidate_range)
+        return EvalBatch(features, *moved, self.longest, self.candidate_range)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
@@ -142,7 +153,7 @@ class EvalBatch(Pipelineable):
         if not torch.cuda.is_available():
             return self
         pinned = [tensor.pin_memory() for tensor in self._tensors()]
-        return EvalBatch(self.features.pin_memory(), *pinned, candidate_range=self.candidate_range)
+        return EvalBatch(self.features.pin_memory(), *pinned, self.longest, self.candidate_range)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         """All tensors outside of the features, in the order of the fields."""

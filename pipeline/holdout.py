@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torchdata.nodes import IterableWrapper, Mapper, Prefetcher
 
-from pipeline.batch import EvalBatch, jagged_items
+from pipeline.batch import EvalBatch, jagged_items, rounded_up
 from pipeline.errors import UserError
 from pipeline.keyed import child_keys, key64, unit_floats
 from pipeline.store import SequenceStore
@@ -222,6 +222,7 @@ class EvalLoader:
             negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
             seen=_int64(seen % id_bound),
             seen_offsets=_int64(np.searchsorted(seen, np.arange(len(padded) + 1) * id_bound)),
+            longest=rounded_up(int(lengths.max(initial=1))),
             candidate_range=self.candidate_range,
         ).pin_memory()
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Prefetcher
 
-from pipeline.batch import TrainBatch, jagged_items
+from pipeline.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.errors import UserError
 from pipeline.masking import ClozeMask, MaskConfig, MaskItems
 from pipeline.samples import Chunk, ShuffledSamples
@@ -94,9 +94,10 @@ class SplitBatches(BaseNode[TrainBatch]):
         value_splits = chunk.offsets[chunk.row_splits]
         mask_splits = np.searchsorted(chunk.masked, value_splits)
         chunk.masked -= np.repeat(value_splits[:-1], np.diff(mask_splits))
+        row_lengths = np.diff(chunk.offsets)
         values, lengths, masked, targets = (
             self._tensor(array)
-            for array in (chunk.values, np.diff(chunk.offsets), chunk.masked, chunk.targets)
+            for array in (chunk.values, row_lengths, chunk.masked, chunk.targets)
         )
         rows, items, masks = (s.tolist() for s in (chunk.row_splits, value_splits, mask_splits))
         for step, sample in enumerate(chunk.step_samples):
@@ -108,6 +109,7 @@ class SplitBatches(BaseNode[TrainBatch]):
                 masked=masked[masks[step] : masks[step + 1]],
                 targets=targets[masks[step] : masks[step + 1]],
                 num_windows=num_windows,
+                longest=rounded_up(row_lengths[rows[step] : rows[step + 1]].max(initial=1)),
                 candidate_range=self.candidate_range,
             )
             yield batch if num_windows else self._filler(), {"epoch": chunk.epoch, "sample": sample}
@@ -122,6 +124,7 @@ class SplitBatches(BaseNode[TrainBatch]):
             masked=self._tensor(nothing),
             targets=self._tensor(nothing),
             num_windows=0,
+            longest=rounded_up(1),
             candidate_range=self.candidate_range,
         )
 

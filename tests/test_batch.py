@@ -15,6 +15,7 @@ def train_batch(candidate_range: tuple[int, int] | None) -> TrainBatch:
         masked=torch.tensor([1, 4]),
         targets=torch.tensor([3, 2]),
         num_windows=2,
+        longest=8,
         candidate_range=candidate_range,
     )
 
@@ -28,6 +29,7 @@ def eval_batch() -> EvalBatch:
         negatives=torch.tensor([[4, 2], [0, 0]]),
         seen=torch.tensor([7]),
         seen_offsets=torch.tensor([0, 1, 1]),
+        longest=8,
         candidate_range=(1, 11),
     )
 
