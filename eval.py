@@ -25,9 +25,9 @@ def main() -> None:
     run.check_catalog(store)
     model = run.model(ranks)
     result = evaluator(run.config, model, store, flags.split, ranks)()
+    ranks.say(report(flags.split, result, (store.best_possible or {}).get(flags.split)))
     if ranks.is_first:
         write_result(Path(flags.checkpoint), flags.split, result)
-    ranks.say(report(flags.split, result, (store.best_possible or {}).get(flags.split)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ tensorboard --logdir runs
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from model.checkpoint import Checkpoints, Position
 from model.export import export
-from model.flags import FlagParser, flatten
+from model.flags import FlagParser, build, flatten
 from model.ranks import alone, first_rank_first, run_script, start
+from model.recipes import with_recipe
 from model.run import RunConfig, RunFolder, build_model, build_plain_model, evaluator, train_loader
 from model.run_log import RunLog, write_config
 from model.sharding import Optimizers, describe_plan
@@ -21,15 +23,17 @@ from pipeline.preparation import describe, prepare
 
 def main() -> None:
     """Parse, build, loop, close."""
-    config: RunConfig = FlagParser(__doc__, RunConfig).parse(sys.argv[1:])
+    given = FlagParser(__doc__, RunConfig).given(sys.argv[1:])
+    config = build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
     ranks = start()
-    folder = RunFolder(config, ranks)
     store = first_rank_first(ranks, lambda: prepare(config.data))
     ranks.say(describe(store))
 
     loader = train_loader(config, store, ranks)
     model = build_model(config, store.num_items, ranks)
     optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+    # Only now, when flags and data are known to be good: a mistake leaves no folder behind.
+    folder = RunFolder(config, ranks)
     ranks.say(f"{ranks}: {describe_plan(model)}; {optimizers}; run folder {folder.path}")
 
     checkpoints = Checkpoints(folder.path, ranks, config.output.keep_last)
@@ -43,25 +47,23 @@ def main() -> None:
         store.catalog.write_to(folder.path)
 
     total = config.training.num_epochs * loader.steps_per_epoch
-    log = RunLog(folder.path if ranks.is_first else None, total, position.step)
-    trainer = Trainer(
-        model=model,
-        optimizers=optimizers,
-        loader=loader,
-        validate=evaluator(config, model, store, "validation", ranks),
-        checkpoints=checkpoints,
-        log=log,
-        config=config.training,
-        ranks=ranks,
-        seed=config.loader.seed,
-        position=position,
-    )
-    best_step = trainer.run().best_step
-
-    checkpoints.load_weights(model, best_step)
-    result = evaluator(config, model, store, "test", ranks)()
-    log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
-    log.close()
+    with closing(RunLog(folder.path if ranks.is_first else None, total, position.step)) as log:
+        trainer = Trainer(
+            model=model,
+            optimizers=optimizers,
+            loader=loader,
+            validate=evaluator(config, model, store, "validation", ranks),
+            checkpoints=checkpoints,
+            log=log,
+            config=config.training,
+            ranks=ranks,
+            seed=config.loader.seed,
+            position=position,
+        )
+        best_step = trainer.run().best_step
+        checkpoints.load_weights(model, best_step)
+        result = evaluator(config, model, store, "test", ranks)()
+        log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
     if config.output.export_root and ranks.is_first:
         plain = build_plain_model(config, store.num_items, alone(ranks.device))
         export(checkpoints.path(best_step), plain, folder.path, Path(config.output.export_root))

@@ -64,8 +64,9 @@ class BERT4Rec(nn.Module):
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
+            offsets = rows[ITEM].offsets()[: batch.num_rows + 1]
             hidden = self.encoder(
-                rows[ITEM].values(), rows[ITEM].offsets(), batch.masked, batch.longest
+                rows[ITEM].values(), offsets, batch.masked, batch.longest, batch.left_only
             )
             return self.head(hidden, rows[CANDIDATE].values(), batch.targets)
 

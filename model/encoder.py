@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from pipeline.errors import UserError
+
+POSITIONS = ("bias", "rotary", "none")
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,13 @@ class EncoderConfig:
     attention_dropout: float = field(
         default=0.2, metadata={"help": "dropout on attention probabilities"}
     )
-    relative_positions: bool = field(
-        default=True,
-        metadata={"help": "add a learned bias per head and distance to the attention scores"},
+    positions: str = field(
+        default="bias",
+        metadata={
+            "help": "how attention sees distance, besides learned positions: bias per head and "
+            "distance (learned), rotary, or none",
+            "choices": POSITIONS,
+        },
     )
 
     def __post_init__(self) -> None:
@@ -47,6 +54,13 @@ class EncoderConfig:
                 f"--nhead {self.nhead} does not divide --emb_dim {self.emb_dim}: "
                 "every head gets an equal part of the width"
             )
+        if self.positions not in POSITIONS:
+            raise UserError(f"--positions must be one of {', '.join(POSITIONS)}")
+        if self.positions == "rotary" and self.emb_dim // self.nhead % 2:
+            raise UserError(
+                f"--positions rotary needs heads of even width, not {self.emb_dim // self.nhead}: "
+                "change --nhead or --emb_dim"
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in [0, 1), not {getattr(self, name)}")
@@ -62,11 +76,19 @@ class RowLayout:
         offsets: int64 [B+1] starts of the rows in the packed positions.
         num_positions: T, known on the host.
         longest: L, at least the length of every row.
+        left_only: bool [B], rows whose positions see only themselves and what came before; None:
+            every position sees its whole row.
     """
 
-    def __init__(self, offsets: torch.Tensor, num_positions: int, longest: int) -> None:
+    def __init__(
+        self,
+        offsets: torch.Tensor,
+        num_positions: int,
+        longest: int,
+        left_only: torch.Tensor | None = None,
+    ) -> None:
         rows = offsets.numel() - 1
-        self.rows, self.longest = rows, longest
+        self.offsets, self.rows, self.longest = offsets, rows, longest
         row = torch.repeat_interleave(
             torch.arange(rows, device=offsets.device),
             offsets.diff(),
@@ -76,7 +98,14 @@ class RowLayout:
         self.steps_ago = offsets[1:][row] - flat - 1  # [T], 0 = newest
         self.cell = (row + 1) * longest - 1 - self.steps_ago  # [T] in the flattened grid
         columns = torch.arange(longest, device=offsets.device)
-        self.key_is_real = columns >= longest - offsets.diff()[:, None]  # [B, L]
+        self.visible = (columns >= longest - offsets.diff()[:, None])[:, None]  # [B, 1, L]
+        self.left_only = left_only
+        if left_only is not None:
+            earlier = columns <= columns[:, None]  # [L, L]
+            # A padded query sees itself: a softmax over nothing would be NaN.
+            self.visible = (self.visible & (earlier | ~left_only[:, None, None])) | torch.eye(
+                longest, dtype=torch.bool, device=offsets.device
+            )  # [B, L, L]
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [B, L, C], zeros where a row has no item."""
@@ -90,37 +119,80 @@ class RowLayout:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of every position to all positions of its row."""
+    """Multi-head attention of every position to all positions of its row.
+
+    Without bias and dropout, in half precision on CUDA, the jagged rows are attended as they lie
+    (``varlen_attn``, FlashAttention); else they are padded for ``scaled_dot_product_attention``.
+    """
 
     def __init__(self, config: EncoderConfig, max_len: int) -> None:
         super().__init__()
         self.heads, self.dropout = config.nhead, config.attention_dropout
         self.project_in = nn.Linear(config.emb_dim, 3 * config.emb_dim)
         self.project_out = nn.Linear(config.emb_dim, config.emb_dim)
+        self.rotary = config.positions == "rotary"
         self.distance_bias: nn.Parameter | None = None
-        if config.relative_positions:
+        steps = torch.arange(max_len)
+        if config.positions == "bias":
             self.distance_bias = nn.Parameter(torch.zeros(config.nhead, 2 * max_len - 1))
-            steps = torch.arange(max_len)
             distance = steps[None, :] - steps[:, None] + max_len - 1  # [L, L] in [0, 2L-2]
             self.register_buffer("distance", distance, persistent=False)
+        if self.rotary:
+            self.register_buffer(
+                "rotation", _rotations(max_len, config.emb_dim // config.nhead), persistent=False
+            )
 
     def forward(
         self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
     ) -> torch.Tensor:
         """[T, D] -> [T, D], or [M, D] for the ``wanted`` positions alone."""
-        grid = layout.pad(self.project_in(packed))  # [B, L, 3D]
+        projected = self.project_in(packed).view(packed.shape[0], 3, self.heads, -1)
+        if self.rotary:
+            projected = _rotate(projected, self.rotation[layout.steps_ago])
+        dropout = self.dropout if self.training else 0.0
+        jagged = self.distance_bias is None and not dropout and projected.is_cuda
+        jagged = jagged and layout.left_only is None
+        if jagged and projected.dtype in (torch.bfloat16, torch.float16):
+            query, key, value = projected.unbind(1)
+            starts = layout.offsets.int()
+            mixed = varlen_attn(query, key, value, starts, starts, layout.longest, layout.longest)
+            mixed = mixed if wanted is None else mixed.index_select(0, wanted)
+            return self.project_out(mixed.flatten(1))
+        return self.project_out(self._padded(projected, layout, dropout, wanted))
+
+    def _padded(
+        self,
+        projected: torch.Tensor,
+        layout: RowLayout,
+        dropout: float,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        grid = layout.pad(projected.flatten(1))  # [B, L, 3D]
         query, key, value = grid.view(layout.rows, layout.longest, 3, self.heads, -1).permute(
             2, 0, 3, 1, 4
         )  # each [B, H, L, D/H]
-        mask = layout.key_is_real[:, None, None, :]
+        mask = layout.visible[:, None]  # [B, 1, 1 or L, L]
         if self.distance_bias is not None:
             distance = self.distance[: layout.longest, : layout.longest]
             bias = self.distance_bias[:, distance].to(query.dtype)  # [H, L, L]
             mask = torch.where(mask, bias, float("-inf"))  # [B, H, L, L]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.project_out(layout.pack(mixed.transpose(1, 2), wanted))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return layout.pack(mixed.transpose(1, 2), wanted)
+
+
+def _rotations(max_len: int, width: int) -> torch.Tensor:
+    """Cosines and sines of rotary positions (arXiv 2104.09864): float [L, 2, width / 2]."""
+    frequency = 10_000 ** (-torch.arange(0, width, 2).float() / width)
+    angle = torch.arange(max_len)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def _rotate(projected: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate queries and keys [T, 3, H, W] by their positions' angles [T, 2, W / 2]."""
+    cos, sin = rotation.to(projected.dtype)[:, None, None].unbind(-2)
+    low, high = projected[:, :2].chunk(2, dim=-1)
+    turned = torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)
+    return torch.cat([turned, projected[:, 2:]], dim=1)
 
 
 class EncoderLayer(nn.Module):
@@ -165,7 +237,12 @@ class Encoder(nn.Module):
         self.apply(_initialise)
 
     def forward(
-        self, items: torch.Tensor, offsets: torch.Tensor, masked: torch.Tensor, longest: int
+        self,
+        items: torch.Tensor,
+        offsets: torch.Tensor,
+        masked: torch.Tensor,
+        longest: int,
+        left_only: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encode a jagged batch.
 
@@ -174,11 +251,12 @@ class Encoder(nn.Module):
             offsets: int64 [B+1] starts of the rows in ``items``; no row longer than ``max_len``.
             masked: int64 [M] positions in ``items`` whose vectors are wanted.
             longest: rows are padded to this for attention; rounded up, it may exceed ``max_len``.
+            left_only: bool [B], rows in which a position sees only itself and earlier ones.
 
         Returns:
             float [M, D].
         """
-        layout = RowLayout(offsets, items.shape[0], min(longest, self.max_len))
+        layout = RowLayout(offsets, items.shape[0], min(longest, self.max_len), left_only)
         packed = self.embedding_norm(items + self.positions(layout.steps_ago))
         packed = self.dropout(packed)
         *lower, last = self.layers

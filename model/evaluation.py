@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.bert4rec import BERT4Rec
 from model.head import CatalogSlice
 from model.metrics import METRICS, format_table, means, metric_sums
 from model.sharded_softmax import all_gather_rows
 from model.sharding import unwrap
-from pipeline.batch import CANDIDATE, ITEM, EvalBatch
+from pipeline.batch import CANDIDATE, ITEM, EvalBatch, jagged_items, with_candidates
+from pipeline.errors import UserError
 
 # Bounds the block of users x items that is scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
@@ -115,21 +115,17 @@ def evaluate(
 def _catalog_rows(bert: BERT4Rec, device: torch.device) -> torch.Tensor:
     """Scoring rows [C, D] of this rank's slice, looked up as the training step does."""
     catalog = bert.head.catalog
-    size = catalog.high - catalog.low
-    features = KeyedJaggedTensor(
-        keys=[ITEM, CANDIDATE],
-        values=torch.arange(catalog.low, catalog.high, device=device),
-        lengths=torch.tensor([0, size], device=device),
-        stride=1,
-    )
+    nothing = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    features = with_candidates(nothing.to(device), (catalog.low, catalog.high))
     return bert.embeddings(features)[CANDIDATE].values()
 
 
 def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
     """Encode a batch's users and, where the catalog is shared, gather those of all ranks."""
     rows = bert.embeddings(batch.features)[ITEM]
+    offsets = rows.offsets()[: batch.num_rows + 1]
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(rows.values(), rows.offsets(), batch.masked, batch.longest)
+        hidden = bert.encoder(rows.values(), offsets, batch.masked, batch.longest)
     hidden = bert.head.project(hidden)
     seen_row = torch.repeat_interleave(
         torch.arange(hidden.shape[0], device=hidden.device),
@@ -227,9 +223,16 @@ def report(split: str, result: Result, best_possible: dict[str, float] | None = 
 
 
 def write_result(folder: Path, split: str, result: Result) -> Path:
-    """Write ``eval_<split>.json`` into ``folder``, visible only when complete."""
+    """Write ``eval_<split>.json`` into ``folder``, visible only when complete.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     path = folder / f"eval_{split}.json"
     aside = path.with_suffix(".json.part")
-    aside.write_text(json.dumps(result, indent=2) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(result, indent=2) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

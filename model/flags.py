@@ -12,6 +12,7 @@ only turns fields into an argument parser and back. Names are flat: ``--max_len`
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 
 C = TypeVar("C")
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}
 
 
 def flags_of(group_class: type) -> dict[str, dataclasses.Field]:
@@ -82,6 +85,7 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage="%(prog)s [--flag value] ...",
         )
         self._config_class = config_class
         self._add_group(config_class, self)
@@ -91,7 +95,7 @@ class FlagParser(argparse.ArgumentParser):
         for entry in dataclasses.fields(group_class):
             kind = hints[entry.name]
             if dataclasses.is_dataclass(kind):
-                title = (kind.__doc__ or kind.__name__).splitlines()[0]
+                title = (kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")
                 self._add_group(kind, self.add_argument_group(title))
                 continue
             shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
@@ -100,7 +104,7 @@ class FlagParser(argparse.ArgumentParser):
                 type=_reader(kind),
                 choices=entry.metadata.get("choices"),
                 help=entry.metadata["help"].replace("%", "%%") + shown,
-                metavar=None if "choices" in entry.metadata else entry.name.upper(),
+                metavar=None if "choices" in entry.metadata else _METAVARS[_plain(kind)],
             )
 
     def parse(self, arguments: Sequence[str]) -> Any:
@@ -161,4 +165,6 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return float(value)
     if not fits:
         raise UserError(f"--{name} must be of type {plain.__name__}, not {value!r}")
+    if plain is float and not math.isfinite(value):
+        raise UserError(f"--{name} must be a finite number, not {value}")
     return value

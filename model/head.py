@@ -24,6 +24,8 @@ from torch import nn
 from model.sharded_softmax import sharded_cross_entropy
 from pipeline.errors import UserError
 
+NO_TARGET = 0  # the padding item
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -99,7 +101,7 @@ class SoftmaxHead(nn.Module):
         Args:
             hidden: [M, D] vectors of this rank's masked positions.
             candidates: [C, D] rows of the items ``catalog.low`` … ``catalog.high - 1``.
-            targets: int64 [M] item ids.
+            targets: int64 [M] item ids; 0 where nothing is to be predicted.
 
         Returns:
             The loss to call ``backward()`` on (float32 scalar), scaled so that the mean over
@@ -111,9 +113,13 @@ class SoftmaxHead(nn.Module):
             losses = sharded_cross_entropy(hidden, candidates, targets, self.catalog.low)
         else:
             logits = (hidden @ candidates.T).float()
-            losses = F.cross_entropy(logits, targets - self.catalog.low, reduction="none")
-        total = losses.sum()
-        count = torch.full_like(total, losses.numel())
+            low = self.catalog.low
+            losses = F.cross_entropy(
+                logits, targets - low, reduction="none", ignore_index=NO_TARGET - low
+            )
+        counted = targets != NO_TARGET
+        total = torch.where(counted, losses, 0.0).sum()
+        count = counted.sum().to(total.dtype)
         report = torch.stack([total.detach(), count])
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size > 1:

@@ -4,10 +4,12 @@ torchrun --nproc_per_node 2 train.py     two ranks
 python train.py                          one rank, no torchrun needed
 """
 
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +22,16 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+
+# What libraries say on every start about their own insides: it would hide what we say.
+_WARNINGS = (
+    (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
+    (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
+    (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated"),  # torch 2.13
+    (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
+    (UserWarning, r"(?s).*\[FBGEMM_GPU\] NOTE: The training optimizer 'adam'"),
+)
+_LOG_LINES = (("torch.fx._symbolic_trace", "is_fx_tracing will return true"),)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def run_script(main: Callable[[], None]) -> None:
     and speak only if it does not, that is if the mistake was theirs alone.
     """
     rank = int(os.environ.get("RANK", 0))
+    _silence_libraries()
     try:
         main()
     except UserError as error:
@@ -125,3 +138,13 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _silence_libraries() -> None:
+    """Drop exactly the messages listed above; anything new or unexpected is still shown."""
+    for category, message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for name, beginning in _LOG_LINES:
+        logging.getLogger(name).addFilter(
+            lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
+        )

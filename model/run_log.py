@@ -90,8 +90,13 @@ class RunLog:
         _keep_lines_up_to(self._lines, step)
         self._file = self._lines.open("a")
         self._events = SummaryWriter(str(run_dir), purge_step=step + 1)
+        # Drawn over itself on a terminal; in a log file every drawing is another line.
         self._bar = tqdm(
-            total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
+            total=total,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
         )
 
     def advance(self) -> None:
@@ -110,24 +115,30 @@ class RunLog:
         self._events.add_scalar("train/epoch", epoch, step)
         if "loss" in values:
             speed = f"{values['records_per_second']:,.0f} rec/s"
-            self._bar.set_postfix_str(f"epoch {epoch}, loss {values['loss']:.4f}, {speed}")
+            postfix = f"epoch {epoch}, loss {values['loss']:.4f}, {speed}"
+            self._bar.set_postfix_str(postfix, refresh=sys.stderr.isatty())
 
     def write_result(
         self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
     ) -> None:
-        """Write eval_<split>.json, the same scalars for TensorBoard, and print the table."""
-        if self._run_dir is None:
+        """Write eval_<split>.json, the same scalars for TensorBoard, and print the table.
+
+        Ends the progress bar: this is for when training is over.
+        """
+        if self._bar is None:
             return
+        self._bar.close()
         write_result(self._run_dir, split, result)
         for protocol in ("sampled", "full"):
             for name, value in result[protocol].items():
                 self._events.add_scalar(f"{split}/{protocol}/{name}", value, step)
-        self.say(report(split, result, best_possible))
+        print(report(split, result, best_possible), flush=True)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Flush and close everything."""

@@ -44,7 +44,8 @@ def sharded_cross_entropy(
     Args:
         hidden: float [m, D]; m may differ between ranks and be 0.
         candidates: float [C, D], rows of the items ``low`` ... ``low + C - 1``; C may be 0.
-        targets: int64 [m] item ids, each in the slice of exactly one rank.
+        targets: int64 [m] item ids, each in the slice of exactly one rank, or in none: the loss
+            of such a position means nothing, its gradient must be zero.
         low: first item of this rank's slice.
 
     Returns:

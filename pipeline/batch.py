@@ -10,10 +10,11 @@ position each, travel as::
 
 The model ties its output layer to the item table by looking candidates up as a second feature of
 the same table. A dense range of candidates never crosses from host to device: ``to(device)``
-appends it there, all of it in row 0::
+appends it there, spread over the rows, because the embedding kernels work row by row. Where there
+are few rows for many candidates, empty rows of items are added to hold them::
 
-    features["candidate"]  values  1 2 3 4 5 6 7 8 9 10      candidate_range (1, 11)
-                           lengths                   10, 0
+    features["candidate"]  values  1 2 3 4 5 | 6 7 8 9 10      candidate_range (1, 11)
+                           lengths         5 |          5
 
 Later variants may put sampled negatives under "candidate" on the host; ``to`` then leaves them.
 Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the train pipelines of
@@ -30,6 +31,8 @@ from torchrec.streamable import Pipelineable
 
 ITEM = "item"
 CANDIDATE = "candidate"
+# FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
+_CANDIDATES_A_ROW = 64
 
 
 def rounded_up(longest: int) -> int:
@@ -63,17 +66,21 @@ class TrainBatch(Pipelineable):
             "candidate" (see the module docstring).
         masked: int64 [M], flat positions in the item values, ascending.
         targets: int64 [M], the item ids at these positions before masking.
-        num_windows: rows that hold a real window; a filler row is not counted.
+        num_windows: rows that hold a real window; filler rows are not counted.
+        num_rows: B, filler rows included. The features may have more rows, all of them empty.
         longest: no row has more items than this; known on the host.
         candidate_range: half-open range of the item ids that this rank scores, or None.
+        left_only: bool [B], rows whose positions see only what came before them; None: no row.
     """
 
     features: KeyedJaggedTensor
     masked: Tensor
     targets: Tensor
     num_windows: int
+    num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
+    left_only: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
@@ -82,8 +89,12 @@ class TrainBatch(Pipelineable):
             masked=self.masked.to(device, non_blocking=non_blocking),
             targets=self.targets.to(device, non_blocking=non_blocking),
             num_windows=self.num_windows,
+            num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
+            left_only=None
+            if self.left_only is None
+            else self.left_only.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -91,6 +102,8 @@ class TrainBatch(Pipelineable):
         self.features.record_stream(stream)
         self.masked.record_stream(stream)
         self.targets.record_stream(stream)
+        if self.left_only is not None:
+            self.left_only.record_stream(stream)
 
     def pin_memory(self) -> "TrainBatch":
         """A copy in page-locked memory, or this very batch where there is no CUDA."""
@@ -101,8 +114,10 @@ class TrainBatch(Pipelineable):
             masked=self.masked.pin_memory(),
             targets=self.targets.pin_memory(),
             num_windows=self.num_windows,
+            num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
+            left_only=None if self.left_only is None else self.left_only.pin_memory(),
         )
 
 
@@ -122,7 +137,7 @@ class EvalBatch(Pipelineable):
             excluded; user after user.
         seen_offsets: int64 [B + 1], row b's seen items are ``seen[seen_offsets[b]:seen_offsets[b
             + 1]]``.
-        longest: as in :class:`TrainBatch`.
+        num_rows, longest: as in :class:`TrainBatch`.
         candidate_range: as in :class:`TrainBatch`.
     """
 
@@ -133,6 +148,7 @@ class EvalBatch(Pipelineable):
     negatives: Tensor
     seen: Tensor
     seen_offsets: Tensor
+    num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
 
@@ -140,7 +156,7 @@ class EvalBatch(Pipelineable):
         """A copy on ``device``, with the candidates appended."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()]
         features = _features_to(self.features, device, non_blocking, self.candidate_range)
-        return EvalBatch(features, *moved, self.longest, self.candidate_range)
+        return EvalBatch(features, *moved, self.num_rows, self.longest, self.candidate_range)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
@@ -153,7 +169,9 @@ class EvalBatch(Pipelineable):
         if not torch.cuda.is_available():
             return self
         pinned = [tensor.pin_memory() for tensor in self._tensors()]
-        return EvalBatch(self.features.pin_memory(), *pinned, self.longest, self.candidate_range)
+        return EvalBatch(
+            self.features.pin_memory(), *pinned, self.num_rows, self.longest, self.candidate_range
+        )
 
     def _tensors(self) -> tuple[Tensor, ...]:
         """All tensors outside of the features, in the order of the fields."""
@@ -175,35 +193,45 @@ def _features_to(
 ) -> KeyedJaggedTensor:
     """The features on ``device``, with the candidates of ``candidate_range`` appended there."""
     moved = features.to(device, non_blocking=non_blocking)
-    keys: list[str] = moved.keys()
-    if candidate_range is None or CANDIDATE in keys:
+    if candidate_range is None or CANDIDATE in moved.keys():  # noqa: SIM118 - not a dict
         return moved
-    values, lengths = moved.values(), moved.lengths()
-    candidates, candidate_lengths = _candidates(
+    return with_candidates(moved, candidate_range)
+
+
+def with_candidates(
+    features: KeyedJaggedTensor, candidate_range: tuple[int, int]
+) -> KeyedJaggedTensor:
+    """The key "item" as it is, and the half-open range of items under the key "candidate"."""
+    values, lengths = features.values(), features.lengths()
+    candidates, candidate_lengths, no_items = _candidates(
         candidate_range, lengths.numel(), lengths.device, _stream_id(lengths.device)
     )
     return KeyedJaggedTensor(
         keys=[ITEM, CANDIDATE],
         values=torch.cat([values, candidates]),
-        lengths=torch.cat([lengths, candidate_lengths]),
-        stride=lengths.numel(),
+        lengths=torch.cat([lengths, no_items, candidate_lengths]),
+        stride=candidate_lengths.numel(),
         length_per_key=[values.numel(), candidates.numel()],
     )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _candidates(
     candidate_range: tuple[int, int], num_rows: int, device: torch.device, stream_id: int
-) -> tuple[Tensor, Tensor]:
-    """Candidate ids int64 [C] and their row lengths int64 [B] = (C, 0, 0, ...), made on ``device``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates int64 [C], made on ``device``, how many stand in each of S >= B rows int64 [S],
+    and the lengths int64 [S - B] (all 0) of the rows added to the items.
 
     ``stream_id`` keeps the cached tensors of one CUDA stream away from another, which would
     otherwise have to wait until they are written.
     """
     low, high = candidate_range
-    lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    lengths[:1] = high - low
-    return torch.arange(low, high, dtype=torch.int64, device=device), lengths
+    count = high - low
+    rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
+    lengths = torch.full((rows,), count // rows, dtype=torch.int64, device=device)
+    lengths[: count % rows] += 1
+    candidates = torch.arange(low, high, dtype=torch.int64, device=device)
+    return candidates, lengths, lengths.new_zeros(rows - num_rows)
 
 
 def _stream_id(device: torch.device) -> int:

@@ -222,6 +222,7 @@ class EvalLoader:
             negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
             seen=_int64(seen % id_bound),
             seen_offsets=_int64(np.searchsorted(seen, np.arange(len(padded) + 1) * id_bound)),
+            num_rows=len(padded),
             longest=rounded_up(int(lengths.max(initial=1))),
             candidate_range=self.candidate_range,
         ).pin_memory()

@@ -1,6 +1,6 @@
 """Training batches: every window, in a new order each epoch, once over all ranks.
 
-    ShuffledSamples -> CutWindows -> MaskItems -> SplitBatches -> Prefetcher
+    ShuffledSamples -> CutWindows -> MaskItems [-> RoundUp] -> SplitBatches -> Prefetcher
     sample numbers     jagged rows   cloze task   TrainBatch      a thread runs ahead
 
 A sample is one of ``dupe_factor`` copies of a window; ``pipeline/samples.py`` says which rank
@@ -29,6 +29,7 @@ from torchdata.nodes import BaseNode, Prefetcher
 from pipeline.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.errors import UserError
 from pipeline.masking import ClozeMask, MaskConfig, MaskItems
+from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
 from pipeline.store import SequenceStore
 from pipeline.windows import CutWindows, WindowConfig, WindowTable
@@ -92,27 +93,38 @@ class SplitBatches(BaseNode[TrainBatch]):
     def _split(self, chunk: Chunk) -> Iterator[tuple[TrainBatch, dict[str, int]]]:
         """The chunk's batches, each with the state after it."""
         value_splits = chunk.offsets[chunk.row_splits]
-        mask_splits = np.searchsorted(chunk.masked, value_splits)
+        mask_splits = chunk.mask_splits
+        if mask_splits is None:
+            mask_splits = np.searchsorted(chunk.masked, value_splits)
         chunk.masked -= np.repeat(value_splits[:-1], np.diff(mask_splits))
         row_lengths = np.diff(chunk.offsets)
         values, lengths, masked, targets = (
             self._tensor(array)
             for array in (chunk.values, row_lengths, chunk.masked, chunk.targets)
         )
-        rows, items, masks = (s.tolist() for s in (chunk.row_splits, value_splits, mask_splits))
+        left_only = chunk.left_only
+        if left_only is not None:
+            left_only = self._tensor(left_only, torch.bool)
+        rows, items, masks, windows = (
+            s.tolist() for s in (chunk.row_splits, value_splits, mask_splits, chunk.step_windows)
+        )
         for step, sample in enumerate(chunk.step_samples):
-            num_windows = rows[step + 1] - rows[step]
             batch = TrainBatch(
                 features=jagged_items(
                     values[items[step] : items[step + 1]], lengths[rows[step] : rows[step + 1]]
                 ),
                 masked=masked[masks[step] : masks[step + 1]],
                 targets=targets[masks[step] : masks[step + 1]],
-                num_windows=num_windows,
+                num_windows=windows[step],
+                num_rows=rows[step + 1] - rows[step],
                 longest=rounded_up(row_lengths[rows[step] : rows[step + 1]].max(initial=1)),
                 candidate_range=self.candidate_range,
+                left_only=None if left_only is None else left_only[rows[step] : rows[step + 1]],
             )
-            yield batch if num_windows else self._filler(), {"epoch": chunk.epoch, "sample": sample}
+            yield (
+                batch if batch.num_rows else self._filler(),
+                {"epoch": chunk.epoch, "sample": sample},
+            )
 
     def _filler(self) -> TrainBatch:
         """What a rank without a share trains on: one mask token, nothing masked, no window."""
@@ -124,13 +136,14 @@ class SplitBatches(BaseNode[TrainBatch]):
             masked=self._tensor(nothing),
             targets=self._tensor(nothing),
             num_windows=0,
+            num_rows=1,
             longest=rounded_up(1),
             candidate_range=self.candidate_range,
         )
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        """As int64, in page-locked memory if asked for: a whole chunk costs one allocation."""
-        tensor = torch.empty(len(array), dtype=torch.int64, pin_memory=self.pin_memory)
+    def _tensor(self, array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """In page-locked memory if asked for: a whole chunk costs one allocation."""
+        tensor = torch.empty(len(array), dtype=dtype, pin_memory=self.pin_memory)
         tensor.numpy()[:] = array
         return tensor
 
@@ -144,6 +157,7 @@ class TrainLoader:
         rank, world_size: this rank's share; every rank must be given the same rest.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         pin_memory: page-locked batches; None means wherever there is CUDA.
+        few_shapes: round sizes up (``pipeline/rounding.py``); None means wherever there is CUDA.
 
     Raises:
         UserError: if there is no window to train on.
@@ -159,6 +173,7 @@ class TrainLoader:
         world_size: int = 1,
         candidate_range: tuple[int, int] | None = None,
         pin_memory: bool | None = None,
+        few_shapes: bool | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:
@@ -177,7 +192,16 @@ class TrainLoader:
         cloze = ClozeMask(mask, store.num_items, config.seed)
         cut = CutWindows(self._samples, store.items, table)
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-        batches = SplitBatches(MaskItems(cut, cloze), cloze.mask_token, candidate_range, pin)
+        chunks: BaseNode[Chunk] = MaskItems(cut, cloze)
+        if torch.cuda.is_available() if few_shapes is None else few_shapes:
+            chunks = RoundUp(
+                chunks,
+                windows.max_len,
+                cloze.mask_token,
+                position_unit=rounding_unit(batch_items),
+                mask_unit=rounding_unit(max(1, round(batch_items * mask.mask_prob))),
+            )
+        batches = SplitBatches(chunks, cloze.mask_token, candidate_range, pin)
         self._prefetcher = Prefetcher(batches, prefetch_factor=config.prefetch_batches)
         self._state = {"epoch": 0, "sample": 0}
 

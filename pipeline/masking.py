@@ -30,6 +30,7 @@ from pipeline.windows import jagged_positions
 MAX_COPIES = 1 << 16
 # Constants that part the draws which come from the same key.
 _MASK_LAST, _FORCED, _ACTION, _RANDOM_ITEM = 0x2545F491, 0x68E31DA4, 0x1B56C4E9, 0x5BD1E995
+_LEFT_CONTEXT = 0x7ED55D16
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class MaskConfig:
     )
     mask_last_share: float = field(
         default=0.0, metadata={"help": "share of rows with only the last item masked"}
+    )
+    left_context_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of rows in which positions see only what came before them, as the "
+            "last one does at evaluation"
+        },
     )
     mask_token_share: float = field(
         default=0.8, metadata={"help": "share of masked positions that become the mask token"}
@@ -61,7 +69,12 @@ class MaskConfig:
             )
         if not 1 <= self.dupe_factor <= MAX_COPIES:
             raise UserError(f"--dupe_factor must be in 1..{MAX_COPIES}, not {self.dupe_factor}")
-        for flag in ("mask_last_share", "mask_token_share", "random_item_share"):
+        for flag in (
+            "mask_last_share",
+            "left_context_share",
+            "mask_token_share",
+            "random_item_share",
+        ):
             if not 0.0 <= getattr(self, flag) <= 1.0:
                 raise UserError(f"--{flag} must be in [0, 1], not {getattr(self, flag)}")
         if self.mask_token_share + self.random_item_share > 1.0 + 1e-9:
@@ -112,6 +125,14 @@ class ClozeMask:
         values[only_last] = self.mask_token
         return masked, targets
 
+    def left_only(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray | None:
+        """Which rows attend to the left alone: bool [B], or None if there never are any."""
+        if not self.config.left_context_share:
+            return None
+        keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
+        draws = mix32(high32(keys) ^ np.uint32(_LEFT_CONTEXT))
+        return below(draws, self.config.left_context_share)
+
     def _choose(
         self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -155,4 +176,5 @@ class MaskItems(ChunkStage[Chunk]):
         chunk.masked, chunk.targets = self.cloze(
             chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
         )
+        chunk.left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
         return chunk

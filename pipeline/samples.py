@@ -40,6 +40,10 @@ class Chunk:
         offsets: int64 [B + 1], where rows begin in the values.
         masked: int64 [M], flat positions masked, ascending.
         targets: int32 [M], the items there.
+        left_only: bool [B], rows that attend to the left alone; None if there never are any.
+        mask_splits: int64 [S + 1]; step s has masked[mask_splits[s]:mask_splits[s + 1]]. Set by
+            a stage that adds entries out of order; else the steps' positions tell.
+        step_windows: int64 [S], rows of each step that are windows, set when rows are chosen.
     """
 
     epoch: int
@@ -51,6 +55,11 @@ class Chunk:
     offsets: np.ndarray | None = None
     masked: np.ndarray | None = None
     targets: np.ndarray | None = None
+    mask_splits: np.ndarray | None = None
+    left_only: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.step_windows = np.diff(self.row_splits)
 
 
 class ShuffledSamples(BaseNode[Chunk]):

@@ -15,6 +15,7 @@ def train_batch(candidate_range: tuple[int, int] | None) -> TrainBatch:
         masked=torch.tensor([1, 4]),
         targets=torch.tensor([3, 2]),
         num_windows=2,
+        num_rows=2,
         longest=8,
         candidate_range=candidate_range,
     )
@@ -29,18 +30,19 @@ def eval_batch() -> EvalBatch:
         negatives=torch.tensor([[4, 2], [0, 0]]),
         seen=torch.tensor([7]),
         seen_offsets=torch.tensor([0, 1, 1]),
+        num_rows=2,
         longest=8,
         candidate_range=(1, 11),
     )
 
 
-def test_to_appends_the_candidates_in_row_0() -> None:
+def test_to_appends_the_candidates_spread_over_the_rows() -> None:
     features = train_batch((1, 11)).to(CPU).features
     assert features.keys() == ["item", "candidate"]
     assert features["item"].values().tolist() == [7, 11, 9, 4, 11]
     assert features["item"].lengths().tolist() == [3, 2]
     assert features["candidate"].values().tolist() == list(range(1, 11))
-    assert features["candidate"].lengths().tolist() == [10, 0]
+    assert features["candidate"].lengths().tolist() == [5, 5]
     assert features.stride() == 2
 
 
@@ -78,7 +80,7 @@ def test_lengths_per_key_are_known_without_asking_the_device() -> None:
 def test_an_eval_batch_keeps_every_field() -> None:
     moved = eval_batch().to(CPU)
     assert moved.features["item"].lengths().tolist() == [2, 1]
-    assert moved.features["candidate"].lengths().tolist() == [10, 0]
+    assert moved.features["candidate"].lengths().tolist() == [5, 5]
     for name in ("masked", "targets", "users", "negatives", "seen", "seen_offsets"):
         assert torch.equal(getattr(moved, name), getattr(eval_batch(), name)), name
 
@@ -118,3 +120,10 @@ def test_pinned_then_copied_on_a_side_stream(batch: TrainBatch | EvalBatch) -> N
     moved.record_stream(torch.cuda.current_stream())
     assert moved.features.values().tolist() == batch.to(CPU).features.values().tolist()
     assert moved.targets.tolist() == batch.targets.tolist()
+
+
+def test_many_candidates_get_rows_of_their_own_behind_those_of_the_items() -> None:
+    features = train_batch((1, 201)).to(CPU).features
+    assert features["item"].lengths().tolist() == [3, 2, 0, 0]
+    assert features["candidate"].lengths().tolist() == [50, 50, 50, 50]
+    assert features["candidate"].values().tolist() == list(range(1, 201))

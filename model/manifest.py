@@ -1,0 +1,119 @@
+"""Manifests: how a checkpoint proves that it is whole.
+
+    step-00001200/
+        .metadata  __0_0.distcp  __1_0.distcp     written by torch.distributed.checkpoint
+        manifest.json                             names, sizes and checksums of those, and of itself
+
+    {"format": 1, "position": {"step": 1200, "epoch": 3, "sample": 51200, ...},
+     "recorded": {"flags": {...}, "versions": {...}}, "world_size": 2,
+     "files": {"__0_0.distcp": {"size": 122987, "crc32": 2893481}, ...}, "crc32": 713705}
+
+CRC-32 finds every flipped byte and every cut, at the speed of the disk. It is against faulty
+storage, not against forgery.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+_BLOCK = 1 << 20
+
+
+class DamagedError(Exception):
+    """A checkpoint's files are not those that its manifest names; says which and how."""
+
+
+def describe_files(folder: Path, pattern: str) -> dict[str, dict[str, int]]:
+    """Size and checksum of each file of ``folder`` that matches a glob pattern."""
+    return {path.name: _describe(path) for path in sorted(folder.glob(pattern))}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a folder that has everything else."""
+    content = {"format": FORMAT, **content}
+    write_json(folder / NAME, {**content, "crc32": _checksum(content)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without looking at the other files.
+
+    Raises:
+        DamagedError: it is missing or altered.
+        UserError: a newer version of this program wrote it.
+    """
+    try:
+        content = json.loads((folder / NAME).read_text())
+        checksum = content.pop("crc32")
+        version = content["format"]
+    except OSError as error:
+        raise DamagedError(f"{NAME} is missing ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{NAME} is not whole") from error
+    if checksum != _checksum(content):
+        raise DamagedError(f"{NAME} was altered")
+    if version != FORMAT:
+        raise UserError(
+            f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
+            "wrote it"
+        )
+    return content
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint; returns its manifest.
+
+    Raises:
+        DamagedError: a file is missing, cut or altered.
+        UserError: a newer version of this program wrote it.
+    """
+    content = read_manifest(folder)
+    for name, expected in content["files"].items():
+        try:
+            found = _describe(folder / name)
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
+        if found["size"] != expected["size"]:
+            raise DamagedError(f"{name} has {found['size']} bytes instead of {expected['size']}")
+        if found != expected:
+            raise DamagedError(f"{name} was altered: its checksum differs")
+    return content
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, sync, rename: the file is the old one or the new one, never a half."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, int]:
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"size": size, "crc32": checksum}
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    # Through JSON once more: a float or a key must count as it will be read back.
+    plain = json.loads(json.dumps(content))
+    return zlib.crc32(json.dumps(plain, sort_keys=True).encode())

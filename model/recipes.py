@@ -1,0 +1,91 @@
+"""Flags that were found best for each data set, as plain data.
+
+    python train.py --dataset_name ml-1m                      takes the recipe "ml-1m" by itself
+    python train.py --dataset_name mine --dataset_path x.csv --recipe ml-1m
+    python train.py --dataset_name ml-1m --recipe none        the general defaults
+    python train.py --dataset_name ml-1m --num_epochs 20      flags given override the recipe
+
+They were chosen on validation only; ``benchmarks/ABLATIONS.md`` tells what was tried.
+``ml-20m`` was not measured: it is the ML-1M recipe with less dropout, since an encoder of this
+size underfits twenty times the data.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import UserError
+
+_ML_1M: dict[str, Any] = {
+    "max_len": 200,
+    "emb_dim": 256,
+    "nhead": 4,
+    "num_layers": 2,
+    "positions": "rotary",
+    "dropout": 0.2,
+    "attention_dropout": 0.2,
+    "mask_prob": 0.3,
+    "left_context_share": 0.5,
+    "train_batch_size": 256,
+    "lr": 1e-3,
+    "num_epochs": 100,
+    "eval_every": 10,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "synthetic": {
+        "max_len": 40,
+        "emb_dim": 64,
+        "nhead": 2,
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "mask_prob": 0.2,
+        "train_batch_size": 64,
+        "lr": 3e-3,
+        "num_epochs": 20,
+        "eval_every": 4,
+    },
+    "ml-100k": _ML_1M
+    | {
+        "max_len": 100,
+        "emb_dim": 128,
+        "dropout": 0.3,
+        "train_batch_size": 128,
+        "num_epochs": 120,
+    },
+    "ml-1m": _ML_1M,
+    "ml-20m": _ML_1M | {"dropout": 0.1, "attention_dropout": 0.1, "num_epochs": 60},
+    "beauty": _ML_1M
+    | {
+        "max_len": 50,
+        "dropout": 0.4,
+        "mask_prob": 0.4,
+        "train_batch_size": 512,
+        "num_epochs": 40,
+        "eval_every": 5,
+    },
+}
+CHOICES = ("auto", "none", *RECIPES)
+
+
+def with_recipe(given: Mapping[str, Any], default_dataset: str) -> dict[str, Any]:
+    """The flags given on a command line on top of their recipe's.
+
+    Args:
+        given: flags by name; ``recipe`` names one, "auto" (or nothing) means the one called like
+            the data set, if there is one.
+        default_dataset: the data set where ``dataset_name`` is not given.
+
+    Returns:
+        All flags that differ from the defaults; ``recipe`` says what was taken.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    name = given.get("recipe", "auto")
+    if name == "auto":
+        own_file = "dataset_path" in given and "dataset_name" not in given
+        dataset = given.get("dataset_name", default_dataset)
+        name = dataset if dataset in RECIPES and not own_file else "none"
+    if name not in CHOICES:
+        raise UserError(f"--recipe must be one of {', '.join(CHOICES)}, not {name!r}")
+    return {**RECIPES.get(name, {}), **given, "recipe": name}

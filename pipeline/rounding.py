@@ -1,0 +1,93 @@
+"""Few batch shapes: positions and masked positions rounded up, where the device gains by it.
+
+Matrix libraries choose a kernel anew, and allocators a block, for every new shape; histories have
+different lengths, so without this every step has a new one. Each step gets filler rows of mask
+tokens with nothing to predict, and masked positions with target 0, the padding item, which counts
+for nothing. Three rows, ``max_len`` 4, rounded up to 16 positions and 4 masked positions::
+
+    values    7 11  9 | 4 11 | 5 6 11 2         7 11 9 | 4 11 | 5 6 11 2 | 11 11 11 11 | 11 11 11
+    masked       1        4        7      ->    1 4 7 0
+    targets      3        2        8            3 2 8 0
+"""
+
+import numpy as np
+from torchdata.nodes import BaseNode
+
+from pipeline.samples import Chunk, ChunkStage
+from pipeline.windows import jagged_positions
+
+
+def rounding_unit(largest: int) -> int:
+    """A sixteenth of the next power of two, at least 8: few shapes, little waste."""
+    return max(8, (1 << (largest - 1).bit_length()) // 16)
+
+
+class RoundUp(ChunkStage[Chunk]):
+    """Fill each step of the chunk up to the next multiple of the units.
+
+    Args:
+        source: masked chunks.
+        max_len: items of a filler row, at most.
+        mask_token: what filler rows are made of.
+        position_unit, mask_unit: positions and masked positions of a step become multiples.
+    """
+
+    def __init__(
+        self,
+        source: BaseNode[Chunk],
+        max_len: int,
+        mask_token: int,
+        position_unit: int,
+        mask_unit: int,
+    ) -> None:
+        super().__init__(source)
+        self.max_len, self.mask_token = max_len, mask_token
+        self.position_unit, self.mask_unit = position_unit, mask_unit
+
+    def apply(self, chunk: Chunk) -> Chunk:
+        rows = np.diff(chunk.row_splits)
+        value_splits = chunk.offsets[chunk.row_splits]
+        mask_splits = np.searchsorted(chunk.masked, value_splits)
+        positions, masks = np.diff(value_splits), np.diff(mask_splits)
+
+        new_positions = _rounded(np.maximum(positions, 1), self.position_unit)
+        missing = new_positions - positions
+        fillers = -(-missing // self.max_len)
+        new_rows = rows + fillers
+        new_value_splits, new_row_splits = _splits(new_positions), _splits(new_rows)
+        if chunk.left_only is not None:
+            left_only = np.zeros(new_row_splits[-1], dtype=bool)
+            left_only[_heads(new_row_splits, rows)] = chunk.left_only
+            chunk.left_only = left_only
+        lengths = np.full(new_row_splits[-1], self.max_len)
+        lengths[_heads(new_row_splits, rows)] = np.diff(chunk.offsets)
+        last = new_row_splits[1:][fillers > 0] - 1
+        lengths[last] = (missing - (fillers - 1) * self.max_len)[fillers > 0]
+        values = np.full(new_value_splits[-1], self.mask_token, dtype=chunk.values.dtype)
+        values[_heads(new_value_splits, positions)] = chunk.values
+
+        new_masks = _rounded(masks, self.mask_unit)
+        new_mask_splits = _splits(new_masks)
+        masked = np.repeat(new_value_splits[:-1], new_masks)  # a step's first position, target 0
+        targets = np.zeros(new_mask_splits[-1], dtype=chunk.targets.dtype)
+        heads = _heads(new_mask_splits, masks)
+        masked[heads] = chunk.masked + np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
+        targets[heads] = chunk.targets
+
+        chunk.values, chunk.offsets, chunk.row_splits = values, _splits(lengths), new_row_splits
+        chunk.masked, chunk.targets, chunk.mask_splits = masked, targets, new_mask_splits
+        return chunk
+
+
+def _rounded(counts: np.ndarray, unit: int) -> np.ndarray:
+    return -(-counts // unit) * unit
+
+
+def _splits(counts: np.ndarray) -> np.ndarray:
+    """int64 [S + 1]: where each of S parts begins."""
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _heads(splits: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Positions of the first ``counts[s]`` entries of every part s."""
+    return jagged_positions(splits[:-1], splits[:-1] + counts)

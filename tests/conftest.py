@@ -1,0 +1,117 @@
+"""What several test files share: one rank in this process, the two scripts, and worker processes.
+
+All ranks of the tests are on CPU, also on a host with GPUs.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.ranks import Ranks, run_script, start
+
+ROOT = Path(__file__).parent.parent
+
+# A training run of about a second: 60 users, 80 items, 4 steps an epoch on one rank.
+TINY = (
+    "--synthetic_user_count=60",
+    "--synthetic_item_count=80",
+    "--max_len=16",
+    "--emb_dim=16",
+    "--num_layers=1",
+    "--train_batch_size=32",
+    "--num_epochs=2",
+    "--log_every=1",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+RunMain = Callable[..., Outcome]
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of this process go to the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def one_rank(no_cuda: None) -> Iterator[Ranks]:
+    """This process as the only rank of a process group."""
+    yield start()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run_main(
+    no_cuda: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> RunMain:
+    """Run train.py or eval.py in this process: ``run_main("train", "--lr=1")``."""
+
+    def exits(code: int) -> None:
+        raise SystemExit(code)
+
+    def run(script: str, *arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+            patch.setattr(os, "_exit", exits)
+            try:
+                run_script(importlib.import_module(script).main)
+            except SystemExit as end:
+                code = end.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests keep prepared data."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process of its own: no GPU, no test runner's settings."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **more}
+
+
+def run_process(*command: str | Path, cwd: Path = ROOT, timeout: float = 120) -> Outcome:
+    """Run a command to its end; its whole process group is killed when it takes too long."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, 9)
+        raise
+    return Outcome(process.returncode, out, err)
+
+
+def torchrun(num_ranks: int, *command: str | Path, **more: object) -> Outcome:
+    """``torchrun --standalone --nproc_per_node N ...``."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
+    return run_process(*launch, *command, **more)

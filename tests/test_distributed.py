@@ -1,0 +1,140 @@
+"""Sharded, replicated, pipelined, on one rank or two: always the same training and evaluation.
+
+The worker (tests/workers/sharded.py) runs here on one rank and under torchrun on two; these tests
+compare what both found. Tolerances are for the same float32 sums in another order, over 21 steps.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.ranks import start
+from tests.conftest import torchrun
+from tests.workers import sharded
+from tests.workers.sharded import EPOCHS, WAYS, Run
+
+LOSS, WEIGHT = 1e-5, 2e-5
+
+Answers = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[Answers]:
+    """The worker's answers on one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        found = sharded.answers(start())
+        dist.destroy_process_group()
+        yield found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """The worker's answers on two ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    outcome = torchrun(2, "tests/workers/sharded.py", folder)
+    assert outcome.code == 0, outcome.err
+    with pytest.MonkeyPatch.context() as patch:
+        # The file names its classes as the script's own.
+        patch.setattr(sys.modules["__main__"], "Run", Run, raising=False)
+        return torch.load(folder / "2.pt", weights_only=False)
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found.losses == pytest.approx(expected.losses, abs=LOSS)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, atol=WEIGHT, rtol=0, msg=name)
+
+
+def test_the_reference_learns(one: Answers) -> None:
+    losses = one["unsharded"]["tied"].losses
+    assert len(losses) == 3 * EPOCHS
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.6
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_rank_is_the_unsharded_reference(one: Answers, way: str) -> None:
+    assert_same(one["every_way"][way], one["unsharded"]["tied"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_are_the_unsharded_reference(one: Answers, two: Answers, way: str) -> None:
+    assert_same(two["every_way"][way], one["unsharded"]["tied"])
+
+
+@pytest.mark.parametrize("way", ["row_wise", "ddp"])
+def test_the_untied_head_too(one: Answers, two: Answers, way: str) -> None:
+    for answers in (one, two):
+        assert_same(answers["every_way"][f"{way}, linear"], one["unsharded"]["linear"])
+    different = (
+        one["unsharded"]["linear"].weights["table"] - one["unsharded"]["tied"].weights["table"]
+    )
+    assert different.abs().max() > 100 * WEIGHT
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_sharded_tables_really_are_pipelined(one: Answers, two: Answers, way: str) -> None:
+    for answers in (one, two):
+        assert answers["every_way"][way].pipelined == (0 if way == "ddp" else 1)
+
+
+@pytest.mark.parametrize("way", ["row_wise", "ddp"])
+def test_the_pipeline_is_the_plain_loop(one: Answers, two: Answers, way: str) -> None:
+    for answers in (one, two):
+        runs = answers["every_way"]
+        assert runs[way].losses == runs[f"{way}, plain loop"].losses
+        for name, weight in runs[way].weights.items():
+            assert torch.equal(runs[f"{way}, plain loop"].weights[name], weight), name
+
+
+@pytest.mark.parametrize("way", ["row_wise", "ddp"])
+def test_own_optimizers_give_the_same_losses_on_one_rank_and_two(
+    one: Answers, two: Answers, way: str
+) -> None:
+    # Adam and Adagrad divide by what may be tiny, which makes roundings larger: ten times the
+    # tolerance. Weights are not compared: the attention's key bias has no gradient but roundings.
+    alone = one["own_optimizers"][way].losses
+    assert two["own_optimizers"][way].losses == pytest.approx(alone, abs=10 * LOSS)
+    assert sum(alone[-3:]) < sum(alone[:3]) - 0.3
+
+
+@pytest.mark.parametrize("way", ["row_wise", "ddp"])
+def test_a_learning_rate_of_0_changes_nothing_at_all(one: Answers, two: Answers, way: str) -> None:
+    for answers in (one, two):
+        runs = answers["at_factor"][way]
+        for name, weight in runs["untouched"].items():
+            assert torch.equal(runs[0.0].weights[name], weight), name
+            assert not torch.equal(runs[1.0].weights[name], weight), name
+
+
+def test_the_schedule_reaches_the_fused_tables(one: Answers, two: Answers) -> None:
+    for answers in (one, two):
+        runs = answers["at_factor"]["row_wise"]
+        start, half, whole = (
+            runs["untouched"]["table"],
+            *(runs[factor].weights["table"] for factor in (0.5, 1.0)),
+        )
+        assert (whole - start).abs().max() > 1e-3
+        torch.testing.assert_close(2 * (half - start), whole - start, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_does_not_depend_on_ranks_or_sharding(
+    one: Answers, two: Answers, way: str
+) -> None:
+    expected = one["evaluation"]["ddp"]
+    assert expected["users"] == 13
+    assert 0 < expected["full"]["MRR"] < 1
+    assert expected["popularity"]["full"] != expected["full"]
+    for answers in (one, two):
+        found = answers["evaluation"][way]
+        assert found["users"] == 13
+        for protocol in ("sampled", "full"):
+            assert found[protocol] == pytest.approx(expected[protocol])
+            popularity = expected["popularity"][protocol]
+            assert found["popularity"][protocol] == pytest.approx(popularity)

@@ -1,0 +1,280 @@
+"""A user's mistakes at the command line: exit code 2, one line that says what to do, no leftovers.
+
+Most run `main()` in this process; that every rank of a real start ends alike is seen at the end.
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, TINY, Outcome, RunMain, run_process, torchrun
+
+# 4 users of 3 items, 1 of 2.
+RATINGS = "user,item,rating,time\n" + "".join(
+    f"{user},{item},{rating},{when}\n"
+    for when, (user, item, rating) in enumerate(
+        [(u, i, 4) for u in range(4) for i in range(u, u + 3)] + [(9, 1, 1), (9, 2, 1)]
+    )
+)
+
+
+@pytest.fixture
+def ratings(tmp_path: Path) -> Path:
+    path = tmp_path / "ratings.csv"
+    path.write_text(RATINGS)
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "mine"
+
+
+def assert_one_line(outcome: Outcome, script: str, message: str) -> None:
+    """Exit code 2, and all that is on stderr is one line that begins so."""
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith(f"{script}.py: ")
+    assert message in lines[0]
+
+
+def assert_refused(
+    run_main: RunMain, run_dir: Path, cache_dir: Path, arguments: list[str | Path], message: str
+) -> None:
+    """train.py refuses, and leaves neither a run folder nor anything in an empty cache folder."""
+    outcome = run_main(
+        "train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", *arguments
+    )
+    assert_one_line(outcome, "train", message)
+    assert not run_dir.exists()
+    assert not [
+        path for path in cache_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nhead=3"], "--nhead 3 does not divide --emb_dim 16"),
+        (["--emb_dim=10"], "--emb_dim must be a multiple of 4, not 10"),
+        (["--mask_prob=1.5"], "--mask_prob must be in (0, 1), not 1.5"),
+        (["--lr=-1"], "--lr must not be negative: -1.0"),
+        (["--lr=fast"], "--lr: invalid float value: 'fast'"),
+        (["--mode=fsdp"], "--mode: invalid choice: 'fsdp' (choose from"),
+        (["--num_epoch=3"], "unknown argument --num_epoch=3: did you mean --num_epochs?"),
+        (["--dataset_name=ml-2m"], "--dataset_name 'ml-2m' is none of synthetic, random"),
+        (["--resume=auto", "--run_dir="], "--resume auto needs --run_dir"),
+        (["--train_batch_size=0"], "--train_batch_size must be at least 1, not 0"),
+    ],
+)
+def test_bad_flags(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert_refused(run_main, run_dir, tmp_path / "cache", arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--columns=user,movie"], "ratings.csv"),
+        (["--separator=tab"], "ratings.csv"),
+        (["--min_rating=4.5"], "--min_rating 4.5 drops all of the 14 ratings of ratings: lower it"),
+        (["--min_item_count=9"], "--min_item_count 9 drops all of the 14 ratings"),
+        (["--min_user_count=4"], "--min_user_count 4 drops all of the 14 ratings"),
+        (["--min_item_count=4"], "no user of ratings has 3 items"),
+    ],
+)
+def test_bad_data(
+    run_main: RunMain,
+    run_dir: Path,
+    tmp_path: Path,
+    ratings: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    flags = [f"--dataset_path={ratings}", "--min_user_count=0", *arguments]
+    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
+
+
+@pytest.mark.parametrize("flag", ["--precision=bf16", "--embedding_optimizer=adam"])
+def test_what_the_cpu_cannot_do(
+    run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str
+) -> None:
+    outcome = run_main("train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag)
+    assert_one_line(outcome, "train", f"{flag.replace('=', ' ')} needs CUDA")
+    assert not run_dir.exists()
+
+
+def test_a_line_that_makes_no_sense_is_named(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, ratings: Path
+) -> None:
+    ratings.write_text(RATINGS.replace("1,2,4,", "1,2,four,"))
+    flags = [f"--dataset_path={ratings}"]
+    message = f"{ratings}:6: the rating 'four' is not a number"
+    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
+
+
+def test_an_unknown_column_lists_those_there_are(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, ratings: Path
+) -> None:
+    flags = [f"--dataset_path={ratings}", "--columns=user,movie"]
+    outcome = run_main("train", *flags, f"--run_dir={run_dir}", f"--cache_dir={tmp_path / 'c'}")
+    for word in ("movie", "user", "item", "rating", "time", str(ratings)):
+        assert word in outcome.err
+
+
+def test_no_such_file(run_main: RunMain, run_dir: Path, tmp_path: Path) -> None:
+    flags = [f"--dataset_path={tmp_path / 'none.csv'}"]
+    message = f"no such file: {tmp_path / 'none.csv'}; see --dataset_path"
+    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
+
+
+def test_a_run_folder_that_cannot_be_written(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        outcome = run_main("train", *TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
+        assert_one_line(outcome, "train", f"--run_dir {run_dir} cannot be written: ")
+
+
+def test_a_cache_that_cannot_be_written(run_main: RunMain, tmp_path: Path, run_dir: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache_dir = tmp_path / "file" / "cache"
+    outcome = run_main("train", *TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
+    assert_one_line(outcome, "train", str(cache_dir))
+    assert not run_dir.exists()
+
+
+def test_a_run_folder_in_use(
+    run_main: RunMain, tmp_path: Path, run_dir: Path, cache_dir: Path
+) -> None:
+    run_dir.mkdir(parents=True)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = run_main("train", *TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
+    assert_one_line(outcome, "train", f"--run_dir {run_dir} is in use by another run")
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """The folder of a finished run, made by a real process; do not change it."""
+    path = tmp_path_factory.mktemp("errors") / "run"
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={path}"]
+    outcome = run_process(ROOT / "train.py", *flags)
+    assert outcome.code == 0, outcome.err
+    return path
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that folder to do harm to."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+def test_a_folder_that_holds_a_run_already(
+    run_main: RunMain, trained: Path, cache_dir: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.name != ".lock"}
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={trained}"]
+    assert_one_line(run_main("train", *flags), "train", f"--run_dir {trained} already holds a run")
+    for changed, message in (
+        ("--emb_dim=32", f"{trained} was trained with --emb_dim 16, not 32"),
+        ("--seed=5", f"{trained} was trained with --seed 0, not 5"),
+        ("--data_seed=5", f"{trained} was trained with --data_seed 0, not 5"),
+    ):
+        outcome = run_main("train", *flags, "--resume=auto", changed)
+        assert_one_line(outcome, "train", message)
+    after = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.name != ".lock"}
+    assert after == before
+
+
+def edit_config(folder: Path, **flags: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["flags"] |= flags
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("script", ["train", "eval"])
+def test_a_checkpoint_of_another_shape(
+    run_main: RunMain, copied: Path, cache_dir: Path, script: str
+) -> None:
+    edit_config(copied, emb_dim=32)
+    arguments = ["--checkpoint", copied]
+    if script == "train":
+        arguments = [*TINY, "--emb_dim=32", f"--run_dir={copied}", "--resume=auto"]
+    outcome = run_main(script, *arguments, f"--cache_dir={cache_dir}")
+    assert_one_line(outcome, script, "does not fit this model")
+
+
+def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> None:
+    flags = ["--checkpoint", copied, f"--cache_dir={copied / 'cache'}"]
+    edit_config(copied, min_user_count=0)
+    outcome = run_main("eval", *flags, f"--dataset_path={ratings}")
+    assert_one_line(outcome, "eval", f"{copied} was trained on 80 items that are not the 6 of this")
+    # As many items, but others: 20 users of 4 items each.
+    lines = [f"{item // 4},x{item},{item}\n" for item in range(80)]
+    ratings.write_text("".join(["user,item,time\n", *lines]))
+    outcome = run_main("eval", *flags, f"--dataset_path={ratings}")
+    assert_one_line(outcome, "eval", "not the 80 of this data: give the ratings of training")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--checkpoint is needed"),
+        (["--checkpoint=nowhere"], "nowhere is no run folder: config.json cannot be read"),
+        (["--checkpoint=nowhere", "--split=train"], "--split: invalid choice: 'train'"),
+        (["--checkpoint=nowhere", "--batch_size=0"], "--batch_size must be at least 1, not 0"),
+    ],
+)
+def test_bad_flags_of_eval(run_main: RunMain, arguments: list[str], message: str) -> None:
+    assert_one_line(run_main("eval", *arguments), "eval", message)
+
+
+def test_eval_of_a_run_without_checkpoint(run_main: RunMain, copied: Path, cache_dir: Path) -> None:
+    shutil.rmtree(copied / "checkpoints")
+    outcome = run_main("eval", "--checkpoint", copied, f"--cache_dir={cache_dir}")
+    assert_one_line(outcome, "eval", f"{copied} has no checkpoint yet")
+
+
+def test_eval_says_when_its_result_cannot_be_written(
+    run_main: RunMain, copied: Path, cache_dir: Path
+) -> None:
+    (copied / "eval_validation.json.part").mkdir()
+    flags = ["--checkpoint", copied, f"--cache_dir={cache_dir}", "--split=validation"]
+    outcome = run_main("eval", *flags)
+    assert_one_line(outcome, "eval", f"{copied / 'eval_validation.json'} cannot be written")
+    assert "validation, 60 users" in outcome.out  # the figures are not lost
+
+
+def test_a_real_process_says_it_in_one_line() -> None:
+    outcome = run_process(ROOT / "train.py", "--nhead=3")
+    assert_one_line(outcome, "train", "--nhead 3 does not divide --emb_dim 64")
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; see --dataset_path"),
+        ("eval", ["--chekpoint", "x"], "unknown argument --chekpoint: did you mean --checkpoint?"),
+    ],
+)
+def test_all_ranks_end_and_one_of_them_speaks(
+    tmp_path: Path, script: str, arguments: list[str], message: str
+) -> None:
+    outcome = torchrun(2, ROOT / f"{script}.py", *arguments, cwd=tmp_path, timeout=60)
+    assert outcome.code == 1  # torchrun's own
+    ours = [line for line in outcome.err.splitlines() if line.startswith(f"{script}.py: ")]
+    assert ours == [f"{script}.py: {message}"]
+    # The only traceback is torchrun's, which says that a rank failed with exit code 2.
+    assert outcome.err.count("Traceback (most recent call last)") == 1
+    assert "ChildFailedError" in outcome.err and "exitcode  : 2" in outcome.err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,180 @@
+"""Both protocols by hand, ties, NaN, seen items, popularity; independence of how it is computed."""
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.encoder import EncoderConfig
+from model.evaluation import Result, _Questions, evaluate, report, target_ranks, write_result
+from model.head import CatalogSlice, HeadConfig
+from model.metrics import METRICS
+from pipeline.errors import UserError
+from pipeline.holdout import EvalLoader
+from pipeline.store import SequenceStore
+
+# Leave-one-out: training parts 1 2 3, 2 and 4 2; test targets 5, 3 and 2 (which user 2 had before).
+HISTORIES = [[1, 2, 3, 4, 5], [2, 6, 3], [4, 2, 6, 2]]
+SCORES = [0.6, 0.5, 0.5, 0.4, 0.3, 0.2]  # of items 1..6, for every user
+
+
+def store_of(histories: list[list[int]], num_items: int) -> SequenceStore:
+    offsets = np.cumsum([0, *map(len, histories)])
+    return SequenceStore.from_arrays(np.concatenate(histories), offsets, num_items)
+
+
+class SameForAll(nn.Module):
+    """An encoder that answers (1, 0, 0, 0) to everybody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(torch.eye(4)[0])
+
+    def forward(self, items: object, offsets: object, masked: torch.Tensor, *_: object) -> object:
+        return self.answer.expand(len(masked), -1)
+
+
+def model_with(scores: list[float]) -> BERT4Rec:
+    """A model that gives items 1..V these scores."""
+    config = ModelConfig(len(scores), 8, EncoderConfig(emb_dim=4), HeadConfig(logit_temperature=0))
+    model = BERT4Rec(config, CatalogSlice(1, len(scores) + 1, shared=False))
+    model.encoder = SameForAll()
+    with torch.no_grad():
+        table = model.embeddings.embeddings["item"].weight.zero_()
+        table[1:-1, 0] = torch.tensor(scores)
+        table[[0, -1], 0] = 99.0  # padding and mask: must never be ranked
+    return model
+
+
+def evaluated(scores: list[float], split: str = "test") -> Result:
+    store = store_of(HISTORIES, 6)
+    batches = EvalLoader(store, split, 8, 2, candidate_range=(1, 1))
+    return evaluate(model_with(scores), batches, torch.from_numpy(store.train_item_counts()))
+
+
+def of_ranks(*ranks: int) -> dict[str, float]:
+    """Metrics of a few small ranks, again and by another formula."""
+    found = {f"HR@{k}": np.mean([r <= k for r in ranks]) for k in (1, 5, 10, 20)}
+    for k in (5, 10, 20):
+        found[f"NDCG@{k}"] = np.mean([math.log(2) / math.log(r + 1) * (r <= k) for r in ranks])
+    return found | {"MRR": np.mean([1 / r for r in ranks])}
+
+
+def test_test_split_by_hand() -> None:
+    result = evaluated(SCORES)
+    assert result["users"] == 3
+    # User 0: 5 against 6 alone. User 1: 3 against 1 (ahead), 4, 5; 2 and 6 are seen.
+    # User 2: 2, though it is in the history, against 1 (ahead), 3 (a tie), 5.
+    assert result["full"] == pytest.approx(of_ranks(1, 2, 3))
+    # Unseen items that occur in training: none; 1, 4; 1, 3.
+    assert result["sampled"] == pytest.approx(of_ranks(1, 2, 3))
+
+
+def test_popularity_by_hand() -> None:
+    # Training counts 1 3 1 1 0 0. User 0: 5 ties with 6. User 1: 3 ties with 1 and 4. User 2: 2.
+    result = evaluated(SCORES)["popularity"]
+    assert result["full"] == pytest.approx(of_ranks(2, 3, 1))
+    assert result["sampled"] == pytest.approx(of_ranks(1, 3, 1))
+
+
+def test_validation_split_by_hand() -> None:
+    # Targets 4, 6, 6. User 0: 5 and 6 behind 4. User 1: 6 behind 1 3 4 5. User 2: behind 1 3 5.
+    result = evaluated(SCORES, "validation")
+    assert result["full"] == pytest.approx(of_ranks(1, 5, 4))
+
+
+def test_equal_scores_are_never_a_win() -> None:
+    # User 0: 5 = 6. User 1: 3 = 1 4 5. User 2: 2 = 1 3 5.
+    assert evaluated([0.5] * 6)["full"] == pytest.approx(of_ranks(2, 4, 4))
+
+
+def test_nan_never_wins() -> None:
+    # Item 1 is NaN: it is ahead of the targets of users 1 and 2, and that of user 0 stays first.
+    assert evaluated([math.nan, *SCORES[1:]])["full"] == pytest.approx(of_ranks(1, 2, 3))
+    # All are NaN: every target is last.
+    assert evaluated([math.nan] * 6)["full"] == pytest.approx(of_ranks(2, 4, 4))
+    assert evaluated([math.nan] * 6)["sampled"] == pytest.approx(of_ranks(1, 3, 3))
+    # The target alone is NaN: last, and infinite scores are in order.
+    assert evaluated([*SCORES[:4], math.nan, math.inf])["full"] == pytest.approx(of_ranks(2, 3, 4))
+    assert evaluated([-math.inf] * 4 + [math.inf, -math.inf])["full"]["HR@1"] == 1 / 3
+
+
+def test_popularity_may_be_left_out() -> None:
+    batches = EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1))
+    assert evaluate(model_with(SCORES), batches).keys() == {"users", "sampled", "full"}
+
+
+def test_the_model_stays_in_the_mode_it_was_in() -> None:
+    batches = list(EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1)))
+    model = model_with(SCORES)
+    for training in (True, False):
+        evaluate(model.train(training), batches)
+        assert model.training == training
+
+
+def test_random_scores_hit_10_of_101() -> None:
+    users, draws = 20_000, torch.Generator().manual_seed(3)
+    negatives = torch.arange(2, 102).repeat(users, 1)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    ones = torch.ones(users, dtype=torch.int64)
+    asked = _Questions(torch.zeros(users, 0), ones, negatives, nothing, nothing, ones > 0)
+    scores = torch.rand(users, 101, generator=draws)
+    for ranks in target_ranks(asked, scores, CatalogSlice(1, 102, shared=False)):
+        for cutoff in (1, 10, 20):
+            share = cutoff / 101
+            deviation = math.sqrt(share * (1 - share) / users)
+            assert abs((ranks <= cutoff).double().mean() - share) < 4 * deviation
+        assert ranks.max() == 101
+
+
+def test_batch_size_and_block_size_change_nothing() -> None:
+    generator = np.random.default_rng(1)
+    histories = [generator.integers(1, 61, size=generator.integers(3, 20)) for _ in range(23)]
+    store = store_of(histories, 60)
+    popularity = torch.from_numpy(store.train_item_counts())
+    config = ModelConfig(60, 8, EncoderConfig(emb_dim=8), HeadConfig())
+    model = BERT4Rec(config, CatalogSlice(1, 61, shared=False))
+    nn.init.normal_(model.embeddings.embeddings["item"].weight)
+    results = [
+        evaluate(
+            model,
+            EvalLoader(store, "test", 8, batch_size, candidate_range=(1, 1)),
+            popularity,
+            max_scores,
+        )
+        for batch_size, max_scores in product((1, 5, 23, 100), (1, 4 * 60, 1 << 26))
+    ]
+    assert results[0]["users"] == 23
+    assert 0 < results[0]["full"]["MRR"] < 1
+    for result in results[1:]:
+        assert result.keys() == results[0].keys()
+        for protocol in ("sampled", "full"):
+            assert result[protocol] == pytest.approx(results[0][protocol])
+            expected = results[0]["popularity"][protocol]
+            assert result["popularity"][protocol] == pytest.approx(expected)
+
+
+def test_the_report_names_both_protocols_and_popularity() -> None:
+    result = evaluated(SCORES)
+    lines = report("test", result, {"HR@10": 0.875}).splitlines()
+    assert lines[0] == "test, 3 users"
+    assert lines[1].split() == list(METRICS)
+    starts = ["sampled (", "sampled, popularity", "full (", "full, popularity", "full, best"]
+    assert [line[: len(start)] for line, start in zip(lines[2:], starts, strict=True)] == starts
+    assert lines[4].split()[-len(METRICS) :] == [f"{v:.4f}" for v in result["full"].values()]
+    assert "0.8750" in lines[6]
+
+
+def test_the_result_file_is_written_whole_or_refused(tmp_path: Path) -> None:
+    result = evaluated(SCORES)
+    path = write_result(tmp_path, "test", result)
+    assert json.loads(path.read_text()) == result
+    assert [file.name for file in tmp_path.iterdir()] == ["eval_test.json"]
+    with pytest.raises(UserError, match=r"eval_test\.json cannot be written"):
+        write_result(tmp_path / "nowhere", "test", result)

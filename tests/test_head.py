@@ -1,0 +1,152 @@
+"""Scores, the softmax loss by hand, and the same loss over a catalog cut into slices."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.encoder import EncoderConfig
+from model.head import CatalogSlice, HeadConfig, SoftmaxHead, catalog_slice
+from pipeline.batch import TrainBatch, jagged_items
+from pipeline.errors import UserError
+from tests.workers.softmax import SIZES, SLICES, problem, work
+
+
+def test_loss_by_hand_with_dot_products() -> None:
+    head = SoftmaxHead(HeadConfig(logit_temperature=0), CatalogSlice(1, 4, shared=False))
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    candidates = torch.tensor([[3.0, 1.0], [0.0, 0.0], [1.0, -1.0]])
+    # Logits 3 0 1 and 2 0 -2; targets: item 3 and item 1.
+    first = math.log(math.exp(3) + 1 + math.exp(1)) - 1
+    second = math.log(math.exp(2) + 1 + math.exp(-2)) - 2
+    loss, report = head(hidden, candidates, torch.tensor([3, 1]))
+    assert loss.item() == pytest.approx((first + second) / 2, abs=1e-6)
+    assert report.tolist() == pytest.approx([first + second, 2], abs=1e-6)
+    assert not report.requires_grad
+
+
+def test_loss_by_hand_with_cosines() -> None:
+    head = SoftmaxHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False))
+    # Cosines .6 and .8, divided by .5: logits 1.2 and 1.6.
+    loss, _ = head(
+        torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([2])
+    )
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)), abs=1e-6)
+
+
+def test_no_masked_position_is_a_loss_of_0_that_can_be_differentiated() -> None:
+    head = SoftmaxHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    loss, report = head(hidden, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and report.tolist() == [0, 0]
+
+
+def test_positions_without_a_target_do_not_count() -> None:
+    head = SoftmaxHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    hidden, candidates = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
+    loss, report = head(hidden, candidates, torch.tensor([2, 0, 3]))
+    two, _ = head(hidden[[0, 2]], candidates, torch.tensor([2, 3]))
+    assert loss.item() == pytest.approx(two.item(), abs=1e-6)
+    assert report[1] == 2
+    loss.backward()
+    assert hidden.grad[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("head", ["tied", "linear"])
+def test_tied_and_linear_heads_score_with_their_own_table(head: str) -> None:
+    config = ModelConfig(5, 4, EncoderConfig(emb_dim=8), HeadConfig(head=head))
+    model = BERT4Rec(config, CatalogSlice(1, 6, shared=False)).eval()
+    tables = {name: module.weight for name, module in model.embeddings.embeddings.items()}
+    assert list(tables) == (["item"] if head == "tied" else ["item", "output"])
+    assert all(table.shape == (7, 8) for table in tables.values())
+
+    batch = TrainBatch(
+        features=jagged_items(torch.tensor([2, 6, 3]), torch.tensor([3])),
+        masked=torch.tensor([1]),
+        targets=torch.tensor([4]),
+        num_windows=1,
+        num_rows=1,
+        longest=8,
+        candidate_range=(1, 6),
+    ).to(torch.device("cpu"))
+    loss, _ = model(batch)
+    items = tables["item"][[2, 6, 3]]
+    hidden = model.encoder(items, torch.tensor([0, 3]), batch.masked, 4)
+    scoring = tables["item" if head == "tied" else "output"][1:6]
+    logits = F.normalize(hidden, dim=1) @ F.normalize(scoring, dim=1).T / 0.07
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, torch.tensor([3])).item(), abs=1e-5)
+
+    loss.backward()
+    touched = (tables["item"].grad.abs().sum(dim=1) > 0).tolist()
+    # Row 0 is padding; tied, all candidates learn as well as the items of the row.
+    inputs = [False, False, True, True, False, False, True]
+    assert touched == ([False] + [True] * 6 if head == "tied" else inputs)
+
+
+@given(num_items=st.integers(1, 200), world_size=st.integers(1, 40))
+def test_slices_cover_the_catalog_once_and_follow_the_blocks_of_rows(
+    num_items: int, world_size: int
+) -> None:
+    slices = [catalog_slice(num_items, rank, world_size, True) for rank in range(world_size)]
+    covered = [item for part in slices for item in range(part.low, part.high)]
+    assert covered == list(range(1, num_items + 1))
+    assert all(part.low <= part.high for part in slices)
+    assert all(part.shared == (world_size > 1) for part in slices)
+    block = math.ceil((num_items + 2) / world_size)
+    for rank, part in enumerate(slices):
+        assert all(item // block == rank for item in range(part.low, part.high))
+
+
+@given(num_items=st.integers(1, 200), world_size=st.integers(1, 40))
+def test_replicated_tables_are_scored_whole_by_every_rank(num_items: int, world_size: int) -> None:
+    part = catalog_slice(num_items, world_size - 1, world_size, sharded=False)
+    assert part == CatalogSlice(1, num_items + 1, shared=False)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the worker at 3, 2 and 1 ranks: files ``<world size>-<rank>.pt``."""
+    folder = tmp_path_factory.mktemp("softmax")
+    mp.spawn(work, (folder,), nprocs=3)
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_sharded_softmax_is_the_whole_one(sharded: Path, world_size: int) -> None:
+    # Float32, sums of 6 exponentials in another order: 1e-6 is ten roundings.
+    hidden, candidates, targets, weights = problem()
+    hidden.requires_grad_(), candidates.requires_grad_()
+    losses = F.cross_entropy(hidden @ candidates.T, targets - 1, reduction="none")
+    (losses * weights).sum().backward()
+    parts = [torch.load(sharded / f"{world_size}-{rank}.pt") for rank in range(world_size)]
+    assert [len(part["losses"]) for part in parts] == SIZES[world_size]
+    assert [len(part["candidates"]) for part in parts] == [
+        high - low for low, high in SLICES[world_size]
+    ]
+    for name, expected in (
+        ("losses", losses.detach()),
+        ("hidden", hidden.grad),
+        ("candidates", candidates.grad),
+    ):
+        found = torch.cat([part[name] for part in parts])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_large_logits_do_not_overflow(sharded: Path) -> None:
+    # Logits 200 and -200: their exponentials are not float32, the loss is 0 and 400.
+    parts = [torch.load(sharded / f"2-{rank}.pt")["large"] for rank in range(2)]
+    assert torch.cat(parts).tolist() == [0.0, 400.0]
+
+
+def test_flags_out_of_range() -> None:
+    with pytest.raises(UserError, match="--head must be tied or linear, not 'none'"):
+        HeadConfig(head="none")
+    with pytest.raises(UserError, match=r"--logit_temperature must not be negative: -0\.1"):
+        HeadConfig(logit_temperature=-0.1)

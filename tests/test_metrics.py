@@ -1,0 +1,62 @@
+"""Ranking metrics against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from model.metrics import METRICS, format_table, means, metric_sums
+
+
+def of_ranks(*ranks: int) -> dict[str, float]:
+    return means(metric_sums(torch.tensor(ranks)))
+
+
+def test_by_hand() -> None:
+    # Gains 1, 1/2, 1/log2(6) and, beyond every cutoff, none.
+    found = of_ranks(1, 3, 5, 21)
+    assert found == pytest.approx(
+        {
+            "HR@1": 1 / 4,
+            "HR@5": 3 / 4,
+            "HR@10": 3 / 4,
+            "HR@20": 3 / 4,
+            "NDCG@5": (1 + 1 / 2 + 1 / math.log2(6)) / 4,
+            "NDCG@10": (1 + 1 / 2 + 1 / math.log2(6)) / 4,
+            "NDCG@20": (1 + 1 / 2 + 1 / math.log2(6)) / 4,
+            "MRR": (1 + 1 / 3 + 1 / 5 + 1 / 21) / 4,
+        }
+    )
+    assert tuple(found) == METRICS
+
+
+@pytest.mark.parametrize("cutoff", [1, 5, 10, 20])
+def test_the_cutoff_itself_counts_and_the_next_does_not(cutoff: int) -> None:
+    assert of_ranks(cutoff)[f"HR@{cutoff}"] == 1
+    assert of_ranks(cutoff + 1)[f"HR@{cutoff}"] == 0
+
+
+def test_the_best_is_1_in_every_metric() -> None:
+    assert of_ranks(1, 1) == dict.fromkeys(METRICS, 1.0)
+
+
+def test_sums_of_parts_add_up() -> None:
+    parts = metric_sums(torch.tensor([1, 7])) + metric_sums(torch.tensor([2, 30, 11]))
+    whole = metric_sums(torch.tensor([1, 7, 2, 30, 11]))
+    torch.testing.assert_close(parts, whole)
+    assert parts.dtype == torch.float64 and parts[-1] == 5
+
+
+def test_no_users_are_no_division_by_zero() -> None:
+    assert means(metric_sums(torch.tensor([], dtype=torch.int64))) == dict.fromkeys(METRICS, 0.0)
+
+
+def test_the_table_is_aligned_and_leaves_unknown_cells_empty() -> None:
+    rows = [("model", dict.fromkeys(METRICS, 0.25)), ("best", {"HR@10": 0.5, "NDCG@10": 1.0})]
+    header, model, best = format_table(rows).splitlines()
+    assert header.split() == list(METRICS)
+    assert model.split() == ["model"] + ["0.2500"] * len(METRICS)
+    assert best.split() == ["best", "0.5000", "1.0000"]
+    for name, value in (("HR@10", "0.5000"), ("NDCG@10", "1.0000")):
+        end = header.index(f" {name} ") + len(name) + 1
+        assert best[:end].endswith(value)

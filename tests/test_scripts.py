@@ -1,0 +1,294 @@
+"""The real commands: train, evaluate, export, resume, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model.metrics import METRICS
+from tests.conftest import ROOT, TINY, RunMain, environment, run_process, torchrun
+
+DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data"))
+CLOCK = ("records_per_second", "data_wait_ms", "validation/seconds")
+
+
+def read_lines(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(lines: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def read_result(run_dir: Path, split: str = "test") -> dict[str, Any]:
+    return json.loads((run_dir / f"eval_{split}.json").read_text())
+
+
+def assert_events_are(run_dir: Path, lines: list[dict[str, float]]) -> None:
+    """The TensorBoard events of training and validation hold the same numbers as the lines."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    found = {
+        (tag.removeprefix("train/"), event.step): event.value
+        for tag in events.Tags()["scalars"]
+        if not tag.startswith("test/")
+        for event in events.Scalars(tag)
+    }
+    expected = {
+        (name, line["step"]): value
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
+
+
+def assert_equal_results(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["users"] == expected["users"]
+    for protocol in ("sampled", "full"):
+        assert found[protocol] == pytest.approx(expected[protocol])
+        assert found["popularity"][protocol] == pytest.approx(expected["popularity"][protocol])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[str, Any]:
+    """A run by torchrun on two ranks: its folder, its export, what it printed and found."""
+    folder = tmp_path_factory.mktemp("trained")
+    outcome = torchrun(
+        2,
+        ROOT / "train.py",
+        *TINY,
+        "--train_batch_size=16",
+        "--num-epochs=3",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={folder / 'run'}",
+        f"--export_root={folder / 'export'}",
+    )
+    assert outcome.code == 0, outcome.err
+    result = read_result(folder / "run")
+    return {"run": folder / "run", "export": folder / "export", "outcome": outcome} | result
+
+
+def test_what_a_run_prints(trained: dict[str, Any]) -> None:
+    out, err = trained["outcome"].out, trained["outcome"].err
+    assert out.count("synthetic: what each stage kept") == 1  # by one rank
+    assert out.count("best possible on test") == 1
+    assert "2 ranks on cpu: item: row_wise fused; encoder AdamW" in out
+    assert "tables rowwise_adagrad" in out
+    assert [line.split(":")[0] for line in out.splitlines() if "NDCG@10 full" in line] == [
+        "epoch 0",
+        "epoch 1",
+        "epoch 2",
+    ]
+    *_, title, header, sampled, _, full, _, best = out.splitlines()
+    assert title == "test, 60 users"
+    assert header.split() == list(METRICS)
+    for row, protocol in ((sampled, "sampled"), (full, "full")):
+        assert row.startswith(f"{protocol} (")
+        assert row.split()[-len(METRICS) :] == [f"{v:.4f}" for v in trained[protocol].values()]
+    assert best.startswith("full, best possible on this data")
+
+    # The progress bar and torchrun's word on threads, and nothing of the libraries' insides.
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    assert [line for line in lines if "step/s" not in line and "OMP_NUM" not in line] == [
+        line for line in lines if line.endswith("***") or line.rstrip().endswith("run.py:874]")
+    ]
+    last = [line for line in lines if "step/s" in line][-1]
+    assert "100%" in last and "epoch 2, loss" in last and "rec/s" in last
+
+
+def test_what_a_run_leaves(trained: dict[str, Any]) -> None:
+    names = {path.name.split(".")[0] for path in trained["run"].iterdir()}
+    wanted = {"", "catalog", "checkpoints", "config", "eval_test", "events", "metrics", "users"}
+    assert names == wanted
+    assert not list(trained["run"].rglob("*.part"))
+    config = json.loads((trained["run"] / "config.json").read_text())
+    assert config["num_items"] == 80
+    assert config["flags"]["num_epochs"] == 3
+    assert config["command"].startswith("train.py --synthetic_user_count=60")
+    best = json.loads((trained["run"] / "checkpoints" / "best.json").read_text())["step"]
+    steps = sorted(path.name for path in (trained["run"] / "checkpoints").glob("step-*"))
+    assert f"step-{best:08d}" in steps
+    assert steps[-1] == f"step-{read_lines(trained['run'])[-1]['step']:08d}"
+
+
+def test_metrics_jsonl_and_the_event_file_say_the_same(trained: dict[str, Any]) -> None:
+    lines = read_lines(trained["run"])
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
+    assert sum("validation/full/HR@10" in line for line in lines) == 3
+    assert_events_are(trained["run"], lines)
+    events = EventAccumulator(str(trained["run"])).Reload()
+    (event,) = events.Scalars("test/full/NDCG@10")
+    assert event.value == pytest.approx(trained["full"]["NDCG@10"])
+
+
+def test_eval_finds_what_train_found_on_two_ranks_and_on_one(
+    trained: dict[str, Any], run_main: RunMain, cache_dir: Path
+) -> None:
+    flags = ["--checkpoint", trained["run"], "--cache_dir", cache_dir]
+    printed = trained["outcome"].out.splitlines()[-7:]
+    outcome = torchrun(2, ROOT / "eval.py", *flags)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines() == printed
+    assert_equal_results(read_result(trained["run"]), trained)
+    for more in ([], ["--batch-size=7"]):
+        outcome = run_main("eval", *flags, *more)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.splitlines() == printed
+        assert_equal_results(read_result(trained["run"]), trained)
+
+
+def test_eval_of_the_best_checkpoint_on_validation(
+    trained: dict[str, Any], run_main: RunMain, cache_dir: Path
+) -> None:
+    run_main("eval", "--checkpoint", trained["run"], "--cache_dir", cache_dir, "--split=validation")
+    lines = [line for line in read_lines(trained["run"]) if "validation/full/HR@10" in line]
+    best = max(lines, key=lambda line: line["validation/full/NDCG@10"])
+    found = read_result(trained["run"], "validation")
+    for protocol in ("sampled", "full"):
+        for name in METRICS:
+            assert found[protocol][name] == pytest.approx(best[f"validation/{protocol}/{name}"])
+
+
+def test_eval_of_the_exported_model(
+    trained: dict[str, Any], run_main: RunMain, cache_dir: Path
+) -> None:
+    names = {path.name for path in trained["export"].iterdir()}
+    assert names == {"catalog.parquet", "users.parquet", "config.json", "model.safetensors"}
+    outcome = run_main("eval", "--checkpoint", trained["export"], "--cache_dir", cache_dir)
+    assert outcome.code == 0, outcome.err
+    assert_equal_results(read_result(trained["export"]), trained)
+
+
+def test_going_on_with_a_finished_run_only_tests_it_again(
+    trained: dict[str, Any], run_main: RunMain, cache_dir: Path
+) -> None:
+    lines = read_lines(trained["run"])
+    outcome = run_main(
+        "train",
+        *TINY,
+        "--num_epochs=3",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={trained['run']}",
+        "--resume=auto",
+    )
+    assert outcome.code == 0, outcome.err
+    assert "resumed from" in outcome.out
+    assert outcome.out.splitlines()[-7:] == trained["outcome"].out.splitlines()[-7:]
+    assert read_lines(trained["run"]) == lines
+
+
+def test_a_killed_run_resumes_to_the_bit(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, "--num_epochs=8", f"--cache_dir={cache_dir}"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags, f"--run_dir={killed}"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while process.poll() is None and not list(killed.glob("checkpoints/step-*")):
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "eval_test.json").exists()
+
+    last = max(killed.glob("checkpoints/step-*")).name
+    time.sleep(1)  # TensorBoard puts event files in order by the second they were begun in
+    exports = [f"--export_root={folder / 'export'}" for folder in (killed, whole)]
+    outcome = run_main("train", *flags, f"--run_dir={killed}", exports[0], "--resume=auto")
+    assert outcome.code == 0, outcome.err
+    assert f"resumed from {killed / 'checkpoints' / last}" in outcome.out
+    expected = run_main("train", *flags, f"--run_dir={whole}", exports[1])
+    assert expected.code == 0, expected.err
+
+    lines = read_lines(killed)
+    assert int(last.removeprefix("step-")) < lines[-1]["step"]
+    assert without_clock(lines) == without_clock(read_lines(whole))
+    assert_events_are(killed, lines)
+    assert read_result(killed) == read_result(whole)
+    for name, weight in load_file(whole / "export" / "model.safetensors").items():
+        found = load_file(killed / "export" / "model.safetensors")[name]
+        assert torch.equal(found, weight), name
+
+
+def test_the_example_s_command_with_dmp(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    outcome = run_main("train", "--dataset_name", "random", "--mode", "dmp")
+    assert outcome.code == 0, outcome.err
+    assert "row_wise fused" in outcome.out
+    (run_dir,) = Path("runs").iterdir()
+    assert run_dir.name.startswith("random-")
+    assert read_result(run_dir)["users"] == 10
+
+
+def test_the_example_s_command_with_ddp_on_two_ranks(tmp_path: Path) -> None:
+    flags = ["--dataset_name", "random", "--mode", "ddp", f"--cache_dir={tmp_path / 'cache'}"]
+    outcome = torchrun(2, ROOT / "train.py", *flags, cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert "replicated on 2 rank" in outcome.out
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert read_result(run_dir)["users"] == 10
+
+
+def test_help_is_printed() -> None:
+    outcome = run_process(ROOT / "train.py", "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("usage: train.py [--flag value] ...")
+    assert "--dataset_name TEXT" in outcome.out
+
+
+@pytest.mark.skipif(
+    not (DATA / "ml-100k.zip").exists(),
+    reason=f"no ml-100k.zip in {DATA}: set BERT4REC_DATA to the folder that holds it",
+)
+def test_ml_100k_on_two_ranks_and_on_one(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    outcome = torchrun(
+        2,
+        ROOT / "train.py",
+        "--dataset_name=ml-100k",
+        f"--dataset_path={DATA}",
+        "--max_len=50",
+        "--emb_dim=16",
+        "--num_layers=1",
+        "--num_epochs=1",
+        "--train_batch_size=32",
+        "--head=linear",
+        "--sharding=table_wise",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+    )
+    assert outcome.code == 0, outcome.err
+    # As GroupLens counts them; nobody there has fewer than 20 ratings.
+    kept = "100,000 ratings           943 users         1,682 items"
+    assert outcome.out.count(kept) == 4
+    result = read_result(tmp_path)
+    assert result["users"] == 943
+    # Scores at random give .099; popularity is barred from winning by the choice of negatives.
+    assert result["popularity"]["full"]["HR@10"] > 0.03
+    assert result["full"]["HR@10"] > 0.01
+    outcome = run_main("eval", "--checkpoint", tmp_path, "--cache_dir", cache_dir)
+    assert outcome.code == 0, outcome.err
+    assert_equal_results(read_result(tmp_path), result)

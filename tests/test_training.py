@@ -1,0 +1,147 @@
+"""The learning rate's schedule by hand, and a small training that must learn."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.training import TrainingConfig, lr_factor
+from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain
+
+
+@pytest.mark.parametrize(
+    ("schedule", "progress", "expected"),
+    [
+        # Warm-up over the first 20 %, from 0.
+        ("linear", 0.0, 0.0),
+        ("linear", 0.05, 0.25),
+        ("cosine", 0.1, 0.5),
+        ("constant", 0.15, 0.75),
+        # Then over the remaining 80 %: half of them are over at 60 %.
+        ("linear", 0.2, 1.0),
+        ("linear", 0.6, 0.5),
+        ("linear", 0.8, 0.25),
+        ("linear", 1.0, 0.0),
+        ("cosine", 0.2, 1.0),
+        ("cosine", 0.6, 0.5),
+        ("cosine", 0.4, (1 + 2**-0.5) / 2),  # a quarter: (1 + cos 45°) / 2
+        ("cosine", 1.0, 0.0),
+        ("constant", 0.2, 1.0),
+        ("constant", 0.99, 1.0),
+    ],
+)
+def test_lr_factor_by_hand(schedule: str, progress: float, expected: float) -> None:
+    config = TrainingConfig(warmup_share=0.2, lr_schedule=schedule)
+    assert lr_factor(config, progress, epoch=0) == pytest.approx(expected, abs=1e-12)
+
+
+def test_without_warm_up_it_starts_at_the_peak() -> None:
+    for schedule in ("linear", "cosine", "constant"):
+        config = TrainingConfig(warmup_share=0, lr_schedule=schedule)
+        assert lr_factor(config, 0.0, epoch=0) == 1.0
+
+
+def test_stairs_every_decay_step_epochs() -> None:
+    # As torch.optim.lr_scheduler.StepLR(decay_step, gamma) stepped once an epoch.
+    config = TrainingConfig(warmup_share=0, lr_schedule="constant", decay_step=25, gamma=0.1)
+    found = [lr_factor(config, 0.5, epoch) for epoch in (0, 24, 25, 49, 50)]
+    assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    # They multiply whatever the schedule says.
+    config = TrainingConfig(warmup_share=0, lr_schedule="linear", decay_step=1, gamma=0.5)
+    assert lr_factor(config, 0.75, epoch=2) == pytest.approx(0.25 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"num_epochs": 0}, "--num_epochs must be at least 1, not 0"),
+        ({"warmup_share": 1.0}, r"--warmup_share must be in \[0, 1\), not 1.0"),
+        ({"gamma": 0.0}, r"--gamma must be in \(0, 1\], not 0.0"),
+        ({"patience": 0}, "--patience must be at least 1, not 0"),
+        ({"decay_step": 0}, "--decay_step must be at least 1, not 0"),
+        ({"lr_schedule": "stairs"}, "--lr_schedule must be linear, cosine or constant: stairs"),
+    ],
+)
+def test_flags_out_of_range(flags: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**flags)
+
+
+def lines_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:
+    outcome = run_main(
+        "train",
+        *TINY,
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+        "--lr=0.01",
+        "--warmup_share=0",
+        "--num_epochs=4",
+        "--eval_every=2",
+    )
+    assert outcome.code == 0, outcome.err
+    lines = lines_of(tmp_path)
+    trained = [line for line in lines if "loss" in line]
+    # 60 users of at most 38 training items are 3 windows of 16 at most: some 160, 32 a step.
+    steps = len(trained)
+    assert [line["step"] for line in trained] == list(range(1, steps + 1))
+    epochs = [line["epoch"] for line in trained]
+    assert steps % 4 == 0 and epochs == sorted(list(range(4)) * (steps // 4))
+    # The rate of a step is that of the samples before it: 1, then almost down to 0.
+    rates = [line["lr"] for line in trained]
+    assert rates[0] == 0.01 and rates == sorted(rates, reverse=True)
+    assert rates[steps // 2] == pytest.approx(0.005)
+    assert 0 < rates[-1] < 0.01 * 4 / steps
+    assert all(line["records_per_second"] > 0 for line in trained)
+    assert all(line["data_wait_ms"] >= 0 for line in trained)
+
+    validated = [line for line in lines if "validation/full/HR@10" in line]
+    assert [line["step"] for line in validated] == [steps // 2, steps]
+    assert [line["epoch"] for line in validated] == [1, 3]
+    assert all("validation/sampled/NDCG@10" in line for line in validated)
+    assert outcome.out.count("validation NDCG@10") == 2
+
+
+def test_patience_stops_what_does_not_improve(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    # Without a learning rate all evaluations are equal: the first is the best, two more are stale.
+    outcome = run_main(
+        "train",
+        *TINY,
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+        "--lr=0",
+        "--num_epochs=9",
+        "--patience=2",
+    )
+    assert outcome.code == 0, outcome.err
+    lines = lines_of(tmp_path)
+    validated = [line for line in lines if "validation/full/HR@10" in line]
+    assert [line["epoch"] for line in validated] == [0, 1, 2]
+    assert len({line["validation/full/NDCG@10"] for line in validated}) == 1
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert best["step"] == validated[0]["step"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    outcome = run_main(
+        "train",
+        *TINY,
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+        "--lr=1e30",
+        "--warmup_share=0",
+        "--max_grad_norm=0",
+        "--logit_temperature=0",
+    )
+    assert outcome.code == 2
+    assert "the loss became nan by step" in outcome.err.splitlines()[-1]
+    assert "lower --lr" in outcome.err.splitlines()[-1]
+    assert not list((tmp_path / "checkpoints").glob("*"))

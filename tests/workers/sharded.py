@@ -1,0 +1,239 @@
+"""Worker: train and evaluate the same tiny model in every way of distributing it.
+
+    torchrun --nproc_per_node 2 tests/workers/sharded.py FOLDER
+
+Rank 0 writes FOLDER/<world size>.pt, the answers of every function below. All batches are the
+global batches of 8 windows, whatever the number of ranks; every epoch's last one is a single
+window, so that one of two ranks gets a filler row.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from model.encoder import EncoderConfig
+from model.head import HeadConfig
+from model.ranks import Ranks, start
+from model.run import (
+    OutputConfig,
+    RunConfig,
+    build_model,
+    build_plain_model,
+    evaluator,
+    train_loader,
+)
+from model.sharding import OptimizerConfig, Optimizers, ShardingConfig, train_pipeline, unwrap
+from pipeline.batch import ITEM, jagged_items, with_candidates
+from pipeline.loader import LoaderConfig
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig
+
+NUM_ITEMS, MAX_LEN, GLOBAL_BATCH, LR = 21, 6, 8, 0.1
+EPOCHS = 7
+WAYS = {
+    "row_wise": ShardingConfig("dmp", "row_wise", "sgd", LR),
+    "table_wise": ShardingConfig("dmp", "table_wise", "sgd", LR),
+    "column_wise": ShardingConfig("dmp", "column_wise", "sgd", LR),
+    "ddp": ShardingConfig("ddp"),
+}
+
+
+@dataclass
+class Run:
+    """What a training gave: loss of each step over all ranks, and all weights at the end."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    pipelined: int = 0
+
+
+def histories() -> SequenceStore:
+    """13 users, 17 windows of at most 6 items: 3 steps an epoch, the last of one window."""
+    generator = np.random.default_rng(2)
+    lengths = [3, 4, 5, 8, 6, 7, 5, 12, 3, 16, 5, 13, 4]
+    items = generator.integers(1, NUM_ITEMS + 1, size=sum(lengths))
+    return SequenceStore.from_arrays(items, np.cumsum([0, *lengths]), NUM_ITEMS)
+
+
+def config_of(sharding: ShardingConfig, ranks: Ranks, head: str = "tied") -> RunConfig:
+    return RunConfig(
+        windows=WindowConfig(max_len=MAX_LEN),
+        loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),
+        # 16 wide: column_wise makes two shards of 8, the fewest columns it may.
+        encoder=EncoderConfig(16, 2, 1, dropout=0, attention_dropout=0),
+        head=HeadConfig(head, logit_temperature=0.2),
+        sharding=sharding,
+        optimizer=OptimizerConfig(lr=0.01),
+        output=OutputConfig(test_batch_size=3),
+    )
+
+
+def sgd(model: nn.Module) -> KeyedOptimizer:
+    """Plain SGD of everything; the fused tables bring their own."""
+    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=LR))
+    return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
+
+
+def mean_losses(reports: list[torch.Tensor]) -> list[float]:
+    """Mean loss per position of each step, over all ranks."""
+    sums = torch.stack(reports)
+    dist.all_reduce(sums)
+    return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All rows of the tables, looked up, and the encoder's parameters."""
+    bert = unwrap(model)
+    rows = torch.arange(NUM_ITEMS + 2)
+    features = with_candidates(jagged_items(rows, torch.tensor([len(rows)])), (1, 1))
+    with torch.no_grad():
+        found = {"table": bert.embeddings(features)[ITEM].values().clone()}
+    return found | {name: p.detach().clone() for name, p in bert.encoder.named_parameters()}
+
+
+def pipelined(
+    config: RunConfig,
+    model: DistributedModelParallel,
+    optimizer: KeyedOptimizer,
+    ranks: Ranks,
+    before_step: Callable[[int], None] = lambda step: None,
+    epochs: int = EPOCHS,
+) -> Run:
+    """Through TrainPipelineSparseDist, as train.py does."""
+    pipeline = train_pipeline(model, optimizer, ranks.device)
+    loader, reports = train_loader(config, histories(), ranks), []
+    for epoch in range(epochs):
+        batches = loader.epoch(epoch)
+        for _ in range(loader.steps_per_epoch):
+            before_step(len(reports))
+            reports.append(pipeline.progress(batches))
+        modules = len(pipeline._pipelined_modules)
+        pipeline.detach()
+    return Run(mean_losses(reports), weights_of(model), modules)
+
+
+def plain_loop(config: RunConfig, model: nn.Module, optimizer: Any, ranks: Ranks) -> Run:
+    """Forward, backward, step; no pipeline."""
+    reports = []
+    for batch in _all_batches(config, ranks):
+        optimizer.zero_grad()
+        loss, report = model(batch.to(ranks.device))
+        loss.backward()
+        optimizer.step()
+        reports.append(report)
+    return Run(mean_losses(reports), weights_of(model))
+
+
+def _all_batches(config: RunConfig, ranks: Ranks) -> Iterator[Any]:
+    loader = train_loader(config, histories(), ranks)
+    for epoch in range(EPOCHS):
+        yield from loader.epoch(epoch)
+
+
+def every_way(ranks: Ranks) -> dict[str, Run]:
+    """SGD in each sharding, replicated, in a plain loop, and with an untied head."""
+    runs = {}
+    for name, sharding in WAYS.items():
+        config = config_of(sharding, ranks)
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs[name] = pipelined(config, model, sgd(model), ranks)
+    for name in ("row_wise", "ddp"):
+        config = config_of(WAYS[name], ranks)
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs[f"{name}, plain loop"] = plain_loop(config, model, sgd(model), ranks)
+        config = config_of(WAYS[name], ranks, head="linear")
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs[f"{name}, linear"] = pipelined(config, model, sgd(model), ranks)
+    return runs
+
+
+def unsharded(ranks: Ranks) -> dict[str, Run]:
+    """No TorchRec wrapper at all, torch.optim.SGD; on one rank alone."""
+    runs = {}
+    for head in ("tied", "linear"):
+        config = config_of(WAYS["ddp"], ranks, head)
+        model = build_plain_model(config, NUM_ITEMS, ranks)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        runs[head] = plain_loop(config, model, optimizer, ranks)
+    return runs
+
+
+def own_optimizers(ranks: Ranks) -> dict[str, Run]:
+    """The optimizers of train.py, under a learning rate that changes every step."""
+    runs = {}
+    for name in ("row_wise", "ddp"):
+        config = config_of(replace(WAYS[name], embedding_optimizer="auto"), ranks)
+        model = build_model(config, NUM_ITEMS, ranks)
+        optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+        runs[name] = pipelined(
+            config,
+            model,
+            optimizers.combined,
+            ranks,
+            lambda step, optimizers=optimizers: optimizers.set_lr(1 - step / 30),
+        )
+    return runs
+
+
+def at_factor(ranks: Ranks) -> dict[str, dict[float, Run]]:
+    """One epoch at a constant factor of the learning rate."""
+    found = {}
+    for name in ("row_wise", "ddp"):
+        config, found[name] = config_of(WAYS[name], ranks), {}
+        for factor in (0.0, 0.5, 1.0):
+            model = build_model(config, NUM_ITEMS, ranks)
+            optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+            found[name][factor] = pipelined(
+                config,
+                model,
+                optimizers.combined,
+                ranks,
+                # Only the first step: later ones start from other weights.
+                lambda step, f=factor, o=optimizers: o.set_lr(f if step == 0 else 0.0),
+                epochs=1,
+            )
+        found[name]["untouched"] = weights_of(build_model(config, NUM_ITEMS, ranks))
+    return found
+
+
+def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Metrics of the seed's initial weights: the same model on any number of ranks."""
+    found = {}
+    for name, sharding in WAYS.items():
+        config = config_of(sharding, ranks)
+        model = build_model(config, NUM_ITEMS, ranks)
+        found[name] = evaluator(config, model, histories(), "test", ranks)()
+    return found
+
+
+def answers(ranks: Ranks) -> dict[str, Any]:
+    return {
+        "every_way": every_way(ranks),
+        "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
+        "own_optimizers": own_optimizers(ranks),
+        "at_factor": at_factor(ranks),
+        "evaluation": evaluation(ranks),
+    }
+
+
+def main(folder: Path) -> None:
+    ranks = start()
+    found = answers(ranks)
+    if ranks.is_first:
+        torch.save(found, folder / f"{ranks.world_size}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

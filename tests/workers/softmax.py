@@ -1,0 +1,54 @@
+"""Worker: sharded_cross_entropy at 3, 2 and 1 ranks; results into FOLDER/<world size>-<rank>.pt.
+
+torch.multiprocessing.spawn(work, (FOLDER,), nprocs=3)
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.sharded_softmax import sharded_cross_entropy
+
+# By world size: positions of each rank, and items [low, high) of each rank.
+SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}
+SLICES = {1: [(1, 7)], 2: [(1, 5), (5, 7)], 3: [(1, 4), (4, 7), (7, 7)]}
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """7 hidden vectors, 6 candidates (items 1..6), targets, and a weight of each loss."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, candidates = torch.randn(13, 4, generator=generator).split([7, 6])
+    targets = torch.tensor([1, 6, 4, 4, 2, 5, 3])
+    return hidden.clone(), candidates.clone(), targets, torch.linspace(0.5, 2, 7)
+
+
+def solve(rank: int, world_size: int, folder: Path) -> None:
+    """This rank's part."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size
+    )
+    hidden, candidates, targets, weights = problem()
+    sizes, (low, high) = SIZES[world_size], SLICES[world_size][rank]
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    hidden = hidden[own].requires_grad_()
+    candidates = candidates[low - 1 : high - 1].requires_grad_()
+    losses = sharded_cross_entropy(hidden, candidates, targets[own], low)
+    (losses * weights[own]).sum().backward()
+    found = {"losses": losses.detach(), "hidden": hidden.grad, "candidates": candidates.grad}
+    if world_size == 2:
+        found["large"] = sharded_cross_entropy(
+            torch.tensor([[20.0]]),
+            torch.tensor([[10.0 - 20 * rank]]),
+            torch.tensor([1 + rank]),
+            1 + rank,
+        )
+    torch.save(found, folder / f"{world_size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def work(rank: int, folder: Path) -> None:
+    """One process: a rank of 3, then of 2, then of 1 as long as there is room for it."""
+    for world_size in (3, 2, 1):
+        if rank < world_size:
+            solve(rank, world_size, folder)
