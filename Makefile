@@ -1,5 +1,6 @@
 # make train   set up .venv, train on the built-in synthetic data, print the metrics table
-# make test    set up .venv, lint, run all tests
+# make test    set up .venv, lint, run all tests but the slow ones
+# make test-slow    the slow ones: faults in numbers, about 15 minutes
 # make clean   remove .venv
 
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 REQUIREMENTS := $(if $(HAS_GPU),requirements.txt,requirements-cpu.txt)
 
-.PHONY: install train test lint clean
+.PHONY: install train test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf $(VENV)

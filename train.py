@@ -7,15 +7,16 @@ tensorboard --logdir runs
 
 import sys
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
-from model.checkpoint import Checkpoints, Position
+from model.checkpoint import PORTABLE, Checkpoints
 from model.export import export
 from model.flags import FlagParser, build, flatten
 from model.ranks import alone, first_rank_first, run_script, start
 from model.recipes import with_recipe
 from model.run import RunConfig, RunFolder, build_model, build_plain_model, evaluator, train_loader
-from model.run_log import RunLog, write_config
+from model.run_log import RunLog, versions, write_config
 from model.sharding import Optimizers, describe_plan
 from model.training import Trainer
 from pipeline.preparation import describe, prepare
@@ -25,7 +26,7 @@ def main() -> None:
     """Parse, build, loop, close."""
     given = FlagParser(__doc__, RunConfig).given(sys.argv[1:])
     config = build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
-    ranks = start()
+    ranks = start(timedelta(minutes=config.training.rank_timeout))
     store = first_rank_first(ranks, lambda: prepare(config.data))
     ranks.say(describe(store))
 
@@ -36,11 +37,9 @@ def main() -> None:
     folder = RunFolder(config, ranks)
     ranks.say(f"{ranks}: {describe_plan(model)}; {optimizers}; run folder {folder.path}")
 
-    checkpoints = Checkpoints(folder.path, ranks, config.output.keep_last)
-    position = Position()
-    if steps := checkpoints.steps():
-        position = checkpoints.resume(model, optimizers, steps[-1])
-        ranks.say(f"resumed from {checkpoints.path(steps[-1])}")
+    recorded = {"flags": flatten(config), "versions": versions()}
+    checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
+    position = checkpoints.resume(model, optimizers)
     if ranks.is_first:
         facts = {"num_items": store.num_items, "catalog": store.catalog.fingerprint}
         write_config(folder.path, flatten(config), facts)
@@ -64,9 +63,12 @@ def main() -> None:
         checkpoints.load_weights(model, best_step)
         result = evaluator(config, model, store, "test", ranks)()
         log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
-    if config.output.export_root and ranks.is_first:
+    if ranks.is_first:
         plain = build_plain_model(config, store.num_items, alone(ranks.device))
-        export(checkpoints.path(best_step), plain, folder.path, Path(config.output.export_root))
+        targets = [folder.path / PORTABLE]
+        if config.output.export_root:
+            targets.append(Path(config.output.export_root))
+        export(checkpoints.path(best_step), plain, folder.path, targets)
 
 
 if __name__ == "__main__":

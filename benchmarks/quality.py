@@ -46,10 +46,13 @@ def train(recipe: str, seed: int, runs: Path, more: list[str]) -> dict[str, Any]
     with (runs / f"{recipe}-seed{seed}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((run_dir / "config.json").read_text())
+    for flag in ("dataset_path", "run_dir", "cache_dir"):  # where things lay says nothing
+        config["flags"][flag] = Path(config["flags"][flag]).name
     return {
         "seed": seed,
         "test": json.loads((run_dir / "eval_test.json").read_text()),
-        "config": json.loads((run_dir / "config.json").read_text()),
+        "config": {key: value for key, value in config.items() if key != "command"},
         "steps": lines[-1]["step"],
         "records_per_second": statistics.median(
             line["records_per_second"] for line in lines if "loss" in line
@@ -63,7 +66,7 @@ def table(recipe: str, results: list[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(f"{p} {n}" for p, n in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for label, row in ANCHORS.get(recipe, {}).items():
-        cells = ("–" if value is None else f"{value:.4f}" for value in row)
+        cells = ("-" if value is None else f"{value:.4f}" for value in row)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     popularity = results[0]["test"]["popularity"]
     cells = (f"{popularity[protocol][name]:.4f}" for protocol, name in columns)
@@ -88,7 +91,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments, more = parser.parse_known_args()
     more = [flag for flag in more if flag != "--"]
+    shown = list(more)
     if arguments.dataset_path:
+        shown += ["--dataset_path", Path(arguments.dataset_path).name]
         more += ["--dataset_path", str(Path(arguments.dataset_path).resolve())]
     runs = arguments.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ def main() -> None:
     ).stdout.strip()
     record = {
         "recipe": arguments.recipe,
-        "flags": more,
+        "flags": shown,
         "jobs": arguments.jobs,
         "commit": commit,
         "versions": results[0]["config"]["versions"],

@@ -2,19 +2,27 @@
 
     runs/mine/checkpoints/
         step-00001200/      torch.distributed.checkpoint files: weights and optimizer state
-            state.json      step, epoch, sample, metrics; written last
-        best.json           {"step": 1200, "NDCG@10": 0.19}, replaced in one step
+            manifest.json   position in training, flags, versions; sizes and checksums of the files
+        step-00001350/
+        damaged-00001500/   found to be damaged by a resume, which went on from the one before
 
-A checkpoint is written into a folder aside and renamed when every rank is done and its files are
-synced, so a folder with the final name is complete. There is no loader or generator state to
-store: order, masks and dropout are functions of (seed, epoch, sample).
+Written as a database writes: into a folder aside, every file synced, the manifest last, then one
+rename and a sync of the parent. A folder with the final name is complete or was damaged later, and
+a resume reads every byte of it before trusting it. There is no loader or generator state to store:
+order, masks and dropout are functions of (seed, epoch, sample, step).
+
+torch.distributed.checkpoint keeps its index (``.metadata``) as a pickle, so these folders are for
+whoever trained them; a model from a stranger is loaded from its portable form alone (model.export).
 """
 
+import contextlib
 import dataclasses
-import json
-import os
 import re
 import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +31,78 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
-from model.ranks import Ranks
+from model.manifest import (
+    DamagedError,
+    describe_files,
+    read_manifest,
+    sync_folder,
+    verify,
+    write_manifest,
+)
+from model.ranks import Ranks, from_first_rank
 from model.sharding import Optimizers
 from pipeline.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8,})")
+# The portable form of the best model in a run folder, written when training is over.
+PORTABLE = "model"
+# CheckpointException is no Exception. A bare RuntimeError while saving is a lost rank, which the
+# training loop explains.
+_SAVE_ERRORS = (dcp.api.CheckpointException, OSError, UserError)
+_LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how much of it to keep."""
+
+    checkpoint_every: float = field(
+        default=10.0,
+        metadata={
+            "help": "minutes between checkpoints; besides them, each better evaluation saves one"
+        },
+    )
+    keep_last: int = field(
+        default=2, metadata={"help": "newest checkpoints to keep besides the best"}
+    )
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "when a checkpoint cannot be written: stop, or continue with a warning",
+            "choices": ("stop", "continue"),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint_every > 0:
+            raise UserError(
+                f"--checkpoint_every must be a positive number of minutes, not "
+                f"{self.checkpoint_every}"
+            )
+        if self.keep_last < 1:
+            raise UserError(f"--keep_last must be at least 1, not {self.keep_last}")
+        if self.on_save_error not in ("stop", "continue"):
+            raise UserError(f"--on_save_error must be stop or continue, not {self.on_save_error!r}")
+
+
+@dataclass(frozen=True)
 class Position:
     """Where training stands: what to do next, and what was best so far.
 
     Attributes:
         step: optimizer steps done.
         epoch: epoch that goes on or begins next.
-        sample: samples of that epoch already trained, over all ranks.
-        best: best value of the selection metric so far, and the step it belongs to.
+        sample: samples of that epoch already trained, over all ranks; all of them: its evaluation
+            comes next.
+        best: best value of the selection metric so far, -1 before the first evaluation.
+        best_step: the step it belongs to.
         stale: evaluations since then.
     """
 
     step: int = 0
     epoch: int = 0
     sample: int = 0
-    best: float = float("-inf")
+    best: float = -1.0
     best_step: int = 0
     stale: int = 0
 
@@ -55,80 +112,193 @@ class Checkpoints:
 
     Args:
         run_dir: the run folder.
-        keep_last: how many of the newest to keep; the best is kept besides.
+        recorded: JSON-able facts to put into every manifest: flags, versions.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, keep_last: int = 1) -> None:
-        self.folder = run_dir / "checkpoints"
-        self._ranks, self._keep_last = ranks, keep_last
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        config: CheckpointConfig | None = None,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self._ranks, self._config = ranks, config or CheckpointConfig()
+        self._recorded = recorded or {}
+        self._tried = time.monotonic()
 
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
+        """Steps of all checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
         found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
         return sorted(int(match.group(1)) for match in found if match)
 
-    def best_step(self) -> int | None:
-        """Step of the best checkpoint, if one was named and is there."""
-        try:
-            step = json.loads((self.folder / "best.json").read_text())["step"]
-        except (OSError, ValueError, KeyError):
-            return None
-        return step if step in self.steps() else None
-
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of ``step``."""
         return self.folder / f"step-{step:08d}"
 
+    @property
+    def is_due(self) -> bool:
+        """Whether ``--checkpoint_every`` has passed since the last one; asked on rank 0."""
+        return time.monotonic() - self._tried > 60 * self._config.checkpoint_every
+
+    # Writing ----------------------------------------------------------------------------------
+
     def save(
         self, model: DistributedModelParallel, optimizers: Optimizers, position: Position
-    ) -> Path:
-        """Write the checkpoint of ``position.step``; every rank must call it."""
+    ) -> bool:
+        """Write the checkpoint of ``position.step``; every rank must call it.
+
+        Returns:
+            Whether it is there; False only with ``--on_save_error continue``.
+
+        Raises:
+            UserError: it cannot be written. Earlier checkpoints are intact.
+        """
+        aside = self.folder / f".{self.path(position.step).name}.part"
+        try:
+            self._on_first_rank(lambda: self._clear(aside))
+            state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
+            dcp.save(state, checkpoint_id=aside)
+            files = self._describe(aside)
+            self._on_first_rank(lambda: self._publish(aside, files, position))
+        except _SAVE_ERRORS as error:
+            if self._ranks.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            message = (
+                f"{self.path(position.step)} cannot be written: {_cause(error)}; earlier "
+                "checkpoints are intact"
+            )
+            if self._config.on_save_error == "stop":
+                raise UserError(f"{message}; make room, then go on with --resume auto") from error
+            self._warn(f"{message}, training goes on")
+            return False
+        finally:
+            self._tried = time.monotonic()
+        return True
+
+    def _clear(self, aside: Path) -> None:
+        """Make an empty folder to write into; remove what earlier interruptions left."""
+        self.folder.mkdir(exist_ok=True)
+        for left_over in (*self.folder.glob(".*.part"), *self.folder.glob(".*.old")):
+            shutil.rmtree(left_over, ignore_errors=True)
+        aside.mkdir()
+
+    def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
+        """All files' sizes and checksums, each rank having read its own."""
+
+        def mine() -> dict[str, dict[str, int]]:
+            files = describe_files(aside, f"__{self._ranks.rank}_*")
+            return files | (describe_files(aside, ".metadata") if self._ranks.is_first else {})
+
+        try:
+            outcome: dict[str, Any] = mine()
+        except OSError as error:
+            outcome = {"error": str(error)}
+        outcomes: list[dict[str, Any]] = [{}] * self._ranks.world_size
+        dist.all_gather_object(outcomes, outcome)
+        if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
+            raise OSError(failures[0])
+        return {name: about for outcome in outcomes for name, about in outcome.items()}
+
+    def _publish(self, aside: Path, files: dict[str, Any], position: Position) -> None:
+        """Manifest, rename, then delete what is no longer kept."""
+        write_manifest(
+            aside,
+            {
+                "position": dataclasses.asdict(position),
+                "recorded": dict(self._recorded),
+                "world_size": self._ranks.world_size,
+                "files": files,
+            },
+        )
         final = self.path(position.step)
-        aside = final.with_name(f".{final.name}.part")
-        if self._ranks.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        dist.barrier()
-        state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-        dcp.save(state, checkpoint_id=aside)
-        if self._ranks.is_first:
-            write_json(aside / "state.json", dataclasses.asdict(position))
-            if final.exists():
-                shutil.rmtree(final)
-            aside.rename(final)
-            _sync(self.folder)
-            if position.best_step == position.step:
-                write_json(
-                    self.folder / "best.json", {"step": position.step, "value": position.best}
-                )
-            self._prune()
-        dist.barrier()
-        return final
+        if final.exists():
+            final.rename(final.with_name(f".{final.name}.old"))
+        aside.rename(final)
+        sync_folder(self.folder)
+        # What is exported from earlier weights is no longer the model of this run.
+        shutil.rmtree(self.run_dir / PORTABLE, ignore_errors=True)
+        keep = {*self.steps()[-self._config.keep_last :], position.best_step}
+        for step in set(self.steps()) - keep:
+            # Out of sight first: a half-deleted folder must not look like a checkpoint.
+            with contextlib.suppress(OSError):
+                self.path(step).rename(self.folder / f".{self.path(step).name}.old")
+        for outdated in self.folder.glob(".*.old"):
+            shutil.rmtree(outdated, ignore_errors=True)
 
-    def _prune(self) -> None:
-        keep = {*self.steps()[-self._keep_last :], self.best_step()}
-        for step in self.steps():
-            if step not in keep:
-                # Out of sight first: a half-deleted folder must not look like a checkpoint.
-                doomed = self.path(step).rename(self.folder / f".old-{step}")
-                shutil.rmtree(doomed)
+    # Reading ----------------------------------------------------------------------------------
 
-    def resume(
-        self, model: DistributedModelParallel, optimizers: Optimizers, step: int
-    ) -> Position:
-        """Load weights and optimizer state of ``step`` in place; any number of ranks.
+    def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
+        """Load the newest good checkpoint, if there is one; on all ranks, any number of them.
+
+        A damaged one is named in a warning and set aside, and the one before is used.
+
+        Returns:
+            Where to go on: the beginning, if there is no checkpoint.
 
         Raises:
             UserError: the checkpoint belongs to a model of another shape.
         """
+        position = from_first_rank(self._ranks, self._newest_good)
+        if position is None:
+            return Position()
         optimizers.materialise_state()
         state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-        self._load(state, step)
-        optimizers.combined.set_optimizer_step(step)  # FBGEMM keeps Adam's step out of the state
-        fields = json.loads((self.path(step) / "state.json").read_text())
-        return Position(**fields)
+        self._load(state, position.step)
+        # FBGEMM keeps Adam's step out of the state.
+        optimizers.combined.set_optimizer_step(position.step)
+        self._ranks.say(f"resumed from {self.path(position.step)}")
+        return position
+
+    def _newest_good(self) -> Position | None:
+        good = (step for step in reversed(self.steps()) if self._is_good(step))
+        step = next(good, None)
+        if step is None:
+            return None
+        position = Position(**read_manifest(self.path(step))["position"])
+        best = position.best_step
+        if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
+            self._warn(f"{self.path(best)}, the best model so far, is lost: {step} stands in")
+            position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
+        return position
+
+    def _is_good(self, step: int) -> bool:
+        """Whether every byte is as it was written; a damaged one is renamed out of the way."""
+        try:
+            verify(self.path(step))
+        except DamagedError as error:
+            self._warn(f"{self.path(step)} is damaged: {error}; it is not used")
+            away = self.folder / f"damaged-{step:08d}"
+            with contextlib.suppress(OSError):
+                shutil.rmtree(away, ignore_errors=True)
+                self.path(step).rename(away)
+            return False
+        return True
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, if there was an evaluation yet; on all ranks.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        return from_first_rank(self._ranks, self._best_step)
+
+    def _best_step(self) -> int | None:
+        for step in reversed(self.steps()):
+            with contextlib.suppress(DamagedError):
+                best = read_manifest(self.path(step))["position"]["best_step"]
+                break
+        else:
+            return None
+        try:
+            return verify(self.path(best))["position"]["step"] if best else None
+        except DamagedError as error:
+            raise UserError(
+                f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
+                "training by --resume auto, or restore it"
+            ) from error
 
     def load_weights(self, model: nn.Module, step: int) -> None:
         """Load the weights alone, in place.
@@ -142,34 +312,34 @@ class Checkpoints:
         path = self.path(step)
         try:
             dcp.load(state, checkpoint_id=path)
-        except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError) as error:
+        except _LOAD_ERRORS as error:
             raise UserError(
                 f"{path} does not fit this model: it was written with other flags, or its files "
                 f"are damaged ({_cause(error)}); use another --run_dir or the run's own flags"
             ) from error
 
+    # ------------------------------------------------------------------------------------------
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, sync, rename: the file is the old one or the new one, never a half."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        """Run on rank 0; its OSError is raised on every rank, so that none waits for it."""
 
+        def reported() -> None:
+            try:
+                work()
+            except OSError as error:
+                raise UserError(error.strerror or str(error)) from error
 
-def _sync(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        from_first_rank(self._ranks, reported)
+
+    def _warn(self, text: str) -> None:
+        if self._ranks.is_first:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """The first meaningful line of a possibly nested error."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,10 +29,10 @@ class EncoderConfig:
     num_layers: int = field(default=2, metadata={"help": "transformer layers"})
     dropout: float = field(default=0.2, metadata={"help": "dropout on embeddings and residuals"})
     attention_dropout: float = field(
-        default=0.2, metadata={"help": "dropout on attention probabilities"}
+        default=0.0, metadata={"help": "dropout on attention probabilities"}
     )
     positions: str = field(
-        default="bias",
+        default="rotary",
         metadata={
             "help": "how attention sees distance, besides learned positions: bias per head and "
             "distance (learned), rotary, or none",

@@ -4,23 +4,31 @@ exported/
     model.safetensors    all weights, under the names of the plain BERT4Rec
     config.json          flags, number of items, catalog fingerprint, metrics
     catalog.parquet      original id and title of each item
+
+Loading it runs no code of whoever made it, unlike the checkpoints of a run.
 """
 
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model.manifest import sync_folder
 from pipeline.catalog import Catalog
 from pipeline.errors import UserError
 
 WEIGHTS = "model.safetensors"
 
 
-def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folder: Path) -> None:
-    """Write the portable form of a checkpoint; call it on one rank.
+def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[Path]) -> None:
+    """Write the portable form of a checkpoint into each of some folders; call it on one rank.
+
+    A folder appears complete; in one that exists already, the weights are replaced last.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -28,19 +36,46 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folder: Path) -> N
         run_dir: the run folder, for its config and catalog.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: a folder cannot be written.
     """
-    state = {"model": plain.state_dict()}
+    state = {
+        "model": {
+            name: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+            for name, tensor in plain.state_dict().items()
+        }
+    }
     dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / (WEIGHTS + ".part")
-        save_file({name: t.contiguous() for name, t in state["model"].items()}, aside)
-        Catalog.read(run_dir).write_to(folder)
-        shutil.copyfile(run_dir / "config.json", folder / "config.json")
-        aside.replace(folder / WEIGHTS)
-    except OSError as error:
-        raise UserError(f"--export_root {folder} cannot be written: {error.strerror}") from error
+    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
+    for folder in folders:
+        aside = folder.with_name(f".{folder.name}.part")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            Catalog.read(run_dir).write_to(aside)
+            shutil.copyfile(run_dir / "config.json", aside / "config.json")
+            save_file(weights, aside / WEIGHTS)
+            _move(aside, folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
+                f"{checkpoint}: make room and run again with --resume auto"
+            ) from error
+
+
+def _move(aside: Path, folder: Path) -> None:
+    """Make ``aside`` be ``folder``, durably."""
+    files = sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS)
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        for path in files:
+            path.replace(folder / path.name)
+        aside.rmdir()
+    else:
+        aside.rename(folder)
+    sync_folder(folder.parent)
 
 
 def load_exported(folder: Path, plain: nn.Module) -> None:

@@ -67,7 +67,7 @@ def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
             inside = flags_of(kind).keys() & flat.keys()
             values[entry.name] = build(kind, {name: flat[name] for name in inside})
         elif entry.name in flat:
-            values[entry.name] = _checked(entry.name, kind, flat[entry.name])
+            values[entry.name] = _checked(entry, kind, flat[entry.name])
     return config_class(**values)
 
 
@@ -155,8 +155,9 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _checked(name: str, kind: Any, value: Any) -> Any:
-    """``value`` if it is of the flag's type (a file may hold anything)."""
+def _checked(entry: dataclasses.Field, kind: Any, value: Any) -> Any:
+    """``value`` if it is of the flag's type and among its choices (a file may hold anything)."""
+    name, choices = entry.name, entry.metadata.get("choices")
     if value is None and isinstance(kind, types.UnionType):
         return None
     plain = _plain(kind)
@@ -165,6 +166,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
         return float(value)
     if not fits:
         raise UserError(f"--{name} must be of type {plain.__name__}, not {value!r}")
+    if choices and value not in choices:
+        raise UserError(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
     if plain is float and not math.isfinite(value):
         raise UserError(f"--{name} must be a finite number, not {value}")
     return value

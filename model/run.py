@@ -6,6 +6,7 @@ model = build_model(config, store.num_items, ranks)    sharded, with the seed's 
 """
 
 import fcntl
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.checkpoint import Checkpoints
+from model.checkpoint import PORTABLE, CheckpointConfig, Checkpoints
 from model.encoder import EncoderConfig
 from model.evaluation import Result, evaluate
 from model.export import WEIGHTS, load_exported
@@ -54,9 +55,6 @@ class OutputConfig:
             "choices": ("never", "auto"),
         },
     )
-    keep_last: int = field(
-        default=1, metadata={"help": "newest checkpoints to keep besides the best"}
-    )
     export_root: str = field(
         default="", metadata={"help": "also write the best model here: safetensors and catalog"}
     )
@@ -83,7 +81,7 @@ class OutputConfig:
             raise UserError(f"--resume must be never or auto, not {self.resume!r}")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"--precision must be auto, bf16 or fp32, not {self.precision!r}")
-        for name in ("keep_last", "val_batch_size", "test_batch_size"):
+        for name in ("val_batch_size", "test_batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.resume == "auto" and not self.run_dir:
@@ -111,6 +109,7 @@ class RunConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
@@ -169,8 +168,11 @@ def evaluator(
     store: SequenceStore,
     split: str,
     ranks: Ranks,
-) -> Callable[[], Result]:
-    """A function that evaluates ``model`` as it is when called, on every user of ``split``."""
+) -> Callable[..., Result]:
+    """A function that evaluates ``model`` as it is when called, on every user of ``split``.
+
+    Its argument, if given, is put around the batches, to do something between them.
+    """
     output = config.output
     loader = EvalLoader(
         store,
@@ -183,7 +185,7 @@ def evaluator(
         candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
     )
     popularity = torch.from_numpy(store.train_item_counts())
-    return lambda: evaluate(model, loader, popularity)
+    return lambda around=iter: evaluate(model, around(loader), popularity)
 
 
 class RunFolder:
@@ -202,6 +204,8 @@ class RunFolder:
         self.path = from_first_rank(ranks, lambda: self._claim(config))
 
     def _claim(self, config: RunConfig) -> Path:
+        if not config.output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise UserError("--run_dir is needed with --max_restarts: a restart must find it again")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(config.output.run_dir or f"runs/{config.data.name}-{stamp}")
         try:
@@ -221,7 +225,7 @@ class RunFolder:
 
 
 def _check_same_run(config: RunConfig, path: Path) -> None:
-    if config.output.resume == "never":
+    if config.output.resume == "never" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise UserError(
             f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "
             "another folder"
@@ -301,10 +305,11 @@ class TrainedRun:
         Raises:
             UserError: there are no weights, or they do not fit.
         """
-        if (self.folder / WEIGHTS).exists():
-            plain = build_plain_model(self.config, self._num_items, ranks)
-            load_exported(self.folder, plain)
-            return _shard(self.config, plain, ranks)
+        for folder in (self.folder, self.folder / PORTABLE):
+            if (folder / WEIGHTS).exists():
+                plain = build_plain_model(self.config, self._num_items, ranks)
+                load_exported(folder, plain)
+                return _shard(self.config, plain, ranks)
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         if step is None:

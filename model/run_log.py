@@ -20,8 +20,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.checkpoint import write_json
 from model.evaluation import Result, report, write_result
+from model.manifest import write_json
 from pipeline.errors import UserError
 
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")

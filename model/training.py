@@ -2,18 +2,22 @@
 
     for each epoch
         TrainLoader -> TrainPipelineSparseDist.progress -> loss, every --log_every steps to the log
-        drain the pipeline, evaluate on validation, write a checkpoint, stop if nothing improves
+        every --checkpoint_every minutes, and when a signal says stop: a checkpoint
+        evaluate on validation; a checkpoint if it is the best; stop if nothing improves
     load the best checkpoint, evaluate on test
 
 The learning rate, dropout and data order are functions of (seed, position in training), so a run
-that is interrupted and resumed is the run that was not.
+that is interrupted and resumed is the run that was not, bit by bit on as many ranks.
 """
 
 import math
+import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,12 +25,15 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoint import Checkpoints, Position
 from model.evaluation import Result
+from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
 from model.ranks import Ranks
 from model.run_log import RunLog
 from model.sharding import Optimizers, train_pipeline
 from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
+
+T = TypeVar("T")
 
 # Model selection: full ranking on validation, since sampled metrics may prefer a worse model.
 SELECT = ("full", "NDCG@10")
@@ -57,11 +64,16 @@ class TrainingConfig:
         metadata={"help": "stop after so many evaluations without a better full NDCG@10"},
     )
     log_every: int = field(default=50, metadata={"help": "steps between lines of the log"})
+    rank_timeout: float = field(
+        default=10.0, metadata={"help": "minutes to wait for the other ranks before giving up"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "decay_step", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.rank_timeout < 1e6:
+            raise UserError(f"--rank_timeout must be positive minutes, not {self.rank_timeout}")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"--patience must be at least 1, not {self.patience}")
         if not 0 <= self.warmup_share < 1:
@@ -91,19 +103,60 @@ def lr_factor(config: TrainingConfig, progress: float, epoch: int) -> float:
 
 
 class _Feed(Iterator[TrainBatch]):
-    """The loader's batches; counts windows and the time spent waiting for the loader."""
+    """The loader's batches; remembers what the pipeline, which runs ahead, has taken of them."""
 
-    def __init__(self, batches: Iterator[TrainBatch]) -> None:
-        self._batches = batches
-        self.windows: deque[int] = deque()  # of the batches that the pipeline holds
+    def __init__(self, loader: TrainLoader, position: Position) -> None:
+        self._loader = loader
+        self._batches = loader.epoch(position.epoch, position.sample)
+        # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
+        self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
 
     def __next__(self) -> TrainBatch:
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started
-        self.windows.append(batch.num_windows)
+        self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
         return batch
+
+
+class _Interval:
+    """The steps since the last line of the log, their losses still on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []  # each [2]: sum of losses, masked positions
+        self.steps: list[tuple[int, int, int, float]] = []  # step, first and next sample, lr
+        self.windows = 0
+        self._started = time.perf_counter()
+
+    def add(self, losses: torch.Tensor, windows: int, step: tuple[int, int, int, float]) -> None:
+        self.losses.append(losses)
+        self.steps.append(step)
+        self.windows += windows
+
+    def reduce(self, epoch: int) -> dict[str, float]:
+        """Mean loss per masked position and speed, over all ranks.
+
+        Raises:
+            UserError: a loss is not finite; the first such step is named.
+        """
+        totals = torch.stack(self.losses).double()
+        totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
+        dist.all_reduce(totals)
+        rows = totals.tolist()
+        for (loss_sum, _), (step, first, after, lr) in zip(rows, self.steps, strict=False):
+            if not math.isfinite(loss_sum):
+                raise UserError(
+                    f"the loss became {loss_sum} at step {step} (epoch {epoch}, its samples "
+                    f"{first} to {after - 1}, lr {lr:g}): lower --lr or raise --warmup_share; "
+                    "earlier checkpoints are intact"
+                )
+        positions = sum(row[1] for row in rows)
+        return {
+            "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
+            "lr": self.steps[-1][3],
+            "records_per_second": rows[-1][0] / (time.perf_counter() - self._started),
+        }
 
 
 class Trainer:
@@ -112,7 +165,8 @@ class Trainer:
     Args:
         model: with its ``optimizers``, from :mod:`model.sharding`.
         loader: this rank's training batches.
-        validate: evaluates the model on the validation split, on all ranks.
+        validate: evaluates the model on the validation split, on all ranks; its argument is put
+            around the batches.
         position: where to begin, from a checkpoint or new.
         seed: of dropout.
     """
@@ -122,7 +176,7 @@ class Trainer:
         model: DistributedModelParallel,
         optimizers: Optimizers,
         loader: TrainLoader,
-        validate: Callable[[], Result],
+        validate: Callable[[Callable[[Iterable[T]], Iterator[T]]], Result],
         checkpoints: Checkpoints,
         log: RunLog,
         config: TrainingConfig,
@@ -134,74 +188,128 @@ class Trainer:
         self.validate, self.checkpoints, self.log = validate, checkpoints, log
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
         self.pipeline = train_pipeline(model, optimizers.combined, ranks.device)
+        self.orders = Orders(ranks, timedelta(minutes=config.rank_timeout))
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
-        """Train to the end or until nothing improves; returns the last position."""
-        while self.position.epoch < self.config.num_epochs and not self._is_stale():
-            self._train_epoch()
-            last = self.position.epoch == self.config.num_epochs
-            if last or self.position.epoch % self.config.eval_every == 0:
-                self._evaluate()
-                self.checkpoints.save(self.model, self.optimizers, self.position)
+        """Train to the end or until nothing improves; returns the last position.
+
+        Raises:
+            UserError: a loss is not finite, a rank does not answer, a checkpoint cannot be written.
+            SystemExit: stopped by a signal, after a checkpoint; the code is 128 + its number.
+        """
+        try:
+            with self.orders:
+                while not self._is_over():
+                    self._train_epoch()
+                    self._end_epoch()
+        except RuntimeError as error:
+            if explained := self.orders.explain(error, self.position.step):
+                raise explained from error
+            raise
+        if not self.position.best_step:
+            raise UserError(
+                "no checkpoint of an evaluated model could be written: make room, then go on with "
+                "--resume auto"
+            )
         return self.position
 
-    def _is_stale(self) -> bool:
-        return self.config.patience is not None and self.position.stale >= self.config.patience
+    def _is_over(self) -> bool:
+        stale = self.config.patience is not None and self.position.stale >= self.config.patience
+        return stale or self.position.epoch >= self.config.num_epochs
 
     def _train_epoch(self) -> None:
         """The rest of the current epoch; ends with an empty, detached pipeline."""
-        self.model.train()
-        epoch, step = self.position.epoch, self.position.step
-        feed = _Feed(self.loader.epoch(epoch, self.position.sample))
         steps = self.loader.steps_left(self.position.sample)
-        consumed = epoch * self.loader.num_samples + self.position.sample
-        left = self.loader.num_samples - self.position.sample
-        losses = torch.zeros(2, device=self.ranks.device)
-        windows, since, logged = 0, time.perf_counter(), step
-        for done in range(steps):
-            factor = lr_factor(self.config, (consumed + done * left / steps) / self._total, epoch)
-            self.optimizers.set_lr(factor)
-            torch.manual_seed(hash((self.seed, step, self.ranks.rank)))
-            losses += self.pipeline.progress(feed)
-            windows += feed.windows.popleft()
-            step += 1
-            self.log.advance()
-            if step % self.config.log_every == 0 or done + 1 == steps:
-                loss, windows = self._reduce(losses, windows, step)
-                seconds = time.perf_counter() - since
-                values = {
-                    "loss": loss,
-                    "lr": factor * self.optimizers.peak_lr,
-                    "records_per_second": windows / seconds,
-                    "data_wait_ms": 1000 * feed.waited / (step - logged),
-                }
-                self.log.write(step, epoch, values)
-                losses.zero_()
-                windows, since, logged, feed.waited = 0, time.perf_counter(), step, 0.0
+        if steps == 0:
+            return
+        self.model.train()
+        feed, interval = _Feed(self.loader, self.position), _Interval()
+        for left in reversed(range(steps)):
+            self._step(feed, interval)
+            order = self.orders.exchange(self._wish(interval))
+            if left == 0 or self.position.step % self.config.log_every == 0 or order:
+                values = interval.reduce(self.position.epoch)
+                values["data_wait_ms"] = 1000 * feed.waited / len(interval.steps)
+                self.log.write(self.position.step, self.position.epoch, values)
+                interval, feed.waited = _Interval(), 0.0
+            self._obey(order)
         self.pipeline.detach()
-        self.position = replace(self.position, step=step, epoch=epoch + 1, sample=0)
 
-    def _reduce(self, losses: torch.Tensor, windows: int, step: int) -> tuple[float, int]:
-        """Mean loss per masked position and number of windows since the last line, all ranks.
+    def _step(self, feed: _Feed, interval: _Interval) -> None:
+        """One optimizer step; the pipeline still holds the next batches afterwards."""
+        before = self.position
+        progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
+        factor = lr_factor(self.config, progress, before.epoch)
+        self.optimizers.set_lr(factor)
+        torch.manual_seed(hash((self.seed, before.step, self.ranks.rank)))
+        losses = self.pipeline.progress(feed)
+        windows, sample = feed.held.popleft()
+        self.position = replace(before, step=before.step + 1, sample=sample)
+        lr = factor * self.optimizers.peak_lr
+        interval.add(losses, windows, (self.position.step, before.sample, sample, lr))
+        self.log.advance()
+
+    def _wish(self, interval: _Interval) -> int:
+        """What this rank wants all to do next."""
+        # On CUDA looking at the loss would wait for the step: there the log's turn has to do.
+        if self.ranks.device.type == "cpu" and not math.isfinite(interval.losses[-1][0]):
+            return CHECK_LOSS
+        return SAVE if self.ranks.is_first and self.checkpoints.is_due else NOTHING
+
+    def _obey(self, order: int) -> None:
+        if order in (NOTHING, CHECK_LOSS):
+            return
+        saved = self._save()
+        if order > STOP:
+            position, name = self.position, signal.Signals(order - STOP).name
+            self.log.say(
+                f"stopped by {name} at step {position.step} (epoch {position.epoch}, sample "
+                f"{position.sample}){', saved' * saved}: go on with --resume auto"
+            )
+            raise SystemExit(128 + order - STOP)
+
+    def _save(self) -> bool:
+        """Write a checkpoint, unless there is nothing worth writing.
+
+        The batches that the pipeline holds do not matter: they have not touched the weights.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: a weight is not finite, or the checkpoint cannot be written.
         """
-        totals = torch.cat([losses.double(), losses.new_tensor([windows]).double()])
-        dist.all_reduce(totals)
-        loss_sum, positions, all_windows = totals.tolist()
-        if not math.isfinite(loss_sum):
+        broken = torch.zeros((), device=self.ranks.device)
+        for parameter in self.model.parameters():
+            broken += ~torch.isfinite(parameter.detach().sum())
+        dist.all_reduce(broken)
+        if broken:
             raise UserError(
-                f"the loss became {loss_sum} by step {step}: lower --lr or raise --warmup_share; "
-                f"earlier checkpoints are intact"
+                f"weights are not finite any more after step {self.position.step}: lower --lr or "
+                "raise --warmup_share; earlier checkpoints are intact"
             )
-        return loss_sum / max(positions, 1), int(all_windows)
+        return self.checkpoints.save(self.model, self.optimizers, self.position)
+
+    def _end_epoch(self) -> None:
+        """Evaluate and save if it is time to, and turn to the next epoch."""
+        epoch = self.position.epoch + 1
+        before = self.position
+        if epoch == self.config.num_epochs or epoch % self.config.eval_every == 0:
+            self._evaluate()
+        self.position = replace(self.position, epoch=epoch, sample=0)
+        better = self.position.best_step != before.best_step
+        if (better or self._is_over()) and not self._save() and better:
+            self.position = replace(self.position, best=before.best, best_step=before.best_step)
+
+    def _interruptible(self, batches: Iterable[T]) -> Iterator[T]:
+        """Between batches of an evaluation, which is done again after a resume, obey a signal."""
+        for batch in batches:
+            if (order := self.orders.exchange()) > STOP:
+                self._obey(order)
+            yield batch
 
     def _evaluate(self) -> None:
         """Validate, log, and note whether this is the best model so far."""
         started = time.perf_counter()
-        result = self.validate()
+        result = self.validate(self._interruptible)
         protocol, metric = SELECT
         value = result[protocol][metric]
         position = self.position
@@ -218,9 +326,9 @@ class Trainer:
             for name, number in result[protocol].items()
         }
         values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(position.step, position.epoch - 1, values)
+        self.log.write(position.step, position.epoch, values)
         self.log.say(
-            f"epoch {position.epoch - 1}: validation NDCG@10 full {value:.4f}"
+            f"epoch {position.epoch}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {result['sampled'][metric]:.4f}; "
             f"HR@10 full {result['full']['HR@10']:.4f}, sampled {result['sampled']['HR@10']:.4f}"
         )

@@ -43,7 +43,7 @@ _CHUNK_ITEMS = 1 << 17
 class LoaderConfig:
     """How windows become batches."""
 
-    train_batch_size: int = field(default=256, metadata={"help": "windows a rank trains in a step"})
+    train_batch_size: int = field(default=128, metadata={"help": "windows a rank trains in a step"})
     prefetch_batches: int = field(
         default=8, metadata={"help": "batches made ahead by a background thread"}
     )

@@ -38,7 +38,7 @@ class MaskConfig:
     """Which positions are masked and what takes their place."""
 
     mask_prob: float = field(
-        default=0.15, metadata={"help": "probability that a position is masked"}
+        default=0.3, metadata={"help": "probability that a position is masked"}
     )
     dupe_factor: int = field(
         default=1, metadata={"help": "differently masked copies of a window in an epoch"}
@@ -47,7 +47,7 @@ class MaskConfig:
         default=0.0, metadata={"help": "share of rows with only the last item masked"}
     )
     left_context_share: float = field(
-        default=0.0,
+        default=0.5,
         metadata={
             "help": "share of rows in which positions see only what came before them, as the "
             "last one does at evaluation"

@@ -29,7 +29,7 @@ from pipeline.store import SequenceStore
 class WindowConfig:
     """How long windows are and how much they overlap."""
 
-    max_len: int = field(default=200, metadata={"help": "most items in a window"})
+    max_len: int = field(default=100, metadata={"help": "most items in a window"})
     window_stride: float = field(
         default=1.0,
         metadata={"help": "step between a long history's windows, as a share of max_len"},

@@ -206,6 +206,7 @@ def test_a_checkpoint_of_another_shape(
     run_main: RunMain, copied: Path, cache_dir: Path, script: str
 ) -> None:
     edit_config(copied, emb_dim=32)
+    shutil.rmtree(copied / "model", ignore_errors=True)  # eval.py would rather take that
     arguments = ["--checkpoint", copied]
     if script == "train":
         arguments = [*TINY, "--emb_dim=32", f"--run_dir={copied}", "--resume=auto"]
@@ -239,7 +240,8 @@ def test_bad_flags_of_eval(run_main: RunMain, arguments: list[str], message: str
 
 
 def test_eval_of_a_run_without_checkpoint(run_main: RunMain, copied: Path, cache_dir: Path) -> None:
-    shutil.rmtree(copied / "checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(copied / name, ignore_errors=True)
     outcome = run_main("eval", "--checkpoint", copied, f"--cache_dir={cache_dir}")
     assert_one_line(outcome, "eval", f"{copied} has no checkpoint yet")
 

@@ -124,8 +124,12 @@ def test_patience_stops_what_does_not_improve(
     validated = [line for line in lines if "validation/full/HR@10" in line]
     assert [line["epoch"] for line in validated] == [0, 1, 2]
     assert len({line["validation/full/NDCG@10"] for line in validated}) == 1
-    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
-    assert best["step"] == validated[0]["step"]
+    lines = outcome.out.splitlines()
+    assert ["best so far" in line for line in lines if "validation NDCG" in line] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
@@ -142,6 +146,53 @@ def test_a_loss_that_is_no_number_ends_the_run(
         "--logit_temperature=0",
     )
     assert outcome.code == 2
-    assert "the loss became nan by step" in outcome.err.splitlines()[-1]
-    assert "lower --lr" in outcome.err.splitlines()[-1]
-    assert not list((tmp_path / "checkpoints").glob("*"))
+    last = outcome.err.splitlines()[-1]  # a line of its own, below the progress bar
+    assert last.startswith("train.py: the loss became nan") and "lower --lr" in last
+    assert not list(tmp_path.glob("checkpoints/step-*"))
+
+
+def test_it_learns_what_the_generator_put_in(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    """About ten seconds of training; seeds 0 to 2 gave HR@10 from .80 to .83 of a possible .87.
+
+    Popularity gives .23. The lower bounds are for what breaks learning: with targets off by one
+    it reached .14, with positions mixed up .15, with tables that do not move .17, with an encoder
+    that does not move .23. The upper ones are for what makes ranking easier than it is: targets
+    or unseen items missing among the ranked ones, the target among the input.
+    """
+    outcome = run_main(
+        "train",
+        "--recipe=none",
+        "--synthetic_user_count=1000",
+        "--synthetic_item_count=100",
+        "--max_len=40",
+        "--mask_prob=0.3",
+        "--left_context_share=1",
+        "--emb_dim=32",
+        "--nhead=2",
+        "--num_layers=1",
+        "--dropout=0",
+        "--attention_dropout=0",
+        "--logit_temperature=0",
+        "--train_batch_size=16",
+        "--lr=0.01",
+        "--embedding_lr=0.05",
+        "--embedding_optimizer=rowwise_adagrad",
+        "--lr_schedule=linear",
+        "--warmup_share=0.05",
+        "--num_epochs=8",
+        "--eval_every=8",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+    )
+    assert outcome.code == 0, outcome.err
+    result = json.loads((tmp_path / "eval_test.json").read_text())
+    (best,) = (line for line in outcome.out.splitlines() if line.startswith("full, best possible"))
+    best_hr, best_ndcg = map(float, best.split()[-2:])
+    assert 0.2 < result["popularity"]["full"]["HR@10"] < 0.26
+    assert 0.75 < result["full"]["HR@10"] < best_hr + 0.02
+    assert 0.45 < result["full"]["NDCG@10"] < best_ndcg + 0.02
+    assert result["sampled"]["HR@10"] > 0.75
+    lines = [line for line in lines_of(tmp_path) if "loss" in line]
+    assert lines[0]["loss"] > lines[-1]["loss"] + 1

@@ -1,0 +1,109 @@
+"""Orders: what all ranks do at the same step boundary, whoever noticed that it must be done.
+
+    rank 0  the clock says: save        rank 1  got SIGTERM       rank 2  its loss is not finite
+        |                                   |                         |
+        +------------- all-reduce of one integer on the host, maximum ------+
+                                |
+             one step later every rank knows it, and does it
+
+The all-reduce of a step is waited for at the next one, so no step waits for it and no GPU is
+synchronised. When an answer does not come in time, a roll call names the ranks that are silent.
+"""
+
+import re
+import signal
+from datetime import timedelta
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+from model.ranks import Ranks
+from pipeline.errors import UserError
+
+NOTHING, SAVE, CHECK_LOSS = 0, 1, 2
+# An order to stop is this much plus the number of the signal; it outranks the others.
+STOP = 100
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ROLL_CALL = timedelta(seconds=10)
+_SILENT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
+_GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
+
+
+class Orders:
+    """Agreement of the ranks during training; while entered, signals become orders.
+
+    Args:
+        timeout: how long to wait for a rank.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._signal = NOTHING
+        self._before: dict[signal.Signals, object] = {}
+        self._mine = torch.zeros(1, dtype=torch.int32)
+        self._underway: dist.Work | None = None
+        self._group = self._roll_call = None
+        if ranks.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            # Of its own: a group in which an operation failed is unusable.
+            self._roll_call = dist.new_group(backend="gloo", timeout=timeout)
+
+    def __enter__(self) -> "Orders":
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = STOP + number
+
+    def exchange(self, wish: int = NOTHING) -> int:
+        """Hand in this rank's wish; every rank must call it equally often.
+
+        Returns:
+            The strongest wish that any rank handed in at its call before this one (alone: now).
+        """
+        wish = max(wish, self._signal)
+        if self._group is None:
+            return wish
+        order = NOTHING
+        if self._underway is not None:
+            self._underway.wait()
+            order = int(self._mine)
+        self._mine = torch.tensor([wish], dtype=torch.int32)
+        self._underway = dist.all_reduce(
+            self._mine, dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        return order
+
+    def explain(self, error: RuntimeError, step: int) -> UserError | None:
+        """What a failed collective means for the user; None if it was not about other ranks."""
+        text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
+        if self._roll_call is None:
+            return None
+        if _GONE.search(text):
+            return UserError(f"another rank is gone at step {step}; {advice}")
+        if not _SILENT.search(text):
+            return None
+        seconds = self._timeout.total_seconds()
+        return UserError(
+            f"no answer from {self._silent_ranks()} for {seconds:g} s at step {step}: it is stuck, "
+            f"or does something else than the others; {advice}"
+        )
+
+    def _silent_ranks(self) -> str:
+        """Which ranks do not answer to a roll call; only rank 0 hears all answers."""
+        try:
+            dist.monitored_barrier(self._roll_call, timeout=_ROLL_CALL, wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            return f"rank {found.group(1)}" if found else "rank 0, or a rank that it names"
+        return "a rank that answers again by now"

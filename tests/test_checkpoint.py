@@ -1,0 +1,283 @@
+"""Checkpoints of one rank in this process: manifests, damage, errors while saving, resume."""
+
+import errno
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+from model.manifest import DamagedError, describe_files, read_manifest, verify, write_manifest
+from model.training import Trainer
+from pipeline.errors import UserError
+from tests.conftest import TINY, Outcome, RunMain
+
+FLAGS = (*TINY, "--num_epochs=3", "--eval_every=1", "--lr=0.01")
+
+
+def checkpoint(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_bytes(b"weights of rank 0")
+    (folder / "__1_0.distcp").write_bytes(b"weights of rank 1" * 100)
+    write_manifest(folder, {"position": {"step": 7}, "files": describe_files(folder, "__*")})
+    return folder
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("__*.distcp", cut, "bytes instead of"),
+    ("__*.distcp", flip_a_byte, "was altered: its checksum differs"),
+    ("__*.distcp", Path.unlink, "cannot be read"),
+    ("manifest.json", Path.unlink, "manifest.json is missing"),
+    ("manifest.json", cut, "manifest.json is not whole"),
+    (
+        "manifest.json",
+        lambda path: path.write_text(path.read_text().replace('"step": ', '"step": 1')),
+        "manifest.json was altered",
+    ),
+]
+
+
+def test_a_manifest_knows_its_files(tmp_path: Path) -> None:
+    content = verify(checkpoint(tmp_path / "whole"))
+    # CRC-32 of b"weights of rank 0", by another program (gzip's trailer).
+    assert content["files"]["__0_0.distcp"]["size"] == 17
+    assert content["files"]["__1_0.distcp"]["size"] == 1700
+    assert content["position"] == {"step": 7}
+
+
+@pytest.mark.parametrize(("pattern", "damage", "message"), DAMAGES)
+def test_damage_is_found(
+    tmp_path: Path, pattern: str, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = checkpoint(tmp_path / "damaged")
+    damage(sorted(folder.glob(pattern))[-1])
+    with pytest.raises(DamagedError, match=message):
+        verify(folder)
+
+
+def test_a_newer_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("model.manifest.FORMAT", 2)
+        folder = checkpoint(tmp_path / "newer")
+    with pytest.raises(UserError, match="has format 2, this version reads 1"):
+        read_manifest(folder)
+
+
+@pytest.fixture
+def train(run_main: RunMain, cache_dir: Path) -> Callable[..., Outcome]:
+    def run(run_dir: Path, *more: str) -> Outcome:
+        return run_main("train", *FLAGS, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", *more)
+
+    return run
+
+
+Train = Callable[..., Outcome]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Callable[[Trainer], Any]) -> None:
+    """Do something once in the middle of training, after step ``wanted``."""
+    step = Trainer._step
+
+    def patched(self: Trainer, *arguments: Any) -> None:
+        step(self, *arguments)
+        if self.position.step == wanted:
+            act(self)
+
+    monkeypatch.setattr(Trainer, "_step", patched)
+
+
+def final(run_dir: Path) -> tuple[bytes, bytes]:
+    weights = (run_dir / "model" / "model.safetensors").read_bytes()
+    return weights, (run_dir / "eval_test.json").read_bytes()
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def interrupted(
+    template: Path, tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A run stopped by SIGTERM at step 7 of 15, with checkpoints of steps 5 (best), 6 and 7."""
+    made = template / "interrupted"
+    if not made.exists():
+        with monkeypatch.context() as patch:
+            patch.setattr("model.checkpoint.Checkpoints.is_due", True)
+            at_step(patch, 7, lambda _: signal.raise_signal(signal.SIGTERM))
+            outcome = train(made)
+        assert outcome.code == 143, outcome.err
+        assert "stopped by SIGTERM at step 7 (epoch 1, sample 64), saved: go on" in outcome.out
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def uninterrupted(template: Path, train: Train) -> tuple[bytes, bytes]:
+    made = template / "uninterrupted"
+    if not made.exists():
+        assert train(made).code == 0
+        position = read_manifest(made / "checkpoints" / names(made)[-1])["position"]
+        assert position["epoch"] == 3 and position["sample"] == 0
+    return final(made)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    interrupted: Path, uninterrupted: tuple[bytes, bytes], train: Train
+) -> None:
+    assert names(interrupted) == [f"step-0000000{step}" for step in (5, 6, 7)]
+    manifest = verify(interrupted / "checkpoints" / "step-00000007")
+    position = manifest["position"]
+    assert (position["step"], position["epoch"], position["sample"]) == (7, 1, 64)
+    assert position["best_step"] == 5 and manifest["world_size"] == 1
+    assert manifest["recorded"]["flags"]["emb_dim"] == 16
+    assert {"torch", "torchrec"} <= manifest["recorded"]["versions"].keys()
+
+    outcome = train(interrupted, "--resume=auto")
+    assert outcome.code == 0 and "resumed from" in outcome.out
+    assert final(interrupted) == uninterrupted
+
+
+@pytest.mark.parametrize(("pattern", "damage", "message"), [DAMAGES[i] for i in (0, 1, 3)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    interrupted: Path,
+    uninterrupted: tuple[bytes, bytes],
+    train: Train,
+    pattern: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    newest = interrupted / "checkpoints" / "step-00000007"
+    damage(next(newest.glob(pattern)))
+    outcome = train(interrupted, "--resume=auto")
+    assert outcome.code == 0, outcome.err
+    assert f"warning: {newest} is damaged: " in outcome.err and message in outcome.err
+    assert f"resumed from {newest.with_name('step-00000006')}" in outcome.out
+    assert "damaged-00000007" in names(interrupted)
+    assert final(interrupted) == uninterrupted
+
+
+def test_a_lost_best_checkpoint_is_replaced(interrupted: Path, train: Train) -> None:
+    shutil.rmtree(interrupted / "checkpoints" / "step-00000005")
+    outcome = train(interrupted, "--resume=auto")
+    assert outcome.code == 0, outcome.err
+    assert "step-00000005, the best model so far, is lost: 7 stands in" in outcome.err
+
+
+def test_the_best_is_kept_besides_the_newest(interrupted: Path, train: Train) -> None:
+    # No learning rate, so no evaluation is better than that of step 5.
+    outcome = train(interrupted, "--resume=auto", "--lr=0", "--embedding_lr=0", "--keep_last=1")
+    assert outcome.code == 0, outcome.err
+    assert names(interrupted) == ["step-00000005", "step-00000015"]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Let the given calls of dcp.save, counted from 1, find the disk full, after half a file."""
+    save, done = dcp.save, []
+
+    def full(state: dict[str, Any], checkpoint_id: Path) -> None:
+        done.append(checkpoint_id)
+        if len(done) in calls:
+            (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr("model.checkpoint.dcp.save", full)
+
+
+def test_a_full_disk_stops_the_run(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, {2})
+    outcome = train(tmp_path)
+    assert outcome.code == 2
+    last = outcome.err.splitlines()[-1]
+    assert "step-00000015 cannot be written: No space left on device; earlier checkpoints" in last
+    assert names(tmp_path) == ["step-00000005"]
+    verify(tmp_path / "checkpoints" / "step-00000005")
+
+
+def test_a_full_disk_is_survived_if_wanted(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, {1})
+    outcome = train(tmp_path, "--on_save_error=continue")
+    assert outcome.code == 0
+    assert "No space left on device; earlier checkpoints are intact, training goes" in outcome.err
+    # The model of step 5 is lost, so that of step 10 is the best there is, though it is worse.
+    assert names(tmp_path) == ["step-00000010", "step-00000015"]
+    verify(tmp_path / "checkpoints" / "step-00000010")
+
+
+def test_a_checkpoints_folder_that_cannot_be_made(tmp_path: Path, train: Train) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    outcome = train(tmp_path)
+    assert outcome.code == 2
+    assert "cannot be written: File exists" in outcome.err.splitlines()[-1]
+
+
+def poison(trainer: Trainer) -> None:
+    next(trainer.model.module.encoder.parameters()).data.view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        ("1e-9", "weights are not finite any more after step 8: "),
+        ("10", "the loss became nan at step 9 (epoch 1, its samples 96 to 127, lr "),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(
+    interrupted: Path, train: Train, monkeypatch: pytest.MonkeyPatch, every: str, message: str
+) -> None:
+    before = {name: verify(interrupted / "checkpoints" / name) for name in names(interrupted)}
+    at_step(monkeypatch, 8, poison)
+    outcome = train(interrupted, "--resume=auto", f"--checkpoint_every={every}")
+    assert outcome.code == 2
+    assert message in outcome.err.splitlines()[-1]
+    assert "earlier checkpoints are intact" in outcome.err.splitlines()[-1]
+    after = {name: verify(interrupted / "checkpoints" / name) for name in names(interrupted)}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "flag", ["--checkpoint_every=0", "--keep_last=0", "--on_save_error=ask", "--rank_timeout=0"]
+)
+def test_flags_out_of_range(tmp_path: Path, train: Train, flag: str) -> None:
+    outcome = train(tmp_path, flag)
+    assert outcome.code == 2 and flag.split("=")[0] in outcome.err.splitlines()[-1]
+
+
+def test_the_portable_form_is_enough_to_evaluate(
+    interrupted: Path, train: Train, run_main: RunMain, cache_dir: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported"
+    outcome = train(interrupted, "--resume=auto", f"--export_root={exported}")
+    assert outcome.code == 0, outcome.err
+    for folder in (exported, interrupted / "model"):
+        files = {path.name for path in folder.iterdir()}
+        assert {"model.safetensors", "config.json", "catalog.parquet"} <= files
+    before = json.loads((interrupted / "eval_test.json").read_text())
+    shutil.rmtree(interrupted / "checkpoints")
+    for folder in (exported, interrupted):
+        outcome = run_main("eval", f"--checkpoint={folder}", f"--cache_dir={cache_dir}")
+        assert outcome.code == 0, outcome.err
+        assert json.loads((folder / "eval_test.json").read_text()) == before

@@ -1,0 +1,268 @@
+"""Faults of processes and machines, through the real commands on two gloo ranks."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from model.manifest import verify
+from tests.conftest import ROOT, TINY, RunMain, environment
+
+FLAGS = (*TINY, "--num_epochs=20", "--eval_every=5", "--lr=0.003", "--checkpoint_every=0.002")
+
+
+class Job:
+    """A torchrun of train.py, its output in files, none of its processes left behind."""
+
+    def __init__(self, folder: Path, num_ranks: int, *flags: str, launch: str = "") -> None:
+        folder.mkdir(exist_ok=True)
+        self.run_dir = folder / "run"
+        self._out, self._err = folder / "out.txt", folder / "err.txt"
+        launch_flags = ["--standalone", "--nproc_per_node", str(num_ranks), *launch.split()]
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", *launch_flags),
+                    *("train.py", *FLAGS, f"--cache_dir={folder.parent / 'cache'}"),
+                    *(f"--run_dir={self.run_dir}", "--resume=auto", *flags),
+                ],
+                cwd=ROOT,
+                env=environment(OMP_NUM_THREADS="1"),
+                stdout=out,
+                stderr=err,
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in the order of their start."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        try:
+            return [int(pid) for pid in children.read_text().split()]
+        except OSError:
+            return []
+
+    def wait(self, timeout: float = 120) -> int:
+        return self.process.wait(timeout)
+
+    def steps(self) -> int:
+        """Lines of the log so far."""
+        log = self.run_dir / "metrics.jsonl"
+        return log.read_text().count('"loss"') if log.exists() else 0
+
+    def wait_for_steps(self, count: int, timeout: float = 90) -> None:
+        until = time.monotonic() + timeout
+        while self.steps() < count:
+            assert self.process.poll() is None and time.monotonic() < until, self.err
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """kill -9 of every process at once."""
+        for pid in [*self.ranks(), self.process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[Start]:
+    jobs = []
+
+    def begin(name: str, num_ranks: int = 2, *flags: str, launch: str = "") -> Job:
+        jobs.append(Job(tmp_path / name, num_ranks, *flags, launch=launch))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+def final(run_dir: Path) -> tuple[bytes, bytes]:
+    weights = (run_dir / "model" / "model.safetensors").read_bytes()
+    return weights, (run_dir / "eval_test.json").read_bytes()
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
+
+
+def newest(run_dir: Path) -> dict:
+    return verify(max((run_dir / "checkpoints").glob("step-*")))
+
+
+def test_killed_and_started_again_it_is_the_run_that_was_not(start: Start) -> None:
+    whole = start("whole")
+    assert whole.wait() == 0, whole.err
+    job = start("killed")
+    job.wait_for_steps(20)
+    job.kill()
+    assert newest(job.run_dir)["position"]["sample"] >= 0
+    # On as many ranks it is the same run, bit by bit, learning curve and all.
+    job = start("killed")
+    assert job.wait() == 0, job.err
+    assert "resumed from" in job.out
+    assert final(job.run_dir) == final(whole.run_dir)
+    assert losses(job.run_dir) == losses(whole.run_dir)
+
+
+def test_a_lost_rank_restarts_the_job(start: Start) -> None:
+    job = start("lost", launch="--max_restarts 1")
+    job.wait_for_steps(15)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.wait() == 0, job.err
+    assert "resumed from" in job.out
+    assert "another rank is gone" in job.err
+    assert (job.run_dir / "eval_test.json").exists()
+
+
+def test_preempted_and_continued_on_one_rank_in_another_sharding(
+    start: Start, run_main: RunMain
+) -> None:
+    job = start("preempted")
+    job.wait_for_steps(15)
+    began = time.monotonic()
+    # One rank alone is told: all must stop, at the same step.
+    os.kill(job.ranks()[1], signal.SIGTERM)
+    while job.ranks():
+        assert time.monotonic() - began < 15
+        time.sleep(0.05)
+    assert job.wait() != 0
+    line = re.search(r"stopped by SIGTERM at step (\d+) \(epoch (\d+), sample (\d+)\), s", job.out)
+    assert line, job.out + job.err
+    assert "exitcode  : 143" in job.err
+    position = newest(job.run_dir)["position"]
+    assert [position[name] for name in ("step", "epoch", "sample")] == [
+        int(n) for n in line.groups()
+    ]
+
+    before = losses(job.run_dir)
+    flags = [*FLAGS, f"--cache_dir={job.run_dir.parents[1] / 'cache'}", "--sharding=table_wise"]
+    outcome = run_main("train", *flags, f"--run_dir={job.run_dir}", "--resume=auto")
+    assert outcome.code == 0, outcome.err
+    after = losses(job.run_dir)
+    assert {step: after[step] for step in before} == before
+    # Half as many windows a step: what was left of the epochs at 64 windows is done at 32.
+    windows = newest(job.run_dir)["position"]
+    assert (windows["epoch"], windows["sample"]) == (20, 0)
+    recent, next_ones = [
+        [after[step] for step in steps]
+        for steps in (sorted(before)[-5:], sorted(after.keys() - before.keys())[:5])
+    ]
+    assert abs(sum(recent) - sum(next_ones)) / 5 < 0.5
+
+
+def test_a_restart_must_find_its_folder(run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    outcome = run_main("train", *TINY, "--run_dir=")
+    assert outcome.code == 2
+    assert "--run_dir is needed with --max_restarts" in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills_at_random_moments(start: Start) -> None:
+    flags = ("--num_epochs=60",)
+    whole = start("whole", 2, *flags)
+    assert whole.wait(300) == 0, whole.err
+    choose = random.Random(0)
+    for _ in range(20):
+        # From imports (some 8 s) over preparation into training.
+        job = start("killed", 2, *flags)
+        time.sleep(choose.uniform(4, 16))
+        job.kill()
+    job = start("killed", 2, *flags)
+    assert job.wait(300) == 0, job.err
+    assert final(job.run_dir) == final(whole.run_dir)
+    assert losses(job.run_dir) == losses(whole.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_then_three_then_one_rank(start: Start) -> None:
+    for num_ranks, sharding in ((2, "row_wise"), (3, "column_wise"), (1, "table_wise")):
+        job = start("moved", num_ranks, f"--sharding={sharding}", "--embedding_optimizer=sgd")
+        if num_ranks > 1:
+            job.wait_for_steps(job.steps() + 12)
+            os.kill(job.ranks()[0], signal.SIGINT)
+            assert job.wait() != 0
+            assert "stopped by SIGINT" in job.out and "exitcode  : 130" in job.err
+            manifest = newest(job.run_dir)
+            assert manifest["world_size"] == num_ranks
+        else:
+            assert job.wait() == 0, job.err
+    curve = losses(job.run_dir)
+    assert sorted(curve) == list(range(1, len(curve) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_stuck_rank_is_named(start: Start, stuck: int) -> None:
+    job = start("stuck", 2, "--rank_timeout=0.05")
+    job.wait_for_steps(10)
+    pid = job.ranks()[stuck]
+    os.kill(pid, signal.SIGSTOP)
+    until = time.monotonic() + 60
+    while f"no answer from rank {stuck}" not in job.err:
+        assert time.monotonic() < until, job.err
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGCONT)
+    assert job.wait() != 0
+    newest(job.run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_real_full_disk(start: Start, tmp_path: Path, policy: str) -> None:
+    disk = tmp_path / "full" / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        job = start("full", 2, f"--on_save_error={policy}", "--checkpoint_every=10")
+        code = job.wait()
+        assert "cannot be written: No space left on device; earlier checkpoints" in job.err
+        assert (code == 0) == (policy == "continue"), job.err
+        # The first evaluation's, written before the disk was full.
+        (kept,) = disk.glob("step-*")
+        assert verify(kept)["position"]["step"] == 15
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+        shutil.rmtree(disk, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(start: Start) -> None:
+    job = start("memory", 2, "--num_epochs=600", "--checkpoint_every=0.05")
+
+    def resident() -> int:
+        pages = int(Path(f"/proc/{job.ranks()[0]}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    job.wait_for_steps(150)
+    before = resident()
+    job.wait_for_steps(650, timeout=200)
+    # 500 steps, several evaluations and checkpoints.
+    assert resident() - before < 48 << 20

@@ -1,0 +1,64 @@
+"""Rows with left context alone: which they are, and what their positions see."""
+
+import numpy as np
+import pytest
+import torch
+
+from model.encoder import POSITIONS, Encoder, EncoderConfig
+from pipeline.loader import LoaderConfig, TrainLoader
+from pipeline.masking import ClozeMask, MaskConfig
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig
+
+
+def test_their_share_is_kept_and_keyed_by_window() -> None:
+    cloze = ClozeMask(MaskConfig(left_context_share=0.3), num_items=9, seed=4)
+    windows, copies = np.arange(20_000), np.zeros(20_000, dtype=np.int64)
+    chosen = cloze.left_only(1, windows, copies)
+    assert abs(chosen.mean() - 0.3) < 0.013  # four standard deviations
+    assert (cloze.left_only(1, windows[::-1], copies) == chosen[::-1]).all()
+    assert (cloze.left_only(2, windows, copies) != chosen).any()
+
+
+def test_no_share_draws_nothing() -> None:
+    cloze = ClozeMask(MaskConfig(left_context_share=0.0), num_items=9, seed=4)
+    assert cloze.left_only(1, np.arange(3), np.zeros(3, dtype=np.int64)) is None
+
+
+@pytest.mark.parametrize("few_shapes", [False, True])
+def test_batches_carry_them_row_by_row(few_shapes: bool) -> None:
+    store = SequenceStore.from_arrays([1, 2, 3, 4, 5] * 40, np.arange(41) * 5, 5)
+    loader = TrainLoader(
+        store,
+        WindowConfig(max_len=4),
+        MaskConfig(left_context_share=0.5),
+        LoaderConfig(train_batch_size=16),
+        few_shapes=few_shapes,
+    )
+    rows = []
+    for batch in loader.epoch(0):
+        assert batch.left_only.shape == (batch.num_rows,)
+        moved = batch.to(torch.device("cpu"))
+        assert moved.left_only.equal(batch.left_only)
+        rows += batch.left_only[: batch.num_windows].tolist()
+        assert not batch.left_only[batch.num_windows :].any()  # fillers
+    assert len(rows) == 40
+    assert 8 < sum(rows) < 32
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_their_positions_see_only_what_came_before(positions: str) -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig(emb_dim=16, nhead=2, positions=positions)
+    encoder = Encoder(config, max_len=8).eval()
+    offsets = torch.tensor([0, 3, 8])
+    everywhere, left_only = torch.arange(8), torch.tensor([True, False])
+    items = torch.randn(8, 16)
+    changed = items.clone()
+    changed[1], changed[6] = torch.randn(16), torch.randn(16)
+    before = encoder(items, offsets, everywhere, 8, left_only)
+    after = encoder(changed, offsets, everywhere, 8, left_only)
+    moved = (before - after).abs().amax(dim=1) > 1e-6
+    # Row 0 (positions 0-2): only 1 and what follows it. Row 1 (3-7) sees both ways: all of it.
+    assert moved.tolist() == [False, True, True, True, True, True, True, True]
+    assert torch.isfinite(before).all()
