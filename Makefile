@@ -30,7 +30,7 @@ endif
 	touch $@
 
 train: install
-	$(BIN)/torchrun --standalone --nproc_per_node 1 train.py
+	$(BIN)/python train.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -210,7 +210,7 @@ def report(split: str, result: Result, best_possible: dict[str, float] | None = 
     """The metrics table of one split, both protocols, popularity beside the model."""
     rows: list[tuple[str, dict[str, float]]] = []
     labels = (
-        ("sampled", "sampled (100 unseen items by popularity)"),
+        ("sampled", "sampled (against unseen items by popularity)"),
         ("full", "full (all items, seen ones removed)"),
     )
     for protocol, label in labels:

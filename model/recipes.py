@@ -37,13 +37,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "emb_dim": 64,
         "nhead": 2,
         "dropout": 0.1,
-        "positions": "bias",
         "mask_prob": 0.2,
-        "left_context_share": 0.0,
         "train_batch_size": 64,
         "lr": 3e-3,
-        "num_epochs": 20,
-        "eval_every": 4,
+        "num_epochs": 12,
+        "eval_every": 3,
     },
     "ml-100k": _ML_1M
     | {

@@ -65,10 +65,6 @@ class OutputConfig:
             "choices": ("auto", "bf16", "fp32"),
         },
     )
-    compile: bool = field(
-        default=False,
-        metadata={"help": "torch.compile the encoder: half a minute to start, faster steps"},
-    )
     val_batch_size: int = field(
         default=256, metadata={"help": "users a rank evaluates at once on validation"}
     )
@@ -121,16 +117,13 @@ def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4R
     if autocast and ranks.device.type != "cuda":
         raise UserError("--precision bf16 needs CUDA: leave it out on CPU, where it is slower")
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
-    model = BERT4Rec(
+    return BERT4Rec(
         model_config,
         _catalog(config, num_items, ranks),
         seed=config.loader.seed,
         autocast=autocast,
         table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
     )
-    if config.output.compile:
-        model.encoder.compile(dynamic=True)
-    return model
 
 
 def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedModelParallel:
