@@ -111,29 +111,18 @@ def newest(run_dir: Path) -> dict:
     return verify(max((run_dir / "checkpoints").glob("step-*")))
 
 
-def test_killed_and_started_again_it_is_the_run_that_was_not(start: Start) -> None:
+def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     whole = start("whole")
     assert whole.wait() == 0, whole.err
-    job = start("killed")
-    job.wait_for_steps(20)
-    job.kill()
-    assert newest(job.run_dir)["position"]["sample"] >= 0
-    # On as many ranks it is the same run, bit by bit, learning curve and all.
-    job = start("killed")
-    assert job.wait() == 0, job.err
-    assert "resumed from" in job.out
-    assert final(job.run_dir) == final(whole.run_dir)
-    assert losses(job.run_dir) == losses(whole.run_dir)
-
-
-def test_a_lost_rank_restarts_the_job(start: Start) -> None:
     job = start("lost", launch="--max_restarts 1")
     job.wait_for_steps(15)
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.wait() == 0, job.err
     assert "resumed from" in job.out
     assert "another rank is gone" in job.err
-    assert (job.run_dir / "eval_test.json").exists()
+    # On as many ranks it is the same run, bit by bit, learning curve and all.
+    assert final(job.run_dir) == final(whole.run_dir)
+    assert losses(job.run_dir) == losses(whole.run_dir)
 
 
 def test_preempted_and_continued_on_one_rank_in_another_sharding(
@@ -245,9 +234,9 @@ def test_a_real_full_disk(start: Start, tmp_path: Path, policy: str) -> None:
         code = job.wait()
         assert "cannot be written: No space left on device; earlier checkpoints" in job.err
         assert (code == 0) == (policy == "continue"), job.err
-        # The first evaluation's, written before the disk was full.
-        (kept,) = disk.glob("step-*")
-        assert verify(kept)["position"]["step"] == 15
+        # Those of the first evaluations, written before the disk was full.
+        kept = [verify(folder)["position"]["step"] for folder in sorted(disk.glob("step-*"))]
+        assert kept and kept[0] == 15
     finally:
         subprocess.run(["umount", str(disk)], check=True)
         shutil.rmtree(disk, ignore_errors=True)

@@ -241,7 +241,7 @@ def test_the_example_s_command_with_ddp_on_two_ranks(tmp_path: Path) -> None:
     flags = ["--dataset_name", "random", "--mode", "ddp", f"--cache_dir={tmp_path / 'cache'}"]
     outcome = torchrun(2, ROOT / "train.py", *flags, cwd=tmp_path)
     assert outcome.code == 0, outcome.err
-    assert "replicated on 2 rank" in outcome.out
+    assert "2 ranks on cpu: replicated; AdamW" in outcome.out
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert read_result(run_dir)["users"] == 10
 
