@@ -39,6 +39,7 @@ from model.manifest import (
     verify,
     write_manifest,
 )
+from model.progress import Position
 from model.ranks import Ranks, from_first_rank
 from model.sharding import Optimizers
 from pipeline.errors import UserError
@@ -83,28 +84,6 @@ class CheckpointConfig:
             raise UserError(f"--keep_last must be at least 1, not {self.keep_last}")
         if self.on_save_error not in ("stop", "continue"):
             raise UserError(f"--on_save_error must be stop or continue, not {self.on_save_error!r}")
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training stands: what to do next, and what was best so far.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: epoch that goes on or begins next.
-        sample: samples of that epoch already trained, over all ranks; all of them: its evaluation
-            comes next.
-        best: best value of the selection metric so far, -1 before the first evaluation.
-        best_step: the step it belongs to.
-        stale: evaluations since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    sample: int = 0
-    best: float = -1.0
-    best_step: int = 0
-    stale: int = 0
 
 
 class Checkpoints:

@@ -87,5 +87,8 @@ def load_exported(folder: Path, plain: nn.Module) -> None:
     try:
         plain.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / WEIGHTS} cannot be loaded: {reason}") from error
+        reason = str(error).strip().splitlines()[-1].strip()  # torch names the mismatch last
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be loaded ({reason}): its config.json belongs to another "
+            "model, or it is damaged; export it again"
+        ) from error

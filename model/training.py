@@ -13,7 +13,6 @@ that is interrupted and resumed is the run that was not, bit by bit on as many r
 import math
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -23,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
-from model.checkpoint import Checkpoints, Position
+from model.checkpoint import Checkpoints
 from model.evaluation import Result
 from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
+from model.progress import Feed, Interval, Position
 from model.ranks import Ranks
 from model.run_log import RunLog
 from model.sharding import Optimizers, train_pipeline
-from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
 
@@ -102,63 +101,6 @@ def lr_factor(config: TrainingConfig, progress: float, epoch: int) -> float:
     return stairs
 
 
-class _Feed(Iterator[TrainBatch]):
-    """The loader's batches; remembers what the pipeline, which runs ahead, has taken of them."""
-
-    def __init__(self, loader: TrainLoader, position: Position) -> None:
-        self._loader = loader
-        self._batches = loader.epoch(position.epoch, position.sample)
-        # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
-        self.held: deque[tuple[int, int]] = deque()
-        self.waited = 0.0
-
-    def __next__(self) -> TrainBatch:
-        started = time.perf_counter()
-        batch = next(self._batches)
-        self.waited += time.perf_counter() - started
-        self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
-        return batch
-
-
-class _Interval:
-    """The steps since the last line of the log, their losses still on the device."""
-
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []  # each [2]: sum of losses, masked positions
-        self.steps: list[tuple[int, int, int, float]] = []  # step, first and next sample, lr
-        self.windows = 0
-        self._started = time.perf_counter()
-
-    def add(self, losses: torch.Tensor, windows: int, step: tuple[int, int, int, float]) -> None:
-        self.losses.append(losses)
-        self.steps.append(step)
-        self.windows += windows
-
-    def reduce(self, epoch: int) -> dict[str, float]:
-        """Mean loss per masked position and speed, over all ranks.
-
-        Raises:
-            UserError: a loss is not finite; the first such step is named.
-        """
-        totals = torch.stack(self.losses).double()
-        totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
-        dist.all_reduce(totals)
-        rows = totals.tolist()
-        for (loss_sum, _), (step, first, after, lr) in zip(rows, self.steps, strict=False):
-            if not math.isfinite(loss_sum):
-                raise UserError(
-                    f"the loss became {loss_sum} at step {step} (epoch {epoch}, its samples "
-                    f"{first} to {after - 1}, lr {lr:g}): lower --lr or raise --warmup_share; "
-                    "earlier checkpoints are intact"
-                )
-        positions = sum(row[1] for row in rows)
-        return {
-            "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
-            "lr": self.steps[-1][3],
-            "records_per_second": rows[-1][0] / (time.perf_counter() - self._started),
-        }
-
-
 class Trainer:
     """Trains a sharded model.
 
@@ -224,7 +166,7 @@ class Trainer:
         if steps == 0:
             return
         self.model.train()
-        feed, interval = _Feed(self.loader, self.position), _Interval()
+        feed, interval = Feed(self.loader, self.position), Interval()
         for left in reversed(range(steps)):
             self._step(feed, interval)
             order = self.orders.exchange(self._wish(interval))
@@ -232,11 +174,11 @@ class Trainer:
                 values = interval.reduce(self.position.epoch)
                 values["data_wait_ms"] = 1000 * feed.waited / len(interval.steps)
                 self.log.write(self.position.step, self.position.epoch, values)
-                interval, feed.waited = _Interval(), 0.0
+                interval, feed.waited = Interval(), 0.0
             self._obey(order)
         self.pipeline.detach()
 
-    def _step(self, feed: _Feed, interval: _Interval) -> None:
+    def _step(self, feed: Feed, interval: Interval) -> None:
         """One optimizer step; the pipeline still holds the next batches afterwards."""
         before = self.position
         progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
@@ -250,7 +192,7 @@ class Trainer:
         interval.add(losses, windows, (self.position.step, before.sample, sample, lr))
         self.log.advance()
 
-    def _wish(self, interval: _Interval) -> int:
+    def _wish(self, interval: Interval) -> int:
         """What this rank wants all to do next."""
         # On CUDA looking at the loss would wait for the step: there the log's turn has to do.
         if self.ranks.device.type == "cpu" and not math.isfinite(interval.losses[-1][0]):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model.sharding import Optimizers
 from model.training import TrainingConfig, lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
@@ -196,3 +197,22 @@ def test_it_learns_what_the_generator_put_in(
     assert result["sampled"]["HR@10"] > 0.75
     lines = [line for line in lines_of(tmp_path) if "loss" in line]
     assert lines[0]["loss"] > lines[-1]["loss"] + 1
+
+
+def test_every_step_takes_the_rate_of_the_schedule(
+    tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[float] = []
+    set_lr = Optimizers.set_lr
+
+    def remember(optimizers: Optimizers, factor: float) -> None:
+        set_lr(optimizers, factor)
+        applied.append(optimizers.dense.param_groups[0]["lr"])
+
+    monkeypatch.setattr(Optimizers, "set_lr", remember)
+    flags = [*TINY, "--num_epochs=2", "--lr=0.5", "--warmup_share=0", "--lr_schedule=linear"]
+    outcome = run_main("train", *flags, f"--run_dir={tmp_path / 'run'}")
+    assert outcome.code == 0, outcome.err
+    # The 60 users have 143 windows, so an epoch's steps begin after 0, 32, ... 128 of them.
+    begun = [epoch * 143 + sample for epoch in (0, 1) for sample in range(0, 143, 32)]
+    assert applied == pytest.approx([0.5 * (1 - samples / 286) for samples in begun])

@@ -1,0 +1,99 @@
+"""Where training stands, and what happened since the last line of the log.
+
+Position   step, epoch, sample, best so far: what a checkpoint stores
+Feed       the loader's batches on their way into the pipeline, which runs ahead of the steps
+Interval   the steps since the last line of the log
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pipeline.batch import TrainBatch
+from pipeline.errors import UserError
+from pipeline.loader import TrainLoader
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: what to do next, and what was best so far.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epoch that goes on or begins next.
+        sample: samples of that epoch already trained, over all ranks; all of them: its evaluation
+            comes next.
+        best: best value of the selection metric so far, -1 before the first evaluation.
+        best_step: the step it belongs to.
+        stale: evaluations since then.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    sample: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    stale: int = 0
+
+
+class Feed(Iterator[TrainBatch]):
+    """The loader's batches; remembers what the pipeline, which runs ahead, has taken of them."""
+
+    def __init__(self, loader: TrainLoader, position: Position) -> None:
+        self._loader = loader
+        self._batches = loader.epoch(position.epoch, position.sample)
+        # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
+        self.held: deque[tuple[int, int]] = deque()
+        self.waited = 0.0
+
+    def __next__(self) -> TrainBatch:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - started
+        self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
+        return batch
+
+
+class Interval:
+    """The steps since the last line of the log, their losses still on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []  # each [2]: sum of losses, masked positions
+        self.steps: list[tuple[int, int, int, float]] = []  # step, first and next sample, lr
+        self.windows = 0
+        self._started = time.perf_counter()
+
+    def add(self, losses: torch.Tensor, windows: int, step: tuple[int, int, int, float]) -> None:
+        """One more step; ``losses`` float32 [2] stay on the device."""
+        self.losses.append(losses)
+        self.steps.append(step)
+        self.windows += windows
+
+    def reduce(self, epoch: int) -> dict[str, float]:
+        """Mean loss per masked position and speed, over all ranks.
+
+        Raises:
+            UserError: a loss is not finite; the first such step is named.
+        """
+        totals = torch.stack(self.losses).double()
+        totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
+        dist.all_reduce(totals)
+        rows = totals.tolist()
+        for (loss_sum, _), (step, first, after, lr) in zip(rows, self.steps, strict=False):
+            if not math.isfinite(loss_sum):
+                raise UserError(
+                    f"the loss became {loss_sum} at step {step} (epoch {epoch}, its samples "
+                    f"{first} to {after - 1}, lr {lr:g}): lower --lr or raise --warmup_share; "
+                    "earlier checkpoints are intact"
+                )
+        positions = sum(row[1] for row in rows)
+        return {
+            "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
+            "lr": self.steps[-1][3],
+            "records_per_second": rows[-1][0] / (time.perf_counter() - self._started),
+        }
