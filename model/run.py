@@ -7,6 +7,7 @@ model = build_model(config, store.num_items, ranks)    sharded, with the seed's 
 
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -199,6 +200,8 @@ class RunFolder:
     def _claim(self, config: RunConfig) -> Path:
         if not config.output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("--run_dir is needed with --max_restarts: a restart must find it again")
+        if config.output.export_root:
+            _check_writable("--export_root", Path(config.output.export_root))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(config.output.run_dir or f"runs/{config.data.name}-{stamp}")
         try:
@@ -215,6 +218,16 @@ class RunFolder:
         if (path / "config.json").exists():
             _check_same_run(config, path)
         return path
+
+
+def _check_writable(flag: str, folder: Path) -> None:
+    """Find out before training, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
 
 
 def _check_same_run(config: RunConfig, path: Path) -> None:

@@ -142,6 +142,16 @@ def test_a_run_folder_that_cannot_be_written(
         assert_one_line(outcome, "train", f"--run_dir {run_dir} cannot be written: ")
 
 
+def test_an_export_folder_that_cannot_be_written_is_found_before_training(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, run_dir: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "model"
+    flags = [f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", f"--export_root={root}"]
+    assert_one_line(run_main("train", *TINY, *flags), "train", f"--export_root {root} cannot be")
+    assert not run_dir.exists()
+
+
 def test_a_cache_that_cannot_be_written(run_main: RunMain, tmp_path: Path, run_dir: Path) -> None:
     (tmp_path / "file").write_text("")
     cache_dir = tmp_path / "file" / "cache"
