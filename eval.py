@@ -12,7 +12,8 @@ from pathlib import Path
 from model.evaluation import report, write_result
 from model.flags import FlagParser
 from model.ranks import first_rank_first, run_script, start
-from model.run import EvalFlags, TrainedRun, evaluator
+from model.run import evaluator
+from model.trained_run import EvalFlags, TrainedRun
 from pipeline.preparation import prepare
 
 

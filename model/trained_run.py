@@ -1,0 +1,100 @@
+"""A trained model on disk, for whatever uses one: eval.py's flags, the folder, the weights.
+
+run = TrainedRun(EvalFlags(checkpoint="runs/ml-1m"))
+store = prepare(run.config.data)
+run.check_catalog(store)
+model = run.model(ranks)
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchrec.distributed import DistributedModelParallel
+
+from model.checkpoint import PORTABLE, Checkpoints
+from model.export import WEIGHTS, load_exported
+from model.flags import build
+from model.ranks import Ranks
+from model.run import RunConfig, build_model, build_plain_model, shard_model
+from model.run_log import read_config
+from pipeline.errors import UserError
+from pipeline.store import SequenceStore
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    """Every flag of eval.py."""
+
+    checkpoint: str = field(
+        default="", metadata={"help": "folder of a run (its best checkpoint) or exported model"}
+    )
+    split: str = field(
+        default="test",
+        metadata={"help": "which held-out items to rank", "choices": ("test", "validation")},
+    )
+    dataset_path: str = field(
+        default="", metadata={"help": "where the ratings are now, if they were moved"}
+    )
+    cache_dir: str = field(default="", metadata={"help": "downloads and prepared data"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "users a rank evaluates at once; as in training without it"}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("--checkpoint is needed: the --run_dir of a training run")
+        if self.split not in ("test", "validation"):
+            raise UserError(f"--split must be test or validation, not {self.split!r}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
+
+
+class TrainedRun:
+    """A trained model on disk: a run folder with checkpoints, or an exported model.
+
+    Raises:
+        UserError: the folder is neither.
+    """
+
+    def __init__(self, flags: EvalFlags) -> None:
+        self.folder = Path(flags.checkpoint)
+        recorded = read_config(self.folder)
+        self._num_items, self._fingerprint = recorded["num_items"], recorded["catalog"]
+        settings = dict(recorded["flags"])
+        settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
+        if flags.batch_size:
+            settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
+        self.config = build(RunConfig, settings)
+
+    def check_catalog(self, store: SequenceStore) -> None:
+        """Refuse data whose items are not those the model was trained on.
+
+        Raises:
+            UserError: they differ.
+        """
+        if store.catalog.fingerprint != self._fingerprint:
+            raise UserError(
+                f"{self.folder} was trained on {self._num_items} items that are not the "
+                f"{store.num_items} of this data: give the ratings of training by --dataset_path"
+            )
+
+    def model(self, ranks: Ranks) -> DistributedModelParallel:
+        """The trained model, sharded over the ranks.
+
+        Raises:
+            UserError: there are no weights, or they do not fit.
+        """
+        for folder in (self.folder, self.folder / PORTABLE):
+            if (folder / WEIGHTS).exists():
+                plain = build_plain_model(self.config, self._num_items, ranks)
+                load_exported(folder, plain)
+                return shard_model(self.config, plain, ranks)
+        checkpoints = Checkpoints(self.folder, ranks)
+        step = checkpoints.best_step()
+        if step is None:
+            raise UserError(
+                f"{self.folder} has no checkpoint yet: train until the first evaluation"
+            )
+        model = build_model(self.config, self._num_items, ranks)
+        checkpoints.load_weights(model, step)
+        return model
