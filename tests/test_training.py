@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from model.sharding import Optimizers
+from model.sharding import OptimizerConfig, Optimizers
 from model.training import TrainingConfig, lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
@@ -199,20 +200,42 @@ def test_it_learns_what_the_generator_put_in(
     assert lines[0]["loss"] > lines[-1]["loss"] + 1
 
 
-def test_every_step_takes_the_rate_of_the_schedule(
-    tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    applied: list[float] = []
+@pytest.fixture
+def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """AdamW's first parameter group as it was at each step of a training in this process."""
+    groups: list[dict[str, Any]] = []
     set_lr = Optimizers.set_lr
 
     def remember(optimizers: Optimizers, factor: float) -> None:
         set_lr(optimizers, factor)
-        applied.append(optimizers.dense.param_groups[0]["lr"])
+        groups.append(dict(optimizers.dense.param_groups[0]))
 
     monkeypatch.setattr(Optimizers, "set_lr", remember)
-    flags = [*TINY, "--num_epochs=2", "--lr=0.5", "--warmup_share=0", "--lr_schedule=linear"]
-    outcome = run_main("train", *flags, f"--run_dir={tmp_path / 'run'}")
+    return groups
+
+
+def test_every_step_takes_the_rate_of_the_schedule(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, applied: list[dict[str, Any]]
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / 'run'}"]
+    flags += ["--num_epochs=2", "--lr=0.5", "--warmup_share=0", "--lr_schedule=linear"]
+    outcome = run_main("train", *flags)
     assert outcome.code == 0, outcome.err
     # The 60 users have 143 windows, so an epoch's steps begin after 0, 32, ... 128 of them.
     begun = [epoch * 143 + sample for epoch in (0, 1) for sample in range(0, 143, 32)]
-    assert applied == pytest.approx([0.5 * (1 - samples / 286) for samples in begun])
+    expected = [0.5 * (1 - samples / 286) for samples in begun]
+    assert [group["lr"] for group in applied] == pytest.approx(expected)
+
+
+def test_beta2_reaches_adamw(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, applied: list[dict[str, Any]]
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / 'run'}"]
+    outcome = run_main("train", *flags, "--beta2=0.5")
+    assert outcome.code == 0, outcome.err
+    assert {group["betas"] for group in applied} == {(0.9, 0.5)}
+
+
+def test_beta2_out_of_range() -> None:
+    with pytest.raises(UserError, match=r"--beta2 must be in \(0, 1\), not 1"):
+        OptimizerConfig(beta2=1)
