@@ -13,10 +13,11 @@ from pathlib import Path
 from model.checkpoint import PORTABLE, Checkpoints
 from model.export import export
 from model.flags import FlagParser, build, flatten
+from model.profile import StepProfiler
 from model.ranks import alone, first_rank_first, run_script, start
 from model.recipes import with_recipe
 from model.run import RunConfig, RunFolder, build_model, build_plain_model, evaluator, train_loader
-from model.run_log import RunLog, versions, write_config
+from model.run_log import RunLog, versions
 from model.sharding import Optimizers, describe_plan
 from model.training import Trainer
 from pipeline.preparation import describe, prepare
@@ -34,32 +35,40 @@ def main() -> None:
     model = build_model(config, store.num_items, ranks)
     optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
     # Only now, when flags and data are known to be good: a mistake leaves no folder behind.
-    folder = RunFolder(config, ranks)
+    folder = RunFolder(config, ranks, store)
     ranks.say(f"{ranks}: {describe_plan(model)}; {optimizers}; run folder {folder.path}")
 
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
-    if ranks.is_first:
-        facts = {"num_items": store.num_items, "catalog": store.catalog.fingerprint}
-        write_config(folder.path, flatten(config), facts)
-        store.catalog.write_to(folder.path)
+    folder.record(config)
 
-    total = config.training.num_epochs * loader.steps_per_epoch
-    with closing(RunLog(folder.path if ranks.is_first else None, total, position.step)) as log:
+    validator = None
+    if not config.windows.train_on_validation:
+        validator = evaluator(config, model, store, "validation", ranks)
+    total = config.training.total_steps(loader.steps_per_epoch)
+    on_error = config.checkpoint.on_save_error
+    log = RunLog(folder.path if ranks.is_first else None, total, position.step, on_error)
+    profiler = StepProfiler(
+        config.profiling, model, folder.path, ranks, total - position.step, log.say
+    )
+    with closing(log), profiler:
         trainer = Trainer(
             model=model,
             optimizers=optimizers,
             loader=loader,
-            validate=evaluator(config, model, store, "validation", ranks),
+            validate=validator,
             checkpoints=checkpoints,
             log=log,
             config=config.training,
             ranks=ranks,
             seed=config.loader.seed,
             position=position,
+            after_step=profiler.step,
         )
         best_step = trainer.run().best_step
+        if not best_step:  # --max_steps came before an evaluation: there is no model to test
+            return
         checkpoints.load_weights(model, best_step)
         result = evaluator(config, model, store, "test", ranks)()
         log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))

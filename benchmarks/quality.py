@@ -2,10 +2,12 @@
 
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip
     python benchmarks/quality.py beauty --dataset_path beauty.txt.gz --seeds 3 --jobs 3
+    python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --final
 
-The model of each run is chosen on validation alone (full NDCG@10) by train.py. Every run is an
-ordinary run folder below --runs; the table and what made it go to results/quality-<recipe>.json.
-Further flags after ``--`` go to train.py.
+The model of each run is chosen on validation alone (full NDCG@10) by train.py. With --final the
+recipe is trained on the validation items too, as in BERT4Rec's paper: then nothing is chosen, the
+recipe's last model is tested. Every run is an ordinary run folder below --runs; the table and what
+made it go to results/quality-<recipe>[-final].json. Further flags after ``--`` go to train.py.
 """
 
 import argparse
@@ -38,15 +40,21 @@ ANCHORS: dict[str, dict[str, tuple[float | None, ...]]] = {
 }
 
 
-def train(recipe: str, seed: int, runs: Path, more: list[str]) -> dict[str, Any]:
+def train(recipe: str, name: str, seed: int, runs: Path, more: list[str]) -> dict[str, Any]:
     """One run through the shipped script: its metrics, config and training seconds."""
-    run_dir = runs / f"{recipe}-seed{seed}"
+    run_dir = runs / f"{name}-seed{seed}"
     command = [sys.executable, str(ROOT / "train.py"), "--dataset_name", recipe]
     command += ["--recipe", recipe, "--seed", str(seed), "--run_dir", str(run_dir), *more]
-    with (runs / f"{recipe}-seed{seed}.log").open("w") as log:
+    with (runs / f"{name}-seed{seed}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run_dir / "config.json").read_text())
+    training = [line for line in lines if "loss" in line]
+    steps = [0, *(line["step"] for line in training)]
+    milliseconds = sum(
+        (step - before) * line["step_ms"]
+        for before, step, line in zip(steps[:-1], steps[1:], training, strict=True)
+    )
     for flag in ("dataset_path", "run_dir", "cache_dir"):  # where things lay says nothing
         config["flags"][flag] = Path(config["flags"][flag]).name
     return {
@@ -54,9 +62,8 @@ def train(recipe: str, seed: int, runs: Path, more: list[str]) -> dict[str, Any]
         "test": json.loads((run_dir / "eval_test.json").read_text()),
         "config": {key: value for key, value in config.items() if key != "command"},
         "steps": lines[-1]["step"],
-        "records_per_second": statistics.median(
-            line["records_per_second"] for line in lines if "loss" in line
-        ),
+        "training_seconds": milliseconds / 1000,
+        "records_per_second": statistics.median(line["records_per_second"] for line in training),
     }
 
 
@@ -86,6 +93,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--dataset_path", default="")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--final", action="store_true", help="train on validation items too")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -95,12 +103,16 @@ def main() -> None:
     if arguments.dataset_path:
         shown += ["--dataset_path", Path(arguments.dataset_path).name]
         more += ["--dataset_path", str(Path(arguments.dataset_path).resolve())]
+    name = arguments.recipe
+    if arguments.final:
+        name += "-final"
+        more += ["--train_on_validation", "true"]
     runs = arguments.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         tasks = [
-            pool.submit(train, arguments.recipe, seed, runs, more)
+            pool.submit(train, arguments.recipe, name, seed, runs, more)
             for seed in range(arguments.seeds)
         ]
         results = [task.result() for task in tasks]
@@ -109,13 +121,14 @@ def main() -> None:
     ).stdout.strip()
     record = {
         "recipe": arguments.recipe,
+        "final": arguments.final,
         "flags": shown,
         "jobs": arguments.jobs,
         "commit": commit,
         "versions": results[0]["config"]["versions"],
         "runs": results,
     }
-    path = arguments.out / f"quality-{arguments.recipe}.json"
+    path = arguments.out / f"quality-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(arguments.recipe, results))
     print(f"{path}: commit {commit}, {record['versions']}")

@@ -1,4 +1,4 @@
-"""BERT4Rec on TorchRec: an EmbeddingCollection, the encoder, and a softmax over the catalog.
+"""BERT4Rec on TorchRec: an EmbeddingCollection, the encoder, and a loss over scored items.
 
     batch.features  "item"      -> rows of all positions  -> encoder -> hidden [M, D]
                     "candidate" -> rows to score with ----------------> head -> loss
@@ -15,10 +15,13 @@ from functools import partial
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.types import DataType
 
 from model.encoder import Encoder, EncoderConfig
-from model.head import CatalogSlice, HeadConfig, SoftmaxHead
+from model.head import CatalogSlice, HeadConfig, ScoringHead
 from pipeline.batch import CANDIDATE, ITEM, TrainBatch
+
+TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ModelConfig:
     max_len: int
     encoder: EncoderConfig
     head: HeadConfig
+    table_precision: str = "fp32"
 
 
 class BERT4Rec(nn.Module):
@@ -57,18 +61,21 @@ class BERT4Rec(nn.Module):
                 tables=_tables(config), device=torch.device(table_device)
             )
             self.encoder = Encoder(config.encoder, config.max_len)
-        self.head = SoftmaxHead(config.head, catalog)
+        self.head = ScoringHead(config.head, catalog, config.num_items)
         self.autocast = autocast
 
     def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast):
+        # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             offsets = rows[ITEM].offsets()[: batch.num_rows + 1]
             hidden = self.encoder(
                 rows[ITEM].values(), offsets, batch.masked, batch.longest, batch.left_only
             )
-            return self.head(hidden, rows[CANDIDATE].values(), batch.targets)
+            return self.head(
+                hidden, rows[CANDIDATE].values(), batch.targets, batch.negatives, batch.log_counts
+            )
 
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
@@ -83,6 +90,7 @@ def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
             num_embeddings=config.num_items + 2,
             embedding_dim=config.encoder.emb_dim,
             feature_names=features,
+            data_type=TABLE_PRECISIONS[config.table_precision],
             init_fn=partial(nn.init.normal_, std=0.02),
         )
 

@@ -7,12 +7,13 @@
         damaged-00001500/   found to be damaged by a resume, which went on from the one before
 
 Written as a database writes: into a folder aside, every file synced, the manifest last, then one
-rename and a sync of the parent. A folder with the final name is complete or was damaged later, and
-a resume reads every byte of it before trusting it. There is no loader or generator state to store:
-order, masks and dropout are functions of (seed, epoch, sample, step).
+rename and a sync of the parent (model.writer). A folder with the final name is complete or was
+damaged later, and a resume reads every byte of it before trusting it. In the middle of an epoch
+training waits for a copy of its state alone, which a thread writes while it goes on. There is no
+loader or generator state to store: order, masks and dropout are functions of (seed, epoch, sample,
+step).
 
-torch.distributed.checkpoint keeps its index (``.metadata``) as a pickle, so these folders are for
-whoever trained them; a model from a stranger is loaded from its portable form alone (model.export).
+Nothing in these folders can run code when it is loaded (model.safe_reader).
 """
 
 import contextlib
@@ -26,22 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
-from model.manifest import (
-    DamagedError,
-    describe_files,
-    read_manifest,
-    sync_folder,
-    verify,
-    write_manifest,
-)
+from model.manifest import DamagedError, read_manifest, verify
 from model.progress import Position
 from model.ranks import Ranks, from_first_rank
-from model.sharding import Optimizers
+from model.safe_reader import SafeReader
+from model.sharding import Optimizers, drop_cached_rows
+from model.writer import CheckpointWriter, Underway, aside_of, host_copy
 from pipeline.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -69,7 +64,7 @@ class CheckpointConfig:
     on_save_error: str = field(
         default="stop",
         metadata={
-            "help": "when a checkpoint cannot be written: stop, or continue with a warning",
+            "help": "when a checkpoint or the log cannot be written: stop, or go on with a warning",
             "choices": ("stop", "continue"),
         },
     )
@@ -105,6 +100,9 @@ class Checkpoints:
         self._ranks, self._config = ranks, config or CheckpointConfig()
         self._recorded = recorded or {}
         self._tried = time.monotonic()
+        self._writer: CheckpointWriter | None = None
+        self._underway: Underway | None = None
+        self._position = Position()
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
@@ -119,84 +117,83 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``--checkpoint_every`` has passed since the last one; asked on rank 0."""
+        """Whether ``--checkpoint_every`` has passed since the last one; asked on rank 0.
+
+        Also when the one under way has failed and training is to stop: saving will say so.
+        """
+        if self._underway is not None:
+            if self._underway.is_alive():
+                return False
+            if self._underway.error is not None and self._config.on_save_error == "stop":
+                return True
         return time.monotonic() - self._tried > 60 * self._config.checkpoint_every
 
     # Writing ----------------------------------------------------------------------------------
 
     def save(
-        self, model: DistributedModelParallel, optimizers: Optimizers, position: Position
+        self,
+        model: DistributedModelParallel,
+        optimizers: Optimizers,
+        position: Position,
+        wait: bool = True,
     ) -> bool:
         """Write the checkpoint of ``position.step``; every rank must call it.
 
+        Args:
+            wait: False copies the state, lets a thread write the copy, and returns; whether that
+                works comes out at the next ``save`` or ``finish``.
+
         Returns:
-            Whether it is there; False only with ``--on_save_error continue``.
+            Whether it is there (or on its way); False only with ``--on_save_error continue``.
 
         Raises:
-            UserError: it cannot be written. Earlier checkpoints are intact.
+            UserError: it, or the one before, cannot be written. Earlier checkpoints are intact.
         """
-        aside = self.folder / f".{self.path(position.step).name}.part"
+        self.finish()
+        if self._writer is None:
+            self._writer = CheckpointWriter(self.folder, self._ranks, self._recorded)
+        state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
+        self._position = position
+        if wait:
+            return self._settle(lambda: self._write(state, position))
+        copied = host_copy(state)
+        self._underway = Underway(lambda: self._write(copied, position))
+        return True
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is being written, if one is; every rank must call it.
+
+        Returns, raises:
+            As ``save``.
+        """
+        underway, self._underway = self._underway, None
+        return underway is None or self._settle(underway.result)
+
+    def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
-            self._on_first_rank(lambda: self._clear(aside))
-            state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-            dcp.save(state, checkpoint_id=aside)
-            files = self._describe(aside)
-            self._on_first_rank(lambda: self._publish(aside, files, position))
+            self._writer.write(self.path(position.step), state, position)
+            if self._ranks.is_first:
+                self._clean(position)
+        finally:
+            self._tried = time.monotonic()
+
+    def _settle(self, work: Callable[[], None]) -> bool:
+        """Do with an error of writing what ``--on_save_error`` says."""
+        final = self.path(self._position.step)
+        try:
+            work()
         except _SAVE_ERRORS as error:
             if self._ranks.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
-            message = (
-                f"{self.path(position.step)} cannot be written: {_cause(error)}; earlier "
-                "checkpoints are intact"
-            )
+                shutil.rmtree(aside_of(final), ignore_errors=True)
+            message = f"{final} cannot be written: {_cause(error)}; earlier checkpoints are intact"
             if self._config.on_save_error == "stop":
                 raise UserError(f"{message}; make room, then go on with --resume auto") from error
             self._warn(f"{message}, training goes on")
             return False
-        finally:
-            self._tried = time.monotonic()
         return True
 
-    def _clear(self, aside: Path) -> None:
-        """Make an empty folder to write into; remove what earlier interruptions left."""
-        self.folder.mkdir(exist_ok=True)
-        for left_over in (*self.folder.glob(".*.part"), *self.folder.glob(".*.old")):
-            shutil.rmtree(left_over, ignore_errors=True)
-        aside.mkdir()
-
-    def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
-        """All files' sizes and checksums, each rank having read its own."""
-
-        def mine() -> dict[str, dict[str, int]]:
-            files = describe_files(aside, f"__{self._ranks.rank}_*")
-            return files | (describe_files(aside, ".metadata") if self._ranks.is_first else {})
-
-        try:
-            outcome: dict[str, Any] = mine()
-        except OSError as error:
-            outcome = {"error": str(error)}
-        outcomes: list[dict[str, Any]] = [{}] * self._ranks.world_size
-        dist.all_gather_object(outcomes, outcome)
-        if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise OSError(failures[0])
-        return {name: about for outcome in outcomes for name, about in outcome.items()}
-
-    def _publish(self, aside: Path, files: dict[str, Any], position: Position) -> None:
-        """Manifest, rename, then delete what is no longer kept."""
-        write_manifest(
-            aside,
-            {
-                "position": dataclasses.asdict(position),
-                "recorded": dict(self._recorded),
-                "world_size": self._ranks.world_size,
-                "files": files,
-            },
-        )
-        final = self.path(position.step)
-        if final.exists():
-            final.rename(final.with_name(f".{final.name}.old"))
-        aside.rename(final)
-        sync_folder(self.folder)
+    def _clean(self, position: Position) -> None:
+        """Delete what is no longer kept."""
         # What is exported from earlier weights is no longer the model of this run.
         shutil.rmtree(self.run_dir / PORTABLE, ignore_errors=True)
         keep = {*self.steps()[-self._config.keep_last :], position.best_step}
@@ -226,6 +223,7 @@ class Checkpoints:
         optimizers.materialise_state()
         state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
         self._load(state, position.step)
+        drop_cached_rows(model)
         # FBGEMM keeps Adam's step out of the state.
         optimizers.combined.set_optimizer_step(position.step)
         self._ranks.say(f"resumed from {self.path(position.step)}")
@@ -236,7 +234,7 @@ class Checkpoints:
         step = next(good, None)
         if step is None:
             return None
-        position = Position(**read_manifest(self.path(step))["position"])
+        position = _position(self.path(step))
         best = position.best_step
         if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
             self._warn(f"{self.path(best)}, the best model so far, is lost: {step} stands in")
@@ -247,6 +245,7 @@ class Checkpoints:
         """Whether every byte is as it was written; a damaged one is renamed out of the way."""
         try:
             verify(self.path(step))
+            _position(self.path(step))
         except DamagedError as error:
             self._warn(f"{self.path(step)} is damaged: {error}; it is not used")
             away = self.folder / f"damaged-{step:08d}"
@@ -267,7 +266,7 @@ class Checkpoints:
     def _best_step(self) -> int | None:
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
-                best = read_manifest(self.path(step))["position"]["best_step"]
+                best = _position(self.path(step)).best_step
                 break
         else:
             return None
@@ -286,11 +285,12 @@ class Checkpoints:
             UserError: the checkpoint belongs to a model of another shape.
         """
         self._load({"model": model.state_dict()}, step)
+        drop_cached_rows(model)
 
     def _load(self, state: dict[str, Any], step: int) -> None:
         path = self.path(step)
         try:
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, storage_reader=SafeReader(path))
         except _LOAD_ERRORS as error:
             raise UserError(
                 f"{path} does not fit this model: it was written with other flags, or its files "
@@ -299,20 +299,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------
 
-    def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Run on rank 0; its OSError is raised on every rank, so that none waits for it."""
-
-        def reported() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise UserError(error.strerror or str(error)) from error
-
-        from_first_rank(self._ranks, reported)
-
     def _warn(self, text: str) -> None:
         if self._ranks.is_first:
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _position(folder: Path) -> Position:
+    try:
+        return Position(**read_manifest(folder)["position"])
+    except TypeError as error:
+        raise DamagedError(f"its position makes no sense ({error})") from error
 
 
 def _cause(error: BaseException) -> str:

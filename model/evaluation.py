@@ -10,11 +10,15 @@ counts of items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
 
-Shapes: U users of all ranks in one block, C items of this rank's slice, D width, N negatives.
+A large slice is looked up and scored in parts, twice: for the scores of targets and negatives, and
+to count. Its rows stay for the next users if they take ``KEPT_BYTES`` at most.
+
+Shapes: U users of all ranks in one block, C items of this rank's slice, or of a part of it, D
+width, N negatives.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +37,13 @@ from pipeline.errors import UserError
 
 # Bounds the block of users x items that is scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
+# Items of a part, and what all parts' rows may take on the device between users.
+PART_ITEMS = 2**18
+KEPT_BYTES = 2 << 30
 
 Result = dict[str, Any]
-ScoreBlock = Callable[[torch.Tensor], torch.Tensor]
+# Parts of the catalog with their scores [U, C]; gone through more than once.
+Scored = Iterable[tuple[CatalogSlice, torch.Tensor]]
 
 
 @dataclass
@@ -51,6 +59,8 @@ class _Questions:
 
     def block(self, start: int, stop: int) -> "_Questions":
         """Users ``start`` ... ``stop - 1``."""
+        if stop - start == self.targets.numel():
+            return self
         inside = (self.seen_row >= start) & (self.seen_row < stop)
         return _Questions(
             self.hidden[start:stop],
@@ -60,6 +70,62 @@ class _Questions:
             self.seen_row[inside] - start,
             self.own[start:stop],
         )
+
+
+class _Catalog:
+    """This rank's slice, part by part; the same number of parts on every rank."""
+
+    def __init__(self, bert: BERT4Rec, device: torch.device) -> None:
+        self.bert, self.device = bert, device
+        whole = bert.head.catalog
+        self.shared = whole.shared
+        largest = torch.tensor(whole.high - whole.low)
+        if self.shared:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        self.part_items = max(1, min(int(largest), PART_ITEMS))
+        starts = range(whole.low, whole.low + max(1, int(largest)), self.part_items)
+        ends = (start + self.part_items for start in starts)
+        self.parts = [
+            CatalogSlice(min(start, whole.high), min(end, whole.high), whole.shared)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        first = self._rows(self.parts[0])
+        keep = 4 * int(largest) * first.shape[1] <= KEPT_BYTES
+        self._kept = [first, *map(self._rows, self.parts[1:])] if keep else None
+
+    def scored(self, hidden: torch.Tensor) -> Scored:
+        """Scores of the parts for users [U, D]; of a single one, computed once."""
+        return (
+            [(part, hidden @ rows.T) for part, rows in self]
+            if len(self.parts) == 1
+            else (_Scores(self, hidden))
+        )
+
+    def counted(self, counts: torch.Tensor, users: int) -> Scored:
+        """The same scores, float32 [V + 2] by item, for all users."""
+        return [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
+
+    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
+        rows = self._kept or map(self._rows, self.parts)
+        return zip(self.parts, rows, strict=True)
+
+    def _rows(self, part: CatalogSlice) -> torch.Tensor:
+        """Scoring rows [C, D], looked up as the training step does."""
+        nothing = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        features = with_candidates(nothing.to(self.device), (part.low, part.high))
+        return self.bert.head.project(self.bert.embeddings(features)[CANDIDATE].values())
+
+
+@dataclass
+class _Scores:
+    """Scores of all parts, computed anew whenever they are gone through."""
+
+    catalog: _Catalog
+    hidden: torch.Tensor
+
+    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
+        for part, rows in self.catalog:
+            yield part, self.hidden @ rows.T
 
 
 def evaluate(
@@ -89,17 +155,15 @@ def evaluate(
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad():
-            catalog = bert.head.catalog
-            items = bert.head.project(_catalog_rows(bert, device))  # [C, D]
+            catalog = _Catalog(bert, device)
             counts = None if popularity is None else popularity.to(device, torch.float32)
             for batch in batches:
                 asked = _ask(bert, batch.to(device, non_blocking=True))
-                for block in _blocks(asked, catalog, max_scores):
-                    sums[:2] += _block_sums(block, block.hidden @ items.T, catalog)
+                for block in _blocks(asked, max(1, max_scores // catalog.part_items)):
+                    sums[:2] += _block_sums(block, catalog.scored(block.hidden), catalog.shared)
                     if counts is not None:
-                        scores = counts[catalog.low : catalog.high]
-                        scores = scores.expand(block.hidden.shape[0], -1)
-                        sums[2:] += _block_sums(block, scores, catalog)
+                        scored = catalog.counted(counts, len(block.hidden))
+                        sums[2:] += _block_sums(block, scored, catalog.shared)
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
@@ -110,14 +174,6 @@ def evaluate(
     if popularity is not None:
         result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
     return result
-
-
-def _catalog_rows(bert: BERT4Rec, device: torch.device) -> torch.Tensor:
-    """Scoring rows [C, D] of this rank's slice, looked up as the training step does."""
-    catalog = bert.head.catalog
-    nothing = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    features = with_candidates(nothing.to(device), (catalog.low, catalog.high))
-    return bert.embeddings(features)[CANDIDATE].values()
 
 
 def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
@@ -152,58 +208,61 @@ def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
     )
 
 
-def _blocks(asked: _Questions, catalog: CatalogSlice, max_scores: int) -> Iterator[_Questions]:
-    """Blocks of users whose scores stay within ``max_scores``; the same number on every rank."""
-    largest = torch.tensor(catalog.high - catalog.low)
-    if catalog.shared:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+def _blocks(asked: _Questions, step: int) -> Iterator[_Questions]:
+    """Blocks of at most ``step`` users; as many on every rank."""
     users = asked.targets.numel()
-    step = max(1, max_scores // max(1, int(largest)))
     for start in range(0, users, step):
         yield asked.block(start, min(start + step, users))
 
 
-def _block_sums(asked: _Questions, scores: torch.Tensor, catalog: CatalogSlice) -> torch.Tensor:
+def _block_sums(asked: _Questions, scored: Scored, shared: bool) -> torch.Tensor:
     """float64 [2, metrics + 1] of this rank's users: sampled, full."""
-    sampled, full = target_ranks(asked, scores, catalog)
+    sampled, full = target_ranks(asked, scored, shared)
     return torch.stack([metric_sums(sampled[asked.own]), metric_sums(full[asked.own])])
 
 
 def target_ranks(
-    asked: _Questions, scores: torch.Tensor, catalog: CatalogSlice
+    asked: _Questions, scored: Scored, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's rank among its negatives and among all unseen items.
 
     Written as "not lower" instead of "at least as high", so that NaN counts against the model.
 
     Args:
-        scores: float32 [U, C] of the items ``catalog.low`` ... ``catalog.high - 1``.
+        scored: parts of this rank's slice with float32 scores [U, C].
+        shared: other ranks have the rest of the catalog.
 
     Returns:
         int64 [U] and int64 [U], 1 = best.
     """
-    size = scores.shape[1]
     picked = torch.cat([asked.targets[:, None], asked.negatives], dim=1)  # [U, 1 + N]
-    column = picked - catalog.low
-    owned = (column >= 0) & (column < size)
-    picked_scores = scores.new_zeros(picked.shape)
-    if size:
-        found = scores.gather(1, column.clamp(0, size - 1))
-        picked_scores = torch.where(owned, found, 0.0)
-    if catalog.shared:
+    picked_scores = torch.zeros(picked.shape, device=picked.device)
+    for part, scores in scored:
+        if scores.shape[1]:
+            found, inside = _at(part, picked)
+            picked_scores = torch.where(inside, scores.gather(1, found), picked_scores)
+    if shared:
         dist.all_reduce(picked_scores)
     target = picked_scores[:, :1]
     ahead_sampled = ~(picked_scores[:, 1:] < target) & (asked.negatives > 0)
 
-    ahead = (~(scores < target)).sum(dim=1)  # the target itself included: ranks start at 1
-    seen_column = asked.seen - catalog.low
-    inside = (seen_column >= 0) & (seen_column < size)
-    seen_row, seen_column = asked.seen_row[inside], seen_column[inside]
-    seen_ahead = ~(scores[seen_row, seen_column] < target[seen_row, 0])
-    ahead.index_add_(0, seen_row, -seen_ahead.long())
-    if catalog.shared:
+    ahead = torch.zeros_like(asked.targets)  # will count the target itself: ranks start at 1
+    for part, scores in scored:
+        if scores.shape[1]:
+            ahead += (~(scores < target)).sum(dim=1)
+            found, inside = _at(part, asked.seen)
+            seen_ahead = ~(scores[asked.seen_row, found] < target[asked.seen_row, 0]) & inside
+            ahead.index_add_(0, asked.seen_row, -seen_ahead.long())
+    if shared:
         dist.all_reduce(ahead)
     return 1 + ahead_sampled.sum(dim=1), ahead
+
+
+def _at(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The items' columns in a part that is not empty, and which of them are in it."""
+    column = items - part.low
+    inside = (column >= 0) & (column < part.high - part.low)
+    return column.clamp(0, part.high - part.low - 1), inside
 
 
 def report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:

@@ -5,20 +5,24 @@ exported/
     config.json          flags, number of items, catalog fingerprint, metrics
     catalog.parquet      original id and title of each item
 
-Loading it runs no code of whoever made it, unlike the checkpoints of a run.
+Any program that reads safetensors can load it, without this one and without TorchRec.
 """
 
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from model.manifest import sync_folder
+from model.safe_reader import SafeReader
 from pipeline.catalog import Catalog
 from pipeline.errors import UserError
 
@@ -44,7 +48,7 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
             for name, tensor in plain.state_dict().items()
         }
     }
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
     weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
     for folder in folders:
         aside = folder.with_name(f".{folder.name}.part")
@@ -78,17 +82,34 @@ def _move(aside: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def load_exported(folder: Path, plain: nn.Module) -> None:
-    """Load exported weights into a plain model, before it is sharded.
+def load_exported(folder: Path, model: nn.Module) -> None:
+    """Load exported weights into a model, plain or sharded: a rank reads no rows but its own.
 
     Raises:
         UserError: the weights are damaged or of another shape.
     """
     try:
-        plain.load_state_dict(load_file(folder / WEIGHTS))
+        with safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
+            wanted = model.state_dict()
+            if different := wanted.keys() ^ set(weights.keys()):
+                raise ValueError(f"size mismatch: {min(different)} is only in one of both")
+            for name, tensor in wanted.items():
+                _read(weights.get_slice(name), tensor, name)
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1].strip()  # torch names the mismatch last
+        reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
             f"{folder / WEIGHTS} cannot be loaded ({reason}): its config.json belongs to another "
             "model, or it is damaged; export it again"
         ) from error
+
+
+def _read(stored: Any, tensor: torch.Tensor | ShardedTensor, name: str) -> None:
+    """Copy a slice of a safetensors file, or this rank's shards of it."""
+    if (found := stored.get_shape()) != list(tensor.shape):
+        raise ValueError(f"size mismatch of {name}: {found}, not {list(tensor.shape)}")
+    if not isinstance(tensor, ShardedTensor):
+        tensor.copy_(stored[...])
+        return
+    for shard in tensor.local_shards():
+        ranges = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
+        shard.tensor.copy_(stored[tuple(slice(start, start + size) for start, size in ranges)])

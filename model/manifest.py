@@ -57,6 +57,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{NAME} is not whole") from error
     if checksum != _checksum(content):
         raise DamagedError(f"{NAME} was altered")
+    if not all(isinstance(content.get(key), dict) for key in ("position", "files")):
+        raise DamagedError(f"{NAME} is not whole")
     if version != FORMAT:
         raise UserError(
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
@@ -86,10 +88,15 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside, sync, rename: the file is the old one or the new one, never a half."""
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, sync, rename: the file is the old one or the new one, never a half."""
     aside = path.with_name(path.name + ".part")
     with aside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -7,12 +7,15 @@
              one step later every rank knows it, and does it
 
 The all-reduce of a step is waited for at the next one, so no step waits for it and no GPU is
-synchronised. When an answer does not come in time, a roll call names the ranks that are silent.
+synchronised. When an answer does not come in time, a roll call names the ranks that are silent, or,
+if all answer, the line in which each waits for the others.
 """
 
 import re
 import signal
+import traceback
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
@@ -89,15 +92,19 @@ class Orders:
         text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
         if self._roll_call is None:
             return None
-        if _GONE.search(text):
-            return UserError(f"another rank is gone at step {step}; {advice}")
-        if not _SILENT.search(text):
+        if not (_GONE.search(text) or _SILENT.search(text)):
             return None
-        seconds = self._timeout.total_seconds()
-        return UserError(
-            f"no answer from {self._silent_ranks()} for {seconds:g} s at step {step}: it is stuck, "
-            f"or does something else than the others; {advice}"
-        )
+        when = f"for {self._timeout.total_seconds():g} s at step {step}"
+        if silent := self._silent_ranks():
+            if _GONE.search(text):
+                return UserError(f"another rank is gone at step {step}; {advice}")
+            return UserError(f"no answer from {silent} {when}: it is stuck; {advice}")
+        # All are there: who gave up waiting has closed its connections to the others.
+        places = self._places(error)
+        if len(set(places)) > 1:
+            where = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
+            return UserError(f"the ranks wait for each other {when}: {where}; {advice}")
+        return UserError(f"a rank that answers again by now did not {when}; {advice}")
 
     def _silent_ranks(self) -> str:
         """Which ranks do not answer to a roll call; only rank 0 hears all answers."""
@@ -106,4 +113,17 @@ class Orders:
         except RuntimeError as error:
             found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
             return f"rank {found.group(1)}" if found else "rank 0, or a rank that it names"
-        return "a rank that answers again by now"
+        return ""
+
+    def _places(self, error: RuntimeError) -> list[str]:
+        """Which line of the program each rank waited in, once all have answered."""
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "site-packages" not in frame.filename]
+        last = ours[-1]
+        places = [""] * dist.get_world_size()
+        try:
+            place = f"{Path(last.filename).name}:{last.lineno} ({last.name})"
+            dist.all_gather_object(places, place, group=self._roll_call)
+        except RuntimeError:
+            return []
+        return places

@@ -6,10 +6,13 @@ Interval   the steps since the last line of the log
 """
 
 import math
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -42,11 +45,12 @@ class Position:
 
 
 class Feed(Iterator[TrainBatch]):
-    """The loader's batches; remembers what the pipeline, which runs ahead, has taken of them."""
+    """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took."""
 
-    def __init__(self, loader: TrainLoader, position: Position) -> None:
+    def __init__(self, loader: TrainLoader, position: Position, steps: int) -> None:
         self._loader = loader
-        self._batches = loader.epoch(position.epoch, position.sample)
+        # Not one more: the pipeline must be empty when training ends in the middle of an epoch.
+        self._batches = islice(loader.epoch(position.epoch, position.sample), steps)
         # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
@@ -75,7 +79,10 @@ class Interval:
         self.windows += windows
 
     def reduce(self, epoch: int) -> dict[str, float]:
-        """Mean loss per masked position and speed, over all ranks.
+        """Mean loss per masked position, speed, and peak memory, over all ranks.
+
+        ``records_per_second`` are those of all ranks together, ``peak_memory_gb`` of the rank that
+        needed most: 1e9 bytes of the device's allocator, or on CPU of the process.
 
         Raises:
             UserError: a loss is not finite; the first such step is named.
@@ -83,7 +90,10 @@ class Interval:
         totals = torch.stack(self.losses).double()
         totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
         dist.all_reduce(totals)
+        peak = totals.new_tensor(peak_memory(totals.device) / 1e9)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
         rows = totals.tolist()
+        passed = time.perf_counter() - self._started
         for (loss_sum, _), (step, first, after, lr) in zip(rows, self.steps, strict=False):
             if not math.isfinite(loss_sum):
                 raise UserError(
@@ -95,5 +105,15 @@ class Interval:
         return {
             "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
             "lr": self.steps[-1][3],
-            "records_per_second": rows[-1][0] / (time.perf_counter() - self._started),
+            "records_per_second": rows[-1][0] / passed,
+            "step_ms": 1000 * passed / len(self.steps),
+            "peak_memory_gb": float(peak),
         }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once since the process began: tensors on CUDA, all of it on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

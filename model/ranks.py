@@ -4,10 +4,13 @@ torchrun --nproc_per_node 2 train.py     two ranks
 python train.py                          one rank, no torchrun needed
 """
 
+import errno
 import logging
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -28,10 +31,13 @@ T = TypeVar("T")
 _WARNINGS = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
     (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
-    (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated"),  # torch 2.13
+    (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # torch 2.13
     (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
     (UserWarning, r"(?s).*\[FBGEMM_GPU\] NOTE: The training optimizer 'adam'"),
 )
+# A full disk, a quota, a read-only disk.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array is too big", re.I)
 _LOG_LINES = (("torch.fx._symbolic_trace", "is_fx_tracing will return true"),)
 
 
@@ -43,6 +49,7 @@ class Ranks:
     world_size: int
     local_world_size: int
     device: torch.device
+    timeout: timedelta = timedelta(minutes=10)
 
     @property
     def is_first(self) -> bool:
@@ -56,6 +63,13 @@ class Ranks:
 
     def __str__(self) -> str:
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}"
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed what dropout draws from; ``torch.manual_seed`` visits every kind of device for it."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def alone(device: torch.device) -> Ranks:
@@ -77,6 +91,8 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+        # cuDNN's attention builds a plan for every new shape, in tens of milliseconds.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ:
         # All attempts of torchrun --max_restarts share one store (torch 2.13): without a prefix of
         # its own an attempt would read the addresses of the one before and fail to connect.
@@ -94,11 +110,13 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, local_world_size, device)
+    return Ranks(rank, world_size, local_world_size, device, timeout)
 
 
-def from_first_rank(ranks: Ranks, work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, on all ranks.
+def from_first_rank(
+    ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None
+) -> T:
+    """What ``work`` returns on rank 0, on all ranks of the group (None: the one of all).
 
     Raises:
         UserError: on all ranks, when ``work`` raised it on rank 0.
@@ -110,7 +128,7 @@ def from_first_rank(ranks: Ranks, work: Callable[[], T]) -> T:
         except UserError as error:
             outcome[1] = str(error)
     if ranks.world_size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     result, failure = outcome
     if failure is not None:
         raise UserError(failure)
@@ -138,21 +156,47 @@ def run_script(main: Callable[[], None]) -> None:
     _silence_libraries()
     try:
         main()
-    except UserError as error:
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = _users_to_fix(error)
+        if message is None:
+            raise
         if rank:
             time.sleep(3)
         where = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: {where}{error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: {where}{message}", file=sys.stderr, flush=True)
         os._exit(2)
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _users_to_fix(error: Exception) -> str | None:
+    """What to tell a user who can do something about an error; None: it is a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(reason):
+        return (
+            f"not enough memory ({reason}): lower --train_batch_size, --max_len, --emb_dim or "
+            "--val_batch_size, or use more ranks"
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        what = error.filename or "output"
+        return f"{what} cannot be written: {error.strerror}; make room, then try again"
+    return None
+
+
 def _silence_libraries() -> None:
-    """Drop exactly the messages listed above; anything new or unexpected is still shown."""
+    """Drop exactly the messages listed above; anything new or unexpected is still shown.
+
+    TensorBoard's writer thread shows its traceback though its error comes out at the next write.
+    """
+    show = threading.excepthook
+    threading.excepthook = lambda failed: (
+        None if type(failed.thread).__name__ == "_AsyncWriterThread" else show(failed)
+    )
     for category, message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     for name, beginning in _LOG_LINES:

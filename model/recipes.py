@@ -22,7 +22,6 @@ _ML_1M: dict[str, Any] = {
     "num_layers": 2,
     "positions": "rotary",
     "dropout": 0.2,
-    "attention_dropout": 0.2,
     "mask_prob": 0.3,
     "left_context_share": 0.5,
     "train_batch_size": 256,
@@ -52,15 +51,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_epochs": 120,
     },
     "ml-1m": _ML_1M,
-    "ml-20m": _ML_1M | {"dropout": 0.1, "attention_dropout": 0.1, "num_epochs": 60},
+    "ml-20m": _ML_1M | {"dropout": 0.1, "num_epochs": 60},
     "beauty": _ML_1M
     | {
         "max_len": 50,
         "dropout": 0.4,
         "mask_prob": 0.4,
         "train_batch_size": 512,
-        "num_epochs": 40,
-        "eval_every": 5,
+        "num_epochs": 120,
+        "eval_every": 20,
     },
 }
 CHOICES = ("auto", "none", *RECIPES)

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model.evaluation import Result, report, write_result
-from model.manifest import write_json
+from model.manifest import write_json, write_text
 from pipeline.errors import UserError
 
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
@@ -58,9 +59,16 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / "config.json"
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict) or not {"flags", "num_items", "catalog"} <= config.keys():
+        text = path.read_text()
+        config = json.loads(text)
+        expected = {"flags": dict, "num_items": int, "catalog": str}
+        if not isinstance(config, dict) or not expected.keys() <= config.keys():
             raise ValueError("keys are missing")
+        for key, kind in expected.items():
+            if not isinstance(config[key], kind):
+                raise ValueError(f"{key} is {config[key]!r}")
+        if config["num_items"] < 1 or "\\u0000" in text:
+            raise ValueError("nothing like it was ever written")
     except OSError as error:
         raise UserError(
             f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
@@ -78,18 +86,29 @@ class RunLog:
         run_dir: the run folder, or None on ranks that do not write.
         total: steps of the whole run.
         step: steps already done.
+        on_error: when nothing can be written: "stop", or "continue" with a warning, without
+            TensorBoard events from then on.
+
+    Raises:
+        UserError: (here and while writing) nothing can be written, and the run is to stop.
     """
 
-    def __init__(self, run_dir: Path | None, total: int, step: int) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path | None, total: int, step: int, on_error: str = "stop") -> None:
+        self._run_dir, self._on_error = run_dir, on_error
         self._bar: tqdm | None = None
+        self._events: SummaryWriter | None = None
         if run_dir is None:
             return
         # Lines past the resumed checkpoint belong to steps that are done again.
-        self._lines = run_dir / "metrics.jsonl"
-        _keep_lines_up_to(self._lines, step)
-        self._file = self._lines.open("a")
-        self._events = SummaryWriter(str(run_dir), purge_step=step + 1)
+        lines = run_dir / "metrics.jsonl"
+        try:
+            _keep_lines_up_to(lines, step)
+            self._file = lines.open("a")
+            self._events = SummaryWriter(str(run_dir), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(
+                f"--run_dir {run_dir} cannot be written: {error.strerror or error}"
+            ) from error
         # Drawn over itself on a terminal; in a log file every drawing is another line.
         self._bar = tqdm(
             total=total,
@@ -108,11 +127,14 @@ class RunLog:
         """Append one line and the same scalars; names with a slash group them in TensorBoard."""
         if self._bar is None:
             return
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name if "/" in name else f"train/{name}", value, step)
-        self._events.add_scalar("train/epoch", epoch, step)
+        line = {"step": step, "epoch": epoch, **values}
+        tags = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._add_scalars({**tags, "train/epoch": epoch}, step)
+        except OSError as error:
+            self._failed(error)
         if "loss" in values:
             speed = f"{values['records_per_second']:,.0f} rec/s"
             postfix = f"epoch {epoch}, loss {values['loss']:.4f}, {speed}"
@@ -121,18 +143,22 @@ class RunLog:
     def write_result(
         self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
     ) -> None:
-        """Write eval_<split>.json, the same scalars for TensorBoard, and print the table.
+        """Print the table, write eval_<split>.json and the same scalars for TensorBoard.
 
         Ends the progress bar: this is for when training is over.
         """
         if self._bar is None:
             return
         self._bar.close()
-        write_result(self._run_dir, split, result)
-        for protocol in ("sampled", "full"):
-            for name, value in result[protocol].items():
-                self._events.add_scalar(f"{split}/{protocol}/{name}", value, step)
+        # Printed first: what a full disk does not take must not be lost.
         print(report(split, result, best_possible), flush=True)
+        try:
+            write_result(self._run_dir, split, result)
+            for protocol in ("sampled", "full"):
+                values = result[protocol].items()
+                self._add_scalars({f"{split}/{protocol}/{name}": v for name, v in values}, step)
+        except (OSError, UserError) as error:
+            self._failed(error)
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -144,18 +170,45 @@ class RunLog:
         """Flush and close everything."""
         if self._bar is not None:
             self._bar.close()
-            self._events.close()
-            self._file.close()
+            self._close_events()
+            with suppress(OSError):  # of a write that has failed before
+                self._file.close()
+
+    def _add_scalars(self, values: dict[str, float], step: int) -> None:
+        if self._events is not None:
+            for tag, value in values.items():
+                self._events.add_scalar(tag, value, step)
+            self._events.flush()  # a thread writes them: now its error comes out
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            with suppress(OSError):
+                self._events.close()
+            self._events = None
+
+    def _failed(self, error: OSError | UserError) -> None:
+        """Stop, or warn once and do without TensorBoard, whose writer is not to be used again."""
+        message = f"{self._run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
+        if self._on_error == "stop":
+            raise UserError(
+                f"{message}; checkpoints are intact: make room, then go on with --resume auto"
+            ) from error
+        if self._events is not None:
+            print(f"warning: {message}, training goes on", file=sys.stderr, flush=True)
+        self._close_events()
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
+    """Drop later lines, and what a kill or a full disk left of a line, in one atomic step."""
     if not path.exists():
         return
+    before = path.read_text(errors="replace")
     kept = []
-    for line in path.read_text().splitlines():
+    for line in before.splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # a line cut off by a kill
-    path.write_text("".join(kept))
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (ValueError, LookupError, TypeError):
+            continue
+    if "".join(kept) != before:
+        write_text(path, "".join(kept))

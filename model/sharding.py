@@ -16,7 +16,11 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
+from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -26,18 +30,19 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from model.bert4rec import BERT4Rec
+from model.bert4rec import TABLE_PRECISIONS, BERT4Rec
 from model.ranks import Ranks
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SHARDINGS = ("row_wise", "table_wise", "column_wise")
+COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
 FUSED_OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -73,15 +78,39 @@ class ShardingConfig:
         default=None,
         metadata={"help": "learning rate of the tables; default: --lr, 20 times it for Adagrad"},
     )
+    table_precision: str = field(
+        default="fp32",
+        metadata={
+            "help": "of the tables in dmp; half precision halves them, updates are rounded at "
+            "random on CUDA",
+            "choices": tuple(TABLE_PRECISIONS),
+        },
+    )
+    compute_kernel: str = field(
+        default="fused",
+        metadata={
+            "help": "where dmp keeps tables: fused in GPU memory, fused_uvm in the host's, "
+            "fused_uvm_caching in the host's behind a cache on the GPU",
+            "choices": COMPUTE_KERNELS,
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (
             ("mode", ("dmp", "ddp")),
             ("sharding", (*SHARDINGS, "auto")),
             ("embedding_optimizer", ("auto", *FUSED_OPTIMIZERS)),
+            ("table_precision", TABLE_PRECISIONS),
+            ("compute_kernel", COMPUTE_KERNELS),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}")
+        for name, plain in (("table_precision", "fp32"), ("compute_kernel", "fused")):
+            if self.mode == "ddp" and getattr(self, name) != plain:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
+                    "as ordinary weights"
+                )
         if self.embedding_lr is not None and self.embedding_lr < 0:
             raise UserError(f"--embedding_lr must not be negative: {self.embedding_lr}")
 
@@ -116,8 +145,9 @@ def shard(
         rows: rows of a training batch on one rank, for the planner's cost model.
 
     Raises:
-        UserError: no plan fits the memory.
+        UserError: no plan fits the memory, or the device cannot have such tables.
     """
+    _check_device(config, ranks.device)
     sharder = EmbeddingCollectionSharder(
         fused_params={
             "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
@@ -130,7 +160,34 @@ def shard(
     plan = ShardingPlan(plan={})
     if config.mode == "dmp":
         plan = _plan(model, config, sharder, rows, ranks)
-    return DistributedModelParallel(model, device=ranks.device, plan=plan, sharders=[sharder])
+    return DistributedModelParallel(
+        model,
+        device=ranks.device,
+        plan=plan,
+        sharders=[sharder],
+        data_parallel_wrapper=None if ranks.world_size > 1 else _Alone(),
+    )
+
+
+class _Alone(DataParallelWrapper):
+    """On one rank there is nobody to average gradients with: DDP would only cost time."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        dmp._dmp_wrapped_module.to(device)
+
+
+def _check_device(config: ShardingConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+    if config.table_precision == "bf16":
+        raise UserError(
+            "--table_precision bf16 needs CUDA: FBGEMM has no such tables on CPU; use fp16"
+        )
+    if config.compute_kernel != "fused":
+        raise UserError(
+            f"--compute_kernel {config.compute_kernel} needs CUDA: on CPU, tables are in the "
+            "host's memory anyway"
+        )
 
 
 def _plan(
@@ -142,11 +199,15 @@ def _plan(
 ) -> ShardingPlan:
     """The planner's choice within ``--sharding``; every rank computes the same one by itself."""
     allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
+    if ranks.world_size == 1:
+        # Row by row or column by column, the one rank has all of it: whole, it is not sorted into
+        # shards and back.
+        allowed = ["table_wise"]
     # Without a word on kernels the planner may choose "dense", which is broken on CPU.
     constraints = {
         table.name: ParameterConstraints(
             sharding_types=allowed,
-            compute_kernels=["fused"],
+            compute_kernels=[config.compute_kernel],
             pooling_factors=[float(model.encoder.max_len)] * len(table.feature_names),
         )
         for table in model.embeddings.embedding_configs()
@@ -302,6 +363,14 @@ def describe_plan(model: DistributedModelParallel) -> str:
         for table, sharding in module.items():
             lines.append(f"{table}: {sharding.sharding_type} {sharding.compute_kernel}")
     return ", ".join(lines) or "replicated"
+
+
+def drop_cached_rows(model: nn.Module) -> None:
+    """Forget the rows that ``fused_uvm_caching`` keeps on the GPU: the tables were loaded anew."""
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingCollection):
+            for lookup in module._lookups:
+                lookup.purge()
 
 
 def unwrap(model: nn.Module) -> BERT4Rec:

@@ -6,16 +6,17 @@ run.check_catalog(store)
 model = run.model(ranks)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoint import PORTABLE, Checkpoints
 from model.export import WEIGHTS, load_exported
 from model.flags import build
 from model.ranks import Ranks
-from model.run import RunConfig, build_model, build_plain_model, shard_model
+from model.run import RunConfig, build_model
 from model.run_log import read_config
 from pipeline.errors import UserError
 from pipeline.store import SequenceStore
@@ -64,7 +65,15 @@ class TrainedRun:
         settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
         if flags.batch_size:
             settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
-        self.config = build(RunConfig, settings)
+        try:
+            self.config = build(RunConfig, settings)
+        except UserError as error:
+            raise UserError(f"{self.folder / 'config.json'}: {error}") from error
+        if flags.split == "validation" and self.config.windows.train_on_validation:
+            raise UserError(
+                f"{self.folder} was trained on the validation items (--train_on_validation): only "
+                "--split test tells anything about it"
+            )
 
     def check_catalog(self, store: SequenceStore) -> None:
         """Refuse data whose items are not those the model was trained on.
@@ -86,9 +95,10 @@ class TrainedRun:
         """
         for folder in (self.folder, self.folder / PORTABLE):
             if (folder / WEIGHTS).exists():
-                plain = build_plain_model(self.config, self._num_items, ranks)
-                load_exported(folder, plain)
-                return shard_model(self.config, plain, ranks)
+                config = _possible(self.config, ranks.device)
+                model = build_model(config, self._num_items, ranks)
+                load_exported(folder, model)
+                return model
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         if step is None:
@@ -98,3 +108,12 @@ class TrainedRun:
         model = build_model(self.config, self._num_items, ranks)
         checkpoints.load_weights(model, step)
         return model
+
+
+def _possible(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with tables as the device can have them: what CUDA trained, a CPU evaluates."""
+    if device.type == "cuda":
+        return config
+    precision = config.sharding.table_precision.replace("bf16", "fp32")
+    sharding = replace(config.sharding, table_precision=precision, compute_kernel="fused")
+    return replace(config, sharding=sharding)

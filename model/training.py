@@ -14,6 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TypeVar
@@ -26,7 +27,7 @@ from model.checkpoint import Checkpoints
 from model.evaluation import Result
 from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
 from model.progress import Feed, Interval, Position
-from model.ranks import Ranks
+from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.sharding import Optimizers, train_pipeline
 from pipeline.errors import UserError
@@ -63,6 +64,13 @@ class TrainingConfig:
         metadata={"help": "stop after so many evaluations without a better full NDCG@10"},
     )
     log_every: int = field(default=50, metadata={"help": "steps between lines of the log"})
+    max_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "end right after this step, with nothing more evaluated or saved: to try a "
+            "set-up or measure its speed"
+        },
+    )
     rank_timeout: float = field(
         default=10.0, metadata={"help": "minutes to wait for the other ranks before giving up"}
     )
@@ -73,14 +81,20 @@ class TrainingConfig:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if not 0 < self.rank_timeout < 1e6:
             raise UserError(f"--rank_timeout must be positive minutes, not {self.rank_timeout}")
-        if self.patience is not None and self.patience < 1:
-            raise UserError(f"--patience must be at least 1, not {self.patience}")
+        for name in ("patience", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1, not {value}")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"--warmup_share must be in [0, 1), not {self.warmup_share}")
         if not 0 < self.gamma <= 1:
             raise UserError(f"--gamma must be in (0, 1], not {self.gamma}")
         if self.lr_schedule not in ("linear", "cosine", "constant"):
             raise UserError(f"--lr_schedule must be linear, cosine or constant: {self.lr_schedule}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run, if ``--patience`` does not end it."""
+        steps = self.num_epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def lr_factor(config: TrainingConfig, progress: float, epoch: int) -> float:
@@ -108,9 +122,10 @@ class Trainer:
         model: with its ``optimizers``, from :mod:`model.sharding`.
         loader: this rank's training batches.
         validate: evaluates the model on the validation split, on all ranks; its argument is put
-            around the batches.
+            around the batches. None: nothing is left to validate on, the last model is the best.
         position: where to begin, from a checkpoint or new.
         seed: of dropout.
+        after_step: called after every step, on all ranks.
     """
 
     def __init__(
@@ -118,23 +133,27 @@ class Trainer:
         model: DistributedModelParallel,
         optimizers: Optimizers,
         loader: TrainLoader,
-        validate: Callable[[Callable[[Iterable[T]], Iterator[T]]], Result],
+        validate: Callable[[Callable[[Iterable[T]], Iterator[T]]], Result] | None,
         checkpoints: Checkpoints,
         log: RunLog,
         config: TrainingConfig,
         ranks: Ranks,
         seed: int,
         position: Position,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.optimizers, self.loader = model, optimizers, loader
         self.validate, self.checkpoints, self.log = validate, checkpoints, log
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
+        self.after_step = after_step
         self.pipeline = train_pipeline(model, optimizers.combined, ranks.device)
         self.orders = Orders(ranks, timedelta(minutes=config.rank_timeout))
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
-        """Train to the end or until nothing improves; returns the last position.
+        """Train to the end, ``--max_steps`` or until nothing improves; returns the last position.
+
+        Its ``best_step`` is 0 where ``--max_steps`` came before the first evaluation.
 
         Raises:
             UserError: a loss is not finite, a rank does not answer, a checkpoint cannot be written.
@@ -144,12 +163,21 @@ class Trainer:
             with self.orders:
                 while not self._is_over():
                     self._train_epoch()
+                    if self._is_cut():
+                        break
                     self._end_epoch()
+                self.checkpoints.finish()
+        except UserError:
+            with suppress(UserError):
+                self.checkpoints.finish()  # what is being written is from before, and good
+            raise
         except RuntimeError as error:
             if explained := self.orders.explain(error, self.position.step):
                 raise explained from error
             raise
-        if not self.position.best_step:
+        if self._is_cut():
+            self.log.say(f"ended after step {self.position.step}, as --max_steps says")
+        elif not self.position.best_step:
             raise UserError(
                 "no checkpoint of an evaluated model could be written: make room, then go on with "
                 "--resume auto"
@@ -160,15 +188,22 @@ class Trainer:
         stale = self.config.patience is not None and self.position.stale >= self.config.patience
         return stale or self.position.epoch >= self.config.num_epochs
 
+    def _is_cut(self) -> bool:
+        limit = self.config.max_steps
+        return limit is not None and self.position.step >= limit
+
     def _train_epoch(self) -> None:
         """The rest of the current epoch; ends with an empty, detached pipeline."""
         steps = self.loader.steps_left(self.position.sample)
-        if steps == 0:
+        if self.config.max_steps is not None:
+            steps = min(steps, self.config.max_steps - self.position.step)
+        if steps <= 0:
             return
         self.model.train()
-        feed, interval = Feed(self.loader, self.position), Interval()
+        feed, interval = Feed(self.loader, self.position, steps), Interval()
         for left in reversed(range(steps)):
             self._step(feed, interval)
+            self.after_step()
             order = self.orders.exchange(self._wish(interval))
             if left == 0 or self.position.step % self.config.log_every == 0 or order:
                 values = interval.reduce(self.position.epoch)
@@ -184,7 +219,7 @@ class Trainer:
         progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
         factor = lr_factor(self.config, progress, before.epoch)
         self.optimizers.set_lr(factor)
-        torch.manual_seed(hash((self.seed, before.step, self.ranks.rank)))
+        seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
         losses = self.pipeline.progress(feed)
         windows, sample = feed.held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
@@ -202,7 +237,7 @@ class Trainer:
     def _obey(self, order: int) -> None:
         if order in (NOTHING, CHECK_LOSS):
             return
-        saved = self._save()
+        saved = self._save(wait=order > STOP)
         if order > STOP:
             position, name = self.position, signal.Signals(order - STOP).name
             self.log.say(
@@ -211,8 +246,8 @@ class Trainer:
             )
             raise SystemExit(128 + order - STOP)
 
-    def _save(self) -> bool:
-        """Write a checkpoint, unless there is nothing worth writing.
+    def _save(self, wait: bool = True) -> bool:
+        """Write a checkpoint, unless there is nothing worth writing; or begin to, without waiting.
 
         The batches that the pipeline holds do not matter: they have not touched the weights.
 
@@ -228,14 +263,17 @@ class Trainer:
                 f"weights are not finite any more after step {self.position.step}: lower --lr or "
                 "raise --warmup_share; earlier checkpoints are intact"
             )
-        return self.checkpoints.save(self.model, self.optimizers, self.position)
+        return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 
     def _end_epoch(self) -> None:
         """Evaluate and save if it is time to, and turn to the next epoch."""
         epoch = self.position.epoch + 1
         before = self.position
-        if epoch == self.config.num_epochs or epoch % self.config.eval_every == 0:
-            self._evaluate()
+        last = epoch == self.config.num_epochs
+        if self.validate is None:
+            self.position = replace(before, best_step=before.step if last else 0)
+        elif last or epoch % self.config.eval_every == 0:
+            self._evaluate(self.validate)
         self.position = replace(self.position, epoch=epoch, sample=0)
         better = self.position.best_step != before.best_step
         if (better or self._is_over()) and not self._save() and better:
@@ -248,10 +286,10 @@ class Trainer:
                 self._obey(order)
             yield batch
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, validate: Callable[..., Result]) -> None:
         """Validate, log, and note whether this is the best model so far."""
         started = time.perf_counter()
-        result = self.validate(self._interruptible)
+        result = validate(self._interruptible)
         protocol, metric = SELECT
         value = result[protocol][metric]
         position = self.position

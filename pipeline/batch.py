@@ -16,13 +16,15 @@ are few rows for many candidates, empty rows of items are added to hold them::
     features["candidate"]  values  1 2 3 4 5 | 6 7 8 9 10      candidate_range (1, 11)
                            lengths         5 |          5
 
-Later variants may put sampled negatives under "candidate" on the host; ``to`` then leaves them.
+A step with sampled negatives has its targets and them as candidates instead, in this order.
 Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the train pipelines of
 TorchRec can copy them on one CUDA stream and use them on another.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from torchrec.streamable import Pipelineable
 
 ITEM = "item"
 CANDIDATE = "candidate"
+Candidates = tuple[int, int] | Tensor
 # FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
 _CANDIDATES_A_ROW = 64
 
@@ -71,6 +74,8 @@ class TrainBatch(Pipelineable):
         longest: no row has more items than this; known on the host.
         candidate_range: half-open range of the item ids that this rank scores, or None.
         left_only: bool [B], rows whose positions see only what came before them; None: no row.
+        negatives: int64 [K], items to score besides the targets; None: candidate_range says.
+        log_counts: float32 [K], logarithms of how often each was to be expected among them.
     """
 
     features: KeyedJaggedTensor
@@ -81,44 +86,37 @@ class TrainBatch(Pipelineable):
     longest: int
     candidate_range: tuple[int, int] | None = None
     left_only: Tensor | None = None
+    negatives: Tensor | None = None
+    log_counts: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
-        return TrainBatch(
-            features=_features_to(self.features, device, non_blocking, self.candidate_range),
-            masked=self.masked.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            num_windows=self.num_windows,
-            num_rows=self.num_rows,
-            longest=self.longest,
-            candidate_range=self.candidate_range,
-            left_only=None
-            if self.left_only is None
-            else self.left_only.to(device, non_blocking=non_blocking),
-        )
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        candidates: Candidates | None = self.candidate_range
+        if moved.negatives is not None:
+            candidates = torch.cat([moved.targets, moved.negatives])
+        moved.features = _with_candidates_once(moved.features, candidates)
+        return moved
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        self.features.record_stream(stream)
-        self.masked.record_stream(stream)
-        self.targets.record_stream(stream)
-        if self.left_only is not None:
-            self.left_only.record_stream(stream)
+        for part in self._parts().values():
+            part.record_stream(stream)
 
     def pin_memory(self) -> "TrainBatch":
         """A copy in page-locked memory, or this very batch where there is no CUDA."""
         if not torch.cuda.is_available():
             return self
-        return TrainBatch(
-            features=self.features.pin_memory(),
-            masked=self.masked.pin_memory(),
-            targets=self.targets.pin_memory(),
-            num_windows=self.num_windows,
-            num_rows=self.num_rows,
-            longest=self.longest,
-            candidate_range=self.candidate_range,
-            left_only=None if self.left_only is None else self.left_only.pin_memory(),
-        )
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _parts(self) -> dict[str, Any]:
+        """The features and all tensors there are."""
+        kinds = (KeyedJaggedTensor, Tensor)
+        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
+
+    def _each(self, change: Callable[[Any], Any]) -> "TrainBatch":
+        """A copy with every tensor, and the features, changed."""
+        return replace(self, **{name: change(part) for name, part in self._parts().items()})
 
 
 @dataclass(eq=False)
@@ -155,7 +153,8 @@ class EvalBatch(Pipelineable):
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()]
-        features = _features_to(self.features, device, non_blocking, self.candidate_range)
+        features = self.features.to(device, non_blocking=non_blocking)
+        features = _with_candidates_once(features, self.candidate_range)
         return EvalBatch(features, *moved, self.num_rows, self.longest, self.candidate_range)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -185,53 +184,56 @@ class EvalBatch(Pipelineable):
         )
 
 
-def _features_to(
-    features: KeyedJaggedTensor,
-    device: torch.device,
-    non_blocking: bool,
-    candidate_range: tuple[int, int] | None,
+def _with_candidates_once(
+    features: KeyedJaggedTensor, candidates: Candidates | None
 ) -> KeyedJaggedTensor:
-    """The features on ``device``, with the candidates of ``candidate_range`` appended there."""
-    moved = features.to(device, non_blocking=non_blocking)
-    if candidate_range is None or CANDIDATE in moved.keys():  # noqa: SIM118 - not a dict
-        return moved
-    return with_candidates(moved, candidate_range)
+    """The features with candidates appended, if there are any and they have none yet."""
+    if candidates is None or CANDIDATE in features.keys():  # noqa: SIM118 - not a dict
+        return features
+    return with_candidates(features, candidates)
 
 
-def with_candidates(
-    features: KeyedJaggedTensor, candidate_range: tuple[int, int]
-) -> KeyedJaggedTensor:
-    """The key "item" as it is, and the half-open range of items under the key "candidate"."""
+def with_candidates(features: KeyedJaggedTensor, candidates: Candidates) -> KeyedJaggedTensor:
+    """The key "item" as it is, and candidates under the key "candidate".
+
+    Args:
+        features: key "item".
+        candidates: a half-open range of items, or items int64 [C] on the features' device.
+    """
     values, lengths = features.values(), features.lengths()
-    candidates, candidate_lengths, no_items = _candidates(
-        candidate_range, lengths.numel(), lengths.device, _stream_id(lengths.device)
-    )
+    stream = _stream_id(lengths.device)
+    if isinstance(candidates, tuple):
+        candidates = _range(candidates, lengths.device, stream)
+    spread, no_items = _spread(candidates.numel(), lengths.numel(), lengths.device, stream)
     return KeyedJaggedTensor(
         keys=[ITEM, CANDIDATE],
         values=torch.cat([values, candidates]),
-        lengths=torch.cat([lengths, no_items, candidate_lengths]),
-        stride=candidate_lengths.numel(),
+        lengths=torch.cat([lengths, no_items, spread]),
+        stride=spread.numel(),
         length_per_key=[values.numel(), candidates.numel()],
     )
 
 
-@lru_cache(maxsize=64)
-def _candidates(
-    candidate_range: tuple[int, int], num_rows: int, device: torch.device, stream_id: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates int64 [C], made on ``device``, how many stand in each of S >= B rows int64 [S],
-    and the lengths int64 [S - B] (all 0) of the rows added to the items.
+# ``stream_id`` keeps the cached tensors of one CUDA stream away from another, which would otherwise
+# have to wait until they are written.
 
-    ``stream_id`` keeps the cached tensors of one CUDA stream away from another, which would
-    otherwise have to wait until they are written.
-    """
-    low, high = candidate_range
-    count = high - low
+
+@lru_cache(maxsize=4)
+def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
+    """int64 [C], made on ``device``: a catalog may be large, so few are kept."""
+    return torch.arange(*candidate_range, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _spread(
+    count: int, num_rows: int, device: torch.device, stream_id: int
+) -> tuple[Tensor, Tensor]:
+    """How many of ``count`` candidates stand in each of S >= B rows, int64 [S], and the lengths
+    int64 [S - B] (all 0) of the rows added to the items."""
     rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
     lengths = torch.full((rows,), count // rows, dtype=torch.int64, device=device)
     lengths[: count % rows] += 1
-    candidates = torch.arange(low, high, dtype=torch.int64, device=device)
-    return candidates, lengths, lengths.new_zeros(rows - num_rows)
+    return lengths, lengths.new_zeros(rows - num_rows)
 
 
 def _stream_id(device: torch.device) -> int:

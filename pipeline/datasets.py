@@ -37,6 +37,7 @@ _GROUPLENS_FILES = ("ratings.csv", "ratings.dat", "u.data")
 _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: ratings.csv
 _TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _RANDOM_CHUNK = 1 << 19
+_SYNTHETIC_MOST = 10**7
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,17 @@ class DataConfig:
         for flag in ("random_user_count", "random_item_count", "random_size"):
             if not 1 <= getattr(self, flag) < 1 << 31:
                 raise UserError(f"--{flag} must be in 1..2^31-1, not {getattr(self, flag)}")
+        self.synthetic()
+        for flag in ("synthetic_user_count", "synthetic_item_count"):
+            if getattr(self, flag) > _SYNTHETIC_MOST:
+                raise UserError(
+                    f"--{flag} must be at most {_SYNTHETIC_MOST:,}, not {getattr(self, flag)}: the "
+                    "data are made in memory"
+                )
         if not math.isfinite(self.min_rating):
             raise UserError(f"--min_rating must be a number, not {self.min_rating}")
         if self.columns:
             check_columns(self.columns)
-        self.synthetic()
         if not re.fullmatch(r"[\w.-]+", self.dataset_name):
             raise UserError(
                 f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
@@ -120,7 +127,7 @@ class DataConfig:
     @property
     def cache_folder(self) -> Path:
         if self.cache_dir:
-            return Path(self.cache_dir).expanduser()
+            return _expanded("cache_dir", self.cache_dir)
         base = os.environ.get("XDG_CACHE_HOME", "")
         return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
 
@@ -130,6 +137,13 @@ class DataConfig:
             num_items=self.synthetic_item_count,
             seed=self.data_seed,
         )
+
+
+def _expanded(flag: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--{flag} {path}: there is no such user's home folder") from error
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ def resolve(config: DataConfig) -> DataSource:
         origin = ["synthetic ring", vars(config.synthetic())]
         ratings = SyntheticRatings(config.synthetic())
     else:
-        path = Path(config.dataset_path).expanduser()
+        path = _expanded("dataset_path", config.dataset_path)
         if not config.dataset_path:
             path = download(config.dataset_name, config.cache_folder)
         files, titles = find_ratings(path, config.dataset_name)
@@ -204,6 +218,8 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     """
     with reading(path):
         path.stat()
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder; see --dataset_path")
     if path.is_file() and not is_zip(path):
         titles = path.with_name(_titles_beside(path.name))
         return [SourceFile(path)], SourceFile(titles) if titles.is_file() else None

@@ -76,6 +76,9 @@ def check_columns(columns: str) -> dict[str, str]:
             f"--columns must name user,item[,rating[,timestamp]], not {columns!r}: "
             'for example "user_id,item_id,rating,timestamp"'
         )
+    given = [name for name in names if name]
+    if len(set(given)) < len(given):
+        raise UserError(f"--columns {columns!r} names a column twice: give each another one")
     return {role: name for role, name in zip(ROLES, names, strict=False) if name}
 
 
@@ -106,7 +109,7 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
     if len(names) < 2:
         raise UserError(_wrong_separator(where, line, separator))
     wanted = check_columns(columns) if columns else {}
-    if wanted and all(name.isdigit() for name in wanted.values()):
+    if wanted and all(re.fullmatch("[0-9]+", name) for name in wanted.values()):
         places = {role: _place(where, name, len(names)) for role, name in wanted.items()}
         return Layout(separator, len(names), places, has_header=False)
     if extension in _HEADERLESS and not wanted:
@@ -127,13 +130,13 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
         matches = [at for at, there in enumerate(names) if name in (there, there.split(":")[0])]
         if not matches:
             raise UserError(f"{where}: no column {name!r} (--columns); there are {_list(names)}")
-        places[role] = matches[0]
+        places[role] = _only(where, names, matches[0])
     if columns:
         return places
     for role, known in _KNOWN.items():
         matches = [plain.index(name) for name in known.split() if name in plain]
         if matches:
-            places[role] = matches[0]
+            places[role] = _only(where, names, matches[0])
         elif role in ("user", "item"):
             raise UserError(
                 f"{where}: cannot tell the {role} column among {_list(names)}; name them with "
@@ -141,6 +144,15 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
                 "file has no header"
             )
     return places
+
+
+def _only(where: str, names: Sequence[str], place: int) -> int:
+    if names.count(names[place]) > 1:
+        raise UserError(
+            f"{where}: several columns are called {names[place]!r}: rename them, or choose others "
+            "with --columns"
+        )
+    return place
 
 
 def _place(where: str, number: str, width: int) -> int:

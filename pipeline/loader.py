@@ -1,7 +1,11 @@
 """Training batches: every window, in a new order each epoch, once over all ranks.
 
-    ShuffledSamples -> CutWindows -> MaskItems [-> RoundUp] -> SplitBatches -> Prefetcher
-    sample numbers     jagged rows   cloze task   TrainBatch      a thread runs ahead
+    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp]
+    sample numbers     order in a step     jagged rows   cloze task
+        -> SplitBatches [-> DrawNegatives]
+           TrainBatch
+
+and a Prefetcher, in whose thread all of this runs ahead.
 
 A sample is one of ``dupe_factor`` copies of a window; ``pipeline/samples.py`` says which rank
 trains which. All ranks have equally many batches: one that gets no part of an epoch's last, partial
@@ -28,7 +32,8 @@ from torchdata.nodes import BaseNode, Prefetcher
 
 from pipeline.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.errors import UserError
-from pipeline.masking import ClozeMask, MaskConfig, MaskItems
+from pipeline.masking import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
+from pipeline.negatives import DrawNegatives, NegativeSampler
 from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
 from pipeline.store import SequenceStore
@@ -53,6 +58,8 @@ class LoaderConfig:
         for flag in ("train_batch_size", "prefetch_batches"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"--seed must be in 0..2^63-1, not {self.seed}")
 
 
 class SplitBatches(BaseNode[TrainBatch]):
@@ -156,6 +163,7 @@ class TrainLoader:
         windows, mask, config: how to cut, mask and batch them.
         rank, world_size: this rank's share; every rank must be given the same rest.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
+        negatives: draws items that each step scores instead.
         pin_memory: page-locked batches; None means wherever there is CUDA.
         few_shapes: round sizes up (``pipeline/rounding.py``); None means wherever there is CUDA.
 
@@ -174,12 +182,14 @@ class TrainLoader:
         candidate_range: tuple[int, int] | None = None,
         pin_memory: bool | None = None,
         few_shapes: bool | None = None,
+        negatives: NegativeSampler | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
         self.num_windows = len(table)
         batch_items = config.train_batch_size * windows.max_len
+        mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
         self._samples = ShuffledSamples(
             num_windows=len(table),
             dupe_factor=mask.dupe_factor,
@@ -190,7 +200,8 @@ class TrainLoader:
             steps_per_chunk=max(1, _CHUNK_ITEMS // batch_items),
         )
         cloze = ClozeMask(mask, store.num_items, config.seed)
-        cut = CutWindows(self._samples, store.items, table)
+        ordered = LeftContextFirst(self._samples, cloze)
+        cut = CutWindows(ordered, store.items, table)
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         chunks: BaseNode[Chunk] = MaskItems(cut, cloze)
         if torch.cuda.is_available() if few_shapes is None else few_shapes:
@@ -198,10 +209,12 @@ class TrainLoader:
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
-                position_unit=rounding_unit(batch_items),
-                mask_unit=rounding_unit(max(1, round(batch_items * mask.mask_prob))),
+                position_unit=rounding_unit(mean_items),
+                mask_unit=rounding_unit(mean_items * mask.mask_prob),
             )
-        batches = SplitBatches(chunks, cloze.mask_token, candidate_range, pin)
+        batches: BaseNode[TrainBatch] = SplitBatches(chunks, cloze.mask_token, candidate_range, pin)
+        if negatives is not None:
+            batches = DrawNegatives(batches, negatives, pin)
         self._prefetcher = Prefetcher(batches, prefetch_factor=config.prefetch_batches)
         self._state = {"epoch": 0, "sample": 0}
 

@@ -176,5 +176,24 @@ class MaskItems(ChunkStage[Chunk]):
         chunk.masked, chunk.targets = self.cloze(
             chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
         )
-        chunk.left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
+        return chunk
+
+
+class LeftContextFirst(ChunkStage[Chunk]):
+    """Choose the rows that attend to the left alone: sets left_only, puts them first in each step.
+
+    Standing together they can be attended to as one jagged batch, and the rest as another.
+    """
+
+    def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
+        super().__init__(source)
+        self.cloze = cloze
+
+    def apply(self, chunk: Chunk) -> Chunk:
+        left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
+        if left_only is not None:
+            step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
+            order = np.argsort(2 * step + ~left_only, kind="stable")
+            chunk.windows, chunk.copies = chunk.windows[order], chunk.copies[order]
+            chunk.left_only = left_only[order]
         return chunk

@@ -8,6 +8,7 @@ Ids are read as text, whatever they look like, so that none is rounded, merged o
 """
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +20,15 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.layout import ROLES, Layout, find_columns, text_layout
+from pipeline.ratings import EXACT, ID, TIME, checked, columns_of, is_id, times_as_numbers
 from pipeline.sources import SourceFile, reading
 from pipeline.stage import Stage
 
 BLOCK_BYTES = 1 << 24  # of text parsed together: about half a million ratings
 BLOCK_ROWS = 1 << 19
-_ID = pa.dictionary(pa.int32(), pa.string())
-_TIME = pa.timestamp("ns")
 _BOM = b"\xef\xbb\xbf"
+# A timestamp that Arrow rejects though it is a whole number is too large for 64 bits.
+_WHOLE_NUMBER = re.compile(r"to int64: invalid value '\s*[+-]?[0-9]+\s*'")
 
 
 class ReadRatings(Stage[pa.Table]):
@@ -62,13 +64,14 @@ class ReadRatings(Stage[pa.Table]):
             read = _read_parquet if _is_parquet(file) else _read_text
             for table in read(file, self.columns, self.separator):
                 rows += table.num_rows
-                roles = roles or table.column_names
-                if table.column_names != roles:
+                found = columns_of(table)
+                roles = roles or found
+                if found != roles:
                     raise UserError(
-                        f"{file} has the columns {', '.join(table.column_names)} where "
+                        f"{file} has the columns {', '.join(found)} where "
                         f"{self.files[0]} has {', '.join(roles)}: choose with --columns"
                     )
-                yield table
+                yield times_as_numbers(table)
             if not rows:
                 raise UserError(f"{file}: no ratings in it")
 
@@ -78,28 +81,50 @@ def _read_text(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Ta
     for first_line, block in _blocks(file):
         if layout is None:
             line, _, rest = block.partition(b"\n")
+            if b"\r" in line.removesuffix(b"\r"):
+                raise UserError(
+                    f"{file}:1: lines must end in a line feed, not in a carriage return alone: "
+                    "convert the file with tr '\\r' '\\n'"
+                )
             layout = text_layout(str(file), file.name, _decode(file, line), columns, separator)
             if layout.has_header:
                 first_line, block = 2, rest
             types = _types(layout, block)
-        while True:
-            try:
-                yield _parse(block, layout, types)
-                break
-            except (pa.ArrowException, ValueError) as error:
-                # Whole numbers may turn into decimal ones later in the file, which is no mistake.
-                if types.get("timestamp") == pa.int64():
-                    types["timestamp"] = pa.float64()
-                    continue
-                raise UserError(_explain(file, layout, types, first_line, block, error)) from error
+        try:
+            yield _parse_times(file, block, layout, types)
+        except (pa.ArrowException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_explain(file, layout, types, first_line, block, error)) from error
+
+
+def _parse_times(
+    file: SourceFile, block: bytes, layout: Layout, types: dict[str, pa.DataType]
+) -> pa.Table:
+    """`_parse`; whole times may turn into decimal ones later in the file, which is no mistake."""
+    try:
+        return _parse(block, layout, types)
+    except (pa.ArrowException, ValueError) as error:
+        if types.get("timestamp") != pa.int64() or _WHOLE_NUMBER.search(str(error)):
+            raise
+        table = _parse(block, layout, types | {"timestamp": pa.float64()})
+    if pc.max(pc.abs(table["timestamp"])).as_py() >= EXACT:  # from here on it rounds
+        raise UserError(
+            f"{file}: decimal timestamps among whole ones above 2^53 cannot be compared exactly: "
+            "write all in one way"
+        )
+    types["timestamp"] = pa.float64()
+    return table
 
 
 def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
     """(number of the first line, whole lines of text), about BLOCK_BYTES at a time."""
     with file.open() as stream:
-        tail, line = b"", 1
+        tail, line, unpacked = b"", 1, 0
         while True:
             read = stream.read(BLOCK_BYTES)
+            unpacked += len(read)
+            file.check_unpacked(unpacked)
             block = (tail + read).removeprefix(_BOM) if line == 1 else tail + read
             if b"\0" in block:
                 raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
@@ -118,12 +143,12 @@ def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
 
 def _types(layout: Layout, block: bytes) -> dict[str, pa.DataType]:
     """Arrow types of the columns; times are whole, decimal or dates as in the first line."""
-    types = {"user": _ID, "item": _ID, "rating": pa.float64(), "timestamp": pa.int64()}
+    types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
     fields = layout.fields(block.lstrip().partition(b"\n")[0].decode(errors="replace"))
     if "timestamp" in layout.places and len(fields) == layout.width:
         text = fields[layout.places["timestamp"]].strip()
         if not text.lstrip("-").isdigit():
-            types["timestamp"] = pa.float64() if _number(text) else _TIME
+            types["timestamp"] = pa.float64() if _number(text) else TIME
     return {role: types[role] for role in ROLES if role in layout.places}
 
 
@@ -149,29 +174,7 @@ def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Ta
             column_types={wanted[role]: kind for role, kind in types.items()},
         ),
     ).rename_columns(list(types))
-    return _checked(table)
-
-
-def _checked(table: pa.Table) -> pa.Table:
-    """The table with times as numbers, once nothing is missing in it.
-
-    Raises:
-        ValueError: an empty id, a missing, infinite or not-a-number rating or timestamp.
-    """
-    for role in table.column_names:
-        column = table[role]
-        if column.null_count:
-            raise ValueError(f"a {role} is missing")
-        if pa.types.is_temporal(column.type):
-            column = column.cast(_TIME).cast(pa.int64())
-            table = table.set_column(table.column_names.index(role), role, column)
-        elif pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
-            raise ValueError(f"a {role} is not a finite number")
-        elif pa.types.is_dictionary(column.type):
-            ids = (chunk.dictionary for chunk in column.chunks)
-            if any(pc.any(pc.equal(pc.utf8_trim_whitespace(each), "")).as_py() for each in ids):
-                raise ValueError(f"a {role} is empty")
-    return table
+    return checked(table)
 
 
 def _explain(
@@ -191,26 +194,32 @@ def _explain(
             return f"{file}:{number}: {len(fields)} fields where {layout.width} are expected"
         for role, kind in types.items():
             text = fields[layout.places[role]].strip()
-            if kind == _ID and not text:
+            if kind == ID and not text:
                 return f"{file}:{number}: the {role} id is empty"
-            if kind == pa.float64() and not _number(text):
+            if kind in (pa.float64(), pa.int64()) and not _number(text):
                 return f"{file}:{number}: the {role} {text[:40]!r} is not a number"
+            if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
+                return f"{file}:{number}: the {role} {text[:40]!r} does not fit into 64 bits"
             if pa.types.is_temporal(kind) and not _is_time(text):
-                return f"{file}:{number}: the {role} {text[:40]!r} is neither a number nor a time"
+                return (
+                    f"{file}:{number}: the {role} {text[:40]!r} is neither a number nor a time "
+                    "between 1678 and 2262"
+                )
     last_line = first_line + block.count(b"\n")
     return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
 
 
 def _number(text: str) -> bool:
+    """Whether it is a finite number to Arrow, which is stricter than Python ("1_0")."""
     try:
-        return math.isfinite(float(text))
-    except ValueError:
+        return math.isfinite(pa.array([text]).cast(pa.float64())[0].as_py())
+    except pa.ArrowInvalid:
         return False
 
 
 def _is_time(text: str) -> bool:
     try:
-        return bool(text) and pa.array([text]).cast(_TIME) is not None
+        return bool(text) and pa.array([text]).cast(TIME) is not None
     except pa.ArrowInvalid:
         return False
 
@@ -224,14 +233,20 @@ def _decode(file: SourceFile, line: bytes, number: int = 1) -> str:
 
 def _is_parquet(file: SourceFile) -> bool:
     with file.open() as stream:
-        return stream.read(4) == b"PAR1"
+        beginning = stream.read(4)
+    if file.name.lower().endswith((".parquet", ".pq")) and beginning not in (b"PAR1", b""):
+        raise UserError(f"{file} is no Parquet file in spite of its name; is it complete?")
+    return beginning == b"PAR1"
 
 
 def _read_parquet(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Table]:
     if file.member:
         raise UserError(f"{file}: Parquet inside a zip cannot be streamed; unpack it first")
     try:
-        with reading(file), pq.ParquetFile(file.path) as parquet:
+        with (
+            reading(file),
+            pq.ParquetFile(file.path, page_checksum_verification=True) as parquet,
+        ):
             names = parquet.schema_arrow.names
             places = find_columns(str(file), names, columns)
             wanted = [names[place] for place in places.values()]
@@ -240,7 +255,7 @@ def _read_parquet(file: SourceFile, columns: str, separator: str) -> Iterator[pa
                 found = {role: batch.column(names[at]) for role, at in places.items()}
                 yield _checked_parquet(file, pa.table(found), row)
                 row += batch.num_rows
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
@@ -252,10 +267,11 @@ def _checked_parquet(file: SourceFile, table: pa.Table, first_row: int) -> pa.Ta
             raise UserError(f"{file}: row {bad:,} (from 0) has no {role}")
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if role in ("user", "item"):
-            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                column = column.cast(pa.string()).dictionary_encode()
-            elif not pa.types.is_integer(kind):
+            if not is_id(kind):
                 raise UserError(f"{file}: the {role} ids are {kind}, not text or whole numbers")
+            column = column.cast(kind)
+            if not pa.types.is_integer(kind) or kind == pa.uint64():
+                column = column.cast(pa.string()).dictionary_encode()
         elif role == "timestamp" and (pa.types.is_integer(kind) or pa.types.is_temporal(kind)):
             column = column if pa.types.is_temporal(kind) else column.cast(pa.int64())
         elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
@@ -264,7 +280,7 @@ def _checked_parquet(file: SourceFile, table: pa.Table, first_row: int) -> pa.Ta
             raise UserError(f"{file}: the {role} column is {kind}, not a number")
         table = table.set_column(at, role, column)
     try:
-        return _checked(table)
+        return checked(table)
     except ValueError as error:
         rows = f"rows {first_row:,} to {first_row + table.num_rows:,}"
         raise UserError(f"{file}: {rows}: {error}") from error

@@ -1,14 +1,17 @@
 """Few batch shapes: positions and masked positions rounded up, where the device gains by it.
 
-Matrix libraries choose a kernel anew, and allocators a block, for every new shape; histories have
-different lengths, so without this every step has a new one. Each step gets filler rows of mask
-tokens with nothing to predict, and masked positions with target 0, the padding item, which counts
-for nothing. Three rows, ``max_len`` 4, rounded up to 16 positions and 4 masked positions::
+Matrix libraries choose a kernel anew, allocators a block, and CUDA graphs must be captured, for
+every new shape; histories have different lengths, so without this every step has a new one. Each
+step gets filler rows of mask tokens with nothing to predict, as many as may ever be needed (those
+not needed are empty), and masked positions with target 0, the padding item, which counts for
+nothing. Three rows, ``max_len`` 4, rounded up to a multiple of 8 positions and 4 masked ones::
 
     values    7 11  9 | 4 11 | 5 6 11 2         7 11 9 | 4 11 | 5 6 11 2 | 11 11 11 11 | 11 11 11
     masked       1        4        7      ->    1 4 7 0
     targets      3        2        8            3 2 8 0
 """
+
+import math
 
 import numpy as np
 from torchdata.nodes import BaseNode
@@ -17,9 +20,13 @@ from pipeline.samples import Chunk, ChunkStage
 from pipeline.windows import jagged_positions
 
 
-def rounding_unit(largest: int) -> int:
-    """A sixteenth of the next power of two, at least 8: few shapes, little waste."""
-    return max(8, (1 << (largest - 1).bit_length()) // 16)
+def rounding_unit(usual: float) -> int:
+    """A sixteenth of the next power of two, at least 8: few shapes, little waste.
+
+    Args:
+        usual: positions of a step, on average.
+    """
+    return max(8, (1 << (math.ceil(usual) - 1).bit_length()) // 16)
 
 
 class RoundUp(ChunkStage[Chunk]):
@@ -52,17 +59,18 @@ class RoundUp(ChunkStage[Chunk]):
 
         new_positions = _rounded(np.maximum(positions, 1), self.position_unit)
         missing = new_positions - positions
-        fillers = -(-missing // self.max_len)
+        fillers = -(-(self.position_unit - 1) // self.max_len)
         new_rows = rows + fillers
         new_value_splits, new_row_splits = _splits(new_positions), _splits(new_rows)
         if chunk.left_only is not None:
             left_only = np.zeros(new_row_splits[-1], dtype=bool)
             left_only[_heads(new_row_splits, rows)] = chunk.left_only
             chunk.left_only = left_only
-        lengths = np.full(new_row_splits[-1], self.max_len)
+        before = self.max_len * np.arange(fillers)
+        filled = np.clip(missing[:, None] - before, 0, self.max_len)  # [S, fillers]
+        lengths = np.empty(new_row_splits[-1], dtype=np.int64)
         lengths[_heads(new_row_splits, rows)] = np.diff(chunk.offsets)
-        last = new_row_splits[1:][fillers > 0] - 1
-        lengths[last] = (missing - (fillers - 1) * self.max_len)[fillers > 0]
+        lengths[jagged_positions(new_row_splits[1:] - fillers, new_row_splits[1:])] = filled.ravel()
         values = np.full(new_value_splits[-1], self.mask_token, dtype=chunk.values.dtype)
         values[_heads(new_value_splits, positions)] = chunk.values
 

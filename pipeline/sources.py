@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
+# Text packs ten to one, perhaps thirty to one; what packs far better is no table of ratings.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 _BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
@@ -44,6 +46,18 @@ class SourceFile:
         with reading(self):
             status = self.path.stat()
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
+
+    def check_unpacked(self, size: int) -> None:
+        """Refuse to go on when the file unpacks to far more than a table of ratings would.
+
+        Raises:
+            UserError: more than BOMB_BYTES have come out, and BOMB_RATIO times what went in.
+        """
+        if size > max(BOMB_BYTES, BOMB_RATIO * self.path.stat().st_size):
+            raise UserError(
+                f"{self} unpacks to more than {BOMB_RATIO} times its size: it looks like a bomb; "
+                "unpack it yourself if it is none"
+            )
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -75,7 +89,7 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"no such member: {source}") from error
     except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "broken")
         raise UserError(f"cannot read {source}: {reason}; is it complete?") from error
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.ratings import EXACT
 from pipeline.stage import Stage
 
 
@@ -209,13 +210,29 @@ class GroupByUser(Stage[Histories]):
             return
         times = None
         if chunks[0].timestamp is not None:
-            times = np.concatenate([chunk.timestamp for chunk in chunks])
+            times = _joined([chunk.timestamp for chunk in chunks])
         users = np.concatenate([chunk.user for chunk in chunks])
         items = np.concatenate([chunk.item for chunk in chunks])
         del chunks
         offsets = np.concatenate(([0], np.cumsum(np.bincount(users))))
         order = _time_order(users, times)
         yield Histories(items if order is None else items[order], offsets.astype(np.int64))
+
+
+def _joined(times: list[np.ndarray]) -> np.ndarray:
+    """All times in one array: int64, or float64 if some are decimal.
+
+    Raises:
+        UserError: some are decimal and others too large to be compared with them exactly.
+    """
+    joined = np.concatenate(times)
+    for part in times:
+        if part.dtype != joined.dtype and np.abs(part).max(initial=0) > EXACT:
+            raise UserError(
+                "decimal timestamps among whole ones above 2^53 cannot be compared exactly: write "
+                "all in one way, or leave them out with --columns"
+            )
+    return joined
 
 
 def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | None:

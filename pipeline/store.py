@@ -188,10 +188,10 @@ def open_or_build(
     Raises:
         UserError: from `build`, or the folder cannot be written (nothing half-written is left).
     """
-    store = _open_if_current(path, fingerprint)
-    if store is not None:
-        return store
     try:
+        store = _open_if_current(path, fingerprint)
+        if store is not None:
+            return store
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path):
             return _open_if_current(path, fingerprint) or _build(path, fingerprint, build)

@@ -11,7 +11,8 @@ window starts at the first item, whatever the step left over. Nine items, ``max_
     window 0 a b c d                 (one step back would start before a)
 
 ``window_stride`` 1 makes windows overlap only in that oldest one; TorchRec's example uses 0.1.
-Every item is in at least one window, and no window crosses two users or reaches a held-out item.
+Every item is in at least one window, and no window crosses two users or reaches a held-out item
+(``train_on_validation`` holds out the test item alone).
 """
 
 from dataclasses import dataclass, field
@@ -33,6 +34,13 @@ class WindowConfig:
     window_stride: float = field(
         default=1.0,
         metadata={"help": "step between a long history's windows, as a share of max_len"},
+    )
+    train_on_validation: bool = field(
+        default=False,
+        metadata={
+            "help": "train on the validation items too, evaluate nothing meanwhile and test the "
+            "last model: for a final run of a recipe that was chosen before"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -71,6 +79,8 @@ class WindowTable:
     def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
         """The windows over the training parts of all users of ``store``."""
         lengths = store.train_lengths()
+        if config.train_on_validation:
+            lengths[store.evaluable_users()] += 1
         overhang = np.maximum(lengths - config.max_len, 0)
         per_user = np.where(lengths > 0, 1 + -(-overhang // config.stride), 0)
 
@@ -118,5 +128,6 @@ class CutWindows(ChunkStage[Chunk]):
         # Rows lie far apart in memory. These reads do not wait for one another and bring the rows
         # into the cache; the gather alone would wait for each row in turn (half the speed).
         self.items[start], self.items[end - 1]
-        chunk.values = np.take(self.items, jagged_positions(start, end))
+        # No position is out of range, so clipping changes none; it spares a pass that looks.
+        chunk.values = np.take(self.items, jagged_positions(start, end), mode="clip")
         return chunk

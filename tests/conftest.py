@@ -93,6 +93,34 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A folder for a run, not made yet."""
+    return tmp_path / "runs" / "mine"
+
+
+def assert_one_line(outcome: Outcome, script: str, message: str) -> None:
+    """Exit code 2, and all that is on stderr is one line that begins so."""
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith(f"{script}.py: ")
+    assert message in lines[0]
+
+
+def assert_refused(
+    run_main: RunMain, tmp_path: Path, arguments: list[str | Path], message: str
+) -> None:
+    """train.py refuses in one line, leaving neither a run folder nor anything half-prepared."""
+    run_dir, cache_dir = tmp_path / "runs" / "mine", tmp_path / "cache"
+    flags = [f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", *arguments]
+    assert_one_line(run_main("train", *TINY, *flags), "train", message)
+    assert not run_dir.exists()
+    assert not [
+        path for path in cache_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    ]
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment of a process of its own: no GPU, one thread."""
     alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

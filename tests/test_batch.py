@@ -85,7 +85,25 @@ def test_an_eval_batch_keeps_every_field() -> None:
         assert torch.equal(getattr(moved, name), getattr(eval_batch(), name)), name
 
 
-@pytest.mark.parametrize("batch", [train_batch((1, 11)), eval_batch()])
+def sampled_batch() -> TrainBatch:
+    """The same rows with three negatives, and the first row attending to the left alone."""
+    batch = train_batch(None)
+    batch.left_only = torch.tensor([True, False])
+    batch.negatives, batch.log_counts = torch.tensor([5, 5, 8]), torch.tensor([0.5, 0.5, -1.0])
+    return batch
+
+
+def test_targets_and_negatives_are_the_candidates_of_a_sampled_loss() -> None:
+    moved = sampled_batch().to(CPU)
+    assert moved.features["item"].values().tolist() == [7, 11, 9, 4, 11]
+    assert moved.features["candidate"].values().tolist() == [3, 2, 5, 5, 8]
+    assert moved.features["candidate"].lengths().tolist() == [3, 2]
+    assert moved.negatives.tolist() == [5, 5, 8] and moved.log_counts.tolist() == [0.5, 0.5, -1.0]
+    assert moved.left_only.tolist() == [True, False]
+    assert moved.to(CPU).features.values().tolist() == moved.features.values().tolist()
+
+
+@pytest.mark.parametrize("batch", [train_batch((1, 11)), sampled_batch(), eval_batch()])
 def test_record_stream_covers_every_tensor(
     batch: TrainBatch | EvalBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +127,7 @@ def test_pin_memory_without_cuda_is_the_batch_itself() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("batch", [train_batch((1, 11)), eval_batch()])
+@pytest.mark.parametrize("batch", [train_batch((1, 11)), sampled_batch(), eval_batch()])
 def test_pinned_then_copied_on_a_side_stream(batch: TrainBatch | EvalBatch) -> None:
     pinned = batch.pin_memory()
     assert pinned.masked.is_pinned() and pinned.features.values().is_pinned()

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from model.manifest import DamagedError, describe_files, read_manifest, verify, write_manifest
 from model.training import Trainer
+from model.writer import CheckpointWriter
 from pipeline.errors import UserError
 from tests.conftest import TINY, Outcome, RunMain
 
@@ -193,14 +195,14 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """Let the given calls of dcp.save, counted from 1, find the disk full, after half a file."""
     save, done = dcp.save, []
 
-    def full(state: dict[str, Any], checkpoint_id: Path) -> None:
+    def full(state: dict[str, Any], checkpoint_id: Path, **more: Any) -> None:
         done.append(checkpoint_id)
         if len(done) in calls:
             (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, checkpoint_id=checkpoint_id)
+        save(state, checkpoint_id=checkpoint_id, **more)
 
-    monkeypatch.setattr("model.checkpoint.dcp.save", full)
+    monkeypatch.setattr("model.writer.dcp.save", full)
 
 
 def test_a_full_disk_stops_the_run(
@@ -225,6 +227,55 @@ def test_a_full_disk_is_survived_if_wanted(
     # The model of step 5 is lost, so that of step 10 is the best there is, though it is worse.
     assert names(tmp_path) == ["step-00000010", "step-00000015"]
     verify(tmp_path / "checkpoints" / "step-00000010")
+
+
+def test_training_goes_on_while_a_thread_writes_a_copy(
+    tmp_path: Path,
+    train: Train,
+    uninterrupted: tuple[bytes, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, three_steps_later = CheckpointWriter.write, threading.Event()
+
+    def slow(self: CheckpointWriter, final: Path, *arguments: Any) -> None:
+        if final.name == "step-00000001":
+            assert three_steps_later.wait(30)
+        write(self, final, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "write", slow)
+    at_step(monkeypatch, 4, lambda _: three_steps_later.set())
+    outcome = train(tmp_path, "--checkpoint_every=1e-9", "--keep_last=99")
+    assert outcome.code == 0, outcome.err
+    assert final(tmp_path) == uninterrupted
+    # What was written is the state of step 1: from there it is the same run.
+    for name in names(tmp_path):
+        if name != "step-00000001":
+            shutil.rmtree(tmp_path / "checkpoints" / name)
+    outcome = train(tmp_path, "--resume=auto")
+    assert "resumed from" in outcome.out and "step-00000001" in outcome.out
+    assert final(tmp_path) == uninterrupted
+
+
+def test_a_failure_of_that_thread_comes_out_at_the_next_step(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, {1})
+    at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._underway.join())
+    outcome = train(tmp_path, "--checkpoint_every=1e-9")
+    assert outcome.code == 2
+    assert "step-00000001 cannot be written: No space left on device; earlier" in outcome.err
+    assert names(tmp_path) == []
+    assert '"step": 2' in (tmp_path / "metrics.jsonl").read_text()
+    assert '"step": 3' not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_failure_of_that_thread_is_survived_if_wanted(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, {1})
+    outcome = train(tmp_path, "--checkpoint_every=1e-9", "--on_save_error=continue")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("cannot be written: No space left on device; earlier") == 1
 
 
 def test_a_checkpoints_folder_that_cannot_be_made(tmp_path: Path, train: Train) -> None:

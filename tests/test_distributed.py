@@ -6,6 +6,7 @@ compare what both found. Tolerances are for the same float32 sums in another ord
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,13 +36,17 @@ def one() -> Iterator[Answers]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """The worker's answers on two ranks."""
-    folder = tmp_path_factory.mktemp("sharded")
-    outcome = torchrun(2, "tests/workers/sharded.py", folder)
+    return answers_of(2, tmp_path_factory.mktemp("sharded"))
+
+
+def answers_of(num_ranks: int, folder: Path) -> Answers:
+    """The worker's answers on several ranks."""
+    outcome = torchrun(num_ranks, "tests/workers/sharded.py", folder, timeout=240)
     assert outcome.code == 0, outcome.err
     with pytest.MonkeyPatch.context() as patch:
         # The file names its classes as the script's own.
         patch.setattr(sys.modules["__main__"], "Run", Run, raising=False)
-        return torch.load(folder / "2.pt", weights_only=False)
+        return torch.load(folder / f"{num_ranks}.pt", weights_only=False)
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -75,6 +80,16 @@ def test_the_untied_head_too(one: Answers, two: Answers, way: str) -> None:
         one["unsharded"]["linear"].weights["table"] - one["unsharded"]["tied"].weights["table"]
     )
     assert different.abs().max() > 100 * WEIGHT
+
+
+@pytest.mark.parametrize("way", ["row_wise", "ddp"])
+def test_a_sampled_loss_too(one: Answers, two: Answers, way: str) -> None:
+    # The negatives of a step are those of its place in the data order, on any number of ranks.
+    for answers in (one, two):
+        assert_same(answers["every_way"][f"{way}, sampled"], one["unsharded"]["sampled"])
+    exact, sampled = (one["unsharded"][name].losses for name in ("tied", "sampled"))
+    assert sampled != pytest.approx(exact, abs=1e-2)
+    assert sum(sampled[-3:]) < sum(sampled[:3]) - 0.6
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -123,7 +138,7 @@ def test_the_schedule_reaches_the_fused_tables(one: Answers, two: Answers) -> No
         torch.testing.assert_close(2 * (half - start), whole - start, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "in parts"])
 def test_evaluation_does_not_depend_on_ranks_or_sharding(
     one: Answers, two: Answers, way: str
 ) -> None:
@@ -137,4 +152,21 @@ def test_evaluation_does_not_depend_on_ranks_or_sharding(
         for protocol in ("sampled", "full"):
             assert found[protocol] == pytest.approx(expected[protocol])
             popularity = expected["popularity"][protocol]
+            assert found["popularity"][protocol] == pytest.approx(popularity)
+
+
+@pytest.mark.slow
+def test_four_ranks_are_one(one: Answers, tmp_path: Path) -> None:
+    """As on two ranks, but in every epoch's last step three of the four have a filler row."""
+    four = answers_of(4, tmp_path)
+    for way, run in one["every_way"].items():
+        reference = next((name for name in one["unsharded"] if name in way), "tied")
+        assert_same(four["every_way"][way], one["unsharded"][reference])
+        assert four["every_way"][way].pipelined == run.pipelined
+    for way, result in one["evaluation"].items():
+        found = four["evaluation"][way]
+        assert found["users"] == result["users"] == 13
+        for protocol in ("sampled", "full"):
+            assert found[protocol] == pytest.approx(result[protocol])
+            popularity = result["popularity"][protocol]
             assert found["popularity"][protocol] == pytest.approx(popularity)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, Outcome, RunMain, run_process, torchrun
+from tests.conftest import ROOT, TINY, RunMain, assert_one_line, run_process, torchrun
 
 # 4 users of 3 items, 1 of 2.
 RATINGS = "user,item,rating,time\n" + "".join(
@@ -28,78 +28,6 @@ def ratings(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "mine"
-
-
-def assert_one_line(outcome: Outcome, script: str, message: str) -> None:
-    """Exit code 2, and all that is on stderr is one line that begins so."""
-    assert outcome.code == 2, outcome.err
-    lines = outcome.err.strip().splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith(f"{script}.py: ")
-    assert message in lines[0]
-
-
-def assert_refused(
-    run_main: RunMain, run_dir: Path, cache_dir: Path, arguments: list[str | Path], message: str
-) -> None:
-    """train.py refuses, and leaves neither a run folder nor anything in an empty cache folder."""
-    outcome = run_main(
-        "train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", *arguments
-    )
-    assert_one_line(outcome, "train", message)
-    assert not run_dir.exists()
-    assert not [
-        path for path in cache_dir.rglob("*") if path.is_file() and not path.name.endswith(".lock")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nhead=3"], "--nhead 3 does not divide --emb_dim 16"),
-        (["--emb_dim=10"], "--emb_dim must be a multiple of 4, not 10"),
-        (["--mask_prob=1.5"], "--mask_prob must be in (0, 1), not 1.5"),
-        (["--lr=-1"], "--lr must not be negative: -1.0"),
-        (["--lr=fast"], "--lr: invalid float value: 'fast'"),
-        (["--mode=fsdp"], "--mode: invalid choice: 'fsdp' (choose from"),
-        (["--num_epoch=3"], "unknown argument --num_epoch=3: did you mean --num_epochs?"),
-        (["--dataset_name=ml-2m"], "--dataset_name 'ml-2m' is none of synthetic, random"),
-        (["--resume=auto", "--run_dir="], "--resume auto needs --run_dir"),
-        (["--train_batch_size=0"], "--train_batch_size must be at least 1, not 0"),
-    ],
-)
-def test_bad_flags(
-    run_main: RunMain, run_dir: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    assert_refused(run_main, run_dir, tmp_path / "cache", arguments, message)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--columns=user,movie"], "ratings.csv"),
-        (["--separator=tab"], "ratings.csv"),
-        (["--min_rating=4.5"], "--min_rating 4.5 drops all of the 14 ratings of ratings: lower it"),
-        (["--min_item_count=9"], "--min_item_count 9 drops all of the 14 ratings"),
-        (["--min_user_count=4"], "--min_user_count 4 drops all of the 14 ratings"),
-        (["--min_item_count=4"], "no user of ratings has 3 items"),
-    ],
-)
-def test_bad_data(
-    run_main: RunMain,
-    run_dir: Path,
-    tmp_path: Path,
-    ratings: Path,
-    arguments: list[str],
-    message: str,
-) -> None:
-    flags = [f"--dataset_path={ratings}", "--min_user_count=0", *arguments]
-    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
-
-
 @pytest.mark.parametrize("flag", ["--precision=bf16", "--embedding_optimizer=adam"])
 def test_what_the_cpu_cannot_do(
     run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str
@@ -109,15 +37,6 @@ def test_what_the_cpu_cannot_do(
     assert not run_dir.exists()
 
 
-def test_a_line_that_makes_no_sense_is_named(
-    run_main: RunMain, run_dir: Path, tmp_path: Path, ratings: Path
-) -> None:
-    ratings.write_text(RATINGS.replace("1,2,4,", "1,2,four,"))
-    flags = [f"--dataset_path={ratings}"]
-    message = f"{ratings}:6: the rating 'four' is not a number"
-    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
-
-
 def test_an_unknown_column_lists_those_there_are(
     run_main: RunMain, run_dir: Path, tmp_path: Path, ratings: Path
 ) -> None:
@@ -125,12 +44,6 @@ def test_an_unknown_column_lists_those_there_are(
     outcome = run_main("train", *flags, f"--run_dir={run_dir}", f"--cache_dir={tmp_path / 'c'}")
     for word in ("movie", "user", "item", "rating", "time", str(ratings)):
         assert word in outcome.err
-
-
-def test_no_such_file(run_main: RunMain, run_dir: Path, tmp_path: Path) -> None:
-    flags = [f"--dataset_path={tmp_path / 'none.csv'}"]
-    message = f"no such file: {tmp_path / 'none.csv'}; see --dataset_path"
-    assert_refused(run_main, run_dir, tmp_path / "cache", flags, message)
 
 
 def test_a_run_folder_that_cannot_be_written(

@@ -23,7 +23,14 @@ FLAGS = (*TINY, "--num_epochs=20", "--eval_every=5", "--lr=0.003", "--checkpoint
 class Job:
     """A torchrun of train.py, its output in files, none of its processes left behind."""
 
-    def __init__(self, folder: Path, num_ranks: int, *flags: str, launch: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        num_ranks: int,
+        *flags: str,
+        launch: str = "",
+        script: str = "train.py",
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.run_dir = folder / "run"
         self._out, self._err = folder / "out.txt", folder / "err.txt"
@@ -32,7 +39,7 @@ class Job:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "torch.distributed.run", *launch_flags),
-                    *("train.py", *FLAGS, f"--cache_dir={folder.parent / 'cache'}"),
+                    *(script, *FLAGS, f"--cache_dir={folder.parent / 'cache'}"),
                     *(f"--run_dir={self.run_dir}", "--resume=auto", *flags),
                 ],
                 cwd=ROOT,
@@ -88,8 +95,8 @@ Start = Callable[..., Job]
 def start(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[Start]:
     jobs = []
 
-    def begin(name: str, num_ranks: int = 2, *flags: str, launch: str = "") -> Job:
-        jobs.append(Job(tmp_path / name, num_ranks, *flags, launch=launch))
+    def begin(name: str, num_ranks: int = 2, *flags: str, **more: str) -> Job:
+        jobs.append(Job(tmp_path / name, num_ranks, *flags, **more))
         return jobs[-1]
 
     yield begin
@@ -125,18 +132,22 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert losses(job.run_dir) == losses(whole.run_dir)
 
 
+def stop(job: Job, number: signal.Signals) -> None:
+    """Tell one rank alone to stop: all must, at the same step, within 10 s and 5 for the write."""
+    began = time.monotonic()
+    os.kill(job.ranks()[1], number)
+    while job.ranks():
+        assert time.monotonic() - began < 15
+        time.sleep(0.05)
+    assert job.wait() != 0
+
+
 def test_preempted_and_continued_on_one_rank_in_another_sharding(
     start: Start, run_main: RunMain
 ) -> None:
     job = start("preempted")
     job.wait_for_steps(15)
-    began = time.monotonic()
-    # One rank alone is told: all must stop, at the same step.
-    os.kill(job.ranks()[1], signal.SIGTERM)
-    while job.ranks():
-        assert time.monotonic() - began < 15
-        time.sleep(0.05)
-    assert job.wait() != 0
+    stop(job, signal.SIGTERM)
     line = re.search(r"stopped by SIGTERM at step (\d+) \(epoch (\d+), sample (\d+)\), s", job.out)
     assert line, job.out + job.err
     assert "exitcode  : 143" in job.err
@@ -193,8 +204,7 @@ def test_two_then_three_then_one_rank(start: Start) -> None:
         job = start("moved", num_ranks, f"--sharding={sharding}", "--embedding_optimizer=sgd")
         if num_ranks > 1:
             job.wait_for_steps(job.steps() + 12)
-            os.kill(job.ranks()[0], signal.SIGINT)
-            assert job.wait() != 0
+            stop(job, signal.SIGINT)
             assert "stopped by SIGINT" in job.out and "exitcode  : 130" in job.err
             manifest = newest(job.run_dir)
             assert manifest["world_size"] == num_ranks
@@ -218,6 +228,19 @@ def test_a_stuck_rank_is_named(start: Start, stuck: int) -> None:
     os.kill(pid, signal.SIGCONT)
     assert job.wait() != 0
     newest(job.run_dir)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_different_things_are_named(start: Start) -> None:
+    job = start("mismatch", 2, "--rank_timeout=0.1", script="tests/workers/mismatch.py")
+    assert job.wait() != 0
+    assert re.search(
+        r"the ranks wait for each other for 6 s at step 10: rank 0 at \w+\.py:\d+ \(\w+\), "
+        r"rank 1 at mismatch\.py:\d+ \(one_too_many\); earlier checkpoints are intact",
+        job.err,
+    ), job.err
+    assert job.err.count("mismatch.py: ") == 1
+    assert newest(job.run_dir)["position"]["step"] <= 10
 
 
 @pytest.mark.slow

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.encoder import EncoderConfig
-from model.head import CatalogSlice, HeadConfig, SoftmaxHead, catalog_slice
+from model.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
 from pipeline.batch import TrainBatch, jagged_items
 from pipeline.errors import UserError
 from tests.workers.softmax import SIZES, SLICES, problem, work
 
 
 def test_loss_by_hand_with_dot_products() -> None:
-    head = SoftmaxHead(HeadConfig(logit_temperature=0), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(logit_temperature=0), CatalogSlice(1, 4, shared=False))
     hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     candidates = torch.tensor([[3.0, 1.0], [0.0, 0.0], [1.0, -1.0]])
     # Logits 3 0 1 and 2 0 -2; targets: item 3 and item 1.
@@ -32,7 +32,7 @@ def test_loss_by_hand_with_dot_products() -> None:
 
 
 def test_loss_by_hand_with_cosines() -> None:
-    head = SoftmaxHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False))
+    head = ScoringHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False))
     # Cosines .6 and .8, divided by .5: logits 1.2 and 1.6.
     loss, _ = head(
         torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([2])
@@ -41,7 +41,7 @@ def test_loss_by_hand_with_cosines() -> None:
 
 
 def test_no_masked_position_is_a_loss_of_0_that_can_be_differentiated() -> None:
-    head = SoftmaxHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
     hidden = torch.zeros(0, 4, requires_grad=True)
     loss, report = head(hidden, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
     loss.backward()
@@ -49,7 +49,7 @@ def test_no_masked_position_is_a_loss_of_0_that_can_be_differentiated() -> None:
 
 
 def test_positions_without_a_target_do_not_count() -> None:
-    head = SoftmaxHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
     hidden, candidates = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
     loss, report = head(hidden, candidates, torch.tensor([2, 0, 3]))
     two, _ = head(hidden[[0, 2]], candidates, torch.tensor([2, 3]))
@@ -119,13 +119,17 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_sharded_softmax_is_the_whole_one(sharded: Path, world_size: int) -> None:
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_sharded_softmax_is_the_whole_one(sharded: Path, cosine: bool, world_size: int) -> None:
     # Float32, sums of 6 exponentials in another order: 1e-6 is ten roundings.
     hidden, candidates, targets, weights = problem()
     hidden.requires_grad_(), candidates.requires_grad_()
-    losses = F.cross_entropy(hidden @ candidates.T, targets - 1, reduction="none")
+    logits = hidden @ candidates.T
+    if cosine:
+        logits = F.normalize(hidden, dim=1) @ F.normalize(candidates, dim=1).T
+    losses = F.cross_entropy(logits, targets - 1, reduction="none")
     (losses * weights).sum().backward()
-    parts = [torch.load(sharded / f"{world_size}-{rank}.pt") for rank in range(world_size)]
+    parts = [torch.load(sharded / f"{world_size}-{rank}.pt")[cosine] for rank in range(world_size)]
     assert [len(part["losses"]) for part in parts] == SIZES[world_size]
     assert [len(part["candidates"]) for part in parts] == [
         high - low for low, high in SLICES[world_size]

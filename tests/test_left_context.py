@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model.encoder import POSITIONS, Encoder, EncoderConfig
+from pipeline.errors import UserError
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.masking import ClozeMask, MaskConfig
 from pipeline.store import SequenceStore
@@ -62,3 +63,26 @@ def test_their_positions_see_only_what_came_before(positions: str) -> None:
     # Row 0 (positions 0-2): only 1 and what follows it. Row 1 (3-7) sees both ways: all of it.
     assert moved.tolist() == [False, True, True, True, True, True, True, True]
     assert torch.isfinite(before).all()
+
+
+@pytest.mark.parametrize("positions", ["bias", "rotary"])
+def test_without_learned_positions_they_train_what_evaluation_asks(positions: str) -> None:
+    """A position that sees its left alone is encoded as the last one of a row that ends there."""
+    torch.manual_seed(0)
+    config = EncoderConfig(emb_dim=16, nhead=2, positions=positions, learned_positions=False)
+    encoder = Encoder(config, max_len=8).eval()
+    for parameter in encoder.parameters():  # with small initial weights context is hardly seen
+        torch.nn.init.normal_(parameter, std=0.3)
+    items, left_only = torch.randn(8, 16), torch.tensor([True])
+    whole = encoder(items, torch.tensor([0, 8]), torch.arange(8), 8, left_only)
+    for end in (1, 3, 8):
+        offsets, last = torch.tensor([0, end]), torch.tensor([end - 1])
+        row = encoder(items[:end], offsets, last, 8, left_only)
+        assert torch.allclose(whole[last], row, atol=1e-5)
+        seeing_all = encoder(items[:end], offsets, last, 8)
+        assert end == 1 or not torch.allclose(whole[last], seeing_all, atol=1e-4)
+
+
+def test_without_any_positions_order_would_be_lost() -> None:
+    with pytest.raises(UserError, match="--positions none needs --learned_positions true"):
+        EncoderConfig(positions="none", learned_positions=False)

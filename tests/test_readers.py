@@ -208,7 +208,7 @@ HEADER = b"user,item,rating,timestamp\n"
         ("a.csv.gz", gzip.compress(CSV * 999)[:-20], r"cannot read .*a\.csv\.gz"),
         ("a.csv.gz", b"\x1f\x8b\x08 nonsense", r"cannot read .*a\.csv\.gz"),
         ("a.parquet", b"PAR1 nonsense PAR1", r"cannot read .*a\.parquet"),
-        ("a.parquet", b"not parquet,x\n", r"cannot tell the format"),
+        ("a.parquet", b"not parquet,x\n", r"a\.parquet is no Parquet file in spite of its name"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -22,7 +22,7 @@ def test_the_example_of_the_module() -> None:
     chunk.values = np.array([7, 11, 9, 4, 11, 5, 6, 11, 2], dtype=np.int32)
     chunk.offsets = np.array([0, 3, 5, 9])
     chunk.masked, chunk.targets = np.array([1, 4, 7]), np.array([3, 2, 8], dtype=np.int32)
-    stage = RoundUp(IterableWrapper([chunk]), 4, 11, position_unit=16, mask_unit=4)
+    stage = RoundUp(IterableWrapper([chunk]), 4, 11, position_unit=8, mask_unit=4)
     full = next(stage)
     assert full.values.tolist() == [7, 11, 9, 4, 11, 5, 6, 11, 2] + [11] * 7
     assert np.diff(full.offsets).tolist() == [3, 2, 4, 4, 3]

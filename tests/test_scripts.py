@@ -19,7 +19,13 @@ from model.metrics import METRICS
 from tests.conftest import ROOT, TINY, RunMain, environment, run_process, torchrun
 
 DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data"))
-CLOCK = ("records_per_second", "data_wait_ms", "validation/seconds")
+CLOCK = (
+    "records_per_second",
+    "step_ms",
+    "data_wait_ms",
+    "peak_memory_gb",
+    "validation/seconds",
+)
 
 
 def read_lines(run_dir: Path) -> list[dict[str, float]]:
@@ -231,7 +237,7 @@ def test_the_example_s_command_with_dmp(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     outcome = run_main("train", "--dataset_name", "random", "--mode", "dmp")
     assert outcome.code == 0, outcome.err
-    assert "row_wise fused" in outcome.out
+    assert "item: table_wise fused" in outcome.out  # whole on the only rank
     (run_dir,) = Path("runs").iterdir()
     assert run_dir.name.startswith("random-")
     assert read_result(run_dir)["users"] == 10
@@ -288,3 +294,20 @@ def test_ml_100k_on_two_ranks_and_on_one(
     outcome = run_main("eval", "--checkpoint", tmp_path, "--cache_dir", cache_dir)
     assert outcome.code == 0, outcome.err
     assert_equal_results(read_result(tmp_path), result)
+
+
+def test_a_final_run_trains_on_validation_items_and_tests_its_last_model(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    run_dir = tmp_path / "final"
+    flags = (*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", "--train_on_validation=true")
+    outcome = run_main("train", *flags)
+    assert outcome.code == 0, outcome.err
+    lines = read_lines(run_dir)
+    assert not any("validation/full/HR@10" in line for line in lines)
+    assert read_result(run_dir)["users"] == 60
+    again = run_main("eval", f"--checkpoint={run_dir}", f"--cache_dir={cache_dir}")
+    assert again.code == 0, again.err
+    refused = run_main("eval", f"--checkpoint={run_dir}", "--split=validation")
+    assert refused.code == 2
+    assert "only --split test tells anything" in refused.err

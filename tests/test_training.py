@@ -61,6 +61,7 @@ def test_stairs_every_decay_step_epochs() -> None:
         ({"warmup_share": 1.0}, r"--warmup_share must be in \[0, 1\), not 1.0"),
         ({"gamma": 0.0}, r"--gamma must be in \(0, 1\], not 0.0"),
         ({"patience": 0}, "--patience must be at least 1, not 0"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, not 0"),
         ({"decay_step": 0}, "--decay_step must be at least 1, not 0"),
         ({"lr_schedule": "stairs"}, "--lr_schedule must be linear, cosine or constant: stairs"),
     ],
@@ -100,6 +101,12 @@ def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Pa
     assert 0 < rates[-1] < 0.01 * 4 / steps
     assert all(line["records_per_second"] > 0 for line in trained)
     assert all(line["data_wait_ms"] >= 0 for line in trained)
+    # 32 windows a step, but for the 15 that an epoch of 143 ends with.
+    for line in trained:
+        windows = line["records_per_second"] * line["step_ms"] / 1000
+        assert windows == pytest.approx(15 if line["step"] % 5 == 0 else 32)
+    peaks = [line["peak_memory_gb"] for line in trained]
+    assert peaks[0] > 0.1 and peaks == sorted(peaks) and peaks[-1] < 10
 
     validated = [line for line in lines if "validation/full/HR@10" in line]
     assert [line["step"] for line in validated] == [steps // 2, steps]
@@ -132,6 +139,35 @@ def test_patience_stops_what_does_not_improve(
         False,
         False,
     ]
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", "--num_epochs=3", "--eval_every=3"]
+    whole = run_main("train", *flags, f"--run_dir={tmp_path / 'whole'}")
+    assert whole.code == 0, whole.err
+    for steps in (7, 10):  # epochs have 5
+        run_dir = tmp_path / str(steps)
+        outcome = run_main("train", *flags, f"--max_steps={steps}", f"--run_dir={run_dir}")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.splitlines()[-1] == f"ended after step {steps}, as --max_steps says"
+        expected = lines_of(tmp_path / "whole")[:steps]
+        found = lines_of(run_dir)
+        assert [line["step"] for line in found] == list(range(1, steps + 1))
+        for name in ("epoch", "loss", "lr"):
+            assert [line[name] for line in found] == [line[name] for line in expected]
+        assert not list(run_dir.glob("checkpoints/*")) and not (run_dir / "model").exists()
+
+
+def test_max_steps_after_an_evaluation_leaves_its_model(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"]
+    outcome = run_main("train", *flags, "--max_steps=6")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.glob("checkpoints/step-*")] == ["step-00000005"]
+    assert (tmp_path / "eval_test.json").exists() and (tmp_path / "model").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

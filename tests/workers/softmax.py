@@ -1,4 +1,4 @@
-"""Worker: sharded_cross_entropy at 3, 2 and 1 ranks; results into FOLDER/<world size>-<rank>.pt.
+"""Worker: the shared linear_cross_entropy at 3, 2, 1 ranks; results to FOLDER/<ranks>-<rank>.pt.
 
 torch.multiprocessing.spawn(work, (FOLDER,), nprocs=3)
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.sharded_softmax import sharded_cross_entropy
+from model.sharded_softmax import linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
 SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}
@@ -28,20 +28,29 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet-{world_size}", rank=rank, world_size=world_size
     )
-    hidden, candidates, targets, weights = problem()
     sizes, (low, high) = SIZES[world_size], SLICES[world_size][rank]
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    hidden = hidden[own].requires_grad_()
-    candidates = candidates[low - 1 : high - 1].requires_grad_()
-    losses = sharded_cross_entropy(hidden, candidates, targets[own], low)
-    (losses * weights[own]).sum().backward()
-    found = {"losses": losses.detach(), "hidden": hidden.grad, "candidates": candidates.grad}
+    found = {}
+    for cosine in (False, True):
+        hidden, candidates, targets, weights = problem()
+        hidden = hidden[own].requires_grad_()
+        candidates = candidates[low - 1 : high - 1].requires_grad_()
+        losses = linear_cross_entropy(
+            hidden, candidates, targets[own], low, cosine=cosine, shared=True
+        )
+        (losses * weights[own]).sum().backward()
+        found[cosine] = {
+            "losses": losses.detach(),
+            "hidden": hidden.grad,
+            "candidates": candidates.grad,
+        }
     if world_size == 2:
-        found["large"] = sharded_cross_entropy(
+        found["large"] = linear_cross_entropy(
             torch.tensor([[20.0]]),
             torch.tensor([[10.0 - 20 * rank]]),
             torch.tensor([1 + rank]),
             1 + rank,
+            shared=True,
         )
     torch.save(found, folder / f"{world_size}-{rank}.pt")
     dist.destroy_process_group()

@@ -1,0 +1,238 @@
+"""Speed and memory of the data pipeline: preparing 20 million ratings, and the training loader.
+
+    python benchmarks/data.py                         both tables below, about two minutes
+    python benchmarks/data.py --only loader           or --only preparation
+    python benchmarks/data.py --ratings 1000000 --seconds 1
+
+**Preparation**: a ratings.csv in ML-20M's shape (138,493 users with at least 20 ratings each,
+26,744 items, sorted by user and item as GroupLens' is) is made with a fixed seed and kept for the
+next run, then prepared in a process of its own: wall time and peak memory are its whole, imports
+included.
+
+**Loader**: how fast one core cuts, masks and batches windows, the model left out. Histories are
+random, seeded and in memory: 20 million ratings, all histories of one length, so that every window
+is full. Batches go through the same stages as in training, the prefetching thread included; the
+process is held to one core. Each row is the best of three equal stretches. The column before last
+divides by the processor time used instead of the time passed: the two agree on a core that does
+nothing else. The last one is what the process holds more than before its first batch.
+
+Both are added to ``--out``.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import ROOT, commit, processor, versions
+from pipeline.batch import TrainBatch
+from pipeline.loader import LoaderConfig, TrainLoader
+from pipeline.masking import MaskConfig
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig
+
+NUM_RATINGS, NUM_USERS, NUM_ITEMS, MIN_LENGTH = 20_000_000, 138_493, 26_744, 20
+# Items a window, windows a batch, and the goal in sequences a second.
+CASES = (
+    (100, 256, 400_000),
+    (200, 256, None),
+    (16, 8, None),
+    (16, 128, None),
+    (16, 1024, 2_000_000),
+    (16, 4096, None),
+)
+_CHUNK_USERS = 4096
+_PREPARE = """
+import resource, sys
+from pipeline.datasets import DataConfig
+from pipeline.preparation import describe, prepare
+print(describe(prepare(DataConfig(dataset_path=sys.argv[1], cache_dir=sys.argv[2]))))
+print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+# Preparation ----------------------------------------------------------------------------------
+
+
+def make_ratings(path: Path, num_ratings: int, seed: int = 0) -> None:
+    """Write a seeded ratings.csv: log-normal history lengths, Zipf-like items, ML-20M's times."""
+    generator = np.random.default_rng(seed)
+    num_users = max(1, NUM_USERS * num_ratings // NUM_RATINGS)
+    spare = num_ratings - MIN_LENGTH * num_users
+    share = generator.lognormal(0, 1.2, num_users)
+    edges = np.round(np.cumsum(share) / share.sum() * spare).astype(np.int64)
+    lengths = MIN_LENGTH + np.diff(edges, prepend=0)
+    weights = np.arange(1, NUM_ITEMS + 1) ** -0.9
+    popularity = np.cumsum(weights) / weights.sum()
+    item_ids = np.sort(generator.choice(131_262, NUM_ITEMS, replace=False)) + 1
+    generator.shuffle(item_ids)
+    options = pacsv.WriteOptions(include_header=False)
+    with path.open("wb") as file:
+        file.write(b"userId,movieId,rating,timestamp\n")
+        for start in range(0, num_users, _CHUNK_USERS):
+            users = np.arange(start, min(start + _CHUNK_USERS, num_users))
+            user = np.repeat(users, lengths[users])
+            item = item_ids[np.searchsorted(popularity, generator.random(len(user)))]
+            order = np.lexsort((item, user))
+            table = {
+                "user": user + 1,
+                "item": item[order],
+                "rating": generator.integers(1, 11, len(user)) / 2,
+                "time": generator.integers(789_652_009, 1_427_784_002, len(user)),
+            }
+            pacsv.write_csv(pa.table(table), file, options)
+
+
+def preparation(folder: Path, num_ratings: int) -> dict[str, Any]:
+    """Seconds, peak GiB and what ``describe`` says of preparing the file in a fresh process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"ratings-{num_ratings}.csv"
+    if not path.exists():
+        make_ratings(path.with_suffix(".part"), num_ratings)
+        path.with_suffix(".part").rename(path)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", _PREPARE, str(path), cache],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": "."},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        seconds = time.perf_counter() - start
+    text, _, peak = done.stdout.rpartition("peak_kib")
+    return {
+        "ratings": num_ratings,
+        "megabytes": path.stat().st_size / 1e6,
+        "seconds": seconds,
+        "peak_gib": int(peak) / 2**20,
+        "kept": text.rstrip(),
+    }
+
+
+# Loader ---------------------------------------------------------------------------------------
+
+
+def made_store(length: int, num_ratings: int) -> SequenceStore:
+    """Users with ``length`` training items each and two held out."""
+    num_users = num_ratings // (length + 2)
+    items = np.random.default_rng(0).integers(
+        1, NUM_ITEMS + 1, num_users * (length + 2), dtype=np.int32
+    )
+    return SequenceStore.from_arrays(items, np.arange(num_users + 1) * (length + 2), NUM_ITEMS)
+
+
+def loading(length: int, batch: int, num_ratings: int, seconds: float) -> dict[str, Any]:
+    """Sequences and masked positions a second, sequences a second of processor time, memory."""
+    torch.set_num_threads(1)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a notice of its own
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    loader = TrainLoader(
+        made_store(length, num_ratings),
+        WindowConfig(max_len=length),
+        MaskConfig(mask_prob=0.2, mask_last_share=0.05),
+        LoaderConfig(train_batch_size=batch),
+    )
+    before = _resident()
+    batches = chain.from_iterable(loader.epoch(epoch) for epoch in count())
+    _stretch(batches, seconds / 10)
+    sequences, positions, of_cpu = max(_stretch(batches, seconds / 3) for _ in range(3))
+    return {
+        "length": length,
+        "batch": batch,
+        "sequences_per_second": sequences,
+        "masked_per_second": positions,
+        "sequences_per_cpu_second": of_cpu,
+        "held_mib": (_resident() - before) / 2**20,
+    }
+
+
+def _stretch(batches: Iterator[TrainBatch], seconds: float) -> tuple[float, ...]:
+    sequences = positions = 0
+    start = now = time.perf_counter()
+    cpu_start = time.process_time()
+    while now - start < seconds:
+        batch = next(batches)
+        sequences += batch.num_windows
+        positions += len(batch.masked)
+        now = time.perf_counter()
+    passed, used = now - start, time.process_time() - cpu_start
+    return sequences / passed, positions / passed, sequences / used
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds (0 where the system does not tell)."""
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _loading_lines(num_ratings: int, seconds: float) -> Iterator[dict[str, Any]]:
+    """Print the loader's table while it is measured, every row in a process of its own."""
+    print("| length | batch | sequences/s | of goal | masked positions/s | sequences/CPU s | MiB |")
+    print("|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for length, batch, goal in CASES:
+        with context.Pool(1) as pool:
+            row = pool.apply(loading, (length, batch, num_ratings, seconds))
+        speed = row["sequences_per_second"]
+        cells = [length, batch, f"{speed:,.0f}", f"{speed / goal:.2f}" if goal else "-"]
+        cells += [f"{row['masked_per_second']:,.0f}", f"{row['sequences_per_cpu_second']:,.0f}"]
+        print("|", *(f"{cell} |" for cell in [*cells, f"{row['held_mib']:.0f}"]), flush=True)
+        yield row
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("preparation", "loader"))
+    parser.add_argument("--ratings", type=int, default=NUM_RATINGS)
+    parser.add_argument("--seconds", type=float, default=6.0, help="to measure each loader row")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "bert4rec-benchmark",
+        help="where the ratings file is made and kept",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    facts = {"hardware": processor(), "versions": versions(), "commit": commit()}
+    print(f"{facts['hardware']}; commit {facts['commit']}; {facts['versions']}\n")
+    if options.only != "loader":
+        prepared = preparation(options.folder, options.ratings)
+        found["preparation"] = facts | prepared
+        print(
+            f"{prepared['kept']}\n{prepared['megabytes']:,.0f} MB prepared in "
+            f"{prepared['seconds']:.1f} s "
+            f"({options.ratings / prepared['seconds'] / 1e6:.2f} M ratings/s), peak memory "
+            f"{prepared['peak_gib']:.2f} GiB\n"
+        )
+    if options.only != "preparation":
+        found["loader"] = facts | {"rows": list(_loading_lines(options.ratings, options.seconds))}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The least time a training step can take on a GPU: its bytes over the memory's speed, or its
+operations over the tensor cores', whichever is more. Launches and the host come on top.
+
+    least_ms(row, items)        of an H100: 3 TB/s, 790 TFLOP/s of bfloat16
+
+What is counted, for B windows of L items, M masked positions, C items scored, D width, N layers::
+
+    operations   3 x (N B L (24 D^2 + 4 L D) + 2 M C D)       forward, and twice that backward
+    bytes        40 D a row of the table that the step touches: its weight and Adam's two moments
+                 read and written, its gradient written and read, itself read to look up and score
+
+All windows are taken to be full, and the last layer to work on all positions: with short histories,
+or where a kernel leaves work out, a step may come closer to this than it seems.
+"""
+
+from benchmarks.rows import Row
+
+BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 3e12, 790e12
+
+
+def least_ms(row: Row, items: int) -> float:
+    """Milliseconds of a step of ``row``, which trains, over a table of ``items`` rows."""
+    flags = dict(flag.removeprefix("--").split("=") for flag in row.flags)
+    length, width = int(flags["max_len"]), int(flags["emb_dim"])
+    layers = int(flags.get("num_layers", 2))
+    positions = row.batch * length
+    masked = positions * float(flags.get("mask_prob", 0.3))
+    scored, touched = float(items), float(items)
+    if "train_negatives" in flags:
+        negatives = int(flags["train_negatives"])
+        scored, touched = negatives, min(items, positions + masked + negatives)
+    encoder = layers * positions * (24 * width**2 + 4 * length * width)
+    operations = 3 * (encoder + 2 * masked * scored * width)
+    bytes_moved = 40 * width * touched
+    seconds = max(operations / OPERATIONS_PER_SECOND, bytes_moved / BYTES_PER_SECOND)
+    return 1e3 * seconds

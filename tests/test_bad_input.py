@@ -1,0 +1,398 @@
+"""Ratings files as users have them, through train.py: each is read rightly or refused in one line.
+
+What is read is looked up in the prepared store, history by history; what is refused leaves nothing.
+"""
+
+import gzip
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import sources
+from pipeline.store import SequenceStore
+from tests.conftest import TINY, RunMain, assert_one_line, assert_refused
+
+HEAD = b"user,item,rating,timestamp\n"
+BODY = b"1,10,4,1\n1,11,4,2\n1,12,4,3\n2,11,4,1\n2,12,4,2\n2,13,4,3\n"
+CSV = HEAD + BODY
+HISTORIES = {"1": ["10", "11", "12"], "2": ["11", "12", "13"]}
+FLAGS = ("--recipe=none", "--min_user_count=0", "--num_epochs=1")
+
+
+def parquet(**columns: object) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream)
+    return stream.getvalue()
+
+
+def zipped(*members: tuple[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", how) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def encrypted() -> bytes:
+    """A zip whose headers say that its member is encrypted."""
+    content = bytearray(zipped(("ratings.csv", CSV), how=zipfile.ZIP_STORED))
+    content[6] |= 1
+    content[content.find(b"PK\x01\x02") + 8] |= 1
+    return bytes(content)
+
+
+PARQUET = parquet(
+    user=[1, 1, 1, 2, 2, 2], item=[10, 11, 12, 11, 12, 13], timestamp=[1, 2, 3, 1, 2, 3]
+)
+MORE = {"3": ["10", "x"]}
+
+# What a folder holds, which of it is --dataset_path ("." is the folder), the histories that result.
+READ: dict[str, tuple[dict[str, bytes], str, dict[str, list[str]]]] = {
+    "as it should be": ({"r.csv": CSV}, "r.csv", HISTORIES),
+    "duplicate rows": (
+        {"r.csv": CSV + BODY},
+        "r.csv",
+        {user: [item for item in items for _ in range(2)] for user, items in HISTORIES.items()},
+    ),
+    "unsorted": (
+        {"r.csv": HEAD + b"".join(reversed(BODY.splitlines(keepends=True)))},
+        "r.csv",
+        HISTORIES,
+    ),
+    "mixed line ends": ({"r.csv": CSV.replace(b"\n", b"\r\n", 3)}, "r.csv", HISTORIES),
+    "an old Mac's line end in the middle": (
+        {"r.csv": CSV.replace(b"1,11,4,2\n", b"1,11,4,2\r")},
+        "r.csv",
+        HISTORIES,
+    ),
+    "byte order mark": ({"r.csv": b"\xef\xbb\xbf" + CSV}, "r.csv", HISTORIES),
+    "no last line end": ({"r.csv": CSV[:-1]}, "r.csv", HISTORIES),
+    "spaces around numbers": ({"r.csv": CSV.replace(b",4,", b", 4 , ")}, "r.csv", HISTORIES),
+    "negative ids": (
+        {"r.csv": CSV.replace(b"\n1,", b"\n-1,")},
+        "r.csv",
+        {"-1": HISTORIES["1"], "2": HISTORIES["2"]},
+    ),
+    "ids larger than 64 bits": (
+        {"r.csv": CSV.replace(b",10,", b",99999999999999999999,")},
+        "r.csv",
+        HISTORIES | {"1": ["99999999999999999999", "11", "12"]},
+    ),
+    "ids as text": (
+        {"r.csv": HEAD + "ü,a b,4,1\nü,NaN,4,2\nü,007,4,3\nü,NULL,4,4\n".encode()},
+        "r.csv",
+        {"ü": ["a b", "NaN", "007", "NULL"]},
+    ),
+    "a line end inside quotation marks": (
+        {"r.csv": CSV + b'3,10,4,1\n3,"x\ny",4,2\n'},
+        "r.csv",
+        HISTORIES | {"3": ["10", "x\ny"]},
+    ),
+    "decimal timestamps among whole ones": (
+        {"r.csv": CSV + b"3,10,4,1\n3,x,4,1.5\n"},
+        "r.csv",
+        HISTORIES | MORE,
+    ),
+    "timestamps at the ends of 64 bits": (
+        {"r.csv": CSV + b"3,x,4,9223372036854775807\n3,10,4,-9223372036854775808\n"},
+        "r.csv",
+        HISTORIES | MORE,
+    ),
+    "one user": ({"r.csv": HEAD + BODY[:27]}, "r.csv", {"1": HISTORIES["1"]}),
+    "one item": ({"r.csv": HEAD + b"1,7,4,1\n1,7,4,2\n1,7,4,3\n"}, "r.csv", {"1": ["7"] * 3}),
+    "a user of one rating": ({"r.csv": CSV + b"3,10,4,1\n"}, "r.csv", HISTORIES | {"3": ["10"]}),
+    "gzipped": ({"r.csv.gz": gzip.compress(CSV)}, "r.csv.gz", HISTORIES),
+    "called gzipped": ({"r.csv.gz": CSV}, "r.csv.gz", HISTORIES),
+    "a zip that wants out of its folder": (
+        {"in/r.zip": zipped(("../../ratings.csv", CSV))},
+        "in/r.zip",
+        HISTORIES,
+    ),
+    "a zip that wants to the root": ({"r.zip": zipped(("/ratings.csv", CSV))}, "r.zip", HISTORIES),
+    "a folder with a stray file": ({"ratings.csv": CSV, "notes.md": b"x"}, ".", HISTORIES),
+    "Parquet": ({"r.parquet": PARQUET}, "r.parquet", HISTORIES),
+    "Parquet by another name": ({"r.csv": PARQUET}, "r.csv", HISTORIES),
+    "Parquet parts and stray files": (
+        {"a.parquet": PARQUET, "b.parquet": PARQUET, "_SUCCESS": b"", ".crc": b"x", "README": b""},
+        ".",
+        {user: [item for item in items for _ in range(2)] for user, items in HISTORIES.items()},
+    ),
+    "Parquet ids larger than 63 bits": (
+        {"r.parquet": parquet(user=pa.array([2**63 + 5] * 3, pa.uint64()), item=[3, 1, 2])},
+        "r.parquet",
+        {"9223372036854775813": ["3", "1", "2"]},
+    ),
+}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("case", READ)
+def test_what_is_read(run_main: RunMain, tmp_path: Path, run_dir: Path, case: str) -> None:
+    files, path, histories = READ[case]
+    data = tmp_path / "data"
+    write(data, files)
+    cache_dir = tmp_path / "cache"
+    flags = [f"--dataset_path={data / path}", f"--cache_dir={cache_dir}", f"--run_dir={run_dir}"]
+    outcome = run_main("train", *TINY, *FLAGS, *flags)
+    assert outcome.code == 0, outcome.err
+    (folder,) = (cache_dir / "stores").glob("[!.]*")
+    store = SequenceStore.open(folder)
+    items = [store.catalog.item_id(item) for item in store.items.tolist()]
+    found = {
+        user: items[slice(*store.offsets[at : at + 2])]
+        for at, user in enumerate(store.catalog.users.to_pylist())
+    }
+    assert found == histories
+    assert f"{sum(map(len, histories.values()))} ratings" in outcome.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data", "runs"]
+
+
+GZIP = gzip.compress(CSV * 50)
+ONE = [1, 1, 1]
+# File, content, what the line says; FILE stands for the file's path.
+REFUSED: dict[str, tuple[str, bytes, str]] = {
+    "empty": ("r.csv", b"", "FILE: no ratings in it"),
+    "header only": ("r.csv", HEAD, "FILE: no ratings in it"),
+    "blank lines only": ("r.csv", b"\n\n\n", "FILE:1: one column only when cut at ','"),
+    "wrong separator": (
+        "r.csv",
+        CSV.replace(b",", b";"),
+        "FILE:1: one column only when cut at ',': 'user;item;rating;timestamp'; is it ';'? Give "
+        "--separator",
+    ),
+    "no header": ("r.csv", BODY, "FILE:1: cannot tell the user column among 1, 10, 4, 1"),
+    "missing column": (
+        "r.csv",
+        b"user,rating\n1,2\n",
+        "FILE:1: cannot tell the item column among user, rating; name them with --columns",
+    ),
+    "a column twice": (
+        "r.csv",
+        b"user,item,item\n1,2,3\n",
+        "FILE:1: several columns are called 'item': rename them, or choose others with --columns",
+    ),
+    "a comment first": ("r.csv", b"# mine\n" + CSV, "FILE:1: one column only"),
+    "header twice": ("r.csv", CSV + CSV, "FILE:8: the rating 'rating' is not a number"),
+    "text in a number column": (
+        "r.csv",
+        CSV + b"1,2,four,4\n",
+        "FILE:8: the rating 'four' is not a number",
+    ),
+    "Python's way to write a number": (
+        "r.csv",
+        CSV + b"1,2,1_0,4\n",
+        "FILE:8: the rating '1_0' is not a number",
+    ),
+    "a comma for a point": (
+        "r.csv",
+        CSV.replace(b"1,10,4,1", b"1,10,4,5,1"),
+        "FILE:2: 5 fields where 4 are expected",
+    ),
+    "NaN": ("r.csv", CSV + b"1,2,NaN,4\n", "FILE:8: the rating 'NaN' is not a number"),
+    "infinity": ("r.csv", CSV + b"1,2,1e400,4\n", "FILE:8: the rating '1e400' is not a number"),
+    "no timestamp": ("r.csv", CSV + b"1,2,3,\n", "FILE:8: the timestamp '' is not a number"),
+    "timestamp larger than 64 bits": (
+        "r.csv",
+        CSV + b"1,2,3,99999999999999999999\n",
+        "FILE:8: the timestamp '99999999999999999999' does not fit into 64 bits",
+    ),
+    "timestamps that float64 would merge": (
+        "r.csv",
+        CSV + b"1,2,3,9007199254740993\n1,2,3,9007199254740992\n1,2,3,1.5\n",
+        "FILE: decimal timestamps among whole ones above 2^53 cannot be compared exactly",
+    ),
+    "a date before nanoseconds": (
+        "r.csv",
+        b"user,item,date\n1,2,2020-01-01\n1,3,0001-01-01\n",
+        "FILE:3: the timestamp '0001-01-01' is neither a number nor a time between 1678 and 2262",
+    ),
+    "an empty id": ("r.csv", CSV + b"1, ,3,4\n", "FILE:8: the item id is empty"),
+    "a quotation mark left open": (
+        "r.csv",
+        CSV + b'1,"2,3,4\n' + BODY,
+        "FILE:8: 2 fields where 4 are expected",
+    ),
+    "a line cut off": ("r.csv", CSV[:-4], "FILE:7: 3 fields where 4 are expected"),
+    "an old Mac's line ends": (
+        "r.csv",
+        CSV.replace(b"\n", b"\r"),
+        "FILE:1: lines must end in a line feed, not in a carriage return alone",
+    ),
+    "latin-1": (
+        "r.csv",
+        CSV + "1,é,3,4\n".encode("latin-1"),
+        "FILE:8: not UTF-8 text: b'1,\\xe9,3,4'",
+    ),
+    "utf-16": ("r.csv", CSV.decode().encode("utf-16"), "FILE is not a text file"),
+    "unknown format": ("r.json", CSV, "FILE: cannot tell the format from the name 'r.json'"),
+    "gzip cut off": ("r.csv.gz", GZIP[:-20], "cannot read FILE: Compressed file ended before"),
+    "gzip with a flipped byte": (
+        "r.csv.gz",
+        GZIP[:-8] + bytes([GZIP[-8] ^ 1]) + GZIP[-7:],
+        "cannot read FILE: CRC check failed",
+    ),
+    "gzip in gzip": ("r.csv.gz", gzip.compress(GZIP), "FILE is not a text file"),
+    "a bomb in one line": (
+        "r.csv.gz",
+        gzip.compress(b"0" * (20 << 20)),
+        "FILE:1: a line of more than 16,777,216 bytes",
+    ),
+    "half a Parquet file": (
+        "r.parquet",
+        PARQUET[: len(PARQUET) // 2],
+        "cannot read FILE: Parquet magic bytes not found in footer",
+    ),
+    "text called Parquet": ("r.parquet", CSV, "FILE is no Parquet file in spite of its name"),
+    "Parquet without a user": (
+        "r.parquet",
+        parquet(user=[1, None], item=[1, 2]),
+        "FILE: row 1 (from 0) has no user",
+    ),
+    "Parquet text that is no UTF-8": (
+        "r.parquet",
+        parquet(user=pa.array([b"\xff"]).view(pa.string()), item=[1]),
+        "FILE: rows 0 to 1: Invalid UTF8 sequence at string index 0",
+    ),
+    "Parquet ids that are no ids": (
+        "r.parquet",
+        parquet(user=[1.5], item=[1]),
+        "FILE: the user ids are double, not text or whole numbers",
+    ),
+    "Parquet times as text": (
+        "r.parquet",
+        parquet(user=ONE, item=ONE, time=["1", "2", "3"]),
+        "FILE: the timestamp column is string, not a number",
+    ),
+    "Parquet times larger than 64 bits": (
+        "r.parquet",
+        parquet(user=ONE, item=ONE, time=pa.array([2**63] * 3, pa.uint64())),
+        "cannot read FILE: Integer value 9223372036854775808 not in range",
+    ),
+    "zip cut off": ("r.zip", zipped(("ratings.csv", CSV))[:-9], "cannot read FILE: File is not a"),
+    "zip without ratings": ("r.zip", zipped(), "FILE: no ratings file in it; looked for"),
+    "zip with two": (
+        "r.zip",
+        zipped(("a/ratings.csv", CSV), ("b/ratings.csv", CSV)),
+        "FILE: several ratings files (a/ratings.csv, b/ratings.csv) in it; give the file with",
+    ),
+    "zip in zip": ("r.zip", zipped(("r.zip", zipped())), "FILE/r.zip is not a text file"),
+    "zip with a bomb": (
+        "r.zip",
+        zipped(("ratings.csv", b"0" * (20 << 20))),
+        "FILE/ratings.csv:1: a line of more than 16,777,216 bytes",
+    ),
+    "encrypted zip": ("r.zip", encrypted(), "cannot read FILE/ratings.csv: File 'ratings.csv' is "),
+    "one rating": ("r.csv", HEAD + b"1,1,1,1\n", "no user of r has 3 items"),
+    "all histories of length 2": (
+        "r.csv",
+        HEAD + b"".join(b"%d,%d,4,1\n" % (user, item) for user in range(9) for item in (1, 2)),
+        "no user of r has 3 items, which training, validation and test need",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(run_main: RunMain, tmp_path: Path, case: str) -> None:
+    name, content, message = REFUSED[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    flags = [*FLAGS, f"--dataset_path={path}"]
+    assert_refused(run_main, tmp_path, flags, message.replace("FILE", str(path)))
+
+
+def test_a_bomb_of_proper_lines(
+    run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "BOMB_BYTES", 1 << 20)
+    path = tmp_path / "r.csv.gz"
+    path.write_bytes(gzip.compress(HEAD + b"1,1,1,1\n" * 200_000))  # 1.6 MB of it
+    message = f"{path} unpacks to more than 200 times its size: it looks like a bomb"
+    assert_refused(run_main, tmp_path, [*FLAGS, f"--dataset_path={path}"], message)
+
+
+def two_kinds_of_time(folder: Path) -> str:
+    seconds = np.array([1, 2, 3], "datetime64[s]")
+    write(folder, {"a.parquet": PARQUET})
+    write(folder, {"b.parquet": parquet(user=ONE, item=ONE, timestamp=seconds)})
+    return (
+        f"{folder}/b.parquet has the columns user, item, timestamp (as dates) where "
+        f"{folder}/a.parquet has user, item, timestamp: choose with --columns"
+    )
+
+
+def a_part_that_is_none(folder: Path) -> str:
+    write(folder, {"a.parquet": PARQUET, "b.parquet": CSV})
+    return f"{folder}/b.parquet is no Parquet file in spite of its name; is it complete?"
+
+
+def two_files(folder: Path) -> str:
+    write(folder, {"a.csv": CSV, "b.csv": CSV})
+    return f"{folder}: no ratings file in it; looked for ratings.csv, ratings.dat, u.data; give"
+
+
+def empty_folder(folder: Path) -> str:
+    folder.mkdir()
+    return f"{folder}: no ratings file in it"
+
+
+def nothing_there(folder: Path) -> str:
+    return f"no such file: {folder}; see --dataset_path"
+
+
+def link_to_itself(folder: Path) -> str:
+    folder.symlink_to(folder.name)
+    return f"cannot read {folder}: Too many levels of symbolic links"
+
+
+def pipe(folder: Path) -> str:
+    os.mkfifo(folder)
+    return f"{folder} is neither a file nor a folder; see --dataset_path"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        two_kinds_of_time,
+        a_part_that_is_none,
+        two_files,
+        empty_folder,
+        nothing_there,
+        link_to_itself,
+        pipe,
+    ],
+)
+def test_paths_that_are_refused(
+    run_main: RunMain, tmp_path: Path, make: Callable[[Path], str]
+) -> None:
+    path = tmp_path / "data"
+    message = make(path)
+    assert_refused(run_main, tmp_path, [*FLAGS, f"--dataset_path={path}"], message)
+
+
+def test_a_file_that_may_not_be_read(run_main: RunMain, tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(CSV)
+    path.chmod(0)
+    tmp_path.chmod(0o777)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        outcome = run_main("train", f"--dataset_path={path}", f"--run_dir={tmp_path / 'run'}")
+    finally:
+        os.seteuid(user)
+    assert_one_line(outcome, "train", f"cannot read {path}: Permission denied")
+    assert [each.name for each in tmp_path.iterdir()] == ["r.csv"]

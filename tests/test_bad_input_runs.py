@@ -1,0 +1,272 @@
+"""Run folders, checkpoints and exported models that are not what they should be; two ranks."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import manifest
+from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, torchrun
+
+HEAD = "user,item,time\n"
+RATINGS = HEAD + "".join(f"{u},{u + i},{i}\n" for u in range(5) for i in range(4))
+FLAGS = (*TINY, "--num_epochs=2", "--min_user_count=0")
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "ratings.csv").write_text(RATINGS)
+    return folder
+
+
+@pytest.fixture
+def train(run_main: RunMain, workplace: Path) -> Train:
+    def run(run_dir: Path, *more: str, data: Path = workplace / "ratings.csv") -> Outcome:
+        folders = [f"--run_dir={run_dir}", f"--cache_dir={workplace / 'cache'}"]
+        return run_main("train", *FLAGS, f"--dataset_path={data}", *folders, *more)
+
+    return run
+
+
+@pytest.fixture
+def run_dir(workplace: Path, tmp_path: Path, train: Train) -> Path:
+    """A finished run of one's own, to do harm to; its exported model is beside it."""
+    made = workplace / "made"
+    if not made.exists():
+        outcome = train(made, f"--export_root={workplace / 'exported'}")
+        assert outcome.code == 0, outcome.err
+    shutil.copytree(workplace / "exported", tmp_path / "exported")
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config) or config))
+
+
+def rewrite_manifests(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As somebody would who can compute checksums."""
+    for folder in (run_dir / "checkpoints").iterdir():
+        content = manifest.read_manifest(folder)
+        content.pop("format")
+        change(content)
+        manifest.write_manifest(folder, content)
+
+
+# What becomes of config.json, and what eval.py says of it; FOLDER stands for the run folder.
+CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a list": (lambda config: [config], "FOLDER/config.json is damaged (keys are missing)"),
+    "no catalog": (lambda config: {"flags": {}}, "FOLDER/config.json is damaged (keys are missing"),
+    "flags that are none": (
+        lambda config: config.update(flags=["max_len"]),
+        "FOLDER/config.json is damaged (flags is ['max_len'])",
+    ),
+    "items as text": (
+        lambda config: config.update(num_items="7"),
+        "FOLDER/config.json is damaged (num_items is '7')",
+    ),
+    "less than no items": (
+        lambda config: config.update(num_items=-5),
+        "FOLDER/config.json is damaged (nothing like it was ever written)",
+    ),
+    "a path with a zero byte": (
+        lambda config: config["flags"].update(dataset_path="a\0b"),
+        "FOLDER/config.json is damaged (nothing like it was ever written)",
+    ),
+    "other items": (
+        lambda config: config.update(catalog="0123456789abcdef"),
+        "FOLDER was trained on 8 items that are not the 8 of this data: give the ratings of",
+    ),
+    "more items": (
+        lambda config: config.update(num_items=9),
+        "model.safetensors cannot be loaded (size mismatch",
+    ),
+    "a flag of a newer version": (
+        lambda config: config["flags"].update(newest=1),
+        "FOLDER/config.json: unknown settings newest: made by another version?",
+    ),
+    "a flag out of range": (
+        lambda config: config["flags"].update(nhead=3),
+        "FOLDER/config.json: --nhead 3 does not divide --emb_dim 16",
+    ),
+    "a flag of another kind": (
+        lambda config: config["flags"].update(emb_dim="16"),
+        "FOLDER/config.json: --emb_dim must be of type int, not '16'",
+    ),
+    "another width": (
+        lambda config: config["flags"].update(emb_dim=32),
+        "model.safetensors cannot be loaded (size mismatch",
+    ),
+    "a data set elsewhere": (
+        lambda config: config["flags"].update(dataset_name="../../etc"),
+        "FOLDER/config.json: --dataset_name must be made of letters",
+    ),
+    "ratings that are gone": (
+        lambda config: config["flags"].update(dataset_path="gone.csv"),
+        "no such file: gone.csv; see --dataset_path",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs(run_main: RunMain, run_dir: Path, case: str) -> None:
+    change, message = CONFIGS[case]
+    rewrite_config(run_dir, change)
+    (run_dir / "eval_test.json").unlink()
+    outcome = run_main("eval", f"--checkpoint={run_dir}")
+    assert_one_line(outcome, "eval", message.replace("FOLDER", str(run_dir)))
+    assert not (run_dir / "eval_test.json").exists()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\0")])
+def test_a_config_that_is_no_text(
+    run_main: RunMain, train: Train, run_dir: Path, make: Callable[[Path], Any]
+) -> None:
+    (run_dir / "config.json").unlink()
+    make(run_dir / "config.json")
+    message = f"{run_dir}"
+    assert_one_line(run_main("eval", f"--checkpoint={run_dir}"), "eval", message)
+    assert_one_line(train(run_dir, "--resume=auto"), "train", message)
+
+
+def test_checkpoints_without_a_config(train: Train, run_dir: Path) -> None:
+    (run_dir / "config.json").unlink()
+    message = f"--run_dir {run_dir} has checkpoints, but config.json is missing"
+    for resume in ("--resume=never", "--resume=auto"):
+        assert_one_line(train(run_dir, resume), "train", message)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", "cut"])
+def test_weights_that_are_not_whole(run_main: RunMain, run_dir: Path, content: bytes) -> None:
+    path = run_dir / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
+    outcome = run_main("eval", f"--checkpoint={run_dir}")
+    assert_one_line(outcome, "eval", f"{path} cannot be loaded")
+
+
+def test_a_file_that_is_no_folder(run_main: RunMain, workplace: Path) -> None:
+    path = workplace / "ratings.csv"
+    message = f"{path} is no run folder: config.json cannot be read (Not a directory)"
+    assert_one_line(run_main("eval", f"--checkpoint={path}"), "eval", message)
+
+
+def test_an_exported_model_is_no_run_folder(train: Train, run_dir: Path) -> None:
+    exported = run_dir.with_name("exported")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in exported.iterdir())
+    for resume in ("--resume=never", "--resume=auto"):
+        message = f"--run_dir {exported} is an exported model: choose another folder"
+        assert_one_line(train(exported, resume), "train", message)
+    after = sorted((path.name, path.stat().st_mtime_ns) for path in exported.iterdir())
+    assert [each for each in after if each[0] != ".lock"] == before
+
+
+def test_another_run_is_no_place_for_an_export(train: Train, run_dir: Path) -> None:
+    outcome = train(run_dir.with_name("new"), f"--export_root={run_dir}")
+    assert_one_line(outcome, "train", f"--export_root {run_dir} is the folder of a run")
+
+
+@pytest.mark.parametrize(
+    ("ratings", "message"),
+    [
+        (RATINGS.replace(",3,", ",30,"), "was trained on other data (catalog "),
+        (RATINGS + "7,3,1\n7,4,2\n", "was trained on other data (num_ratings 20, not 22)"),
+    ],
+)
+def test_resuming_on_other_data(
+    train: Train, run_dir: Path, tmp_path: Path, ratings: str, message: str
+) -> None:
+    data = tmp_path / "ratings.csv"
+    data.write_text(ratings)
+    before = (run_dir / "config.json").read_bytes()
+    outcome = train(run_dir, "--resume=auto", data=data)
+    assert_one_line(outcome, "train", f"--resume auto: {run_dir} {message}")
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def without_model(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "model")
+
+
+def test_checkpoints_of_a_newer_format(
+    run_main: RunMain, train: Train, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def newer(content: dict[str, Any]) -> None:
+        content["format"] = 2
+
+    rewrite_manifests(run_dir, newer)
+    without_model(run_dir)
+    message = "has format 2, this version reads 1: use the version that wrote it"
+    assert_one_line(train(run_dir, "--resume=auto"), "train", message)
+    assert_one_line(run_main("eval", f"--checkpoint={run_dir}"), "eval", message)
+
+
+def test_checkpoints_without_their_index(run_main: RunMain, train: Train, run_dir: Path) -> None:
+    for index in run_dir.glob("checkpoints/*/.metadata"):
+        index.unlink()
+    without_model(run_dir)
+    outcome = run_main("eval", f"--checkpoint={run_dir}")
+    assert_one_line(outcome, "eval", "the best model of this run, is damaged: .metadata cannot be")
+    # Nothing good is left: training begins anew, and says so.
+    outcome = train(run_dir, "--resume=auto")
+    assert outcome.code == 0
+    assert outcome.err.count("is damaged: .metadata cannot be read") == 2
+    assert "resumed from" not in outcome.out
+
+
+def test_a_position_that_makes_no_sense(run_main: RunMain, train: Train, run_dir: Path) -> None:
+    rewrite_manifests(run_dir, lambda content: content["position"].update(steps=1))
+    without_model(run_dir)
+    outcome = run_main("eval", f"--checkpoint={run_dir}")
+    assert_one_line(outcome, "eval", f"{run_dir} has no checkpoint yet")
+    assert "its position makes no sense" in train(run_dir, "--resume=auto").err
+
+
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_stranger_s_checkpoint_runs_no_code(
+    run_main: RunMain, train: Train, run_dir: Path, tmp_path: Path
+) -> None:
+    for index in run_dir.glob("checkpoints/*/.metadata"):
+        index.write_bytes(pickle.dumps(Evil(tmp_path / "evil")))
+
+    def right_checksums(content: dict[str, Any]) -> None:
+        (folder,) = run_dir.glob(f"checkpoints/step-{content['position']['step']:08d}")
+        content["files"] |= manifest.describe_files(folder, ".metadata")
+
+    rewrite_manifests(run_dir, right_checksums)
+    without_model(run_dir)
+    message = "mkdir does not belong there"
+    assert_one_line(run_main("eval", f"--checkpoint={run_dir}"), "eval", message)
+    assert message in train(run_dir, "--resume=auto").err
+    assert not (tmp_path / "evil").exists()
+
+
+def test_two_ranks_end_alike(workplace: Path, tmp_path: Path) -> None:
+    """Many cases through one pair of ranks: tests/workers/bad_input.py lists them."""
+    outcome = torchrun(2, ROOT / "tests" / "workers" / "bad_input.py", tmp_path, timeout=120)
+    assert outcome.code == 0, outcome.err
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) >= 10 and first.keys() == second.keys()
+    for case, ended in first.items():
+        assert ended["code"] == second[case]["code"] == ended["expected"], (case, ended)
+        assert max(ended["seconds"], second[case]["seconds"]) < 15, case
+        if ended["code"]:
+            assert ended["said"].startswith("train.py: ") and ended["said"].count("\n") == 1, case
+            said = ended["said"].replace("train.py: ", "train.py: rank 1: ")
+            assert second[case]["said"] == said, case

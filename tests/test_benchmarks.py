@@ -1,0 +1,186 @@
+"""The benchmarks: rows train.py accepts, figures and tables by hand, one row measured for real."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import data, rows, throughput
+from benchmarks.limits import least_ms
+from benchmarks.rows import ROWS, SETS, Row
+from model.flags import FlagParser
+from model.recipes import with_recipe
+from model.run import RunConfig
+from tests.conftest import TINY
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_train_py_knows_the_flags_of_a_row(name: str) -> None:
+    row = ROWS[name]
+    for mode in row.modes:
+        given = FlagParser("", RunConfig).given(row.train_flags(mode))
+        flags = with_recipe(given, "synthetic")
+        assert (flags["mode"], flags["train_batch_size"]) == (mode, row.batch)
+        assert flags.get("max_steps", 0) == row.steps
+        assert FlagParser("", RunConfig).parse(row.train_flags(mode)).sharding.mode == mode
+
+
+def test_sets_hold_known_rows() -> None:
+    assert {row.name for rows_ in SETS.values() for row in rows_} == ROWS.keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "at_least"),
+    [
+        (rows._EXAMPLE, 499_900),
+        (rows._TEN_MILLION, 10_000_000),
+        (rows._HUNDRED_MILLION, 100_000_000),
+        (rows._MILLION_10K_USERS, 1_000_000),
+    ],
+)
+def test_catalogs_are_as_large_as_the_table_says(flags: tuple[str, ...], at_least: int) -> None:
+    values = dict(flag.removeprefix("--").split("=") for flag in flags)
+    ids, ratings = int(values["random_item_count"]), int(values["random_size"])
+    assert at_least <= ids * (1 - math.exp(-ratings / ids)) < 1.005 * at_least
+
+
+def line(rate: float, step_ms: float, wait_ms: float, peak: float = 1.0) -> dict[str, float]:
+    return {
+        "loss": 1.0,
+        "records_per_second": rate,
+        "step_ms": step_ms,
+        "data_wait_ms": wait_ms,
+        "peak_memory_gb": peak,
+    }
+
+
+def test_the_first_third_is_warm_up() -> None:
+    lines = [line(1, 90, 50), line(2, 80, 40), line(30, 4, 0.5), line(10, 8, 0.1)]
+    lines += [{"validation/seconds": 1.0}, line(20, 5, 0.2, 2.5)]
+    # Five intervals: the first two do not count.
+    assert throughput._steady(lines) == {
+        "records_per_second": 20,
+        "step_ms": 5,
+        "data_wait_ms": 0.2,
+        "waited": 0.04,
+        "peak_memory_gb": 2.5,
+        "intervals": [1, 2, 30, 10, 20],
+    }
+
+
+def test_the_first_evaluation_does_not_count() -> None:
+    lines = [line(1, 1, 0)] + [{"validation/seconds": s} for s in (9.0, 0.4, 0.2, 0.3)]
+    assert throughput._evaluations(lines) == {
+        "evaluation_seconds": 0.3,
+        "first_evaluation_seconds": 9.0,
+        "peak_memory_gb": 1.0,
+    }
+
+
+def result(row: str, ranks: int, mode: str, **found: Any) -> dict[str, Any]:
+    return {"row": row, "device": "cuda", "ranks": ranks, "mode": mode, "more": [], **found}
+
+
+def speed(rate: float) -> dict[str, float]:
+    found = {"records_per_second": rate, "step_ms": 2.5, "waited": 0.012, "peak_memory_gb": 2.2}
+    return found | {"items": 600_000}
+
+
+def test_the_table_has_the_columns_of_the_example() -> None:
+    results = [
+        result("exact-128", 1, "ddp", **speed(20_000)),
+        result("exact-128", 1, "dmp", **speed(36_000)),
+        result("exact-128", 4, "ddp", failed="out of memory"),
+        result("exact-128", 4, "dmp", **speed(90_000)),
+        result("eval-1m", 1, "dmp", evaluation_seconds=1.5, peak_memory_gb=3.25),
+    ]
+    header, _, one, four, _, evaluation, _, last, _ = throughput.table(results).split("\n")
+    assert header.startswith("| | ranks | local batch | global batch | DDP rec/s | DMP rec/s | imp")
+    assert one == (
+        "| exact-128: 500k items, exact | 1 | 128 | 128 | 20,000 | 36,000 | +80.0% | 1.20 x 30,000 "
+        "| 2.50 | 1.02 | 2.20 (goal 3) | 1.2% |"
+    )
+    assert four == (
+        "| exact-128: 500k items, exact | 4 | 128 | 512 | failed: out of memory | 90,000 | - | - "
+        "| 2.50 | 1.02 | 2.20 | 1.2% |"
+    )
+    assert evaluation == "| | ranks | DDP s | DMP s | goal s | peak GB |"
+    assert last == "| eval-1m: evaluate 1M items | 1 | - | 1.500 | 2 | 3.25 |"
+
+
+def test_the_least_time_by_hand() -> None:
+    # 600,000 rows of 128 numbers, 40 bytes moved for each: 3.072 GB at 3 TB/s.
+    assert least_ms(ROWS["exact-128"], 600_000) == pytest.approx(1.024)
+    # 16,384 positions, 3,277 masked. The encoder: 2 x 16,384 x (24 x 128^2 + 4 x 16 x 128)
+    # = 13.15 G; the head: 2 x 3,276.8 x 500,000 x 128 = 419.43 G; three times both over 790 T.
+    assert least_ms(ROWS["exact-1024"], 500_000) == pytest.approx(1.6427, rel=1e-4)
+    # 16,384 + 3,277 + 4,096 rows of 5,120 bytes take 0.041 ms, less than 3 x (13.15 + 3.44) G.
+    assert least_ms(ROWS["sampled-1024"], 500_000) == pytest.approx(0.0630, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("errors", "code", "why"),
+    [
+        ("bar\rbar\ntrain.py: --lr is bad\nTraceback\nChildFailedError: x\n", 1, "--lr is bad"),
+        ("...\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n", 1, "out of memory"),
+        ("  File x\nValueError: no\n[rank0]: again\n", 1, "ValueError: no"),
+        ("", 9, "exit code 9"),
+        ("half a l", -9, "took too long"),
+    ],
+)
+def test_why_a_run_failed(errors: str, code: int, why: str) -> None:
+    assert throughput._why(errors, code) == why
+
+
+def test_a_row_measured_through_train_py(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ROWS, "tiny", Row("tiny", "60 users", TINY, 32, 12, modes=("dmp",)))
+    monkeypatch.setattr(throughput.tempfile, "gettempdir", lambda: str(tmp_path))
+    out, earlier = tmp_path / "out.json", {"row": "tiny", "ranks": 1, "mode": "dmp", "more": []}
+    out.write_text(json.dumps([{**earlier, "device": "cuda"}, {**earlier, "device": "cpu"}]))
+    arguments = ["--rows", "tiny", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    throughput.main()
+
+    kept, found = json.loads(out.read_text())  # the row of another device stays
+    assert kept == {**earlier, "device": "cuda"}
+    assert "failed" not in found
+    assert found["items"] == 80 and found["batch"] == 32
+    assert found["command"].startswith("train.py --recipe=none") and "/" not in found["command"]
+    assert len(found["intervals"]) >= 12 and found["records_per_second"] > 0
+    assert 0 <= found["waited"] < 1 and 0.1 < found["peak_memory_gb"] < 10
+    assert f"| tiny: 60 users | 1 | 32 | 32 | - | {found['records_per_second']:,.0f} |" in (
+        capsys.readouterr().out
+    )
+    assert not list((tmp_path / "bert4rec-throughput").glob("run"))
+
+
+def test_data_measures_and_keeps_both_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)  # of this process
+    monkeypatch.setattr(data, "_loading_lines", lambda ratings, seconds: [{"ratings": ratings}])
+    out = tmp_path / "data.json"
+    for only in ("preparation", "loader"):
+        arguments = ["--ratings", "3000", "--folder", tmp_path, "--out", out, "--only", only]
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        data.main()
+    found = json.loads(out.read_text())
+    assert found["loader"]["rows"] == [{"ratings": 3000}]
+    prepared = found["preparation"]
+    assert prepared["ratings"] == 3000 and prepared["seconds"] > 0
+    assert 0.05 < prepared["peak_gib"] < 10
+    # 138,493 users of 20 million ratings are 20 of 3,000.
+    assert "3,000 ratings            20 users" in prepared["kept"]
+    assert f"peak memory {prepared['peak_gib']:.2f} GiB" in capsys.readouterr().out
+
+    row = data.loading(length=8, batch=16, num_ratings=1000, seconds=0.05)
+    assert row["sequences_per_second"] > 0 and row["sequences_per_cpu_second"] > 0
+    # Each of 8 positions is masked with probability 0.2, in 5 % of the rows the last alone.
+    share = row["masked_per_second"] / row["sequences_per_second"]
+    assert share == pytest.approx(0.95 * (8 * 0.2 + 0.8**8) + 0.05, rel=0.1)

@@ -1,0 +1,113 @@
+"""Negatives: drawn as likely as said, keyed by the position in the data order alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.batch import TrainBatch
+from pipeline.errors import UserError
+from pipeline.loader import LoaderConfig, TrainLoader
+from pipeline.masking import MaskConfig
+from pipeline.negatives import AliasTable, NegativeSampler, NegativesConfig
+from pipeline.store import SequenceStore
+from pipeline.windows import WindowConfig
+
+NUM_ITEMS, DRAWS = 9, 5
+WEIGHTS = np.array([1, 5, 1, 1, 20, 2, 1, 1, 3])
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40))
+def test_the_alias_table_holds_the_probabilities(weights: list[int]) -> None:
+    probabilities = np.array(weights) / sum(weights)
+    table = AliasTable(probabilities)
+    kept = table.keep / 2.0**32
+    found = kept.copy()
+    np.add.at(found, table.other, 1 - kept)
+    # A cell's share is rounded to a multiple of 2^-32.
+    np.testing.assert_allclose(found / len(weights), probabilities, atol=1e-9)
+
+
+def test_a_cell_below_its_share_is_itself_else_its_alias() -> None:
+    # Shares of the two cells: 0.5, and 1.5 of which a half fills the first.
+    table = AliasTable(np.array([0.25, 0.75]))
+    draws = np.array([2**31 - 1, 2**31, 0, 2**32 - 2], dtype=np.uint32)
+    assert table(np.array([0, 0, 1, 1]), draws).tolist() == [0, 1, 1, 1]
+
+
+def test_counts_and_their_expected_logarithms() -> None:
+    sampler = NegativeSampler(20_000, NUM_ITEMS, seed=3, weights=WEIGHTS)
+    items, log_counts = sampler(0, 7)
+    counts = np.bincount(items, minlength=NUM_ITEMS + 1)
+    expected = 20_000 * WEIGHTS / WEIGHTS.sum()
+    assert counts[0] == 0 and counts.sum() == 20_000
+    # Five standard deviations of a binomial.
+    assert (np.abs(counts[1:] - expected) < 5 * np.sqrt(expected)).all()
+    np.testing.assert_allclose(np.exp(log_counts), expected[items - 1], rtol=1e-5)
+
+
+def test_uniform_draws() -> None:
+    items, log_counts = NegativeSampler(18_000, NUM_ITEMS, seed=3)(0, 7)
+    counts = np.bincount(items, minlength=NUM_ITEMS + 1)[1:]
+    assert (np.abs(counts - 2000) < 5 * np.sqrt(2000)).all()
+    np.testing.assert_allclose(log_counts, np.log(2000), rtol=1e-6)
+
+
+def test_draws_are_a_function_of_seed_epoch_and_sample() -> None:
+    def drawn(seed: int, epoch: int, sample: int) -> tuple[int, ...]:
+        return tuple(NegativeSampler(DRAWS, 1000, seed, np.ones(1000))(epoch, sample)[0])
+
+    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert len({drawn(1, 2, 3), drawn(2, 2, 3), drawn(1, 3, 3), drawn(1, 2, 4)}) == 4
+
+
+def loader(rank: int = 0, world_size: int = 1) -> TrainLoader:
+    store = SequenceStore.from_arrays(
+        np.arange(7 * 4) % NUM_ITEMS + 1, np.arange(8) * 4, num_items=NUM_ITEMS
+    )
+    return TrainLoader(
+        store,
+        WindowConfig(max_len=4),
+        MaskConfig(),
+        LoaderConfig(train_batch_size=4 // world_size, seed=1),
+        rank,
+        world_size,
+        negatives=NegativeSampler(DRAWS, NUM_ITEMS, 1, WEIGHTS),
+    )
+
+
+def negatives(batches: list[TrainBatch]) -> list[list[int]]:
+    return [batch.negatives.tolist() for batch in batches]
+
+
+def test_all_ranks_have_the_negatives_of_one() -> None:
+    # 7 windows: the second step's last window leaves one of four ranks with a filler row.
+    alone = list(loader().epoch(2))
+    assert len(alone) == 2 and len({tuple(row) for row in negatives(alone)}) == 2
+    for rank in range(4):
+        shared = list(loader(rank, 4).epoch(2))
+        assert negatives(shared) == negatives(alone)
+        assert shared[0].log_counts.tolist() == alone[0].log_counts.tolist()
+
+
+def test_a_resumed_epoch_draws_the_same() -> None:
+    whole = loader().epoch(1)
+    next(whole)
+    assert negatives(list(loader().epoch(1, sample=4))) == negatives(list(whole))
+
+
+def test_batches_carry_them_as_tensors_and_candidates() -> None:
+    batch = next(loader().epoch(0))
+    assert batch.negatives.dtype == torch.int64 and batch.log_counts.dtype == torch.float32
+    features = batch.to(torch.device("cpu")).features
+    assert features["candidate"].values().tolist() == [
+        *batch.targets.tolist(),
+        *batch.negatives.tolist(),
+    ]
+    assert features["item"].values().tolist() == batch.features.values().tolist()
+
+
+def test_flags_out_of_range() -> None:
+    with pytest.raises(UserError, match="--train_negatives must be at least 1, not 0"):
+        NegativesConfig(train_negatives=0)

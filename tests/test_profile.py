@@ -1,0 +1,130 @@
+"""--profile: what the trace holds, what is said about it, and that nothing of it stays."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.autograd import DeviceType
+from torch.nn.modules.module import Module
+
+from model.profile import STAGES, ProfileConfig, covered, summary
+from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain
+
+STEPS = 3
+
+
+def names_in(trace: Path) -> Counter[str]:
+    """How often each range of the trace occurs, TorchRec's batch numbers left out."""
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = (event["name"] for event in events if event.get("cat") == "user_annotation")
+    return Counter("".join(c for c in name if not c.isdigit()).replace("  ", " ") for name in names)
+
+
+def test_a_trace_of_steady_steps_with_its_stages(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks: list[Any] = []
+    register = Module.register_forward_pre_hook
+
+    def remember(module: Module, *arguments: Any, **more: Any) -> Any:
+        hooks.append(module)
+        return register(module, *arguments, **more)
+
+    monkeypatch.setattr(Module, "register_forward_pre_hook", remember)
+    outcome = run_main(
+        "train",
+        *TINY,
+        "--train_batch_size=4",  # 36 steps an epoch: none of the recorded ones ends it
+        "--max_steps=28",
+        f"--profile={STEPS}",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+    )
+    assert outcome.code == 0, outcome.err
+    (trace,) = tmp_path.glob("profile/rank0.*.pt.trace.json.gz")
+    names = names_in(trace)
+    for name in (
+        "lookup",
+        "encoder",
+        "head",
+        "## copy_batch_to_gpu ##",
+        "## start_sparse_data_dist ##",
+        "## wait_sparse_data_dist ##",
+        "## forward ##",
+        "## optimizer ##",
+    ):
+        assert names[name] == STEPS, (name, names)
+    assert names["## next_batch ##"] >= STEPS
+    assert names["## backward ##"] == STEPS
+    assert names["ProfilerStep#"] == STEPS
+
+    (line,) = (line for line in outcome.out.splitlines() if "a step takes the host" in line)
+    assert line.startswith(f"{tmp_path / 'profile'}: ")
+    times = dict(part.rsplit(" ", 1) for part in line.split("ms: ")[1].split(", "))
+    assert times.keys() == STAGES.keys()
+    assert all(float(time) > 0 for stage, time in times.items() if stage != "data wait")
+    assert len(hooks) == 3
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
+
+
+def test_a_short_run_is_recorded_from_its_first_step(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"]
+    outcome = run_main("train", *flags, "--max_steps=4", "--profile=9")
+    assert outcome.code == 0, outcome.err
+    (trace,) = tmp_path.glob("profile/*.gz")
+    # Two of the four steps warm the profiler up.
+    assert names_in(trace)["encoder"] == 2
+
+
+def event(
+    name: str, start: float, end: float, device: DeviceType, annotation: bool = False
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        cpu_time_total=end - start if device == DeviceType.CPU else 0,
+        time_range=SimpleNamespace(start=start, end=end),
+        is_user_annotation=annotation,
+    )
+
+
+def test_summary_by_hand() -> None:
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [
+        event("ProfilerStep#7", 0, 4000, cpu),
+        event("ProfilerStep#8", 4000, 8000, cpu),
+        event("## next_batch ##", 0, 500, cpu),
+        event("## start_sparse_data_dist 9 ##", 500, 1500, cpu),
+        event("## wait_sparse_data_dist 9 ##", 1500, 2000, cpu),
+        event("encoder", 2000, 3000, cpu),
+        event("encoder", 6000, 7000, cpu),
+        event("heading", 7000, 8000, cpu),
+        event("kernel", 2500, 3500, cuda),
+        event("kernel", 3000, 4500, cuda),
+        event("kernel", 6000, 6500, cuda),
+        event("encoder", 2000, 7000, cuda, annotation=True),
+    ]
+    # Kernels run from 2500 to 4500 and from 6000 to 6500: 2500 of 4000.
+    assert summary(events) == (
+        "a step takes the host 4.00 ms: data wait 0.25, transfer 0.00, input distribution 0.75, "
+        "lookup 0.00, encoder 1.00, head 0.00, backward 0.00, optimizer 0.00; "
+        "the GPU is busy 62% of the time"
+    )
+    assert "GPU" not in summary(events[:8])
+
+
+def test_covered_by_hand() -> None:
+    assert covered([(5, 6), (0, 3), (1, 2), (2, 4)]) == 5
+    assert covered([]) == 0
+
+
+def test_a_negative_number_of_steps() -> None:
+    with pytest.raises(UserError, match="--profile must be a number of steps, 0 for none, not -1"):
+        ProfileConfig(profile=-1)

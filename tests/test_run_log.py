@@ -1,0 +1,120 @@
+"""metrics.jsonl and TensorBoard events on a full disk, and what a resume keeps of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from model.run_log import RunLog
+from model.training import Trainer
+from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain
+
+
+def break_metrics(log: RunLog) -> None:
+    # Every write to it finds the disk full.
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115
+
+
+def break_events(log: RunLog) -> None:
+    log._events.file_writer.event_writer._general_file_writer.filename = b"/dev/full"
+
+
+def at_step_3(monkeypatch: pytest.MonkeyPatch, act: Callable[[RunLog], None]) -> None:
+    step = Trainer._step
+
+    def patched(self: Trainer, *arguments: object) -> None:
+        step(self, *arguments)
+        if self.position.step == 3:
+            act(self.log)
+
+    monkeypatch.setattr(Trainer, "_step", patched)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("broken", [break_metrics, break_events])
+def test_a_full_disk_stops_the_run(
+    run_main: RunMain,
+    run_dir: Path,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[RunLog], None],
+) -> None:
+    at_step_3(monkeypatch, broken)
+    flags = [*TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
+    outcome = run_main("train", *flags)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1] == (
+        f"train.py: {run_dir}: metrics cannot be written: No space left on device; checkpoints are "
+        "intact: make room, then go on with --resume auto"
+    )
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("broken", [break_metrics, break_events])
+def test_a_full_disk_is_survived_if_wanted(
+    run_main: RunMain,
+    run_dir: Path,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[RunLog], None],
+) -> None:
+    at_step_3(monkeypatch, broken)
+    flags = [*TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
+    outcome = run_main("train", *flags, "--on_save_error=continue")
+    assert outcome.code == 0, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.err.count("warning: ") == 1
+    assert "metrics cannot be written: No space left on device, training goes on" in outcome.err
+    steps = [line["step"] for line in lines(run_dir) if "loss" in line]
+    assert steps == ([1, 2] if broken is break_metrics else list(range(1, steps[-1] + 1)))
+    assert "test, 60 users" in outcome.out and (run_dir / "eval_test.json").exists()
+
+
+def test_a_run_folder_without_room_for_a_log(
+    run_main: RunMain, run_dir: Path, cache_dir: Path
+) -> None:
+    (run_dir / "metrics.jsonl").mkdir(parents=True)
+    outcome = run_main("train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}")
+    assert outcome.code == 2
+    message = f"train.py: --run_dir {run_dir} cannot be written: Is a directory"
+    assert outcome.err.splitlines() == [message]
+
+
+LINES = '{"step": 1}\n{"step": 2}\n{"step": 2, "validation": 0}\n{"step": 3}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize("rest", ["", '{"step": 1', '{"step": 2}', "[1]\n", "7\n", "\0\0\n", "é\n"])
+def test_a_resume_keeps_whole_lines_up_to_its_step(tmp_path: Path, rest: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES.encode() + rest.encode("latin-1"))
+    RunLog(tmp_path, total=9, step=2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "validation": 0}\n'
+
+
+def test_a_resume_that_drops_nothing_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(LINES)
+    before = path.stat().st_ino
+    RunLog(tmp_path, total=9, step=4).close()
+    assert (path.read_text(), path.stat().st_ino) == (LINES, before)
+
+
+def test_a_resume_that_cannot_write_leaves_the_log_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(LINES)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.manifest.os.fsync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        RunLog(tmp_path, total=9, step=2)
+    assert path.read_text() == LINES

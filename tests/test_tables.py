@@ -1,0 +1,116 @@
+"""Half-precision tables, and tables too large to be built whole on one host."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import run as model_run
+from model.ranks import alone
+from model.sharding import OptimizerConfig, ShardingConfig, shard
+from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain
+
+CPU = torch.device("cpu")
+
+
+def results(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "eval_test.json").read_text())["full"]
+
+
+def test_fp16_tables_train_resume_and_are_evaluated(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = (*TINY, "--table_precision=fp16", f"--cache_dir={cache_dir}")
+    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        outcome = run_main(
+            "train",
+            *flags,
+            f"--run_dir={tmp_path / folder}",
+            f"--num_epochs={epochs}",
+            "--lr_schedule=constant",
+            "--warmup_share=0",
+            "--resume=auto",
+        )
+        assert outcome.code == 0, outcome.err
+    whole, parts = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
+    table = "embeddings.embeddings.item.weight"
+    assert {name for name, weight in whole.items() if weight.dtype == torch.float16} == {table}
+    for name, weight in whole.items():
+        assert torch.equal(parts[name], weight), name
+
+    trained = results(tmp_path / "whole")
+    (tmp_path / "whole" / "eval_test.json").unlink()
+    outcome = run_main("eval", f"--checkpoint={tmp_path / 'whole'}", f"--cache_dir={cache_dir}")
+    assert outcome.code == 0, outcome.err
+    assert results(tmp_path / "whole") == trained
+
+    outcome = run_main(
+        "train",
+        *TINY,
+        f"--run_dir={tmp_path / 'whole'}",
+        "--resume=auto",
+        f"--cache_dir={cache_dir}",
+    )
+    assert outcome.code == 2
+    assert "was trained with --table_precision fp16, not fp32" in outcome.err
+
+
+def test_tables_that_no_host_holds_whole(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_run, "WHOLE_TABLE_BYTES", 1000)  # 82 rows of 16 are more
+    places = []
+    built = model_run.BERT4Rec
+    monkeypatch.setattr(
+        model_run,
+        "BERT4Rec",
+        lambda *a, **k: places.append(k["table_device"]) or built(*a, **k),
+    )
+    outcome = run_main(
+        "train",
+        *TINY,
+        "--loss=sampled_softmax",
+        "--train_negatives=30",
+        f"--cache_dir={cache_dir}",
+        f"--run_dir={tmp_path}",
+    )
+    assert outcome.code == 0, outcome.err
+    trained = results(tmp_path)
+    (tmp_path / "eval_test.json").unlink()
+    outcome = run_main("eval", f"--checkpoint={tmp_path}", f"--cache_dir={cache_dir}")
+    assert outcome.code == 0, outcome.err
+    # The trained rows, not new ones: eval.py's table is that of the portable model.
+    assert results(tmp_path) == trained
+    assert set(places) == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table_precision": "bf16"}, "--table_precision bf16 needs CUDA"),
+        ({"compute_kernel": "fused_uvm"}, "--compute_kernel fused_uvm needs CUDA"),
+        ({"compute_kernel": "fused_uvm_caching"}, "--compute_kernel fused_uvm_caching needs CUDA"),
+    ],
+)
+def test_tables_that_a_cpu_cannot_have(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        shard(torch.nn.Module(), ShardingConfig(**options), OptimizerConfig(), 8, alone(CPU))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table_precision": "fp8"}, "--table_precision must be one of fp32, fp16, bf16"),
+        ({"compute_kernel": "dense"}, "--compute_kernel must be one of fused, fused_uvm, "),
+        ({"mode": "ddp", "table_precision": "fp16"}, "--table_precision fp16 needs --mode dmp"),
+        ({"mode": "ddp", "compute_kernel": "fused_uvm"}, "fused_uvm needs --mode dmp"),
+    ],
+)
+def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ShardingConfig(**options)

@@ -1,0 +1,34 @@
+"""Worker: train.py, in which rank 1 once does something else than rank 0.
+
+torchrun --nproc_per_node 2 tests/workers/mismatch.py [train.py's flags]
+"""
+
+import torch
+import torch.distributed as dist
+
+import train
+from model.ranks import run_script
+from model.training import Trainer
+
+AT_STEP = 10
+
+
+def one_too_many() -> None:
+    dist.barrier()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    step = Trainer._step
+
+    def patched(self: Trainer, *arguments: object) -> None:
+        step(self, *arguments)
+        if self.position.step == AT_STEP and self.ranks.rank == 1:
+            one_too_many()
+
+    Trainer._step = patched
+    run_script(train.main)
+
+
+if __name__ == "__main__":
+    main()
