@@ -112,9 +112,9 @@ SEVERAL_GPUS = (
     Row("100m-4096", "100M items, sampled", _HUNDRED_MILLION + _SAMPLED, 4096, 240, modes=("dmp",)),
 )
 CPU = (
-    Row("cpu-exact-8", "20k items, exact", _SMALL, 8, 240),
-    Row("cpu-exact-128", "20k items, exact", _SMALL, 128, 60),
-    Row("cpu-sampled-1024", "20k items, sampled", _SMALL + _FEW_NEGATIVES, 1024, 24),
+    Row("cpu-exact-8", "20k items, exact", _SMALL, 8, 120),
+    Row("cpu-exact-128", "20k items, exact", _SMALL, 128, 36),
+    Row("cpu-sampled-1024", "20k items, sampled", _SMALL + _FEW_NEGATIVES, 1024, 12),
     Row("cpu-eval", "evaluate 20k items", _SMALL, 1024, 0),
 )
 ROWS = {row.name: row for row in (*GPU, *SEVERAL_GPUS, *CPU)}

@@ -32,7 +32,11 @@ _FLASH_WIDTH, _FLASH_STEP = 256, 8
 
 def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
-    inverse = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12).reciprocal_()
+    inverse = (
+        torch.linalg.vector_norm(rows, dim=1, dtype=_sum_dtype(rows))
+        .clamp_(min=1e-12)
+        .reciprocal_()
+    )
     unit = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     torch.mul(rows, inverse[:, None], out=unit)  # no float32 copy on the way to bfloat16
     return unit, inverse

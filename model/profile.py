@@ -12,8 +12,8 @@ What the stages of a step are called in the trace:
     backward              ## backward ... ##
     optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
 
-Names between ``##`` are those of TorchRec's pipeline; the other three are put, from
-outside, around the modules while a trace is recorded, so that a run without one does nothing for it.
+Names between ``##`` are those of TorchRec's pipeline; the other three are put, from outside, around
+the modules while a trace is recorded, so that a run without one does nothing for it.
 """
 
 import re

@@ -300,8 +300,8 @@ def test_a_final_run_trains_on_validation_items_and_tests_its_last_model(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
     run_dir = tmp_path / "final"
-    flags = (*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", "--train_on_validation=true")
-    outcome = run_main("train", *flags)
+    flags = (*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
+    outcome = run_main("train", *flags, "--train_on_validation=true")
     assert outcome.code == 0, outcome.err
     lines = read_lines(run_dir)
     assert not any("validation/full/HR@10" in line for line in lines)
