@@ -13,12 +13,14 @@ from pathlib import Path
 from model.checkpoint import PORTABLE, Checkpoints
 from model.export import export
 from model.flags import FlagParser, build, flatten
+from model.plan import describe_plan
 from model.profile import StepProfiler
 from model.ranks import alone, first_rank_first, run_script, start
 from model.recipes import with_recipe
-from model.run import RunConfig, RunFolder, build_model, build_plain_model, evaluator, train_loader
+from model.run import RunConfig, build_model, build_plain_model, evaluator, train_loader
+from model.run_folder import RunFolder
 from model.run_log import RunLog, versions
-from model.sharding import Optimizers, describe_plan
+from model.sharding import Optimizers
 from model.training import Trainer
 from pipeline.preparation import describe, prepare
 

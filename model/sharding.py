@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import (
@@ -21,98 +20,24 @@ from torchrec.distributed.embedding import (
     ShardedEmbeddingCollection,
 )
 from torchrec.distributed.model_parallel import DataParallelWrapper
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    PlannerError,
-    TopologyFactory,
-    TrainerConfig,
-)
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from model.bert4rec import TABLE_PRECISIONS, BERT4Rec
+from model.bert4rec import BERT4Rec
+from model.plan import (
+    FUSED_OPTIMIZERS,
+    ShardingConfig,
+    check_device,
+    embedding_optimizer,
+    plan_tables,
+)
 from model.ranks import Ranks
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-SHARDINGS = ("row_wise", "table_wise", "column_wise")
-COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
-FUSED_OPTIMIZERS = {
-    "adam": EmbOptimType.ADAM,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-}
-
-
-@dataclass(frozen=True)
-class ShardingConfig:
-    """How tables are spread over ranks and how they are updated."""
-
-    mode: str = field(
-        default="dmp",
-        metadata={"help": "dmp: sharded tables; ddp: replicated", "choices": ("dmp", "ddp")},
-    )
-    sharding: str = field(
-        default="row_wise",
-        metadata={
-            "help": "how dmp cuts the tables; auto leaves it to TorchRec's planner",
-            "choices": (*SHARDINGS, "auto"),
-        },
-    )
-    embedding_optimizer: str = field(
-        default="auto",
-        metadata={
-            "help": "of the tables in dmp; auto: adam on CUDA, rowwise_adagrad on CPU "
-            "(ddp: the tables share the encoder's Adam)",
-            "choices": ("auto", *FUSED_OPTIMIZERS),
-        },
-    )
-    embedding_lr: float | None = field(
-        default=None,
-        metadata={"help": "learning rate of the tables; default: --lr, 20 times it for Adagrad"},
-    )
-    table_precision: str = field(
-        default="fp32",
-        metadata={
-            "help": "of the tables in dmp; half precision halves them, updates are rounded at "
-            "random on CUDA",
-            "choices": tuple(TABLE_PRECISIONS),
-        },
-    )
-    compute_kernel: str = field(
-        default="fused",
-        metadata={
-            "help": "where dmp keeps tables: fused in GPU memory, fused_uvm in the host's, "
-            "fused_uvm_caching in the host's behind a cache on the GPU",
-            "choices": COMPUTE_KERNELS,
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("mode", ("dmp", "ddp")),
-            ("sharding", (*SHARDINGS, "auto")),
-            ("embedding_optimizer", ("auto", *FUSED_OPTIMIZERS)),
-            ("table_precision", TABLE_PRECISIONS),
-            ("compute_kernel", COMPUTE_KERNELS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} must be one of {', '.join(choices)}")
-        for name, plain in (("table_precision", "fp32"), ("compute_kernel", "fused")):
-            if self.mode == "ddp" and getattr(self, name) != plain:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
-                    "as ordinary weights"
-                )
-        if self.embedding_lr is not None and self.embedding_lr < 0:
-            raise UserError(f"--embedding_lr must not be negative: {self.embedding_lr}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +72,7 @@ def shard(
     Raises:
         UserError: no plan fits the memory, or the device cannot have such tables.
     """
-    _check_device(config, ranks.device)
+    check_device(config, ranks.device)
     sharder = EmbeddingCollectionSharder(
         fused_params={
             "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
@@ -159,7 +84,7 @@ def shard(
     )
     plan = ShardingPlan(plan={})
     if config.mode == "dmp":
-        plan = _plan(model, config, sharder, rows, ranks)
+        plan = plan_tables(model, config, sharder, rows, ranks)
     return DistributedModelParallel(
         model,
         device=ranks.device,
@@ -174,78 +99,6 @@ class _Alone(DataParallelWrapper):
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         dmp._dmp_wrapped_module.to(device)
-
-
-def _check_device(config: ShardingConfig, device: torch.device) -> None:
-    if device.type == "cuda":
-        return
-    if config.table_precision == "bf16":
-        raise UserError(
-            "--table_precision bf16 needs CUDA: FBGEMM has no such tables on CPU; use fp16"
-        )
-    if config.compute_kernel != "fused":
-        raise UserError(
-            f"--compute_kernel {config.compute_kernel} needs CUDA: on CPU, tables are in the "
-            "host's memory anyway"
-        )
-
-
-def _plan(
-    model: BERT4Rec,
-    config: ShardingConfig,
-    sharder: EmbeddingCollectionSharder,
-    rows: int,
-    ranks: Ranks,
-) -> ShardingPlan:
-    """The planner's choice within ``--sharding``; every rank computes the same one by itself."""
-    allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
-    if ranks.world_size == 1:
-        # Row by row or column by column, the one rank has all of it: whole, it is not sorted into
-        # shards and back.
-        allowed = ["table_wise"]
-    # Without a word on kernels the planner may choose "dense", which is broken on CPU.
-    constraints = {
-        table.name: ParameterConstraints(
-            sharding_types=allowed,
-            compute_kernels=[config.compute_kernel],
-            pooling_factors=[float(model.encoder.max_len)] * len(table.feature_names),
-        )
-        for table in model.embeddings.embedding_configs()
-    }
-    planner = EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(
-            trainer_config=TrainerConfig(
-                world_size=ranks.world_size, local_world_size=ranks.local_world_size
-            ),
-            kernel_config=KernelConfig(compute_device=ranks.device.type),
-        ),
-        batch_size=rows,
-        storage_reservation=FixedPercentageStorageReservation(0.15),
-        constraints=constraints,
-    )
-    try:
-        return planner.plan(model, [sharder])
-    except PlannerError as error:
-        raise UserError(
-            f"--sharding {config.sharding} does not fit on {ranks.world_size} ranks: use more "
-            f"ranks, a smaller --emb_dim or --sharding auto ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
-    """The tables' optimizer in dmp. FBGEMM has no fused Adam on CPU.
-
-    Raises:
-        UserError: Adam was asked for on CPU.
-    """
-    if config.embedding_optimizer == "auto":
-        return "adam" if device.type == "cuda" else "rowwise_adagrad"
-    if config.embedding_optimizer == "adam" and device.type == "cpu" and config.mode == "dmp":
-        raise UserError(
-            "--embedding_optimizer adam needs CUDA with --mode dmp: FBGEMM has no fused Adam on "
-            "CPU; use rowwise_adagrad, or --mode ddp"
-        )
-    return config.embedding_optimizer
 
 
 def embedding_lr(config: ShardingConfig, optimizer: OptimizerConfig, device: torch.device) -> float:
@@ -354,15 +207,6 @@ def train_pipeline(
 def _sharded_tables(model: DistributedModelParallel) -> Iterator[str]:
     for name, plan in model.plan.plan.items():
         yield from (f"{name}.{table}" for table in plan)
-
-
-def describe_plan(model: DistributedModelParallel) -> str:
-    """One line: what the plan did with each table."""
-    lines = []
-    for module in model.plan.plan.values():
-        for table, sharding in module.items():
-            lines.append(f"{table}: {sharding.sharding_type} {sharding.compute_kernel}")
-    return ", ".join(lines) or "replicated"
 
 
 def drop_cached_rows(model: nn.Module) -> None:

@@ -61,8 +61,8 @@ class NegativeSampler:
     def __init__(
         self, train_item_counts: np.ndarray, config: HoldoutConfig, split: str = "test"
     ) -> None:
-        self.num_negatives = config.num_negatives
         self.items = np.flatnonzero(train_item_counts)
+        self.num_negatives = min(config.num_negatives, len(self.items))  # there are no more
         self.weights = train_item_counts[self.items].astype(np.float64)
         cumulated = np.cumsum(self.weights)
         self.shares = cumulated / cumulated[-1]

@@ -33,7 +33,7 @@ from torchdata.nodes import BaseNode, Prefetcher
 from pipeline.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.errors import UserError
 from pipeline.masking import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
-from pipeline.negatives import DrawNegatives, NegativeSampler
+from pipeline.negatives import DrawNegatives, SharedNegatives
 from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
 from pipeline.store import SequenceStore
@@ -182,7 +182,7 @@ class TrainLoader:
         candidate_range: tuple[int, int] | None = None,
         pin_memory: bool | None = None,
         few_shapes: bool | None = None,
-        negatives: NegativeSampler | None = None,
+        negatives: SharedNegatives | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:

@@ -5,8 +5,8 @@ function of (seed, epoch, position in the data order) alone: another number of r
 run, draws the same. Each comes with the logarithm of its expected count in the step, K x its
 probability, by which a sampled softmax corrects its score.
 
-    NegativeSampler(4096, num_items, seed, store.train_item_counts()[1:-1] + 1)    by popularity
-    NegativeSampler(4096, num_items, seed)                                         uniformly
+    SharedNegatives(4096, num_items, seed, store.train_item_counts()[1:-1] + 1)    by popularity
+    SharedNegatives(4096, num_items, seed)                                         uniformly
 
 Draws by popularity take two look-ups each, whatever the number of items (Walker's alias method;
 the tables are made by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
@@ -73,7 +73,7 @@ class AliasTable:
         return np.where(draws < self.keep[cells], cells, self.other[cells])
 
 
-class NegativeSampler:
+class SharedNegatives:
     """Draws the negatives of steps.
 
     Args:
@@ -119,7 +119,7 @@ class DrawNegatives(BaseNode[TrainBatch]):
     """
 
     def __init__(
-        self, source: BaseNode[TrainBatch], sampler: NegativeSampler, pin_memory: bool = False
+        self, source: BaseNode[TrainBatch], sampler: SharedNegatives, pin_memory: bool = False
     ) -> None:
         super().__init__()
         self.source, self.sampler, self.pin_memory = source, sampler, pin_memory

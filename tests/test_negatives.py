@@ -10,7 +10,7 @@ from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.masking import MaskConfig
-from pipeline.negatives import AliasTable, NegativeSampler, NegativesConfig
+from pipeline.negatives import AliasTable, SharedNegatives, NegativesConfig
 from pipeline.store import SequenceStore
 from pipeline.windows import WindowConfig
 
@@ -37,7 +37,7 @@ def test_a_cell_below_its_share_is_itself_else_its_alias() -> None:
 
 
 def test_counts_and_their_expected_logarithms() -> None:
-    sampler = NegativeSampler(20_000, NUM_ITEMS, seed=3, weights=WEIGHTS)
+    sampler = SharedNegatives(20_000, NUM_ITEMS, seed=3, weights=WEIGHTS)
     items, log_counts = sampler(0, 7)
     counts = np.bincount(items, minlength=NUM_ITEMS + 1)
     expected = 20_000 * WEIGHTS / WEIGHTS.sum()
@@ -48,7 +48,7 @@ def test_counts_and_their_expected_logarithms() -> None:
 
 
 def test_uniform_draws() -> None:
-    items, log_counts = NegativeSampler(18_000, NUM_ITEMS, seed=3)(0, 7)
+    items, log_counts = SharedNegatives(18_000, NUM_ITEMS, seed=3)(0, 7)
     counts = np.bincount(items, minlength=NUM_ITEMS + 1)[1:]
     assert (np.abs(counts - 2000) < 5 * np.sqrt(2000)).all()
     np.testing.assert_allclose(log_counts, np.log(2000), rtol=1e-6)
@@ -56,7 +56,7 @@ def test_uniform_draws() -> None:
 
 def test_draws_are_a_function_of_seed_epoch_and_sample() -> None:
     def drawn(seed: int, epoch: int, sample: int) -> tuple[int, ...]:
-        return tuple(NegativeSampler(DRAWS, 1000, seed, np.ones(1000))(epoch, sample)[0])
+        return tuple(SharedNegatives(DRAWS, 1000, seed, np.ones(1000))(epoch, sample)[0])
 
     assert drawn(1, 2, 3) == drawn(1, 2, 3)
     assert len({drawn(1, 2, 3), drawn(2, 2, 3), drawn(1, 3, 3), drawn(1, 2, 4)}) == 4
@@ -73,7 +73,7 @@ def loader(rank: int = 0, world_size: int = 1) -> TrainLoader:
         LoaderConfig(train_batch_size=4 // world_size, seed=1),
         rank,
         world_size,
-        negatives=NegativeSampler(DRAWS, NUM_ITEMS, 1, WEIGHTS),
+        negatives=SharedNegatives(DRAWS, NUM_ITEMS, 1, WEIGHTS),
     )
 
 

@@ -10,7 +10,7 @@ from model import sampled_losses
 from model.head import CatalogSlice, HeadConfig, ScoringHead
 from model.sampled_losses import gbce_beta
 from pipeline.errors import UserError
-from pipeline.negatives import NegativeSampler
+from pipeline.negatives import SharedNegatives
 
 NUM_ITEMS, WIDTH = 6, 4
 NONE_HIT = torch.zeros(1, 2, dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_the_mean_gradient_over_many_draws_is_nearly_the_exact_one() -> None:
     hidden, table, targets = vectors()
     config = HeadConfig(logit_temperature=0.5, loss="sampled_softmax")
     _, exact, _ = gradient(HeadConfig(logit_temperature=0.5), hidden, table, targets)
-    sampler = NegativeSampler(200, NUM_ITEMS, 5, torch.tensor([30, 1, 5, 1, 10, 2]).numpy())
+    sampler = SharedNegatives(200, NUM_ITEMS, 5, torch.tensor([30, 1, 5, 1, 10, 2]).numpy())
 
     def error(corrected: bool) -> float:
         total = torch.zeros_like(exact)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from model import run as model_run
+from model.plan import ShardingConfig
 from model.ranks import alone
-from model.sharding import OptimizerConfig, ShardingConfig, shard
+from model.sharding import OptimizerConfig, shard
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 

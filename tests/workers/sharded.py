@@ -24,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from model import evaluation as model_evaluation
 from model.encoder import EncoderConfig
 from model.head import HeadConfig
+from model.plan import ShardingConfig
 from model.ranks import Ranks, start
 from model.run import (
     OutputConfig,
@@ -33,7 +34,7 @@ from model.run import (
     evaluator,
     train_loader,
 )
-from model.sharding import OptimizerConfig, Optimizers, ShardingConfig, train_pipeline, unwrap
+from model.sharding import OptimizerConfig, Optimizers, train_pipeline, unwrap
 from pipeline.batch import ITEM, jagged_items, with_candidates
 from pipeline.loader import LoaderConfig
 from pipeline.negatives import NegativesConfig

@@ -1,0 +1,51 @@
+"""How tables are cut, for more ranks than this machine has: planning needs no process group."""
+
+import pytest
+import torch
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.encoder import EncoderConfig
+from model.head import HeadConfig, catalog_slice
+from model.plan import ShardingConfig, column_width, plan_tables
+from model.ranks import Ranks
+
+NUM_ITEMS, WIDTH = 98, 32
+
+
+def shards(sharding: str, world_size: int) -> list[tuple[int, int, int]]:
+    """(rank, rows, columns) of every shard of the item table of 100 rows."""
+    config = ModelConfig(NUM_ITEMS, 8, EncoderConfig(WIDTH, 2), HeadConfig())
+    model = BERT4Rec(config, catalog_slice(NUM_ITEMS, 0, world_size, sharded=True))
+    ranks = Ranks(0, world_size, world_size, torch.device("cpu"))
+    sharder = EmbeddingCollectionSharder(fused_params={})
+    plan = plan_tables(model, ShardingConfig(sharding=sharding), sharder, 8, ranks)
+    spec = plan.plan["embeddings"]["item"].sharding_spec
+    return sorted((s.placement.rank(), *s.shard_sizes) for s in spec.shards)
+
+
+def test_row_wise_cuts_rows() -> None:
+    assert shards("row_wise", 3) == [(0, 34, 32), (1, 34, 32), (2, 32, 32)]
+
+
+def test_column_wise_gives_every_rank_a_part_of_the_width() -> None:
+    assert shards("column_wise", 4) == [(rank, 100, 8) for rank in range(4)]
+
+
+def test_table_wise_leaves_a_table_whole() -> None:
+    assert [size for _, *size in shards("table_wise", 4)] == [[100, 32]]
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "column_wise", "auto"])
+def test_on_one_rank_the_table_is_whole(sharding: str) -> None:
+    assert shards(sharding, 1) == [(0, 100, 32)]
+
+
+@pytest.mark.parametrize(
+    ("width", "world_size", "part"),
+    [(128, 1, 128), (128, 4, 32), (128, 3, 64), (12, 8, 4), (20, 2, 20), (4, 2, 4)],
+)
+def test_column_width_is_a_multiple_of_four_that_divides(
+    width: int, world_size: int, part: int
+) -> None:
+    assert column_width(width, world_size) == part
