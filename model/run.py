@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.holdout import EvalLoader, HoldoutConfig
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.masking import MaskConfig
-from pipeline.negatives import SharedNegatives, NegativesConfig
+from pipeline.negatives import NegativesConfig, SharedNegatives
 from pipeline.store import SequenceStore
 from pipeline.windows import WindowConfig
 

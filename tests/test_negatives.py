@@ -10,7 +10,7 @@ from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.masking import MaskConfig
-from pipeline.negatives import AliasTable, SharedNegatives, NegativesConfig
+from pipeline.negatives import AliasTable, NegativesConfig, SharedNegatives
 from pipeline.store import SequenceStore
 from pipeline.windows import WindowConfig
 
