@@ -19,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import ROOT, commit
+
 SHOWN = {
     "sampled": ("HR@1", "HR@5", "HR@10", "NDCG@5", "NDCG@10"),
     "full": ("HR@10", "NDCG@10"),
@@ -87,6 +90,15 @@ def table(recipe: str, results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _without_folder(flags: list[str]) -> list[str]:
+    """The flags but ``--cache_dir``: where prepared data lay says nothing."""
+    kept = [flag for flag in flags if not flag.startswith("--cache_dir=")]
+    if "--cache_dir" in kept:
+        at = kept.index("--cache_dir")
+        del kept[at : at + 2]
+    return kept
+
+
 def main() -> None:
     """Run, collect, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -99,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments, more = parser.parse_known_args()
     more = [flag for flag in more if flag != "--"]
-    shown = list(more)
+    shown = _without_folder(more)
     if arguments.dataset_path:
         shown += ["--dataset_path", Path(arguments.dataset_path).name]
         more += ["--dataset_path", str(Path(arguments.dataset_path).resolve())]
@@ -116,22 +128,19 @@ def main() -> None:
             for seed in range(arguments.seeds)
         ]
         results = [task.result() for task in tasks]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     record = {
         "recipe": arguments.recipe,
         "final": arguments.final,
         "flags": shown,
         "jobs": arguments.jobs,
-        "commit": commit,
+        "commit": commit(),
         "versions": results[0]["config"]["versions"],
         "runs": results,
     }
     path = arguments.out / f"quality-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(arguments.recipe, results))
-    print(f"{path}: commit {commit}, {record['versions']}")
+    print(f"{path}: commit {record['commit']}, {record['versions']}")
 
 
 if __name__ == "__main__":
