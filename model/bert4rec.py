@@ -17,6 +17,7 @@ from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
+from model.dense_step import DenseStep
 from model.encoder import Encoder, EncoderConfig
 from model.head import CatalogSlice, HeadConfig, ScoringHead
 from pipeline.batch import CANDIDATE, ITEM, TrainBatch
@@ -62,6 +63,7 @@ class BERT4Rec(nn.Module):
             )
             self.encoder = Encoder(config.encoder, config.max_len)
         self.head = ScoringHead(config.head, catalog, config.num_items)
+        self.dense_step = DenseStep(self.encoder, self.head)
         self.autocast = autocast
 
     def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,11 +72,16 @@ class BERT4Rec(nn.Module):
         # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             offsets = rows[ITEM].offsets()[: batch.num_rows + 1]
-            hidden = self.encoder(
-                rows[ITEM].values(), offsets, batch.masked, batch.longest, batch.left_only
-            )
-            return self.head(
-                hidden, rows[CANDIDATE].values(), batch.targets, batch.negatives, batch.log_counts
+            return self.dense_step(
+                rows[ITEM].values(),
+                rows[CANDIDATE].values(),
+                offsets,
+                batch.masked,
+                batch.targets,
+                batch.longest,
+                batch.left_only,
+                batch.negatives,
+                batch.log_counts,
             )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from model.attention import RowLayout, SelfAttention
-from model.graphs import StepGraphs
 from pipeline.errors import UserError
 
 POSITIONS = ("bias", "rotary", "none")
@@ -121,19 +120,6 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, max_len) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.emb_dim)
         self.apply(_initialise)
-        self._graphs: StepGraphs | None = None
-
-    def accelerate(self, compiled: bool, hooked: bool = True) -> None:
-        """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
-
-        Args:
-            compiled: capture what ``torch.compile`` makes of the encoder: fewer passes over memory,
-                at some tens of seconds for the first step.
-            hooked: as in :class:`~model.graphs.StepGraphs`.
-        """
-        if all(layer.attention.jagged for layer in self.layers):
-            body = torch.compile(self._encode, dynamic=True) if compiled else self._encode
-            self._graphs = StepGraphs(body, list(self.parameters()), hooked)
 
     def forward(
         self,
@@ -156,11 +142,9 @@ class Encoder(nn.Module):
         Returns:
             float [M, D].
         """
-        if self._graphs is not None and self.training and masked.numel():
-            return self._graphs(items, offsets, masked, left_only)
-        return self._encode(items, offsets, masked, left_only, min(longest, self.max_len))
+        return self.encode(items, offsets, masked, left_only, min(longest, self.max_len))
 
-    def _encode(
+    def encode(
         self,
         items: torch.Tensor,
         offsets: torch.Tensor,
@@ -168,6 +152,7 @@ class Encoder(nn.Module):
         left_only: torch.Tensor | None,
         longest: int | None = None,
     ) -> torch.Tensor:
+        """:meth:`forward` of tensors alone, for CUDA graphs: by their shapes and nothing else."""
         layout = RowLayout(offsets, items.shape[0], longest or self.max_len, left_only)
         if self.positions is not None:
             items = items + self.positions(layout.steps_ago)

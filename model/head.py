@@ -116,6 +116,12 @@ class ScoringHead(nn.Module):
         vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self.config.logit_temperature else vectors
 
+    def num_candidates(self, targets: torch.Tensor, negatives: torch.Tensor | None) -> int:
+        """C of :meth:`forward`."""
+        if negatives is None:
+            return self.catalog.high - self.catalog.low
+        return targets.numel() + negatives.numel()
+
     @property
     def scale(self) -> float:
         """What scores are multiplied with."""

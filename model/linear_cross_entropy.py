@@ -22,42 +22,14 @@ to 1/256 of its length, and so is the gradient, however small, of a position alr
 
 import torch
 
+from model.unit_rows import sum_dtype
+
 # Exponentials of logits within this, their sums over 1e9 rows, and their inverses are float32.
 MAX_BOUND = 60.0
 # What a block of logits may take where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
 # Head dimensions of FlashAttention on CUDA.
 _FLASH_WIDTH, _FLASH_STEP = 256, 8
-
-
-def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
-    inverse = (
-        torch.linalg.vector_norm(rows, dim=1, dtype=_sum_dtype(rows))
-        .clamp_(min=1e-12)
-        .reciprocal_()
-    )
-    unit = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    torch.mul(rows, inverse[:, None], out=unit)  # no float32 copy on the way to bfloat16
-    return unit, inverse
-
-
-def unit_rows_gradient(
-    mixed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor
-) -> torch.Tensor:
-    """The gradient for rows of that for their unit vectors.
-
-    Args:
-        mixed: [C, D], times ``scale`` the gradient for the unit vectors over the rows' lengths.
-        scale: float32 [C].
-        unit: [C, D], the unit vectors.
-
-    Returns:
-        [C, D] in the dtype of ``scale``: what points along a row does not change its direction.
-    """
-    gradient = mixed * scale[:, None]
-    along = (gradient * unit).sum(dim=1, keepdim=True)
-    return gradient.addcmul_(unit, along, value=-1)
 
 
 def softmax_means(
@@ -76,7 +48,7 @@ def softmax_means(
     if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound):
         means, sums = _attend(hidden, candidates, candidates)
         return means.to(sums.dtype), sums
-    dtype = _sum_dtype(hidden)
+    dtype = sum_dtype(hidden)
     means = hidden.new_zeros(hidden.shape, dtype=dtype)
     if not candidates.shape[0]:
         return means, means.new_full((hidden.shape[0],), -torch.inf)
@@ -95,7 +67,7 @@ def softmax_means(
 
 def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float) -> torch.Tensor:
     """Each position's logit [M] of its own row [M, D], rounded as :func:`softmax_means` rounds."""
-    logits = (hidden * target_rows.to(_sum_dtype(hidden))).sum(dim=1)
+    logits = (hidden * target_rows.to(sum_dtype(hidden))).sum(dim=1)
     return logits if _is_fused(hidden, bound) else logits.to(hidden.dtype).to(logits.dtype)
 
 
@@ -124,7 +96,7 @@ def weighted_hidden(
         means, sums = _attend(candidates, hidden, values.to(hidden.dtype))
         return means, sums.exp_()
     weighted = (hidden * weights[:, None]).to(hidden.dtype)
-    mixed = candidates.new_zeros(candidates.shape, dtype=_sum_dtype(hidden))
+    mixed = candidates.new_zeros(candidates.shape, dtype=sum_dtype(hidden))
     blocks = _blocks(candidates, hidden.shape[0])
     for block, target in zip(blocks, mixed.split(blocks[0].shape[0] or 1), strict=False):
         logits = (block @ hidden.T).to(mixed.dtype)  # [a block, M]
@@ -162,7 +134,3 @@ def _is_fused(hidden: torch.Tensor, bound: float) -> bool:
 def _blocks(candidates: torch.Tensor, positions: int) -> tuple[torch.Tensor, ...]:
     """Candidates in parts whose float32 logits take ``BLOCK_BYTES`` at most."""
     return candidates.split(max(1, BLOCK_BYTES // (4 * max(1, positions))))
-
-
-def _sum_dtype(vectors: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(vectors.dtype, torch.float32)

@@ -8,7 +8,8 @@ What the stages of a step are called in the trace:
     data wait             ## next_batch ##
     transfer              ## copy_batch_to_gpu ... ##
     input distribution    ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##
-    lookup, encoder, head       inside ## forward ... ##
+    lookup, encoder, head       inside ## forward ... ##; "encoder and head" where one CUDA graph
+                          holds both
     backward              ## backward ... ##
     optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
 
@@ -43,6 +44,7 @@ STAGES = {
     "lookup": "lookup$",
     "encoder": "encoder$",
     "head": "head$",
+    "encoder and head": "encoder and head$",
     "backward": "## backward ",
     "optimizer": "## optimizer ",
 }
@@ -116,11 +118,12 @@ class StepProfiler:
                 self._begin()
 
     def _begin(self) -> None:
-        for name, module in (
-            ("lookup", self._bert.embeddings),
-            ("encoder", self._bert.encoder),
-            ("head", self._bert.head),
-        ):
+        stages = {"lookup": self._bert.embeddings}
+        if self._bert.dense_step.is_graphed:
+            stages["encoder and head"] = self._bert.dense_step
+        else:
+            stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
+        for name, module in stages.items():
             self._hooks += _named(name, module)
         self._to_record = _WARM_UP + self._recorded
         activities = [ProfilerActivity.CPU]
@@ -177,7 +180,7 @@ def summary(events: list[Any]) -> str:
         stage: sum(event.cpu_time_total for event in host if re.match(names, event.name))
         for stage, names in STAGES.items()
     }
-    parts = [f"{stage} {time / count / 1000:.2f}" for stage, time in spent.items()]
+    parts = [f"{stage} {time / count / 1000:.2f}" for stage, time in spent.items() if time]
     whole = sum(event.cpu_time_total for event in steps)
     text = f"a step takes the host {whole / count / 1000:.2f} ms: {', '.join(parts)}"
     kernels = [

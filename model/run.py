@@ -152,7 +152,7 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
     model = shard_model(config, build_plain_model(config, num_items, ranks), ranks)
     if unwrap(model).autocast and config.output.acceleration != "none":
         compiled = config.output.acceleration == "compile"
-        unwrap(model).encoder.accelerate(compiled, hooked=ranks.world_size > 1)
+        unwrap(model).dense_step.accelerate(compiled, alone=ranks.world_size == 1)
     return model
 
 

@@ -20,13 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.linear_cross_entropy import (
-    softmax_means,
-    target_logits,
-    unit_rows,
-    unit_rows_gradient,
-    weighted_hidden,
-)
+from model.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
+from model.unit_rows import unit_rows, unit_rows_gradient
 
 
 def gather_sizes(size: int) -> list[int]:

@@ -27,6 +27,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from model.bert4rec import BERT4Rec
+from model.graphs import GraphedOptimizer
 from model.plan import (
     FUSED_OPTIMIZERS,
     ShardingConfig,
@@ -142,6 +143,7 @@ class Optimizers:
                 betas=(0.9, config.beta2),
                 eps=1e-8,
                 fused=device.type == "cuda",
+                capturable=device.type == "cuda",
             )
 
         self.dense = KeyedOptimizerWrapper(parameters, adamw)
@@ -150,8 +152,12 @@ class Optimizers:
             stepped = GradientClippingOptimizer(
                 self.dense, clipping=GradientClipping.NORM, max_gradient=config.max_grad_norm
             )
-        self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._table_ids = tables
+        if unwrap(model).dense_step.is_graphed and not tables:
+            for group in self.dense.param_groups:
+                group["lr"] = torch.tensor(config.lr, device=device)
+            stepped = GraphedOptimizer(stepped, list(parameters.values()))
+        self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"
         if sharding.mode == "dmp":
             name = embedding_optimizer(sharding, device)
@@ -173,7 +179,11 @@ class Optimizers:
             group["lr"] = factor * self._peak["tables"]
         for group in self.dense.param_groups:
             is_table = id(group["params"][0]) in self._table_ids
-            group["lr"] = factor * self._peak["tables" if is_table else "dense"]
+            rate = factor * self._peak["tables" if is_table else "dense"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)  # a CUDA graph reads it there
+            else:
+                group["lr"] = rate
 
     def materialise_state(self) -> None:
         """Create AdamW's state tensors, so that a checkpoint can be loaded into them.

@@ -1,44 +1,64 @@
-"""The encoder's fast path on CUDA against its plain one; skipped where there is no CUDA."""
+"""The training step's fast path on CUDA against its plain one; skipped where there is no CUDA."""
 
 import pytest
 import torch
 
+from model import graphs
+from model.dense_step import DenseStep
 from model.encoder import Encoder, EncoderConfig
+from model.graphs import GraphedOptimizer
+from model.head import CatalogSlice, HeadConfig, ScoringHead
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 
 LENGTHS = [40, 7, 0, 23, 40, 1, 12, 0]
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+ITEMS, NEGATIVES, MASKED = 300, 50, 30
 
 
-def encoder(dropout: float = 0.0) -> Encoder:
+def step(dropout: float = 0.0, loss: str = "softmax") -> tuple[DenseStep, Encoder]:
     torch.manual_seed(0)
-    made = Encoder(EncoderConfig(emb_dim=64, nhead=2, dropout=dropout), max_len=40).train()
-    for parameter in made.parameters():  # small initial weights would hide what attention does
+    encoder = Encoder(EncoderConfig(emb_dim=64, nhead=2, dropout=dropout), max_len=40).train()
+    for parameter in encoder.parameters():  # small initial weights would hide what attention does
         torch.nn.init.normal_(parameter, std=0.15)
-    return made
+    head = ScoringHead(HeadConfig(loss=loss), CatalogSlice(1, ITEMS + 1, shared=False))
+    return DenseStep(encoder, head).train(), encoder
 
 
-def inputs(seed: int, left_rows: int) -> Inputs:
+def inputs(seed: int, left_rows: int, loss: str = "softmax") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
-    items = torch.randn(int(offsets[-1]), 64, generator=generator)
-    masked = torch.randperm(len(items), generator=generator)[:30].sort().values
-    return items, offsets, masked, torch.arange(len(LENGTHS)) < left_rows
+    positions = int(offsets[-1])
+    candidates = ITEMS if loss == "softmax" else MASKED + NEGATIVES
+    given = {
+        "rows": torch.randn(positions + candidates, 64, generator=generator),
+        "offsets": offsets,
+        "masked": torch.randperm(positions, generator=generator)[:MASKED].sort().values,
+        "targets": torch.randint(ITEMS + 1, (MASKED,), generator=generator),
+        "left_only": torch.arange(len(LENGTHS)) < left_rows,
+    }
+    if loss != "softmax":
+        given["negatives"] = torch.randint(1, ITEMS + 1, (NEGATIVES,), generator=generator)
+        given["log_counts"] = torch.rand(NEGATIVES, generator=generator)
+    return given
 
 
-def results(model: Encoder, given: Inputs, half: bool) -> list[torch.Tensor]:
-    """The output, and the gradients of a weighted sum of it, in float32 on the CPU."""
-    model.zero_grad()
-    device = next(model.parameters()).device
-    items, offsets, masked, left_only = (tensor.to(device) for tensor in given)
-    items = items.clone().requires_grad_()
+def results(
+    model: DenseStep, encoder: Encoder, given: dict[str, torch.Tensor], half: bool
+) -> list[torch.Tensor]:
+    """Loss, report and gradients, in float32 on the CPU."""
+    device = next(encoder.parameters()).device
+    for parameter in encoder.parameters():
+        parameter.grad = None
+    moved = {name: tensor.to(device) for name, tensor in given.items()}
+    rows = moved.pop("rows").requires_grad_()
+    positions = int(given["offsets"][-1])
+    # As a lookup hands them over: parts of one tensor that is no leaf.
+    items, candidates = (rows * 1).split([positions, len(rows) - positions])
     with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
-        found = model(items, offsets, masked, 40, left_only)
-    weights = torch.linspace(-1, 1, found.numel(), device=device).view_as(found)
-    (found.float() * weights).sum().backward()
-    gradients = [items.grad, *(parameter.grad for parameter in model.parameters())]
-    return [tensor.detach().float().cpu().clone() for tensor in (found, *gradients)]
+        loss, report = model(items, candidates, longest=40, **moved)
+    loss.backward()
+    gradients = [rows.grad, *(parameter.grad for parameter in encoder.parameters())]
+    return [tensor.detach().float().cpu().clone() for tensor in (loss, report, *gradients)]
 
 
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float) -> None:
@@ -49,31 +69,83 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], limit:
 @pytest.mark.parametrize("left_rows", [0, 4, 8])
 def test_jagged_half_precision_is_padded_full_precision(left_rows: int) -> None:
     given = inputs(1, left_rows)
-    plain, fast = encoder(), encoder().cuda()
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
     torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is not harmless zeros
-    assert_close(results(fast, given, half=True), results(plain, given, half=False), 0.03)
+    assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
-@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_compute_what_the_plain_code_does(compiled: bool, hooked: bool) -> None:
-    plain, fast = encoder(), encoder().cuda()
-    fast.accelerate(compiled, hooked)
+def test_graphs_compute_what_the_plain_code_does(compiled: bool, alone: bool, loss: str) -> None:
+    (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss)
+    encoder.cuda()
+    fast.accelerate(compiled, alone)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):  # captured once, replayed with others
+        given = inputs(seed, left_rows, loss)
+        assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
+
+
+def test_large_inputs_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_COPIED_BYTES", 64_000)  # the joined rows alone are larger
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
+    fast.accelerate(compiled=False, alone=True)
+    for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):
+        elsewhere = torch.empty(seed << 20, device="cuda")  # so that addresses change
         given = inputs(seed, left_rows)
-        assert_close(results(fast, given, half=True), results(plain, given, half=False), 0.03)
+        assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
+        del elsewhere
 
 
 def test_dropout_follows_the_seed_through_graphs() -> None:
-    plain, fast = encoder(0.3).cuda(), encoder(0.3).cuda()
-    fast.accelerate(compiled=False)
+    (plain, slow), (fast, encoder) = step(0.3), step(0.3)
+    slow.cuda()
+    encoder.cuda()
+    fast.accelerate(compiled=False, alone=True)
     given = inputs(1, 4)
 
-    def seeded(model: Encoder, seed: int) -> torch.Tensor:
+    def seeded(model: DenseStep, of: Encoder, seed: int) -> torch.Tensor:
         torch.cuda.manual_seed(seed)
-        return results(model, given, half=True)[0]
+        return results(model, of, given, half=True)[0]
 
-    first, second = seeded(fast, 1), seeded(fast, 2)  # the first call captures
-    assert first.equal(seeded(plain, 1))
-    assert second.equal(seeded(plain, 2))
+    first, second = seeded(fast, encoder, 1), seeded(fast, encoder, 2)  # the first call captures
+    assert first.equal(seeded(plain, slow, 1))
+    assert second.equal(seeded(plain, slow, 2))
     assert not first.equal(second)
+
+
+class _Clipped:
+    """Just enough of a KeyedOptimizer: AdamW behind a clipped norm."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        rate = torch.tensor(1e-3, device="cuda")
+        self.inner = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=True)
+        self.parameters = parameters
+        self.params, self.state, self.param_groups = {}, {}, self.inner.param_groups
+
+    def step(self, closure: object = None) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.inner.step()
+
+
+def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
+    (plain, slow), (fast, encoder) = step(), step()
+    slow.cuda()
+    encoder.cuda()
+    fast.accelerate(compiled=False, alone=True)
+    expected, found = (_Clipped(list(each.parameters())) for each in (slow, encoder))
+    graphed = GraphedOptimizer(found, found.parameters)
+    for number in range(8):
+        given = inputs(number % 3, 4)
+        results(plain, slow, given, half=True)
+        results(fast, encoder, given, half=True)
+        for optimizer in (expected, found):
+            optimizer.param_groups[0]["lr"].fill_(1e-3 * (number + 1))
+        expected.step()
+        graphed.step()
+        graphed.zero_grad()
+    assert graphed._graph is not None
+    for one, other in zip(encoder.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=2e-4)

@@ -66,7 +66,7 @@ def test_a_trace_of_steady_steps_with_its_stages(
     (line,) = (line for line in outcome.out.splitlines() if "a step takes the host" in line)
     assert line.startswith(f"{tmp_path / 'profile'}: ")
     times = dict(part.rsplit(" ", 1) for part in line.split("ms: ")[1].split(", "))
-    assert times.keys() == STAGES.keys()
+    assert times.keys() == STAGES.keys() - {"encoder and head"}  # of CUDA graphs
     assert all(float(time) > 0 for stage, time in times.items() if stage != "data wait")
     assert len(hooks) == 3
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
@@ -113,8 +113,7 @@ def test_summary_by_hand() -> None:
     ]
     # Kernels run from 2500 to 4500 and from 6000 to 6500: 2500 of 4000.
     assert summary(events) == (
-        "a step takes the host 4.00 ms: data wait 0.25, transfer 0.00, input distribution 0.75, "
-        "lookup 0.00, encoder 1.00, head 0.00, backward 0.00, optimizer 0.00; "
+        "a step takes the host 4.00 ms: data wait 0.25, input distribution 0.75, encoder 1.00; "
         "the GPU is busy 62% of the time"
     )
     assert "GPU" not in summary(events[:8])

@@ -1,0 +1,115 @@
+"""A training step after the lookup: encoder, then the head's loss, on CUDA through CUDA graphs.
+
+    rows of all positions [T, D] -> encoder -> hidden [M, D] -+-> head -> loss
+    rows of the candidates [C, D] ----------------------------+
+
+    one rank          one pair of graphs for all of it, one for the optimizer
+    several ranks     graphs of the encoder; the head talks to the other ranks
+
+Shapes: T positions of all rows, M masked positions, C candidates, D width.
+"""
+
+import torch
+from torch import nn
+
+from model.encoder import Encoder
+from model.graphs import StepGraphs
+from model.head import ScoringHead
+
+
+class DenseStep(nn.Module):
+    """Loss of looked-up rows; knows nothing of TorchRec and owns no parameter.
+
+    Args:
+        encoder, head: used, and registered by somebody else, whose names their weights keep.
+    """
+
+    def __init__(self, encoder: Encoder, head: ScoringHead) -> None:
+        super().__init__()
+        self._parts = (encoder, head)
+        self._whole: StepGraphs | None = None
+        self._encode: StepGraphs | None = None
+
+    def accelerate(self, compiled: bool, alone: bool) -> None:
+        """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
+
+        Args:
+            compiled: capture what ``torch.compile`` makes of the encoder: fewer passes over memory,
+                at some tens of seconds for the first step.
+            alone: there is one rank: nothing between the lookup and its gradients leaves it.
+        """
+        encoder, _ = self._parts
+        if not all(layer.attention.jagged for layer in encoder.layers):
+            return
+        body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
+        parameters = list(encoder.parameters())
+        if alone:
+            self._body = body
+            self._whole = StepGraphs(self._losses, parameters, hooked=False)
+        else:
+            self._encode = StepGraphs(body, parameters)
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether gradients of the encoder stay where they are, step after step."""
+        return self._whole is not None
+
+    def forward(
+        self,
+        items: torch.Tensor,
+        candidates: torch.Tensor,
+        offsets: torch.Tensor,
+        masked: torch.Tensor,
+        targets: torch.Tensor,
+        longest: int,
+        left_only: torch.Tensor | None = None,
+        negatives: torch.Tensor | None = None,
+        log_counts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`."""
+        encoder, head = self._parts
+        graphs = self.training and masked.numel() > 0
+        if graphs and self._whole is not None:
+            joined = _joined(items, candidates)
+            loss, report = self._whole(
+                joined, offsets, masked, left_only, targets, negatives, log_counts
+            )
+            return loss, report.clone()
+        if graphs and self._encode is not None:
+            (hidden,) = self._encode(items, offsets, masked, left_only)
+        else:
+            hidden = encoder(items, offsets, masked, longest, left_only)
+        return head(hidden, candidates, targets, negatives, log_counts)
+
+    def _losses(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor,
+        masked: torch.Tensor,
+        left_only: torch.Tensor | None,
+        targets: torch.Tensor,
+        negatives: torch.Tensor | None,
+        log_counts: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        _, head = self._parts
+        scored = head.num_candidates(targets, negatives)
+        items, candidates = rows.split([rows.shape[0] - scored, scored])
+        hidden = self._body(items, offsets, masked, left_only)
+        return head(hidden, candidates, targets, negatives, log_counts)
+
+
+def _joined(items: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Rows of both features as one tensor [T + C, D]: the one that the lookup has split, if it has.
+
+    A large catalog's rows are neither copied here, nor their gradients joined by another copy.
+    """
+    base = items._base
+    if (
+        base is not None
+        and base is candidates._base
+        and base.shape == (len(items) + len(candidates), *items.shape[1:])
+        and items.storage_offset() == base.storage_offset()
+        and candidates.data_ptr() == base[len(items) :].data_ptr()
+    ):
+        return base
+    return torch.cat([items, candidates])

@@ -1,0 +1,45 @@
+"""Rows at length 1 and their gradients: by hand, and the kernels on CUDA against plain torch."""
+
+import pytest
+import torch
+
+from model.unit_rows import unit_rows, unit_rows_gradient
+
+
+def test_by_hand() -> None:
+    unit, inverse = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
+    assert unit.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
+    assert inverse[0] == pytest.approx(0.2)
+    gradient = unit_rows_gradient(
+        torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([0.2, 1.0]), unit
+    )
+    # (I - u u^T) g / |row|: g = (1, 0), u = (.6, .8), |row| = 5
+    assert gradient[0].tolist() == [pytest.approx(0.2 * 0.64), pytest.approx(-0.2 * 0.48)]
+
+
+def test_is_what_autograd_says() -> None:
+    rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, 8, dtype=torch.float64)
+    (torch.nn.functional.normalize(rows, dim=-1) * weights).sum().backward()
+    unit, inverse = unit_rows(rows.detach(), torch.float64)
+    torch.testing.assert_close(unit_rows_gradient(weights, inverse, unit), rows.grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("width", [4, 60, 128, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_plain_torch(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+    rows, mixed = (torch.randn(1003, width, generator=generator) for _ in range(2))
+    rows[7] = 0
+    scale = torch.rand(1003, generator=generator)
+    unit, inverse = unit_rows(rows.double(), torch.float64)
+    found, found_inverse = unit_rows(rows.cuda(), dtype)
+    assert found.dtype == dtype
+    limit = 1e-6 if dtype == torch.float32 else 5e-3
+    assert float((found.cpu().double() - unit).norm() / unit.norm()) < limit
+    rest = torch.arange(1003) != 7  # its inverse is 1e12
+    torch.testing.assert_close(found_inverse.cpu()[rest].double(), inverse[rest], rtol=1e-5, atol=0)
+    expected = unit_rows_gradient(mixed.double(), scale.double(), unit)
+    gradient = unit_rows_gradient(mixed.cuda().to(dtype), scale.cuda(), found).cpu().double()
+    assert float((gradient - expected).norm() / expected.norm()) < limit
