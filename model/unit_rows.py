@@ -9,6 +9,8 @@ than the softmax over it: on CUDA both are kernels in Triton, the compiler that 
 Shapes: C rows, D width.
 """
 
+# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+
 from typing import Any
 
 import torch
@@ -83,11 +85,11 @@ if triton is not None:
 
     @triton.jit
     def _unit_rows(
-        rows: Any,
-        unit: Any,
-        inverse: Any,
-        count: Any,
-        width: Any,
+        rows,
+        unit,
+        inverse,
+        count,
+        width,
         block: tl.constexpr,
         columns: tl.constexpr,
         shortest: tl.constexpr,
@@ -104,12 +106,12 @@ if triton is not None:
 
     @triton.jit
     def _unit_rows_gradient(
-        mixed: Any,
-        scale: Any,
-        unit: Any,
-        gradient: Any,
-        count: Any,
-        width: Any,
+        mixed,
+        scale,
+        unit,
+        gradient,
+        count,
+        width,
         block: tl.constexpr,
         columns: tl.constexpr,
     ) -> None:
