@@ -34,8 +34,11 @@ from model.ranks import Ranks
 from model.sharding import unwrap
 from pipeline.errors import UserError
 
-# Steps before the trace: kernels are chosen and memory is allocated in the first ones.
-_SKIPPED, _WARM_UP = 20, 2
+# Steps before the trace: in the first ones kernels are chosen, memory is allocated, CUDA graphs are
+# captured.
+_SKIPPED, _WARM_UP = 100, 2
+# Steps after it: the last ones have no batch to prepare any more.
+_RUN_OUT = 2
 # How the ranges of a stage begin in the trace.
 STAGES = {
     "data wait": "## next_batch ",
@@ -87,7 +90,7 @@ class StepProfiler:
     ) -> None:
         self._recorded, self._say = config.profile, say
         self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        self._to_skip = max(0, min(_SKIPPED, steps - _WARM_UP - config.profile))
+        self._to_skip = max(0, min(_SKIPPED, steps - _WARM_UP - config.profile - _RUN_OUT))
         self._profile: profile | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 

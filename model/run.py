@@ -151,8 +151,9 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
     """The model, sharded or replicated over the ranks."""
     model = shard_model(config, build_plain_model(config, num_items, ranks), ranks)
     if unwrap(model).autocast and config.output.acceleration != "none":
-        compiled = config.output.acceleration == "compile"
-        unwrap(model).dense_step.accelerate(compiled, alone=ranks.world_size == 1)
+        # A replicated table gets its gradients from autograd, not from what the graphs write.
+        alone = ranks.world_size == 1 and config.sharding.mode == "dmp"
+        unwrap(model).dense_step.accelerate(config.output.acceleration == "compile", alone)
     return model
 
 
