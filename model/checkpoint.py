@@ -35,7 +35,7 @@ from model.manifest import DamagedError, read_manifest, verify
 from model.progress import Position
 from model.ranks import Ranks, from_first_rank
 from model.safe_reader import SafeReader
-from model.sharding import Optimizers, drop_cached_rows
+from model.sharding import Optimizers, drop_cached_rows, set_table_steps
 from model.writer import CheckpointWriter, Underway, aside_of, host_copy
 from pipeline.errors import UserError
 
@@ -224,8 +224,7 @@ class Checkpoints:
         state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
         self._load(state, position.step)
         drop_cached_rows(model)
-        # FBGEMM keeps Adam's step out of the state.
-        optimizers.combined.set_optimizer_step(position.step)
+        set_table_steps(model, position.step)
         self._ranks.say(f"resumed from {self.path(position.step)}")
         return position
 

@@ -162,6 +162,7 @@ class _Replay(torch.autograd.Function):
             if static is not None and given is not None:
                 static.detach().copy_(given, non_blocking=True)
         captured.forward.replay()
+        ctx.set_materialize_grads(False)
         ctx.captured = captured
         # The backward pass reads them again where they lie.
         ctx.held = [given for given in inputs if given is not None and _address(given)]

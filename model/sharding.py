@@ -221,10 +221,27 @@ def _sharded_tables(model: DistributedModelParallel) -> Iterator[str]:
 
 def drop_cached_rows(model: nn.Module) -> None:
     """Forget the rows that ``fused_uvm_caching`` keeps on the GPU: the tables were loaded anew."""
+    for lookup in _lookups(model):
+        lookup.purge()
+
+
+def set_table_steps(model: nn.Module, step: int) -> None:
+    """Tell the fused optimizers how many steps there were.
+
+    Adam corrects its averages by this count. FBGEMM keeps it out of the state, and takes every
+    lookup for a step, those of an evaluation too.
+    """
+    for lookup in _lookups(model):
+        for table in lookup.modules():
+            for counter in ("iter", "iter_cpu"):
+                if isinstance(count := getattr(table, counter, None), torch.Tensor):
+                    count.fill_(step)
+
+
+def _lookups(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingCollection):
-            for lookup in module._lookups:
-                lookup.purge()
+            yield from module._lookups
 
 
 def unwrap(model: nn.Module) -> BERT4Rec:

@@ -29,7 +29,7 @@ from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
 from model.progress import Feed, Interval, Position
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
-from model.sharding import Optimizers, train_pipeline
+from model.sharding import Optimizers, set_table_steps, train_pipeline
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
 
@@ -290,6 +290,7 @@ class Trainer:
         """Validate, log, and note whether this is the best model so far."""
         started = time.perf_counter()
         result = validate(self._interruptible)
+        set_table_steps(self.model, self.position.step)
         protocol, metric = SELECT
         value = result[protocol][metric]
         position = self.position

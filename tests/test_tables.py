@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from safetensors.torch import load_file
 
 from model import run as model_run
 from model.plan import ShardingConfig
-from model.ranks import alone
-from model.sharding import OptimizerConfig, shard
+from model.ranks import Ranks, alone
+from model.sharding import OptimizerConfig, set_table_steps, shard
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 
@@ -115,3 +118,15 @@ def test_tables_that_a_cpu_cannot_have(options: dict[str, str], message: str) ->
 def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ShardingConfig(**options)
+
+
+def test_the_tables_are_told_how_many_steps_there_were(one_rank: Ranks) -> None:
+    model = model_run.build_model(model_run.RunConfig(), 50, one_rank)
+    set_table_steps(model, 7)
+    tables = [
+        module
+        for lookup in model.module.embeddings._lookups
+        for module in lookup.modules()
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
+    ]
+    assert [(int(table.iter), int(table.iter_cpu)) for table in tables] == [(7, 7)]
