@@ -1,19 +1,19 @@
 """Training batches: every window, in a new order each epoch, once over all ranks.
 
-    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp]
+    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp] [-> DrawNegatives]
     sample numbers     order in a step     jagged rows   cloze task
-        -> SplitBatches [-> DrawNegatives]
-           TrainBatch
+        -> ToTensors -> Prefetcher -> TrainBatch
 
-and a Prefetcher, in whose thread all of this runs ahead.
+The Prefetcher's thread runs all stages before it ahead.
 
 A sample is one of ``dupe_factor`` copies of a window; ``pipeline/samples.py`` says which rank
 trains which. All ranks have equally many batches: one that gets no part of an epoch's last, partial
 step is given a filler row, a lone mask token with nothing to predict.
 
-Stages before the split work on chunks of several steps, which is what makes small batches cheap;
-draws are keyed by window, so chunks change nothing. The state is {"epoch", "sample"}, the samples
-consumed by all ranks together, and goes on at any world size or batch size::
+Stages, and the thread, work on chunks of several steps, which is what makes small batches cheap: a
+step's batch is a view of its chunk. Draws are keyed by window, so chunks change nothing. The state
+is {"epoch", "sample"}, the samples consumed by all ranks together, and goes on at any world size or
+batch size::
 
     loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
     batches = loader.epoch(3)
@@ -24,24 +24,24 @@ consumed by all ranks together, and goes on at any world size or batch size::
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Prefetcher
 
-from pipeline.batch import TrainBatch, jagged_items, rounded_up
+from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.masking import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
 from pipeline.negatives import DrawNegatives, SharedNegatives
 from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
+from pipeline.steps import ToTensors
 from pipeline.store import SequenceStore
 from pipeline.windows import CutWindows, WindowConfig, WindowTable
 
 # Enough items a chunk that NumPy's fixed cost a call vanishes, few enough to be made in some
 # milliseconds.
-_CHUNK_ITEMS = 1 << 17
+_CHUNK_ITEMS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,99 +60,6 @@ class LoaderConfig:
                 raise UserError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"--seed must be in 0..2^63-1, not {self.seed}")
-
-
-class SplitBatches(BaseNode[TrainBatch]):
-    """The chunk's steps one by one as batches, their tensors views of the chunk's."""
-
-    def __init__(
-        self,
-        source: BaseNode[Chunk],
-        mask_token: int,
-        candidate_range: tuple[int, int] | None = None,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__()
-        self.source = source
-        self.mask_token = mask_token
-        self.candidate_range = candidate_range
-        self.pin_memory = pin_memory
-        self._batches: Iterator[tuple[TrainBatch, dict[str, int]]] = iter(())
-        self._state: dict[str, Any] = {}
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self.source.reset(initial_state)
-        self._batches = iter(())
-        self._state = self.source.state_dict()
-
-    def get_state(self) -> dict[str, Any]:
-        return self._state
-
-    def next(self) -> TrainBatch:
-        made = next(self._batches, None)
-        if made is None:
-            self._batches = self._split(next(self.source))
-            made = next(self._batches)
-        batch, self._state = made
-        return batch
-
-    def _split(self, chunk: Chunk) -> Iterator[tuple[TrainBatch, dict[str, int]]]:
-        """The chunk's batches, each with the state after it."""
-        value_splits = chunk.offsets[chunk.row_splits]
-        mask_splits = chunk.mask_splits
-        if mask_splits is None:
-            mask_splits = np.searchsorted(chunk.masked, value_splits)
-        chunk.masked -= np.repeat(value_splits[:-1], np.diff(mask_splits))
-        row_lengths = np.diff(chunk.offsets)
-        values, lengths, masked, targets = (
-            self._tensor(array)
-            for array in (chunk.values, row_lengths, chunk.masked, chunk.targets)
-        )
-        left_only = chunk.left_only
-        if left_only is not None:
-            left_only = self._tensor(left_only, torch.bool)
-        rows, items, masks, windows = (
-            s.tolist() for s in (chunk.row_splits, value_splits, mask_splits, chunk.step_windows)
-        )
-        for step, sample in enumerate(chunk.step_samples):
-            batch = TrainBatch(
-                features=jagged_items(
-                    values[items[step] : items[step + 1]], lengths[rows[step] : rows[step + 1]]
-                ),
-                masked=masked[masks[step] : masks[step + 1]],
-                targets=targets[masks[step] : masks[step + 1]],
-                num_windows=windows[step],
-                num_rows=rows[step + 1] - rows[step],
-                longest=rounded_up(row_lengths[rows[step] : rows[step + 1]].max(initial=1)),
-                candidate_range=self.candidate_range,
-                left_only=None if left_only is None else left_only[rows[step] : rows[step + 1]],
-            )
-            yield (
-                batch if batch.num_rows else self._filler(),
-                {"epoch": chunk.epoch, "sample": sample},
-            )
-
-    def _filler(self) -> TrainBatch:
-        """What a rank without a share trains on: one mask token, nothing masked, no window."""
-        nothing = np.empty(0, dtype=np.int64)
-        return TrainBatch(
-            features=jagged_items(
-                self._tensor(np.array([self.mask_token])), self._tensor(np.array([1]))
-            ),
-            masked=self._tensor(nothing),
-            targets=self._tensor(nothing),
-            num_windows=0,
-            num_rows=1,
-            longest=rounded_up(1),
-            candidate_range=self.candidate_range,
-        )
-
-    def _tensor(self, array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        """In page-locked memory if asked for: a whole chunk costs one allocation."""
-        tensor = torch.empty(len(array), dtype=dtype, pin_memory=self.pin_memory)
-        tensor.numpy()[:] = array
-        return tensor
 
 
 class TrainLoader:
@@ -188,7 +95,9 @@ class TrainLoader:
         if len(table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
         self.num_windows = len(table)
-        batch_items = config.train_batch_size * windows.max_len
+        step_items = config.train_batch_size * windows.max_len
+        step_items = max(step_items, negatives.count if negatives is not None else 0)
+        steps_per_chunk = max(1, _CHUNK_ITEMS // step_items)
         mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
         self._samples = ShuffledSamples(
             num_windows=len(table),
@@ -197,7 +106,7 @@ class TrainLoader:
             seed=config.seed,
             rank=rank,
             world_size=world_size,
-            steps_per_chunk=max(1, _CHUNK_ITEMS // batch_items),
+            steps_per_chunk=steps_per_chunk,
         )
         cloze = ClozeMask(mask, store.num_items, config.seed)
         ordered = LeftContextFirst(self._samples, cloze)
@@ -212,10 +121,11 @@ class TrainLoader:
                 position_unit=rounding_unit(mean_items),
                 mask_unit=rounding_unit(mean_items * mask.mask_prob),
             )
-        batches: BaseNode[TrainBatch] = SplitBatches(chunks, cloze.mask_token, candidate_range, pin)
         if negatives is not None:
-            batches = DrawNegatives(batches, negatives, pin)
-        self._prefetcher = Prefetcher(batches, prefetch_factor=config.prefetch_batches)
+            chunks = DrawNegatives(chunks, negatives)
+        tensors = ToTensors(chunks, cloze.mask_token, candidate_range, pin)
+        ahead = -(-config.prefetch_batches // steps_per_chunk)
+        self._prefetcher = Prefetcher(tensors, prefetch_factor=ahead)
         self._state = {"epoch": 0, "sample": 0}
 
     @property
@@ -249,7 +159,7 @@ class TrainLoader:
         return dict(self._state)
 
     def _consume(self) -> Iterator[TrainBatch]:
-        for batch in self._prefetcher:
-            # The snapshot that came with this batch, not where the thread is by now.
-            self._state = self._prefetcher.state_dict()["snapshot"]
-            yield batch
+        for chunk in self._prefetcher:
+            for batch, sample in chunk.batches():
+                self._state = {"epoch": chunk.epoch, "sample": sample}
+                yield batch

@@ -13,15 +13,13 @@ the tables are made by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from torchdata.nodes import BaseNode
 
-from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.keyed import child_keys, high32, key64, low32, position_draws, scaled
+from pipeline.samples import Chunk, ChunkStage
 
 # Parts these draws from others that come from the same key.
 _NEGATIVES = 0x3C6EF372
@@ -88,53 +86,35 @@ class SharedNegatives:
     ) -> None:
         self.count, self.num_items, self.seed = count, num_items, seed
         self._table: AliasTable | None = None
-        self._log_counts = np.full(count, np.log(count / num_items), dtype=np.float32)
+        self._log_counts = np.full(num_items, np.log(count / num_items), dtype=np.float32)
         if weights is not None:
             probabilities = weights / weights.sum(dtype=np.float64)
             self._table = AliasTable(probabilities)
             self._log_counts = np.log(count * probabilities).astype(np.float32)
 
-    def __call__(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items int64 [K] and the logarithms of their expected counts float32 [K] of a step.
+    def __call__(self, epoch: int, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Items int64 [S, K] and the logarithms of their expected counts float32 [S, K] of S steps.
 
         Args:
-            epoch, sample: the position in the data order; the key.
+            epoch: the epoch.
+            samples: each step's position in the data order; with the epoch, the key.
         """
-        key = child_keys(key64(self.seed, epoch, _NEGATIVES), np.array([sample]))
-        whole = np.array([0, self.count])
-        items = scaled(position_draws(low32(key), whole), self.num_items)
-        if self._table is None:
-            return items + 1, self._log_counts.copy()
-        items = self._table(items, position_draws(high32(key), whole))
+        keys = child_keys(key64(self.seed, epoch, _NEGATIVES), np.array(samples))
+        whole = np.arange(len(samples) + 1) * self.count
+        items = scaled(position_draws(low32(keys), whole), self.num_items)
+        if self._table is not None:
+            items = self._table(items, position_draws(high32(keys), whole))
+        items = items.reshape(len(samples), self.count)
         return items + 1, self._log_counts[items]
 
 
-class DrawNegatives(BaseNode[TrainBatch]):
-    """Give each batch its step's negatives.
+class DrawNegatives(ChunkStage[Chunk]):
+    """Give each of the chunk's steps its negatives: sets negatives and log_counts."""
 
-    Args:
-        source: batches; its state is the position in the data order after each.
-        sampler: draws.
-        pin_memory: into page-locked memory.
-    """
+    def __init__(self, source: BaseNode[Chunk], sampler: SharedNegatives) -> None:
+        super().__init__(source)
+        self.sampler = sampler
 
-    def __init__(
-        self, source: BaseNode[TrainBatch], sampler: SharedNegatives, pin_memory: bool = False
-    ) -> None:
-        super().__init__()
-        self.source, self.sampler, self.pin_memory = source, sampler, pin_memory
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self.source.reset(initial_state)
-
-    def get_state(self) -> dict[str, Any]:
-        return self.source.state_dict()
-
-    def next(self) -> TrainBatch:
-        batch = next(self.source)
-        drawn = map(torch.from_numpy, self.sampler(**self.source.state_dict()))
-        if self.pin_memory:
-            drawn = (tensor.pin_memory() for tensor in drawn)
-        batch.negatives, batch.log_counts = drawn
-        return batch
+    def apply(self, chunk: Chunk) -> Chunk:
+        chunk.negatives, chunk.log_counts = self.sampler(chunk.epoch, chunk.step_samples)
+        return chunk

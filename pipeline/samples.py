@@ -44,6 +44,8 @@ class Chunk:
         mask_splits: int64 [S + 1]; step s has masked[mask_splits[s]:mask_splits[s + 1]]. Set by
             a stage that adds entries out of order; else the steps' positions tell.
         step_windows: int64 [S], rows of each step that are windows, set when rows are chosen.
+        negatives: int64 [S, K], items drawn for each step; None if there are none.
+        log_counts: float32 [S, K], logarithms of how often each was to be expected.
     """
 
     epoch: int
@@ -57,6 +59,8 @@ class Chunk:
     targets: np.ndarray | None = None
     mask_splits: np.ndarray | None = None
     left_only: np.ndarray | None = None
+    negatives: np.ndarray | None = None
+    log_counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.step_windows = np.diff(self.row_splits)

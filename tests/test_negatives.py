@@ -38,8 +38,8 @@ def test_a_cell_below_its_share_is_itself_else_its_alias() -> None:
 
 def test_counts_and_their_expected_logarithms() -> None:
     sampler = SharedNegatives(20_000, NUM_ITEMS, seed=3, weights=WEIGHTS)
-    items, log_counts = sampler(0, 7)
-    counts = np.bincount(items, minlength=NUM_ITEMS + 1)
+    items, log_counts = sampler(0, [7])
+    counts = np.bincount(items[0], minlength=NUM_ITEMS + 1)
     expected = 20_000 * WEIGHTS / WEIGHTS.sum()
     assert counts[0] == 0 and counts.sum() == 20_000
     # Five standard deviations of a binomial.
@@ -48,17 +48,19 @@ def test_counts_and_their_expected_logarithms() -> None:
 
 
 def test_uniform_draws() -> None:
-    items, log_counts = SharedNegatives(18_000, NUM_ITEMS, seed=3)(0, 7)
-    counts = np.bincount(items, minlength=NUM_ITEMS + 1)[1:]
+    items, log_counts = SharedNegatives(18_000, NUM_ITEMS, seed=3)(0, [7])
+    counts = np.bincount(items[0], minlength=NUM_ITEMS + 1)[1:]
     assert (np.abs(counts - 2000) < 5 * np.sqrt(2000)).all()
     np.testing.assert_allclose(log_counts, np.log(2000), rtol=1e-6)
 
 
 def test_draws_are_a_function_of_seed_epoch_and_sample() -> None:
     def drawn(seed: int, epoch: int, sample: int) -> tuple[int, ...]:
-        return tuple(SharedNegatives(DRAWS, 1000, seed, np.ones(1000))(epoch, sample)[0])
+        return tuple(SharedNegatives(DRAWS, 1000, seed, np.ones(1000))(epoch, [sample])[0][0])
 
     assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    several, _ = SharedNegatives(DRAWS, 1000, 1, np.ones(1000))(2, [3, 4])
+    assert list(map(tuple, several)) == [drawn(1, 2, 3), drawn(1, 2, 4)]
     assert len({drawn(1, 2, 3), drawn(2, 2, 3), drawn(1, 3, 3), drawn(1, 2, 4)}) == 4
 
 

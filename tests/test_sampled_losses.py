@@ -120,7 +120,7 @@ def test_the_mean_gradient_over_many_draws_is_nearly_the_exact_one() -> None:
     def error(corrected: bool) -> float:
         total = torch.zeros_like(exact)
         for sample in range(100):
-            items, log_counts = map(torch.from_numpy, sampler(0, sample))
+            items, log_counts = (torch.from_numpy(drawn[0]) for drawn in sampler(0, [sample]))
             if not corrected:
                 log_counts = torch.full_like(log_counts, math.log(200 / NUM_ITEMS))
             total += gradient(config, hidden, table, targets, items, log_counts)[1]
