@@ -26,7 +26,7 @@ class RowLayout:
     """Where the positions of a jagged batch are, seen from their rows.
 
     Positions are counted from the row's end: an index means "how many steps ago", 0 for the newest
-    item, whatever the length of the history.
+    item, whatever the length of the history. Several positions may have the same.
 
     Args:
         offsets: int64 [B+1] starts of the rows in the packed positions.
@@ -34,6 +34,7 @@ class RowLayout:
         longest: L, at least the length of every row.
         left_only: bool [B], rows whose positions see only themselves and what came before, all of
             them before the others; None: every position sees its whole row.
+        steps_ago: int64 [T], if it is not how far a position is from its row's end.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RowLayout:
         num_positions: int,
         longest: int,
         left_only: torch.Tensor | None = None,
+        steps_ago: torch.Tensor | None = None,
     ) -> None:
         self.offsets, self.rows, self.longest = offsets, offsets.numel() - 1, longest
         self.left_only = left_only
@@ -51,7 +53,8 @@ class RowLayout:
             output_size=num_positions,  # the host knows T: no synchronisation
         )
         self.flat = torch.arange(num_positions, device=offsets.device)
-        self.steps_ago = offsets[1:][self.row] - self.flat - 1  # [T]
+        self.from_end = offsets[1:][self.row] - self.flat - 1  # [T]
+        self.steps_ago = self.from_end if steps_ago is None else steps_ago
 
     def attend_jagged(self, projected: torch.Tensor) -> torch.Tensor:
         """FlashAttention over the rows as they lie: [T, 3, H, W] (q, k, v) -> [T, H, W].
@@ -90,7 +93,7 @@ class RowLayout:
             bias: [H, L, L], added to the attention scores.
             dropout: on the attention probabilities.
         """
-        cell = (self.row + 1) * self.longest - 1 - self.steps_ago  # [T] in the flattened grid
+        cell = (self.row + 1) * self.longest - 1 - self.from_end  # [T] in the flattened grid
         grid = projected.new_zeros(self.rows * self.longest, *projected.shape[1:])
         grid = grid.index_copy(0, cell, projected).view(self.rows, self.longest, 3, *grid.shape[2:])
         query, key, value = grid.permute(2, 0, 3, 1, 4)  # each [B, H, L, W]

@@ -80,6 +80,7 @@ class BERT4Rec(nn.Module):
                 batch.targets,
                 batch.longest,
                 batch.left_only,
+                batch.steps_ago,
                 batch.negatives,
                 batch.log_counts,
             )

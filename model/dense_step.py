@@ -63,6 +63,7 @@ class DenseStep(nn.Module):
         targets: torch.Tensor,
         longest: int,
         left_only: torch.Tensor | None = None,
+        steps_ago: torch.Tensor | None = None,
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +73,13 @@ class DenseStep(nn.Module):
         if graphs and self._whole is not None:
             joined = _joined(items, candidates)
             loss, report = self._whole(
-                joined, offsets, masked, left_only, targets, negatives, log_counts
+                joined, offsets, masked, left_only, steps_ago, targets, negatives, log_counts
             )
             return loss, report.clone()
         if graphs and self._encode is not None:
-            (hidden,) = self._encode(items, offsets, masked, left_only)
+            (hidden,) = self._encode(items, offsets, masked, left_only, steps_ago)
         else:
-            hidden = encoder(items, offsets, masked, longest, left_only)
+            hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
         return head(hidden, candidates, targets, negatives, log_counts)
 
     def _losses(
@@ -87,6 +88,7 @@ class DenseStep(nn.Module):
         offsets: torch.Tensor,
         masked: torch.Tensor,
         left_only: torch.Tensor | None,
+        steps_ago: torch.Tensor | None,
         targets: torch.Tensor,
         negatives: torch.Tensor | None,
         log_counts: torch.Tensor | None,
@@ -94,7 +96,7 @@ class DenseStep(nn.Module):
         _, head = self._parts
         scored = head.num_candidates(targets, negatives)
         items, candidates = rows.split([rows.shape[0] - scored, scored])
-        hidden = self._body(items, offsets, masked, left_only)
+        hidden = self._body(items, offsets, masked, left_only, steps_ago)
         return head(hidden, candidates, targets, negatives, log_counts)
 
 

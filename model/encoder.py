@@ -128,21 +128,25 @@ class Encoder(nn.Module):
         masked: torch.Tensor,
         longest: int,
         left_only: torch.Tensor | None = None,
+        steps_ago: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Encode a jagged batch.
 
         Args:
             items: float [T, D] embeddings of all positions, row after row.
-            offsets: int64 [B+1] starts of the rows in ``items``; no row longer than ``max_len``.
+            offsets: int64 [B+1] starts of the rows in ``items``; no row longer than ``max_len``, or
+                twice that with ``steps_ago``.
             masked: int64 [M] positions in ``items`` whose vectors are wanted.
             longest: rows are padded to this for attention; rounded up, it may exceed ``max_len``.
             left_only: bool [B], rows in which a position sees only itself and earlier ones, true
                 for the first rows and false for the rest.
+            steps_ago: int64 [T], positions counted from the row's end, below ``max_len``; None: one
+                for each position of a row.
 
         Returns:
             float [M, D].
         """
-        return self.encode(items, offsets, masked, left_only, min(longest, self.max_len))
+        return self.encode(items, offsets, masked, left_only, steps_ago, longest)
 
     def encode(
         self,
@@ -150,10 +154,13 @@ class Encoder(nn.Module):
         offsets: torch.Tensor,
         masked: torch.Tensor,
         left_only: torch.Tensor | None,
+        steps_ago: torch.Tensor | None = None,
         longest: int | None = None,
     ) -> torch.Tensor:
         """:meth:`forward` of tensors alone, for CUDA graphs: by their shapes and nothing else."""
-        layout = RowLayout(offsets, items.shape[0], longest or self.max_len, left_only)
+        limit = self.max_len if steps_ago is None else 2 * self.max_len
+        longest = limit if longest is None else min(longest, limit)
+        layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
         if self.positions is not None:
             items = items + self.positions(layout.steps_ago)
         packed = self.dropout(self.embedding_norm(items))

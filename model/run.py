@@ -122,6 +122,11 @@ class RunConfig:
                 "--patience needs validation items that are not trained on: leave it out, or "
                 "--train_on_validation"
             )
+        if self.mask.left_mask_prob is not None and self.encoder.positions == "bias":
+            raise UserError(
+                "--left_mask_prob gives two positions the same distance, which --positions bias "
+                "cannot: use rotary or none"
+            )
 
 
 def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4Rec:

@@ -74,6 +74,8 @@ class TrainBatch(Pipelineable):
         longest: no row has more items than this; known on the host.
         candidate_range: half-open range of the item ids that this rank scores, or None.
         left_only: bool [B], rows whose positions see only what came before them; None: no row.
+        steps_ago: int64 [T], how many items of its row come after a position; None: as many as
+            positions.
         negatives: int64 [K], items to score besides the targets; None: candidate_range says.
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
     """
@@ -86,6 +88,7 @@ class TrainBatch(Pipelineable):
     longest: int
     candidate_range: tuple[int, int] | None = None
     left_only: Tensor | None = None
+    steps_ago: Tensor | None = None
     negatives: Tensor | None = None
     log_counts: Tensor | None = None
 

@@ -118,8 +118,8 @@ class TrainLoader:
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
-                position_unit=rounding_unit(mean_items),
-                mask_unit=rounding_unit(mean_items * mask.mask_prob),
+                position_unit=rounding_unit(mean_items * (1 + mask.inserted_share)),
+                mask_unit=rounding_unit(mean_items * mask.masked_share),
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)

@@ -74,6 +74,11 @@ class RoundUp(ChunkStage[Chunk]):
         values = np.full(new_value_splits[-1], self.mask_token, dtype=chunk.values.dtype)
         values[_heads(new_value_splits, positions)] = chunk.values
 
+        if chunk.steps_ago is not None:
+            steps_ago = np.zeros(new_value_splits[-1], dtype=chunk.steps_ago.dtype)
+            steps_ago[_heads(new_value_splits, positions)] = chunk.steps_ago
+            chunk.steps_ago = steps_ago
+
         new_masks = _rounded(masks, self.mask_unit)
         new_mask_splits = _splits(new_masks)
         masked = np.repeat(new_value_splits[:-1], new_masks)  # a step's first position, target 0

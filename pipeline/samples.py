@@ -41,6 +41,8 @@ class Chunk:
         masked: int64 [M], flat positions masked, ascending.
         targets: int32 [M], the items there.
         left_only: bool [B], rows that attend to the left alone; None if there never are any.
+        steps_ago: int64 [T], how many items of its row come after a position; None where that is
+            how many positions come after it.
         mask_splits: int64 [S + 1]; step s has masked[mask_splits[s]:mask_splits[s + 1]]. Set by
             a stage that adds entries out of order; else the steps' positions tell.
         step_windows: int64 [S], rows of each step that are windows, set when rows are chosen.
@@ -59,6 +61,7 @@ class Chunk:
     targets: np.ndarray | None = None
     mask_splits: np.ndarray | None = None
     left_only: np.ndarray | None = None
+    steps_ago: np.ndarray | None = None
     negatives: np.ndarray | None = None
     log_counts: np.ndarray | None = None
 

@@ -35,6 +35,7 @@ class ChunkTensors:
         masked: int64 [M], flat positions in the items of their step.
         targets: int64 [M].
         left_only: bool [B] or None.
+        steps_ago: int64 [T] or None.
         negatives, log_counts: int64 and float32 [S, K] or None.
         candidate_range: put into each batch.
         filler: what a step without rows trains on.
@@ -52,6 +53,7 @@ class ChunkTensors:
     masked: Tensor
     targets: Tensor
     left_only: Tensor | None
+    steps_ago: Tensor | None
     negatives: Tensor | None
     log_counts: Tensor | None
     candidate_range: tuple[int, int] | None
@@ -78,6 +80,7 @@ class ChunkTensors:
             longest=self.longest[step],
             candidate_range=self.candidate_range,
             left_only=None if self.left_only is None else self.left_only[rows],
+            steps_ago=None if self.steps_ago is None else self.steps_ago[items],
         )
 
 
@@ -125,6 +128,7 @@ class ToTensors(ChunkStage[ChunkTensors]):
             masked=self._tensor(chunk.masked, torch.int64),
             targets=self._tensor(chunk.targets, torch.int64),
             left_only=self._optional(chunk.left_only, torch.bool),
+            steps_ago=self._optional(chunk.steps_ago, torch.int64),
             negatives=self._optional(chunk.negatives, torch.int64),
             log_counts=self._optional(chunk.log_counts, torch.float32),
             candidate_range=self.candidate_range,
