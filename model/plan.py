@@ -53,8 +53,8 @@ class ShardingConfig:
     embedding_optimizer: str = field(
         default="auto",
         metadata={
-            "help": "of the tables in dmp; auto: adam on CUDA, rowwise_adagrad on CPU "
-            "(ddp: the tables share the encoder's Adam)",
+            "help": "of the tables in dmp; auto: adam on CUDA, rowwise_adagrad on CPU and for "
+            "tables in half precision (ddp: the tables share the encoder's Adam)",
             "choices": ("auto", *FUSED_OPTIMIZERS),
         },
     )
@@ -154,13 +154,19 @@ def column_width(width: int, world_size: int) -> int:
 
 
 def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
-    """The tables' optimizer in dmp. FBGEMM has no fused Adam on CPU.
+    """The tables' optimizer in dmp. FBGEMM's fused Adam is one of float32 tables on CUDA.
 
     Raises:
-        UserError: Adam was asked for on CPU.
+        UserError: Adam was asked for elsewhere.
     """
+    whole = config.table_precision == "fp32"
     if config.embedding_optimizer == "auto":
-        return "adam" if device.type == "cuda" else "rowwise_adagrad"
+        return "adam" if device.type == "cuda" and whole else "rowwise_adagrad"
+    if config.embedding_optimizer == "adam" and not whole:
+        raise UserError(
+            f"--embedding_optimizer adam needs --table_precision fp32, not "
+            f"{config.table_precision}: use rowwise_adagrad"
+        )
     if config.embedding_optimizer == "adam" and device.type == "cpu" and config.mode == "dmp":
         raise UserError(
             "--embedding_optimizer adam needs CUDA with --mode dmp: FBGEMM has no fused Adam on "

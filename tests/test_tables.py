@@ -11,7 +11,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from safetensors.torch import load_file
 
 from model import run as model_run
-from model.plan import ShardingConfig
+from model.plan import ShardingConfig, embedding_optimizer
 from model.ranks import Ranks, alone
 from model.sharding import OptimizerConfig, set_table_steps, shard
 from pipeline.errors import UserError
@@ -118,6 +118,15 @@ def test_tables_that_a_cpu_cannot_have(options: dict[str, str], message: str) ->
 def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ShardingConfig(**options)
+
+
+def test_tables_in_half_precision_have_no_adam() -> None:
+    cuda = torch.device("cuda", 0)
+    assert embedding_optimizer(ShardingConfig(), cuda) == "adam"
+    assert embedding_optimizer(ShardingConfig(table_precision="fp16"), cuda) == "rowwise_adagrad"
+    asked = ShardingConfig(table_precision="bf16", embedding_optimizer="adam")
+    with pytest.raises(UserError, match="adam needs --table_precision fp32, not bf16: use rowwise"):
+        embedding_optimizer(asked, cuda)
 
 
 def test_the_tables_are_told_how_many_steps_there_were(one_rank: Ranks) -> None:
