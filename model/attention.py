@@ -6,20 +6,11 @@
 Shapes: B rows, L longest row, T positions of all rows, M wanted ones, H heads, W width of a head.
 """
 
-import inspect
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 
-# "No key to the right of the query" in the words of torch up to 2.10 and from 2.11 on.
-_ONLY_LEFT: dict[str, Any] = (
-    {"is_causal": True}
-    if "is_causal" in inspect.signature(varlen_attn).parameters
-    else {"window_size": (-1, 0)}
-)
+from model import jagged_attention
 
 
 class RowLayout:
@@ -56,32 +47,17 @@ class RowLayout:
         self.from_end = offsets[1:][self.row] - self.flat - 1  # [T]
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
 
-    def attend_jagged(self, projected: torch.Tensor) -> torch.Tensor:
+    def attend_jagged(self, projected: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """FlashAttention over the rows as they lie: [T, 3, H, W] (q, k, v) -> [T, H, W].
 
-        Rows with left context alone are one causal call, the others a second one; to either, the
-        rows of the other are empty.
+        Args:
+            rotation: float32 [max_len, 2, W / 2], rotates queries and keys by their positions.
         """
-        starts = self.offsets.int()
-        if self.left_only is None:
-            return self._flash(projected, starts, causal=False)
-        split = starts.index_select(0, self.left_only.sum()[None])  # [1], on the device
-        is_left = (self.flat < split)[:, None, None]  # [T, 1, 1]
-        # Neither call writes what lies outside its rows, in its gradients either: `where` on both
-        # sides keeps that memory, whatever is in it, out of the results.
-        left = torch.where(is_left[..., None], projected, 0)
-        right = torch.where(is_left[..., None], 0, projected)
-        return torch.where(
-            is_left,
-            self._flash(left, torch.minimum(starts, split), causal=True),
-            self._flash(right, torch.maximum(starts, split), causal=False),
-        )
-
-    def _flash(self, projected: torch.Tensor, starts: torch.Tensor, causal: bool) -> torch.Tensor:
-        query, key, value = projected.unbind(1)
-        only_left = _ONLY_LEFT if causal else {}
-        return varlen_attn(
-            query, key, value, starts, starts, self.longest, self.longest, **only_left
+        starts, split = self.offsets.int(), None
+        if self.left_only is not None:
+            split = starts.index_select(0, self.left_only.sum()[None])  # [1], on the device
+        return jagged_attention.attend(
+            projected, starts, split, self.longest, rotation, self.steps_ago
         )
 
     def attend_padded(
@@ -120,7 +96,7 @@ class SelfAttention(nn.Module):
     """Multi-head attention of every position to all positions of its row.
 
     Without bias and dropout, in half precision on CUDA, the jagged rows are attended as they lie
-    (``varlen_attn``, FlashAttention); else they are padded for ``scaled_dot_product_attention``.
+    (:mod:`model.jagged_attention`); else they are padded for ``scaled_dot_product_attention``.
     """
 
     def __init__(
@@ -143,19 +119,20 @@ class SelfAttention(nn.Module):
     @property
     def jagged(self) -> bool:
         """Whether attention may run on jagged rows, as far as that depends on the configuration."""
-        return self.distance_bias is None and not (self.training and self.dropout)
+        plain = self.distance_bias is None and not (self.training and self.dropout)
+        return plain and jagged_attention.is_available()
 
     def forward(
         self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
     ) -> torch.Tensor:
         """[T, D] -> [T, D], or [M, D] for the ``wanted`` int64 [M] positions alone."""
         projected = self.project_in(packed).view(packed.shape[0], 3, self.heads, -1)
-        if self.rotary:
-            projected = _rotate(projected, self.rotation[layout.steps_ago])
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if self.jagged and half and projected.is_cuda:
-            mixed = layout.attend_jagged(projected)
+            mixed = layout.attend_jagged(projected, self.rotation if self.rotary else None)
         else:
+            if self.rotary:
+                projected = _rotate(projected, self.rotation[layout.steps_ago])
             dropout = self.dropout if self.training else 0.0
             mixed = layout.attend_padded(projected, self._bias(layout.longest), dropout)
         mixed = mixed if wanted is None else mixed.index_select(0, wanted)
