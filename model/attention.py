@@ -23,9 +23,11 @@ class RowLayout:
         offsets: int64 [B+1] starts of the rows in the packed positions.
         num_positions: T, known on the host.
         longest: L, at least the length of every row.
-        left_only: bool [B], rows whose positions see only themselves and what came before, all of
-            them before the others; None: every position sees its whole row.
-        steps_ago: int64 [T], if it is not how far a position is from its row's end.
+        left_only: bool [W], which of the first W rows have positions that see only themselves and
+            what came before, those first; None: every position sees its whole row.
+        steps_ago: int64 [T], if it is not how far a position is from its row's end. Then rows
+            W ... 2 W - 1 are second streams: position t of such a row, one longer than row w, sees
+            itself and the first t positions of row w, and nobody sees it.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class RowLayout:
         self.flat = torch.arange(num_positions, device=offsets.device)
         self.from_end = offsets[1:][self.row] - self.flat - 1  # [T]
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
+        # W where there are second streams, else 0.
+        self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
 
     def attend_jagged(self, projected: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
         """FlashAttention over the rows as they lie: [T, 3, H, W] (q, k, v) -> [T, H, W].
@@ -77,7 +81,29 @@ class RowLayout:
         if bias is not None:
             mask = torch.where(mask, bias.to(query.dtype), float("-inf"))  # [B, H, L, L]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        if self.windows:
+            first, second = slice(0, self.windows), slice(self.windows, 2 * self.windows)
+            asked = F.scaled_dot_product_attention(
+                query[second],
+                torch.cat([key[first], key[second]], dim=2),
+                torch.cat([value[first], value[second]], dim=2),
+                attn_mask=self._asked()[:, None],
+                dropout_p=dropout,
+            )
+            mixed = torch.cat([mixed[first], asked, mixed[2 * self.windows :]])
         return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cell)
+
+    def _asked(self) -> torch.Tensor:
+        """What second rows see of their first row and of themselves: bool [W, L, 2 L].
+
+        Rows are padded to the left, and second ones are one longer: the position before which a
+        query stands is in the next column.
+        """
+        columns = torch.arange(self.longest, device=self.offsets.device)
+        lengths = self.offsets.diff()[: self.windows, None, None]
+        earlier = (columns <= columns[:, None]) & (columns >= self.longest - lengths)  # [W, L, L]
+        itself = torch.eye(self.longest, dtype=torch.bool, device=self.offsets.device)
+        return torch.cat([earlier, itself.expand_as(earlier)], dim=2)
 
     def _visible(self) -> torch.Tensor:
         """What a query (rows) sees of the keys (columns) of its padded row: bool [B, 1 or L, L]."""
@@ -89,7 +115,8 @@ class RowLayout:
             return visible
         earlier = columns <= columns[:, None]  # [L, L]
         itself = torch.eye(self.longest, dtype=torch.bool, device=self.offsets.device)
-        return (visible & (earlier | ~self.left_only[:, None, None])) | itself  # [B, L, L]
+        left_only = F.pad(self.left_only, (0, self.rows - self.left_only.numel()))
+        return (visible & (earlier | ~left_only[:, None, None])) | itself  # [B, L, L]
 
 
 class SelfAttention(nn.Module):

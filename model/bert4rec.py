@@ -45,6 +45,7 @@ class BERT4Rec(nn.Module):
         seed: of the initial weights, equal on all ranks.
         autocast: run the dense part in bfloat16 (CUDA).
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
+        left_only: histories are evaluated with left context alone, as all training rows were.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BERT4Rec(nn.Module):
         seed: int = 0,
         autocast: bool = False,
         table_device: str = "cpu",
+        left_only: bool = False,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -64,7 +66,7 @@ class BERT4Rec(nn.Module):
             self.encoder = Encoder(config.encoder, config.max_len)
         self.head = ScoringHead(config.head, catalog, config.num_items)
         self.dense_step = DenseStep(self.encoder, self.head)
-        self.autocast = autocast
+        self.autocast, self.left_only = autocast, left_only
 
     def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""

@@ -135,13 +135,13 @@ class Encoder(nn.Module):
         Args:
             items: float [T, D] embeddings of all positions, row after row.
             offsets: int64 [B+1] starts of the rows in ``items``; no row longer than ``max_len``, or
-                twice that with ``steps_ago``.
+                one more with second streams.
             masked: int64 [M] positions in ``items`` whose vectors are wanted.
             longest: rows are padded to this for attention; rounded up, it may exceed ``max_len``.
-            left_only: bool [B], rows in which a position sees only itself and earlier ones, true
-                for the first rows and false for the rest.
-            steps_ago: int64 [T], positions counted from the row's end, below ``max_len``; None: one
-                for each position of a row.
+            left_only: bool [W], of the first W rows those in which a position sees only itself and
+                earlier ones: true for the first and false for the rest.
+            steps_ago: int64 [T], below ``max_len``: there are second streams, as
+                :class:`~model.attention.RowLayout` says; None: there are none.
 
         Returns:
             float [M, D].
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         longest: int | None = None,
     ) -> torch.Tensor:
         """:meth:`forward` of tensors alone, for CUDA graphs: by their shapes and nothing else."""
-        limit = self.max_len if steps_ago is None else 2 * self.max_len
+        limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
         if self.positions is not None:

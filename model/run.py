@@ -122,10 +122,10 @@ class RunConfig:
                 "--patience needs validation items that are not trained on: leave it out, or "
                 "--train_on_validation"
             )
-        if self.mask.left_mask_prob is not None and self.encoder.positions == "bias":
+        if self.mask.two_stream and self.encoder.positions == "bias":
             raise UserError(
-                "--left_mask_prob gives two positions the same distance, which --positions bias "
-                "cannot: use rotary or none"
+                "--two_stream has no place for the distances of --positions bias: use rotary or "
+                "none"
             )
 
 
@@ -149,6 +149,7 @@ def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4R
         seed=config.loader.seed,
         autocast=autocast,
         table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
+        left_only=config.mask.left_context_share == 1,
     )
 
 

@@ -73,9 +73,11 @@ class TrainBatch(Pipelineable):
         num_rows: B, filler rows included. The features may have more rows, all of them empty.
         longest: no row has more items than this; known on the host.
         candidate_range: half-open range of the item ids that this rank scores, or None.
-        left_only: bool [B], rows whose positions see only what came before them; None: no row.
-        steps_ago: int64 [T], how many items of its row come after a position; None: as many as
-            positions.
+        left_only: bool [W], which of the first W rows, the windows, have positions that see only
+            what came before them; None: none.
+        steps_ago: int64 [T], how many items of its history come after a position; None: as many as
+            positions of its row. Given, rows W ... 2 W - 1 are the second stream of the first W
+            (``pipeline/two_stream.py``).
         negatives: int64 [K], items to score besides the targets; None: candidate_range says.
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
     """

@@ -37,6 +37,7 @@ from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
 from pipeline.steps import ToTensors
 from pipeline.store import SequenceStore
+from pipeline.two_stream import TwoStreams
 from pipeline.windows import CutWindows, WindowConfig, WindowTable
 
 # Enough items a chunk that NumPy's fixed cost a call vanishes, few enough to be made in some
@@ -112,14 +113,15 @@ class TrainLoader:
         ordered = LeftContextFirst(self._samples, cloze)
         cut = CutWindows(ordered, store.items, table)
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-        chunks: BaseNode[Chunk] = MaskItems(cut, cloze)
+        chunks: BaseNode[Chunk] = (TwoStreams if mask.two_stream else MaskItems)(cut, cloze)
+        second = mask.left_context_share if mask.two_stream else 0.0  # tokens of it for each item
         if torch.cuda.is_available() if few_shapes is None else few_shapes:
             chunks = RoundUp(
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
-                position_unit=rounding_unit(mean_items * (1 + mask.inserted_share)),
-                mask_unit=rounding_unit(mean_items * mask.masked_share),
+                position_unit=rounding_unit(mean_items * (1 + second)),
+                mask_unit=rounding_unit(mean_items * (second + (1 - second) * mask.mask_prob)),
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)

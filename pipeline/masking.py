@@ -13,16 +13,7 @@ nothing was drawn gets one masked position, drawn uniformly. A share of the rows
 last item alone, as at evaluation, always by the mask token (BERT4Rec, arXiv 1904.06690, section
 3.6).
 
-Rows with left context alone may be masked in another way (``--left_mask_prob``): by mask tokens
-before the items, which stay, so that later positions see a history without holes, as at
-evaluation. A mask token cannot see its own item, which stands to its right, and has its position
-number::
-
-    before      7  3  9  4  2
-    masked         *     *
-    after       7 51  3  9 51  4  2
-    steps ago   4  3  3  2  1  1  0
-    targets        3        4
+``pipeline/two_stream.py`` has another way for rows with left context alone.
 
 Every draw is keyed by (seed, epoch, window, copy, position): the batch, the rank and the number of
 ranks change nothing.
@@ -64,12 +55,11 @@ class MaskConfig:
             "last one does at evaluation"
         },
     )
-    left_mask_prob: float | None = field(
-        default=None,
+    two_stream: bool = field(
+        default=False,
         metadata={
-            "help": "in such rows, the probability that an item is to be predicted, by a mask "
-            "token before it, while later positions still see it; without it such rows are masked "
-            "like the others"
+            "help": "such rows keep all their items, and a second row of mask tokens asks for each "
+            "of them from what came before it"
         },
     )
     mask_token_share: float = field(
@@ -96,31 +86,16 @@ class MaskConfig:
         ):
             if not 0.0 <= getattr(self, flag) <= 1.0:
                 raise UserError(f"--{flag} must be in [0, 1], not {getattr(self, flag)}")
-        if self.left_mask_prob is not None:
-            if not 0.0 < self.left_mask_prob <= 1.0:
-                raise UserError(f"--left_mask_prob must be in (0, 1], not {self.left_mask_prob}")
-            if not self.left_context_share:
-                raise UserError(
-                    "--left_mask_prob is about rows with left context alone, of which there are "
-                    "none: raise --left_context_share or leave it out"
-                )
+        if self.two_stream and not self.left_context_share:
+            raise UserError(
+                "--two_stream is about rows with left context alone, of which there are none: "
+                "raise --left_context_share or leave it out"
+            )
         if self.mask_token_share + self.random_item_share > 1.0 + 1e-9:
             raise UserError(
                 "--mask_token_share and --random_item_share must not exceed 1 together, "
                 f"but {self.mask_token_share} + {self.random_item_share} do: lower one of them"
             )
-
-    @property
-    def inserted_share(self) -> float:
-        """Mask tokens put between items, for each item, on average."""
-        return self.left_context_share * (self.left_mask_prob or 0.0)
-
-    @property
-    def masked_share(self) -> float:
-        """Masked positions for each item, on average."""
-        if self.left_mask_prob is None:
-            return self.mask_prob
-        return (1 - self.left_context_share) * self.mask_prob + self.inserted_share
 
 
 class ClozeMask:
@@ -139,7 +114,6 @@ class ClozeMask:
         epoch: int,
         windows: np.ndarray,
         copies: np.ndarray,
-        kept: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mask B rows of T items **in place**.
 
@@ -149,7 +123,6 @@ class ClozeMask:
             epoch: part of the key.
             windows: int64 [B], the rows' windows; part of the key.
             copies: int64 [B], which of ``dupe_factor`` copies; part of the key.
-            kept: bool [T], positions masked with ``left_mask_prob`` instead, and not overwritten.
 
         Returns:
             masked, int64 [M] ascending flat positions, and targets, int32 [M], the items there.
@@ -159,12 +132,11 @@ class ClozeMask:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
         keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
         draws = position_draws(low32(keys), offsets)
-        chosen, only_last = self._choose(draws, high32(keys), offsets, kept)
+        chosen, only_last = self._choose(draws, high32(keys), offsets)
         masked = np.flatnonzero(chosen)
         targets = values[masked]
-        replaced = self._replacements(targets, draws[masked])
-        replaced[np.searchsorted(masked, only_last)] = self.mask_token
-        values[masked] = replaced if kept is None else np.where(kept[masked], targets, replaced)
+        values[masked] = self._replacements(targets, draws[masked])
+        values[only_last] = self.mask_token
         return masked, targets
 
     def left_only(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray | None:
@@ -176,16 +148,10 @@ class ClozeMask:
         return below(draws, self.config.left_context_share)
 
     def _choose(
-        self,
-        draws: np.ndarray,
-        row_draws: np.ndarray,
-        offsets: np.ndarray,
-        kept: np.ndarray | None,
+        self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Bool [T], true at masked positions, and the positions of rows masked at their last."""
         chosen = below(draws, self.config.mask_prob)
-        if kept is not None and self.config.left_mask_prob is not None:
-            chosen = np.where(kept, below(draws, self.config.left_mask_prob), chosen)
         starts, ends = offsets[:-1], offsets[1:]
         only_last = ends[:0]
         if self.config.mask_last_share > 0.0:
@@ -214,36 +180,17 @@ class ClozeMask:
 
 
 class MaskItems(ChunkStage[Chunk]):
-    """Mask the chunk's rows: sets masked and targets and overwrites values.
-
-    With ``--left_mask_prob`` it makes rows with left context alone longer, and sets steps_ago.
-    """
+    """Mask the chunk's rows: sets masked and targets and overwrites values."""
 
     def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
         super().__init__(source)
         self.cloze = cloze
 
     def apply(self, chunk: Chunk) -> Chunk:
-        kept = None
-        if self.cloze.config.left_mask_prob is not None:
-            kept = np.repeat(chunk.left_only, np.diff(chunk.offsets))
         chunk.masked, chunk.targets = self.cloze(
-            chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies, kept
+            chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
         )
-        if kept is not None:
-            self._insert(chunk, chunk.masked[kept[chunk.masked]])
         return chunk
-
-    def _insert(self, chunk: Chunk, before: np.ndarray) -> None:
-        """Put mask tokens before the items at these positions, int64 [I]; they are the masked ones
-        from then on."""
-        ends = np.repeat(chunk.offsets[1:], np.diff(chunk.offsets))
-        steps_ago = ends - np.arange(len(ends)) - 1  # [T]
-        inserted_before = np.searchsorted(before, chunk.offsets)
-        chunk.masked = chunk.masked + np.searchsorted(before, chunk.masked)
-        chunk.values = np.insert(chunk.values, before, self.cloze.mask_token)
-        chunk.steps_ago = np.insert(steps_ago, before, steps_ago[before])
-        chunk.offsets = chunk.offsets + inserted_before
 
 
 class LeftContextFirst(ChunkStage[Chunk]):

@@ -62,10 +62,6 @@ class RoundUp(ChunkStage[Chunk]):
         fillers = -(-(self.position_unit - 1) // self.max_len)
         new_rows = rows + fillers
         new_value_splits, new_row_splits = _splits(new_positions), _splits(new_rows)
-        if chunk.left_only is not None:
-            left_only = np.zeros(new_row_splits[-1], dtype=bool)
-            left_only[_heads(new_row_splits, rows)] = chunk.left_only
-            chunk.left_only = left_only
         before = self.max_len * np.arange(fillers)
         filled = np.clip(missing[:, None] - before, 0, self.max_len)  # [S, fillers]
         lengths = np.empty(new_row_splits[-1], dtype=np.int64)

@@ -40,9 +40,10 @@ class Chunk:
         offsets: int64 [B + 1], where rows begin in the values.
         masked: int64 [M], flat positions masked, ascending.
         targets: int32 [M], the items there.
-        left_only: bool [B], rows that attend to the left alone; None if there never are any.
-        steps_ago: int64 [T], how many items of its row come after a position; None where that is
-            how many positions come after it.
+        left_only: bool [B], rows that attend to the left alone; None if there never are any. Of the
+            rows that are windows alone: later stages add others behind them.
+        steps_ago: int64 [T], how many items of its history come after a position; None where that
+            is how many positions of its row do.
         mask_splits: int64 [S + 1]; step s has masked[mask_splits[s]:mask_splits[s + 1]]. Set by
             a stage that adds entries out of order; else the steps' positions tell.
         step_windows: int64 [S], rows of each step that are windows, set when rows are chosen.

@@ -26,15 +26,14 @@ class ChunkTensors:
     Attributes:
         epoch: the epoch.
         samples: samples consumed by all ranks after each step.
-        windows: rows of each step that are windows.
         longest: of each step, at least the length of its longest row.
-        rows, items, masks: where each step begins among the rows, items and masked positions, and
-            where the last one ends.
+        windows, rows, items, masks: where each step begins among the rows that are windows, all
+            rows, items and masked positions, and where the last one ends.
         values: int64 [T].
         lengths: int64 [B].
         masked: int64 [M], flat positions in the items of their step.
         targets: int64 [M].
-        left_only: bool [B] or None.
+        left_only: bool [windows] or None.
         steps_ago: int64 [T] or None.
         negatives, log_counts: int64 and float32 [S, K] or None.
         candidate_range: put into each batch.
@@ -43,8 +42,8 @@ class ChunkTensors:
 
     epoch: int
     samples: list[int]
-    windows: list[int]
     longest: list[int]
+    windows: list[int]
     rows: list[int]
     items: list[int]
     masks: list[int]
@@ -71,15 +70,16 @@ class ChunkTensors:
         rows = slice(self.rows[step], self.rows[step + 1])
         items = slice(self.items[step], self.items[step + 1])
         masks = slice(self.masks[step], self.masks[step + 1])
+        windows = slice(self.windows[step], self.windows[step + 1])
         return TrainBatch(
             features=jagged_items(self.values[items], self.lengths[rows]),
             masked=self.masked[masks],
             targets=self.targets[masks],
-            num_windows=self.windows[step],
+            num_windows=windows.stop - windows.start,
             num_rows=rows.stop - rows.start,
             longest=self.longest[step],
             candidate_range=self.candidate_range,
-            left_only=None if self.left_only is None else self.left_only[rows],
+            left_only=None if self.left_only is None else self.left_only[windows],
             steps_ago=None if self.steps_ago is None else self.steps_ago[items],
         )
 
@@ -118,7 +118,7 @@ class ToTensors(ChunkStage[ChunkTensors]):
         return ChunkTensors(
             epoch=chunk.epoch,
             samples=chunk.step_samples,
-            windows=chunk.step_windows.tolist(),
+            windows=[0, *np.cumsum(chunk.step_windows).tolist()],
             longest=[rounded_up(each) for each in longest],
             rows=chunk.row_splits.tolist(),
             items=value_splits.tolist(),
