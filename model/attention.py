@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import jagged_attention
+from model.jagged_attention import JaggedRows, attend, takes
 
 
 class RowLayout:
@@ -57,12 +57,8 @@ class RowLayout:
         Args:
             rotation: float32 [max_len, 2, W / 2], rotates queries and keys by their positions.
         """
-        starts, split = self.offsets.int(), None
-        if self.left_only is not None:
-            split = starts.index_select(0, self.left_only.sum()[None])  # [1], on the device
-        return jagged_attention.attend(
-            projected, starts, split, self.longest, rotation, self.steps_ago
-        )
+        rows = JaggedRows(self.offsets.int(), self.longest, self.left_only, self.windows)
+        return attend(projected, rows, rotation, self.steps_ago)
 
     def attend_padded(
         self, projected: torch.Tensor, bias: torch.Tensor | None, dropout: float
@@ -147,7 +143,7 @@ class SelfAttention(nn.Module):
     def jagged(self) -> bool:
         """Whether attention may run on jagged rows, as far as that depends on the configuration."""
         plain = self.distance_bias is None and not (self.training and self.dropout)
-        return plain and jagged_attention.is_available()
+        return plain and takes(self.project_in.in_features // self.heads)
 
     def forward(
         self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None

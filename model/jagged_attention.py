@@ -1,60 +1,98 @@
-"""FlashAttention over rows as they lie one after the other, some of them with left context alone.
+"""FlashAttention over rows as they lie one after the other, several kinds of them in one batch.
 
-    projected [T, 3, H, W]  q k v of all positions
-      rotate q and k                                        one pass (Triton)
-      causal attention over the rows with left context alone, which stand first;
-      attention both ways over the others                   to either, rows of the other are empty
-      each position's result from the call that it belongs to
-    attended [T, H, W]
+    projected [T, 3, H, W]  q k v of all positions -> rotate
+      call 0   causal, over the rows with left context alone, which stand first
+      call 1   both ways, over the other rows
+      call 2   causal, second streams (queries) over the rows with left context alone (keys), each
+               query row one longer than its key row: strictly before
+    -> choose -> attended [T, H, W]
 
-Backward likewise: two calls, and one pass that takes each position's gradient from its own call and
-rotates it back. Neither call writes what lies outside its rows: whatever that memory holds is never
-selected. After ``torch.nn.attention.varlen``, which calls the same operators for rows of one kind.
+To each call the rows of the others are empty. Backward likewise: the calls, then ``join``. That
+second streams see themselves too is put together outside of FlashAttention: its backward pass takes
+the output and the log-sum-exp of everything seen and yields what is right for the part it knows.
+After ``torch.nn.attention.varlen``, which calls the same operators for rows of one kind.
 
-Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head.
+Shapes: B rows, T positions of all rows, H heads, W width of a head.
 """
-# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.jagged_kernels import choose, is_available, join, rotate
+
+# Head widths that FlashAttention has kernels for.
+_WIDEST, _STEP = 256, 8
 
 
-def is_available() -> bool:
-    """Whether the kernels are there; with CUDA they are."""
-    return triton is not None
+def takes(width: int) -> bool:
+    """Whether heads of this width can be attended so."""
+    return is_available() and width <= _WIDEST and width % _STEP == 0
+
+
+@dataclass(frozen=True)
+class JaggedRows:
+    """Where rows of which kind lie.
+
+    Attributes:
+        starts: int32 [B + 1], where rows begin, and T.
+        longest: no row is longer.
+        left_only: bool [V], of the first V rows those with left context alone, which come first;
+            None: there are none.
+        windows: V if rows V ... 2 V - 1 are second streams, else 0.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    left_only: torch.Tensor | None = None
+    windows: int = 0
+
+    def bounds(self) -> torch.Tensor:
+        """int32 [3]: where call 1, call 2 and fillers begin."""
+        ends = [-1, -1] if not self.windows else [self.windows, 2 * self.windows]
+        left = self.starts.new_zeros(1, dtype=torch.int64)
+        if self.left_only is not None:
+            left = self.left_only.sum()[None]
+        return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
+
+    def calls(self, bounds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool] | None]:
+        """Rows of queries, rows of keys, and whether it is causal, of the calls that are needed."""
+        left, others = bounds[0], bounds[1]
+        both = self.starts.clamp(min=left, max=others)
+        first = second = None
+        if self.left_only is not None:
+            rows = self.starts.clamp(max=left)
+            first = (rows, rows, True)
+        if self.windows:
+            queries = self.starts[self.windows : 2 * self.windows + 1].contiguous()
+            second = (queries, self.starts[: self.windows + 1].clamp(max=left), True)
+        return [first, (both, both, False), second]
 
 
 def attend(
     projected: torch.Tensor,
-    starts: torch.Tensor,
-    split: torch.Tensor | None,
-    longest: int,
+    rows: JaggedRows,
     rotation: torch.Tensor | None,
     steps_ago: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of every position to the positions of its row that it may see.
+    """Attention of every position to the positions that it may see.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
-        starts: int32 [B + 1], where rows begin, and T.
-        split: int32 [1], where the rows with left context alone end; None: there are none.
-        longest: L.
+        rows: where they lie.
         rotation: float32 [R, 2, W / 2], cosines and sines that queries and keys are rotated by;
             None: they are not.
         steps_ago: int64 [T], each position's line of ``rotation``.
 
     Returns:
-        [T, H, W].
+        [T, H, W]; zeros behind second streams.
     """
-    return _Attend.apply(projected, starts, split, longest, rotation, steps_ago)
+    # Tensors and numbers alone: torch.compile looks into what a function of autograd is given.
+    return _Attend.apply(
+        projected, rows.starts, rows.left_only, rows.windows, rows.longest, rotation, steps_ago
+    )
 
 
 class _Attend(torch.autograd.Function):
@@ -63,167 +101,63 @@ class _Attend(torch.autograd.Function):
         ctx: Any,
         projected: torch.Tensor,
         starts: torch.Tensor,
-        split: torch.Tensor | None,
+        left_only: torch.Tensor | None,
+        windows: int,
         longest: int,
         rotation: torch.Tensor | None,
         steps_ago: torch.Tensor,
     ) -> torch.Tensor:
-        rotated = projected
-        if rotation is not None:
-            rotated = torch.empty_like(projected)
-            _launch(_rotate, projected, (projected, rotation, steps_ago, rotated))
+        rows = JaggedRows(starts, longest, left_only, windows)
+        rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
         query, key, value = rotated.unbind(1)
-        outputs, sums, states = [], [], []
-        for rows, causal in _calls(starts, split):
-            output, log_sums, state, unused, _ = torch.ops.aten._flash_attention_forward(
-                query, key, value, rows, rows, longest, longest, 0.0, causal, False
-            )
-            outputs.append(output)
-            sums.append(log_sums)
-            states += [state, unused]
-        output, log_sums = outputs[0], sums[0]
-        if split is not None:
-            is_left = torch.arange(len(projected), device=projected.device) < split
-            output = torch.where(is_left[:, None, None], *outputs)
-            log_sums = torch.where(is_left, *sums)  # [H, T]
-        ctx.save_for_backward(rotated, starts, split, rotation, steps_ago, output, log_sums)
-        ctx.longest, ctx.states = longest, states
+        bounds = rows.bounds()
+        outputs, sums, ctx.states = [None] * 3, [None] * 3, [None] * 3
+        for number, call in enumerate(rows.calls(bounds)):
+            if call is not None:
+                outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
+                    query,
+                    key,
+                    value,
+                    *call[:2],
+                    rows.longest,
+                    rows.longest,
+                    0.0,
+                    call[2],
+                    False,
+                )
+                ctx.states[number] = states
+        output, log_sums = outputs[1], sums[1]
+        if left_only is not None:
+            output, log_sums = choose(rotated, outputs, sums, bounds)
+        ctx.save_for_backward(rotated, rotation, steps_ago, bounds, output, log_sums)
+        ctx.rows = rows
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rotated, starts, split, rotation, steps_ago, output, log_sums = ctx.saved_tensors
+        rotated, rotation, steps_ago, bounds, output, log_sums = ctx.saved_tensors
         query, key, value = rotated.unbind(1)
-        found: list[torch.Tensor] = []
-        for number, (rows, causal) in enumerate(_calls(starts, split)):
+        grad, longest = grad.contiguous(), ctx.rows.longest
+        found: list[torch.Tensor | None] = []
+        for call, states in zip(ctx.rows.calls(bounds), ctx.states, strict=True):
+            if call is None:
+                found += [None] * 3
+                continue
             found += torch.ops.aten._flash_attention_backward(
-                grad.contiguous(),
+                grad,
                 query,
                 key,
                 value,
                 output,
                 log_sums,
-                rows,
-                rows,
-                ctx.longest,
-                ctx.longest,
+                *call[:2],
+                longest,
+                longest,
                 0.0,
-                causal,
-                *ctx.states[2 * number : 2 * number + 2],
+                call[2],
+                *states,
             )
-        found = [each.contiguous() for each in found]
-        left = found[:3] if split is not None else found[-3:]
-        # What a kernel does not use must be some tensor all the same.
-        table, end = (starts if each is None else each for each in (rotation, split))
-        gradient = torch.empty_like(rotated)
-        _launch(
-            _join,
-            rotated,
-            (*left, *found[-3:], table, steps_ago, end, gradient),
-            rotated_back=rotation is not None,
-            has_left=split is not None,
-        )
-        return gradient, None, None, None, None, None
-
-
-def _calls(starts: torch.Tensor, split: torch.Tensor | None) -> list[tuple[torch.Tensor, bool]]:
-    """The rows of each call to FlashAttention, and whether it is causal."""
-    if split is None:
-        return [(starts, False)]
-    return [(torch.minimum(starts, split), True), (torch.maximum(starts, split), False)]
-
-
-def _launch(
-    kernel: Any, projected: torch.Tensor, tensors: tuple[torch.Tensor, ...], **more: bool
-) -> None:
-    """One program for each position."""
-    positions, _, heads, width = projected.shape
-    if positions:
-        values = triton.next_power_of_2(heads * width)
-        kernel[(positions,)](*tensors, heads * width, width // 2, values, **more)
-
-
-if triton is not None:
-
-    @triton.jit
-    def _rotate(
-        projected,
-        rotation,
-        steps_ago,
-        rotated,
-        size: tl.constexpr,
-        half: tl.constexpr,
-        values: tl.constexpr,
-    ) -> None:
-        position = tl.program_id(0).to(tl.int64)
-        step = tl.load(steps_ago + position)
-        # Pairs of q and k: value i of the first half of a head and value i of the second.
-        pair = tl.arange(0, values)
-        inside = pair < size
-        at = position * 3 * size + (pair // half) * 2 * half + pair % half
-        angle = rotation + step * 2 * half + pair % half
-        cosine = tl.load(angle, mask=inside, other=0.0)
-        sine = tl.load(angle + half, mask=inside, other=0.0)
-        low = tl.load(projected + at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(projected + at + half, mask=inside, other=0.0).to(tl.float32)
-        tl.store(rotated + at, low * cosine - high * sine, mask=inside)
-        tl.store(rotated + at + half, low * sine + high * cosine, mask=inside)
-        value = position * 3 * size + 2 * size + pair
-        tl.store(rotated + value, tl.load(projected + value, mask=inside), mask=inside)
-
-    @triton.jit
-    def _join(
-        left_query,
-        left_key,
-        left_value,
-        query,
-        key,
-        value,
-        rotation,
-        steps_ago,
-        split,
-        gradient,
-        size: tl.constexpr,
-        half: tl.constexpr,
-        values: tl.constexpr,
-        rotated_back: tl.constexpr,
-        has_left: tl.constexpr,
-    ) -> None:
-        position = tl.program_id(0).to(tl.int64)
-        index = tl.arange(0, values)
-        inside = index < size
-        is_left = False
-        if has_left:
-            is_left = position < tl.load(split)
-        use_left, use_other = inside & is_left, inside & (not is_left)
-        base = position * size
-        if rotated_back:
-            step = tl.load(steps_ago + position)
-            pair = tl.arange(0, values // 2)
-            paired = pair < size // 2
-            pair_left, pair_other = paired & is_left, paired & (not is_left)
-            within = base + (pair // half) * 2 * half + pair % half
-            angle = rotation + step * 2 * half + pair % half
-            cosine = tl.load(angle, mask=paired, other=0.0)
-            sine = tl.load(angle + half, mask=paired, other=0.0)
-            target = gradient + 2 * base + within
-            for part in tl.static_range(2):
-                one = left_query if part == 0 else left_key
-                other = query if part == 0 else key
-                low = tl.load(one + within, mask=pair_left, other=0.0).to(tl.float32)
-                low += tl.load(other + within, mask=pair_other, other=0.0).to(tl.float32)
-                high = tl.load(one + within + half, mask=pair_left, other=0.0).to(tl.float32)
-                high += tl.load(other + within + half, mask=pair_other, other=0.0).to(tl.float32)
-                tl.store(target + part * size, low * cosine + high * sine, mask=paired)
-                tl.store(target + part * size + half, high * cosine - low * sine, mask=paired)
-        else:
-            for part in tl.static_range(2):
-                one = left_query if part == 0 else left_key
-                other = query if part == 0 else key
-                found = tl.load(one + base + index, mask=use_left, other=0.0)
-                found += tl.load(other + base + index, mask=use_other, other=0.0)
-                tl.store(gradient + 3 * base + part * size + index, found, mask=inside)
-        found = tl.load(left_value + base + index, mask=use_left, other=0.0)
-        found += tl.load(value + base + index, mask=use_other, other=0.0)
-        tl.store(gradient + 3 * base + 2 * size + index, found, mask=inside)
+        found = [None if each is None else each.contiguous() for each in found]
+        gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
+        return gradient, None, None, None, None, None, None

@@ -42,6 +42,29 @@ def inputs(seed: int, left_rows: int, loss: str = "softmax") -> dict[str, torch.
     return given
 
 
+def two_streams(seed: int, left_rows: int) -> dict[str, torch.Tensor]:
+    """Four windows, the second rows of those with left context alone, and a filler."""
+    lengths = [40, 7, 1, 23]
+    seconds = [n + 1 if row < left_rows else 0 for row, n in enumerate(lengths)]
+    # So that shapes stay, whatever the rows: fillers take what second rows leave.
+    offsets = torch.tensor([0, *lengths, *seconds, 80 - sum(seconds)]).cumsum(0)
+    generator = torch.Generator().manual_seed(seed)
+    steps_ago = torch.zeros(151, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        for start in (int(offsets[row]), int(offsets[4 + row])):
+            if start < int(offsets[row]) + n or seconds[row]:
+                steps_ago[start : start + n] = torch.arange(n - 1, -1, -1)
+    seen = int(offsets[8])  # fillers mean nothing
+    return {
+        "rows": torch.randn(151 + ITEMS, 64, generator=generator),
+        "offsets": offsets,
+        "masked": torch.randperm(seen, generator=generator)[:MASKED].sort().values,
+        "targets": torch.randint(ITEMS + 1, (MASKED,), generator=generator),
+        "left_only": torch.arange(4) < left_rows,
+        "steps_ago": steps_ago,
+    }
+
+
 def results(
     model: DenseStep, encoder: Encoder, given: dict[str, torch.Tensor], half: bool
 ) -> list[torch.Tensor]:
@@ -51,7 +74,7 @@ def results(
         parameter.grad = None
     moved = {name: tensor.to(device) for name, tensor in given.items()}
     rows = moved.pop("rows").requires_grad_()
-    positions = int(given["offsets"][-1])
+    positions = int(given["offsets"][-1])  # T; the rest are candidates
     # As a lookup hands them over: parts of one tensor that is no leaf.
     items, candidates = (rows * 1).split([positions, len(rows) - positions])
     with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
@@ -84,6 +107,24 @@ def test_graphs_compute_what_the_plain_code_does(compiled: bool, alone: bool, lo
     fast.accelerate(compiled, alone)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):  # captured once, replayed with others
         given = inputs(seed, left_rows, loss)
+        assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
+
+
+@pytest.mark.parametrize("left_rows", [0, 2, 4])
+def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
+    given = two_streams(1, left_rows)
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
+    torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is not harmless zeros
+    assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
+
+
+def test_second_streams_through_graphs() -> None:
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
+    fast.accelerate(compiled=False, alone=True)
+    for seed, left_rows in ((1, 2), (2, 3), (3, 4), (1, 2)):
+        given = two_streams(seed, left_rows)
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
