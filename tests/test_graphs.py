@@ -44,19 +44,19 @@ def inputs(seed: int, left_rows: int, loss: str = "softmax") -> dict[str, torch.
 
 def two_streams(seed: int, left_rows: int) -> dict[str, torch.Tensor]:
     """Four windows, the second rows of those with left context alone, and a filler."""
-    lengths = [40, 7, 1, 23]
+    lengths = [39, 7, 1, 23]
     seconds = [n + 1 if row < left_rows else 0 for row, n in enumerate(lengths)]
     # So that shapes stay, whatever the rows: fillers take what second rows leave.
     offsets = torch.tensor([0, *lengths, *seconds, 80 - sum(seconds)]).cumsum(0)
     generator = torch.Generator().manual_seed(seed)
-    steps_ago = torch.zeros(151, dtype=torch.int64)
+    steps_ago = torch.zeros(150, dtype=torch.int64)
     for row, n in enumerate(lengths):
         for start in (int(offsets[row]), int(offsets[4 + row])):
             if start < int(offsets[row]) + n or seconds[row]:
                 steps_ago[start : start + n] = torch.arange(n - 1, -1, -1)
     seen = int(offsets[8])  # fillers mean nothing
     return {
-        "rows": torch.randn(151 + ITEMS, 64, generator=generator),
+        "rows": torch.randn(150 + ITEMS, 64, generator=generator),
         "offsets": offsets,
         "masked": torch.randperm(seen, generator=generator)[:MASKED].sort().values,
         "targets": torch.randint(ITEMS + 1, (MASKED,), generator=generator),
