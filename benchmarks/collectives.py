@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flags import FlagParser
-from model.ranks import Ranks, first_rank_first, start
+from model.ranks import Ranks, first_rank_first, leave, start
 from model.run import RunConfig, build_model, train_loader
 from model.sharding import Optimizers, train_pipeline
 from pipeline.preparation import prepare
@@ -139,7 +139,7 @@ def main(jobs: Path, steps: int) -> None:
     found = [count_steps(flags, steps, ranks) for flags in json.loads(jobs.read_text())]
     if ranks.is_first:
         jobs.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

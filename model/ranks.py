@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -146,6 +146,20 @@ def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return results[0] if results else work()
 
 
+def leave(code: int = 0) -> NoReturn:
+    """End this rank's process without taking the interpreter down.
+
+    A thread of gloo frees the tensors of the last collective when it gets to it, and to do so while
+    the interpreter is being taken down aborts the process (torch 2.13): a rank that has done all
+    its work would end the whole job as failed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2.
 
@@ -156,8 +170,11 @@ def run_script(main: Callable[[], None]) -> None:
     _silence_libraries()
     try:
         main()
+        leave()
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
+    except SystemExit as end:
+        leave(end.code or 0)
     except Exception as error:
         message = _users_to_fix(error)
         if message is None:

@@ -25,7 +25,7 @@ from model import evaluation as model_evaluation
 from model.encoder import EncoderConfig
 from model.head import HeadConfig
 from model.plan import ShardingConfig
-from model.ranks import Ranks, start
+from model.ranks import Ranks, leave, start
 from model.run import (
     OutputConfig,
     RunConfig,
@@ -250,7 +250,7 @@ def main(folder: Path) -> None:
     found = answers(ranks)
     if ranks.is_first:
         torch.save(found, folder / f"{ranks.world_size}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
