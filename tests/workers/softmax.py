@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from model.ranks import leave
 from model.sharded_softmax import linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
@@ -61,3 +62,4 @@ def work(rank: int, folder: Path) -> None:
     for world_size in (3, 2, 1):
         if rank < world_size:
             solve(rank, world_size, folder)
+    leave()
