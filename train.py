@@ -20,7 +20,8 @@ from model.recipes import with_recipe
 from model.run import RunConfig, build_model, build_plain_model, evaluator, train_loader
 from model.run_folder import RunFolder
 from model.run_log import RunLog, versions
-from model.sharding import Optimizers
+from model.sharding import Optimizers, unwrap
+from model.trained_run import load_teachers
 from model.training import Trainer
 from pipeline.preparation import describe, prepare
 
@@ -35,6 +36,8 @@ def main() -> None:
 
     loader = train_loader(config, store, ranks)
     model = build_model(config, store.num_items, ranks)
+    if teachers := load_teachers(config, store, ranks):
+        unwrap(model).dense_step.learn_from(teachers, teachers.share)
     optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
     # Only now, when flags and data are known to be good: a mistake leaves no folder behind.
     folder = RunFolder(config, ranks, store)

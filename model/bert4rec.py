@@ -85,6 +85,7 @@ class BERT4Rec(nn.Module):
                 batch.steps_ago,
                 batch.negatives,
                 batch.log_counts,
+                batch.features.values(),
             )
 
 

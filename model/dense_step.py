@@ -9,12 +9,15 @@
 Shapes: T positions of all rows, M masked positions, C candidates, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from model.encoder import Encoder
 from model.graphs import StepGraphs
 from model.head import ScoringHead
+from model.sharded_softmax import Opinion
 
 
 class DenseStep(nn.Module):
@@ -27,8 +30,14 @@ class DenseStep(nn.Module):
     def __init__(self, encoder: Encoder, head: ScoringHead) -> None:
         super().__init__()
         self._parts = (encoder, head)
+        self._teachers: Callable[..., list[Opinion]] = lambda *_: []
+        self._teacher_share = 0.0
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
+
+    def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
+        """Besides the targets, aim at what ``teachers`` think: :class:`model.teachers.Teachers`."""
+        self._teachers, self._teacher_share = teachers, share
 
     def accelerate(self, compiled: bool, alone: bool) -> None:
         """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
@@ -66,21 +75,32 @@ class DenseStep(nn.Module):
         steps_ago: torch.Tensor | None = None,
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`."""
+        """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`.
+
+        ``ids``, int64 [T + ...], begins with the item ids of the positions: for teachers.
+        """
         encoder, head = self._parts
+        ids = ids[: len(items)] if self._teacher_share and ids is not None else None
         graphs = self.training and masked.numel() > 0
         if graphs and self._whole is not None:
             joined = _joined(items, candidates)
             loss, report = self._whole(
-                joined, offsets, masked, left_only, steps_ago, targets, negatives, log_counts
+                joined, offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids
             )
             return loss, report.clone()
         if graphs and self._encode is not None:
             (hidden,) = self._encode(items, offsets, masked, left_only, steps_ago)
         else:
             hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
-        return head(hidden, candidates, targets, negatives, log_counts)
+        opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
+        return head(
+            hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
+        )
+
+    def _opinions(self, ids: torch.Tensor | None, *rows: torch.Tensor | None) -> list[Opinion]:
+        return [] if ids is None else self._teachers(ids, *rows)
 
     def _losses(
         self,
@@ -92,12 +112,16 @@ class DenseStep(nn.Module):
         targets: torch.Tensor,
         negatives: torch.Tensor | None,
         log_counts: torch.Tensor | None,
+        ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         _, head = self._parts
         scored = head.num_candidates(targets, negatives)
         items, candidates = rows.split([rows.shape[0] - scored, scored])
         hidden = self._body(items, offsets, masked, left_only, steps_ago)
-        return head(hidden, candidates, targets, negatives, log_counts)
+        opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
+        return head(
+            hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
+        )
 
 
 def _joined(items: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

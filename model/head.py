@@ -14,6 +14,7 @@ and the negatives drawn for the step.
 Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from model import sampled_losses
 from model.sampled_losses import gbce_beta
-from model.sharded_softmax import linear_cross_entropy
+from model.sharded_softmax import Opinion, linear_cross_entropy
 from pipeline.errors import UserError
 
 NO_TARGET = 0  # the padding item
@@ -134,6 +135,8 @@ class ScoringHead(nn.Module):
         targets: torch.Tensor,
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
+        opinions: Sequence[Opinion] = (),
+        share: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the masked positions of all ranks.
 
@@ -144,6 +147,7 @@ class ScoringHead(nn.Module):
             targets: int64 [M] item ids; 0 where nothing is to be predicted.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of how often each was to be expected.
+            opinions, share: what teachers think, and how much it counts, in the exact softmax.
 
         Returns:
             The loss to call ``backward()`` on (float32 scalar), scaled so that the mean over
@@ -159,6 +163,8 @@ class ScoringHead(nn.Module):
                 scale=self.scale,
                 cosine=self.config.logit_temperature > 0,
                 shared=self.catalog.shared,
+                opinions=opinions,
+                share=share,
             )
         else:
             losses = self._sampled(hidden, candidates, targets, negatives, log_counts)

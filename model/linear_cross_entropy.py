@@ -33,7 +33,10 @@ _FLASH_WIDTH, _FLASH_STEP = 256, 8
 
 
 def softmax_means(
-    hidden: torch.Tensor, candidates: torch.Tensor, bound: float
+    hidden: torch.Tensor,
+    candidates: torch.Tensor,
+    bound: float,
+    values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each position's mean candidate under its softmax, and its log-sum-exp.
 
@@ -41,26 +44,29 @@ def softmax_means(
         hidden: [M, D].
         candidates: [C, D] of the same dtype; C may be 0.
         bound: no logit is further from 0; infinity if nobody knows.
+        values: [C, E] of the same dtype, to be averaged instead of the candidates.
 
     Returns:
-        [M, D] and [M], float32 at least; zeros and -infinity without candidates.
+        [M, D] or [M, E], and [M], float32 at least; zeros and -infinity without candidates.
     """
-    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound):
-        means, sums = _attend(hidden, candidates, candidates)
+    values = candidates if values is None else values
+    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
+        means, sums = _attend(hidden, candidates, values)
         return means.to(sums.dtype), sums
     dtype = sum_dtype(hidden)
-    means = hidden.new_zeros(hidden.shape, dtype=dtype)
+    means = hidden.new_zeros(hidden.shape[0], values.shape[1], dtype=dtype)
     if not candidates.shape[0]:
         return means, means.new_full((hidden.shape[0],), -torch.inf)
     top = means.new_full((hidden.shape[0],), torch.finfo(dtype).min)
     total = torch.zeros_like(top)
-    for block in _blocks(candidates, hidden.shape[0]):
+    blocks = _blocks(candidates, hidden.shape[0])
+    for block, valued in zip(blocks, values.split(blocks[0].shape[0]), strict=True):
         logits = (hidden @ block.T).to(dtype)  # [M, a block]
         higher = torch.maximum(top, logits.amax(dim=1))
         weights = logits.sub_(higher[:, None]).exp_()
         shrink = (top - higher).exp_()
         total = total * shrink + weights.sum(dim=1)
-        means = means * shrink[:, None] + (weights.to(block.dtype) @ block).to(dtype)
+        means = means * shrink[:, None] + (weights.to(valued.dtype) @ valued).to(dtype)
         top = higher
     return means.div_(total[:, None]), top + total.log()
 
@@ -68,7 +74,8 @@ def softmax_means(
 def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float) -> torch.Tensor:
     """Each position's logit [M] of its own row [M, D], rounded as :func:`softmax_means` rounds."""
     logits = (hidden * target_rows.to(sum_dtype(hidden))).sum(dim=1)
-    return logits if _is_fused(hidden, bound) else logits.to(hidden.dtype).to(logits.dtype)
+    fused = _is_fused(hidden, bound, target_rows)
+    return logits if fused else logits.to(hidden.dtype).to(logits.dtype)
 
 
 def weighted_hidden(
@@ -77,6 +84,7 @@ def weighted_hidden(
     log_sums: torch.Tensor,
     weights: torch.Tensor,
     bound: float,
+    values: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each candidate, the sum of weight x probability x hidden vector over all positions.
 
@@ -86,17 +94,19 @@ def weighted_hidden(
         log_sums: [M], of all candidates, here or elsewhere.
         weights: [M], of the positions' losses.
         bound: as for :func:`softmax_means`.
+        values: [M, E] of the same dtype, to be summed instead of the hidden vectors.
 
     Returns:
-        [C, D] and [C], whose product is the sum: it is left to the caller, who passes over the
-        first anyway.
+        [C, D] or [C, E], and [C], whose product is the sum: it is left to the caller, who passes
+        over the first anyway.
     """
-    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound):
-        values = hidden * (weights * (-log_sums).exp())[:, None]
-        means, sums = _attend(candidates, hidden, values.to(hidden.dtype))
+    values = hidden if values is None else values
+    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
+        scaled = values * (weights * (-log_sums).exp())[:, None]
+        means, sums = _attend(candidates, hidden, scaled.to(hidden.dtype))
         return means, sums.exp_()
-    weighted = (hidden * weights[:, None]).to(hidden.dtype)
-    mixed = candidates.new_zeros(candidates.shape, dtype=sum_dtype(hidden))
+    weighted = (values * weights[:, None]).to(hidden.dtype)
+    mixed = candidates.new_zeros(len(candidates), values.shape[1], dtype=sum_dtype(hidden))
     blocks = _blocks(candidates, hidden.shape[0])
     for block, target in zip(blocks, mixed.split(blocks[0].shape[0] or 1), strict=False):
         logits = (block @ hidden.T).to(mixed.dtype)  # [a block, M]
@@ -120,8 +130,8 @@ def _attend(
     return means[0, 0], sums[0, 0]
 
 
-def _is_fused(hidden: torch.Tensor, bound: float) -> bool:
-    if bound > MAX_BOUND:
+def _is_fused(hidden: torch.Tensor, bound: float, values: torch.Tensor) -> bool:
+    if bound > MAX_BOUND or values.shape[1] != hidden.shape[1]:
         return False
     if not hidden.is_cuda:
         return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16)

@@ -21,6 +21,7 @@ from model.profile import ProfileConfig
 from model.ranks import Ranks
 from model.recipes import CHOICES
 from model.sharding import OptimizerConfig, shard, unwrap
+from model.teachers import TeachersConfig
 from model.training import TrainingConfig
 from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
@@ -109,6 +110,7 @@ class RunConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    teaching: TeachersConfig = field(default_factory=TeachersConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -121,6 +123,11 @@ class RunConfig:
             raise UserError(
                 "--patience needs validation items that are not trained on: leave it out, or "
                 "--train_on_validation"
+            )
+        if self.teaching.teachers and self.head.loss != "softmax":
+            raise UserError(
+                f"--teachers needs --loss softmax, not {self.head.loss}: teachers have something "
+                "to say of all items"
             )
         if self.mask.two_stream and self.encoder.positions == "bias":
             raise UserError(
@@ -145,7 +152,7 @@ def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4R
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
     return BERT4Rec(
         model_config,
-        _catalog(config, num_items, ranks),
+        scored_slice(config, num_items, ranks),
         seed=config.loader.seed,
         autocast=autocast,
         table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
@@ -171,7 +178,7 @@ def shard_model(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> Distributed
 
 def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
-    catalog = _catalog(config, store.num_items, ranks)
+    catalog = scored_slice(config, store.num_items, ranks)
     return TrainLoader(
         store,
         config.windows,
@@ -194,7 +201,8 @@ def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | Non
     return SharedNegatives(count, store.num_items, seed, weights)
 
 
-def _catalog(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:
+def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:
+    """The items that this rank scores."""
     sharded = config.sharding.mode == "dmp"
     return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded)
 

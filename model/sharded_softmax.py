@@ -11,10 +11,20 @@ hidden vectors of all ranks against them. What is exchanged makes the softmax ex
 Communicated per rank and step: about 2 x M x D values, whatever the size of the catalog. No rank
 waits for its device.
 
+Teachers, models that were trained before, may have a say. With q, the mean of their probabilities,
+the loss is
+
+    log sum_j exp(h . c_j) - h . ((1 - share) c_target + share sum_j q_j c_j)
+
+where the last sum is an average of rows under somebody else's softmax: the same kernels compute it,
+and its gradient, for catalogs of any size.
+
 Shapes: W ranks, M hidden vectors of the rank that has most, m of this rank, C candidates of this
 rank, D width.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +63,23 @@ def all_gather_rows(
     return gathered, sizes
 
 
+@dataclass(frozen=True)
+class Opinion:
+    """What a teacher thinks of this rank's positions: logits, as hidden vectors and rows.
+
+    Attributes:
+        hidden: [m, E], scaled.
+        rows: [C, E] of the items that this rank scores.
+        bound: no logit is further from 0.
+        log_sums: [m] over the whole catalog; found out on the way.
+    """
+
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    bound: float
+    log_sums: torch.Tensor | None = None
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     rows: torch.Tensor,
@@ -61,6 +88,8 @@ def linear_cross_entropy(
     scale: float = 1.0,
     cosine: bool = False,
     shared: bool = False,
+    opinions: Sequence[Opinion] = (),
+    share: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
 
@@ -73,6 +102,8 @@ def linear_cross_entropy(
         scale: what scores are multiplied with.
         cosine: score by cosines, not dot products.
         shared: the rows are this rank's slice of the catalog, not all of it.
+        opinions: the teachers'; as many on every rank.
+        share: of the aim that is theirs together; the rest is the target's.
 
     Returns:
         float32 [m]. Its gradient for ``rows`` sums the losses of all ranks where shared, as their
@@ -81,7 +112,9 @@ def linear_cross_entropy(
     """
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
-    return _LinearCrossEntropy.apply(hidden * scale, rows, targets, low, bound, cosine, shared)
+    return _LinearCrossEntropy.apply(
+        hidden * scale, rows, targets, low, bound, cosine, shared, opinions, share
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -95,6 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bound: float,
         cosine: bool,
         shared: bool,
+        opinions: Sequence[Opinion],
+        share: float,
     ) -> torch.Tensor:
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
@@ -112,15 +147,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if unit.shape[0]:
             target_rows = unit[column] * owned[:, None]
         wanted = target_logits(hidden, target_rows, bound)
+        aims = target_rows
+        if opinions:
+            taught, opinions = _taught(opinions, unit, sizes)
+            aims = torch.lerp(target_rows.to(taught.dtype), taught, share)
+            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), share)
         slice_sums = log_sums
         if shared:
             log_sums, wanted = _over_slices(log_sums, wanted, len(sizes))
             means *= (slice_sums - log_sums).exp()[:, None]
-        direction = means - target_rows
+        direction = means - aims
         if shared:
             direction = _sum_scatter(direction, sizes)
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound = sizes, bound
+        ctx.sizes, ctx.bound, ctx.opinions, ctx.share = sizes, bound, opinions, share
         return _own(log_sums - wanted, sizes)
 
     @staticmethod
@@ -130,7 +170,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.sizes:
             weights, _ = all_gather_rows(weights, ctx.sizes)
         mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
-        at_targets = hidden * (-weights * owned)[:, None]
+        if ctx.opinions:
+            mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
+        for opinion in ctx.opinions:
+            less, times = weighted_hidden(
+                opinion.hidden, opinion.rows, opinion.log_sums, weights, opinion.bound, hidden
+            )
+            mixed.addcmul_(less, times[:, None], value=-ctx.share / len(ctx.opinions))
+        at_targets = hidden * (-weights * owned * (1 - ctx.share))[:, None]
         if inverse is None:
             grad_rows = mixed * factor[:, None]
         else:
@@ -140,17 +187,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 at_targets = unit_rows_gradient(at_targets, inverse[column], unit[column])
             # Sorted sums, unlike those of index_add_ on CUDA: the same bits in every run.
             grad_rows.index_put_((column,), at_targets.to(grad_rows.dtype), accumulate=True)
-        return grad_hidden, grad_rows, None, None, None, None, None
+        return grad_hidden, grad_rows, *([None] * 7)
+
+
+def _taught(
+    opinions: Sequence[Opinion], unit: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, list[Opinion]]:
+    """The mean row [W * M, D] under the teachers' probabilities, as far as this slice makes it up.
+
+    And their opinions of the positions of all ranks, with log-sum-exp over the whole catalog.
+    """
+    total, gathered = torch.zeros((), device=unit.device), []
+    for opinion in opinions:
+        hidden = opinion.hidden
+        if sizes:
+            hidden, _ = all_gather_rows(hidden, sizes)
+        means, log_sums = softmax_means(hidden, opinion.rows, opinion.bound, unit)
+        if sizes:
+            slice_sums, log_sums = log_sums, _gathered(log_sums, len(sizes)).logsumexp(dim=0)
+            means *= (slice_sums - log_sums).exp()[:, None]
+        total = total + means / len(opinions)
+        gathered.append(Opinion(hidden, opinion.rows, opinion.bound, log_sums))
+    return total, gathered
 
 
 def _over_slices(
     log_sums: torch.Tensor, wanted: torch.Tensor, world_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-sum-exp and target logits [W * M] of the whole catalog from those of this slice."""
-    mine = torch.stack([log_sums, wanted])
-    parts = mine.new_empty(world_size, *mine.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), mine)
+    parts = _gathered(torch.stack([log_sums, wanted]), world_size)
     return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
+
+
+def _gathered(mine: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Every rank's tensor of this shape: [W, ...]."""
+    parts = mine.new_empty(world_size, *mine.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1) if mine.ndim > 1 else parts.flatten(), mine)
+    return parts
 
 
 def _sum_scatter(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:

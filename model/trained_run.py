@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 from torchrec.distributed import DistributedModelParallel
 
+from model.bert4rec import BERT4Rec
 from model.checkpoint import PORTABLE, Checkpoints
 from model.export import WEIGHTS, load_exported
 from model.flags import build
-from model.ranks import Ranks
-from model.run import RunConfig, build_model
+from model.ranks import Ranks, alone
+from model.run import RunConfig, build_model, build_plain_model, scored_slice
 from model.run_log import read_config
+from model.teachers import Teacher, Teachers
 from pipeline.errors import UserError
 from pipeline.store import SequenceStore
 
@@ -93,12 +95,11 @@ class TrainedRun:
         Raises:
             UserError: there are no weights, or they do not fit.
         """
-        for folder in (self.folder, self.folder / PORTABLE):
-            if (folder / WEIGHTS).exists():
-                config = _possible(self.config, ranks.device)
-                model = build_model(config, self._num_items, ranks)
-                load_exported(folder, model)
-                return model
+        if exported := self._exported():
+            config = _possible(self.config, ranks.device)
+            model = build_model(config, self._num_items, ranks)
+            load_exported(exported, model)
+            return model
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         if step is None:
@@ -108,6 +109,50 @@ class TrainedRun:
         model = build_model(self.config, self._num_items, ranks)
         checkpoints.load_weights(model, step)
         return model
+
+    def plain_model(self) -> BERT4Rec:
+        """The exported model, unsharded on CPU.
+
+        Raises:
+            UserError: there is none, or it does not fit.
+        """
+        exported = self._exported()
+        if exported is None:
+            raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
+        cpu = torch.device("cpu")
+        output = replace(self.config.output, precision="fp32")
+        config = replace(_possible(self.config, cpu), output=output)
+        model = build_plain_model(config, self._num_items, alone(cpu))
+        load_exported(exported, model)
+        return model
+
+    def _exported(self) -> Path | None:
+        """Where the portable form is, if it is."""
+        folders = (self.folder, self.folder / PORTABLE)
+        return next((folder for folder in folders if (folder / WEIGHTS).exists()), None)
+
+
+def load_teachers(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Teachers | None:
+    """The models that ``--teachers`` names, each whole on this rank's device; None: it names none.
+
+    Raises:
+        UserError: a folder holds no finished model, or one of another catalog or shorter rows.
+    """
+    models = []
+    for folder in config.teaching.folders:
+        run = TrainedRun(EvalFlags(checkpoint=folder))
+        run.check_catalog(store)
+        if run.config.windows.max_len < config.windows.max_len:
+            raise UserError(
+                f"--teachers {folder} knows rows of {run.config.windows.max_len} items at most: "
+                "give no larger --max_len"
+            )
+        plain = run.plain_model()
+        half = ranks.device.type == "cuda" and config.output.precision != "fp32"
+        dtype = torch.bfloat16 if half else torch.float32
+        catalog = scored_slice(config, store.num_items, ranks)
+        models.append(Teacher(plain, catalog, ranks.device, dtype))
+    return Teachers(models, config.teaching.teacher_share) if models else None
 
 
 def _possible(config: RunConfig, device: torch.device) -> RunConfig:
