@@ -3,7 +3,10 @@
     python eval.py --checkpoint runs/ml-1m
     torchrun --standalone --nproc_per_node 2 eval.py --checkpoint runs/ml-1m --split validation
 
-Prints the metrics table and writes eval_<split>.json into the folder.
+    python eval.py --checkpoint runs/ml-1m --popularity_discount 0.3
+
+Prints the metrics table and writes eval_<split>.json into the folder (with a discount,
+eval_<split>-discount-<discount>.json).
 """
 
 import sys
@@ -25,10 +28,14 @@ def main() -> None:
     store = first_rank_first(ranks, lambda: prepare(run.config.data))
     run.check_catalog(store)
     model = run.model(ranks)
-    result = evaluator(run.config, model, store, flags.split, ranks)()
+    discount = flags.popularity_discount
+    result = evaluator(run.config, model, store, flags.split, ranks, discount)()
     ranks.say(report(flags.split, result, (store.best_possible or {}).get(flags.split)))
     if ranks.is_first:
-        write_result(Path(flags.checkpoint), flags.split, result)
+        name = flags.split
+        if discount:
+            name, result["popularity_discount"] = f"{name}-discount-{discount:g}", discount
+        write_result(Path(flags.checkpoint), name, result)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,17 @@ class _Questions:
 
 
 class _Catalog:
-    """This rank's slice, part by part; the same number of parts on every rank."""
+    """This rank's slice, part by part; the same number of parts on every rank.
 
-    def __init__(self, bert: BERT4Rec, device: torch.device) -> None:
-        self.bert, self.device = bert, device
+    Args:
+        bert: the model.
+        lowered: float32 [V + 2], what the score of each item is lowered by; None: by nothing.
+    """
+
+    def __init__(
+        self, bert: BERT4Rec, device: torch.device, lowered: torch.Tensor | None = None
+    ) -> None:
+        self.bert, self.device, self._lowered = bert, device, lowered
         whole = bert.head.catalog
         self.shared = whole.shared
         largest = torch.tensor(whole.high - whole.low)
@@ -95,11 +102,15 @@ class _Catalog:
 
     def scored(self, hidden: torch.Tensor) -> Scored:
         """Scores of the parts for users [U, D]; of a single one, computed once."""
-        return (
-            [(part, hidden @ rows.T) for part, rows in self]
-            if len(self.parts) == 1
-            else (_Scores(self, hidden))
-        )
+        scores = _Scores(self, hidden)
+        return list(scores) if len(self.parts) == 1 else scores
+
+    def part_scores(
+        self, part: CatalogSlice, rows: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 [U, C] of one part."""
+        scores = hidden @ rows.T
+        return scores if self._lowered is None else scores - self._lowered[part.low : part.high]
 
     def counted(self, counts: torch.Tensor, users: int) -> Scored:
         """The same scores, float32 [V + 2] by item, for all users."""
@@ -125,7 +136,7 @@ class _Scores:
 
     def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
         for part, rows in self.catalog:
-            yield part, self.hidden @ rows.T
+            yield part, self.catalog.part_scores(part, rows, self.hidden)
 
 
 def evaluate(
@@ -133,6 +144,7 @@ def evaluate(
     batches: Iterable[EvalBatch],
     popularity: torch.Tensor | None = None,
     max_scores: int = MAX_SCORES,
+    discount: float = 0.0,
 ) -> Result:
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
@@ -141,6 +153,8 @@ def evaluate(
         batches: this rank's users; every rank must have the same number of batches.
         popularity: int64 [V + 2] training count of each item; None leaves its rows out.
         max_scores: bound of users x items held at once.
+        discount: logits are lowered by this times the logarithm of the item's count, which needs
+            ``popularity``.
 
     Returns:
         ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
@@ -155,8 +169,11 @@ def evaluate(
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad():
-            catalog = _Catalog(bert, device)
             counts = None if popularity is None else popularity.to(device, torch.float32)
+            lowered = None
+            if discount and counts is not None:
+                lowered = (counts + 1).log() * (discount / bert.head.scale)
+            catalog = _Catalog(bert, device, lowered)
             for batch in batches:
                 asked = _ask(bert, batch.to(device, non_blocking=True))
                 for block in _blocks(asked, max(1, max_scores // catalog.part_items)):

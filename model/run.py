@@ -213,10 +213,12 @@ def evaluator(
     store: SequenceStore,
     split: str,
     ranks: Ranks,
+    discount: float = 0.0,
 ) -> Callable[..., Result]:
     """A function that evaluates ``model`` as it is when called, on every user of ``split``.
 
-    Its argument, if given, is put around the batches, to do something between them.
+    Its argument, if given, is put around the batches, to do something between them. ``discount`` is
+    that of popularity, see :func:`~model.evaluation.evaluate`.
     """
     output = config.output
     loader = EvalLoader(
@@ -230,4 +232,4 @@ def evaluator(
         candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
     )
     popularity = torch.from_numpy(store.train_item_counts())
-    return lambda around=iter: evaluate(model, around(loader), popularity)
+    return lambda around=iter: evaluate(model, around(loader), popularity, discount=discount)

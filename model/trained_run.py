@@ -42,8 +42,19 @@ class EvalFlags:
     batch_size: int | None = field(
         default=None, metadata={"help": "users a rank evaluates at once; as in training without it"}
     )
+    popularity_discount: float = field(
+        default=0.0,
+        metadata={
+            "help": "lower logits by this times the logarithm of an item's count in training: 0 "
+            "asks what comes next, 1 what comes next more than it does elsewhere"
+        },
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.popularity_discount <= 1:
+            raise UserError(
+                f"--popularity_discount must be in [0, 1], not {self.popularity_discount}"
+            )
         if not self.checkpoint:
             raise UserError("--checkpoint is needed: the --run_dir of a training run")
         if self.split not in ("test", "validation"):

@@ -90,6 +90,19 @@ def test_validation_split_by_hand() -> None:
     assert result["full"] == pytest.approx(of_ranks(1, 5, 4))
 
 
+def test_a_popularity_discount_lowers_frequent_items() -> None:
+    store = store_of(HISTORIES, 6)
+    counts = torch.from_numpy(store.train_item_counts())
+    for discount in (0.4, 1.0):
+        batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+        found = evaluate(model_with(SCORES), batches, counts, discount=discount)
+        lowered = torch.tensor(SCORES) - discount * (counts[1:-1] + 1).log()
+        expected = evaluated(lowered.tolist())
+        assert found == expected
+        assert found["full"] != evaluated(SCORES)["full"]
+        assert found["popularity"] == evaluated(SCORES)["popularity"]
+
+
 def test_equal_scores_are_never_a_win() -> None:
     # User 0: 5 = 6. User 1: 3 = 1 4 5. User 2: 2 = 1 3 5.
     assert evaluated([0.5] * 6)["full"] == pytest.approx(of_ranks(2, 4, 4))

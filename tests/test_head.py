@@ -15,7 +15,7 @@ from model.encoder import EncoderConfig
 from model.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
 from pipeline.batch import TrainBatch, jagged_items
 from pipeline.errors import UserError
-from tests.workers.softmax import SIZES, SLICES, problem, work
+from tests.workers.softmax import SIZES, SLICES, problem, teachers, work
 
 
 def test_loss_by_hand_with_dot_products() -> None:
@@ -122,14 +122,36 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cosine", [False, True])
 def test_the_sharded_softmax_is_the_whole_one(sharded: Path, cosine: bool, world_size: int) -> None:
     # Float32, sums of 6 exponentials in another order: 1e-6 is ten roundings.
-    hidden, candidates, targets, weights = problem()
+    hidden, candidates, targets, _ = problem()
     hidden.requires_grad_(), candidates.requires_grad_()
     logits = hidden @ candidates.T
     if cosine:
         logits = F.normalize(hidden, dim=1) @ F.normalize(candidates, dim=1).T
     losses = F.cross_entropy(logits, targets - 1, reduction="none")
-    (losses * weights).sum().backward()
-    parts = [torch.load(sharded / f"{world_size}-{rank}.pt")[cosine] for rank in range(world_size)]
+    assert_parts_are(sharded, world_size, cosine, losses, hidden, candidates)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_teachers_of_a_sharded_softmax(sharded: Path, world_size: int) -> None:
+    hidden, candidates, targets, _ = problem()
+    hidden.requires_grad_(), candidates.requires_grad_()
+    taught = sum((seen @ rows.T).softmax(dim=1) for seen, rows, _ in teachers()) / 2
+    aims = 0.7 * F.one_hot(targets - 1, 6) + 0.3 * taught
+    losses = F.cross_entropy(hidden @ candidates.T, aims, reduction="none")
+    assert_parts_are(sharded, world_size, "taught", losses, hidden, candidates)
+
+
+def assert_parts_are(
+    sharded: Path,
+    world_size: int,
+    name: bool | str,
+    losses: torch.Tensor,
+    hidden: torch.Tensor,
+    candidates: torch.Tensor,
+) -> None:
+    """What the ranks found is the losses, and the gradients of their weighted sum."""
+    (losses * problem()[3]).sum().backward()
+    parts = [torch.load(sharded / f"{world_size}-{rank}.pt")[name] for rank in range(world_size)]
     assert [len(part["losses"]) for part in parts] == SIZES[world_size]
     assert [len(part["candidates"]) for part in parts] == [
         high - low for low, high in SLICES[world_size]

@@ -163,6 +163,19 @@ def test_eval_of_the_best_checkpoint_on_validation(
             assert found[protocol][name] == pytest.approx(best[f"validation/{protocol}/{name}"])
 
 
+def test_eval_with_a_popularity_discount(
+    trained: dict[str, Any], run_main: RunMain, cache_dir: Path
+) -> None:
+    flags = ["--checkpoint", trained["run"], "--cache_dir", cache_dir]
+    outcome = run_main("eval", *flags, "--popularity_discount=0.5")
+    assert outcome.code == 0, outcome.err
+    found = read_result(trained["run"], "test-discount-0.5")
+    assert found["popularity_discount"] == 0.5
+    assert found["popularity"] == trained["popularity"]
+    assert found["full"] != trained["full"]
+    assert_equal_results(read_result(trained["run"]), trained)  # the plain one is still there
+
+
 def test_eval_of_the_exported_model(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:

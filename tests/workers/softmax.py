@@ -3,13 +3,14 @@
 torch.multiprocessing.spawn(work, (FOLDER,), nprocs=3)
 """
 
+import math
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from model.ranks import leave
-from model.sharded_softmax import linear_cross_entropy
+from model.sharded_softmax import Opinion, linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
 SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}
@@ -22,6 +23,13 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, candidates = torch.randn(13, 4, generator=generator).split([7, 6])
     targets = torch.tensor([1, 6, 4, 4, 2, 5, 3])
     return hidden.clone(), candidates.clone(), targets, torch.linspace(0.5, 2, 7)
+
+
+def teachers() -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Two: 7 hidden vectors, 6 rows, and a bound of the logits; of width 4 and of another one."""
+    generator = torch.Generator().manual_seed(6)
+    first, second = (torch.randn(13, width, generator=generator) for width in (4, 3))
+    return [(first[:7], first[7:], math.inf), (second[:7], second[7:], math.inf)]
 
 
 def solve(rank: int, world_size: int, folder: Path) -> None:
@@ -45,6 +53,21 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
             "hidden": hidden.grad,
             "candidates": candidates.grad,
         }
+    hidden, candidates, targets, weights = problem()
+    hidden = hidden[own].requires_grad_()
+    candidates = candidates[low - 1 : high - 1].requires_grad_()
+    taught = [
+        Opinion(seen[own], rows[low - 1 : high - 1], bound) for seen, rows, bound in teachers()
+    ]
+    losses = linear_cross_entropy(
+        hidden, candidates, targets[own], low, shared=True, opinions=taught, share=0.3
+    )
+    (losses * weights[own]).sum().backward()
+    found["taught"] = {
+        "losses": losses.detach(),
+        "hidden": hidden.grad,
+        "candidates": candidates.grad,
+    }
     if world_size == 2:
         found["large"] = linear_cross_entropy(
             torch.tensor([[20.0]]),
