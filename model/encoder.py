@@ -38,12 +38,6 @@ class EncoderConfig:
             "choices": POSITIONS,
         },
     )
-    gated: bool = field(
-        default=False,
-        metadata={
-            "help": "layers learn how much of what attention and feed-forward give is let through"
-        },
-    )
     learned_positions: bool = field(
         default=True,
         metadata={
@@ -100,8 +94,6 @@ class EncoderLayer(nn.Module):
             nn.Linear(4 * width, width),
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.attention_gate = nn.Linear(width, width) if config.gated else None
-        self.feed_forward_gate = nn.Linear(width, width) if config.gated else None
 
     def forward(
         self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None = None
@@ -110,17 +102,8 @@ class EncoderLayer(nn.Module):
         attended = self.attention(self.attention_norm(packed), layout, wanted)
         if wanted is not None:
             packed = packed.index_select(0, wanted)
-        packed = packed + self.dropout(_through(self.attention_gate, packed, attended))
-        fed = self.feed_forward(self.feed_forward_norm(packed))
-        return packed + self.dropout(_through(self.feed_forward_gate, packed, fed))
-
-
-def _through(gate: nn.Linear | None, packed: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """What a layer adds [T, D], or the part of it that the gate opened by ``packed`` lets through.
-
-    After LiGR (arXiv 2502.03417).
-    """
-    return added if gate is None else added * gate(packed).sigmoid()
+        packed = packed + self.dropout(attended)
+        return packed + self.dropout(self.feed_forward(self.feed_forward_norm(packed)))
 
 
 class Encoder(nn.Module):
