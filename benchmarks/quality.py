@@ -3,11 +3,15 @@
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip
     python benchmarks/quality.py beauty --dataset_path beauty.txt.gz --seeds 3 --jobs 3
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --final
+    python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --teachers 3 --discount 0.3
 
 The model of each run is chosen on validation alone (full NDCG@10) by train.py. With --final the
 recipe is trained on the validation items too, as in BERT4Rec's paper: then nothing is chosen, the
-recipe's last model is tested. Every run is an ordinary run folder below --runs; the table and what
-made it go to results/quality-<recipe>[-final].json. Further flags after ``--`` go to train.py.
+recipe's last model is tested. With --teachers N so many models are trained first, from other seeds,
+and the measured ones learn from them (``train.py --teachers``). With --discount the same models are
+tested a second time, with ``eval.py --popularity_discount``. Every run is an ordinary run folder
+below --runs; the table and what made it go to results/quality-<recipe>[-final][-taught].json.
+Further flags after ``--`` go to train.py.
 """
 
 import argparse
@@ -43,13 +47,24 @@ ANCHORS: dict[str, dict[str, tuple[float | None, ...]]] = {
 }
 
 
-def train(recipe: str, name: str, seed: int, runs: Path, more: list[str]) -> dict[str, Any]:
-    """One run through the shipped script: its metrics, config and training seconds."""
-    run_dir = runs / f"{name}-seed{seed}"
-    command = [sys.executable, str(ROOT / "train.py"), "--dataset_name", recipe]
-    command += ["--recipe", recipe, "--seed", str(seed), "--run_dir", str(run_dir), *more]
-    with (runs / f"{name}-seed{seed}.log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+# Seeds of teachers begin here.
+FIRST_TEACHER = 1000
+
+
+def run_script(script: str, log: Path, *flags: str) -> None:
+    """train.py or eval.py in a process of its own, what it prints in a file."""
+    with log.open("a") as file:
+        command = [sys.executable, str(ROOT / script), *flags]
+        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+
+
+def train(
+    recipe: str, name: str, seed: int, runs: Path, discount: float, more: list[str]
+) -> dict[str, Any]:
+    """One run through the shipped scripts: its metrics, config and training seconds."""
+    run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
+    flags = ["--dataset_name", recipe, "--recipe", recipe, "--seed", str(seed)]
+    run_script("train.py", log, *flags, "--run_dir", str(run_dir), *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run_dir / "config.json").read_text())
     training = [line for line in lines if "loss" in line]
@@ -60,7 +75,16 @@ def train(recipe: str, name: str, seed: int, runs: Path, more: list[str]) -> dic
     )
     for flag in ("dataset_path", "run_dir", "cache_dir"):  # where things lay says nothing
         config["flags"][flag] = Path(config["flags"][flag]).name
-    return {
+    teachers = config["flags"]["teachers"].split(",")
+    config["flags"]["teachers"] = ",".join(Path(teacher).name for teacher in teachers)
+    found = {}
+    if discount:
+        kept = [flag for flag in more if flag.startswith("--cache_dir=")]
+        flags = ["--checkpoint", str(run_dir), "--popularity_discount", str(discount), *kept]
+        run_script("eval.py", log, *flags)
+        path = run_dir / f"eval_test-discount-{discount:g}.json"
+        found["discounted"] = json.loads(path.read_text())
+    return found | {
         "seed": seed,
         "test": json.loads((run_dir / "eval_test.json").read_text()),
         "config": {key: value for key, value in config.items() if key != "command"},
@@ -81,12 +105,17 @@ def table(recipe: str, results: list[dict[str, Any]]) -> str:
     popularity = results[0]["test"]["popularity"]
     cells = (f"{popularity[protocol][name]:.4f}" for protocol, name in columns)
     lines.append("| popularity | " + " | ".join(cells) + " |")
-    cells = []
-    for protocol, name in columns:
-        values = [result["test"][protocol][name] for result in results]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.4f}{spread}")
-    lines.append(f"| **this project**, {len(results)} seeds | " + " | ".join(cells) + " |")
+    labels = {"test": f"**this project**, {len(results)} seeds"}
+    if "discounted" in results[0]:
+        discount = results[0]["discounted"]["popularity_discount"]
+        labels["discounted"] = f"the same models, --popularity_discount {discount:g}"
+    for key, label in labels.items():
+        cells = []
+        for protocol, name in columns:
+            values = [result[key][protocol][name] for result in results]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -106,6 +135,8 @@ def main() -> None:
     parser.add_argument("--dataset_path", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--final", action="store_true", help="train on validation items too")
+    parser.add_argument("--teachers", type=int, default=0, help="models to learn from")
+    parser.add_argument("--discount", type=float, default=0.0, help="of popularity, once more")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -122,15 +153,25 @@ def main() -> None:
     runs = arguments.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    teachers = range(FIRST_TEACHER, FIRST_TEACHER + arguments.teachers)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        tasks = [
-            pool.submit(train, arguments.recipe, name, seed, runs, more)
-            for seed in range(arguments.seeds)
-        ]
-        results = [task.result() for task in tasks]
+
+        def trained(seeds: range, discount: float) -> list[dict[str, Any]]:
+            tasks = [
+                pool.submit(train, arguments.recipe, name, seed, runs, discount, more)
+                for seed in seeds
+            ]
+            return [task.result() for task in tasks]
+
+        taught_by = trained(teachers, 0)
+        if teachers:
+            folders = ",".join(str(runs / f"{name}-seed{seed}") for seed in teachers)
+            name, more = f"{name}-taught", [*more, f"--teachers={folders}"]
+        results = trained(range(arguments.seeds), arguments.discount)
     record = {
         "recipe": arguments.recipe,
         "final": arguments.final,
+        "teachers": taught_by,
         "flags": shown,
         "jobs": arguments.jobs,
         "commit": commit(),
