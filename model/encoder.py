@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from model import residual
 from model.attention import RowLayout, SelfAttention
+from model.dropout_bits import Dropout, new_dropouts
+from model.half_products import gelu_dropout, linear
 from pipeline.errors import UserError
 
 POSITIONS = ("bias", "rotary", "none")
@@ -114,6 +117,49 @@ class EncoderLayer(nn.Module):
         fed = self.feed_forward(self.feed_forward_norm(packed))
         return packed + self.dropout(_through(self.feed_forward_gate, packed, fed))
 
+    def forward_fused(
+        self,
+        packed: torch.Tensor,
+        normed: torch.Tensor,
+        layout: RowLayout,
+        wanted: torch.Tensor | None,
+        dropouts: list[Dropout | None],
+        following: tuple[nn.LayerNorm, torch.dtype],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward` in fewer passes over memory, from one norm to the next.
+
+        Args:
+            packed: float32 [T, D].
+            normed: half precision [T, D], what the layer's first norm makes of it.
+            layout, wanted: as there.
+            dropouts: of the attention's branch, inside of the feed-forward, and of its branch.
+            following: the norm of who reads the result, and in which dtype.
+
+        Returns:
+            float32 [T, D] and, normed by ``following``, [T, D]; or both [M, D].
+        """
+        mixed = self.attention.mix(normed, layout, wanted)
+        if wanted is not None:
+            packed = packed.index_select(0, wanted)
+        branch = _branch(self.attention_gate, packed, mixed, self.attention.project_out)
+        packed, normed = residual.add(
+            packed, *branch, self.feed_forward_norm, dropouts[0], normed.dtype
+        )
+        into, _, _, out = self.feed_forward
+        hidden = gelu_dropout(linear(into, normed, with_bias=False), into.bias, dropouts[1])
+        branch = _branch(self.feed_forward_gate, packed, hidden, out)
+        norm, dtype = following
+        return residual.add(packed, *branch, norm, dropouts[2], dtype)
+
+
+def _branch(
+    gate: nn.Linear | None, packed: torch.Tensor, hidden: torch.Tensor, out: nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a layer adds [T, D], ``out`` of ``hidden``, and a bias [D] that is still to be added."""
+    if gate is None:
+        return linear(out, hidden, with_bias=False), out.bias
+    return _through(gate, packed, linear(out, hidden)), None
+
 
 def _through(gate: nn.Linear | None, packed: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     """What a layer adds [T, D], or the part of it that the gate opened by ``packed`` lets through.
@@ -178,6 +224,8 @@ class Encoder(nn.Module):
         limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
+        if residual.takes(items):
+            return self._encode_fused(items, layout, masked)
         if self.positions is not None:
             items = items + self.positions(layout.steps_ago)
         packed = self.dropout(self.embedding_norm(items))
@@ -187,6 +235,30 @@ class Encoder(nn.Module):
         # Nobody reads the last layer elsewhere than at the masked positions: its feed-forward
         # runs on them alone, about a fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
+
+    def _encode_fused(
+        self, items: torch.Tensor, layout: RowLayout, masked: torch.Tensor
+    ) -> torch.Tensor:
+        """The same on CUDA inside autocast: what stands between two products is one pass."""
+        half, full = torch.get_autocast_dtype("cuda"), torch.float32
+        share = self.dropout.p if self.training else 0.0
+        first, *dropouts = new_dropouts(share, 1 + 3 * len(self.layers), items.device)
+        table = None if self.positions is None else self.positions.weight
+        packed, normed = residual.enter(
+            items,
+            table,
+            layout.steps_ago,
+            self.embedding_norm,
+            self.layers[0].attention_norm,
+            first,
+            half,
+        )
+        readers = [(layer.attention_norm, half) for layer in self.layers[1:]]
+        for layer, following in zip(self.layers, [*readers, (self.final_norm, full)], strict=True):
+            wanted = masked if layer is self.layers[-1] else None
+            own, dropouts = dropouts[:3], dropouts[3:]
+            packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, following)
+        return normed
 
 
 def _initialise(module: nn.Module) -> None:
