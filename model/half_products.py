@@ -27,8 +27,9 @@ except ImportError:  # torch's CPU builds come without it
 
 # Values that a program of a kernel holds of each tensor at a time, and the columns of these.
 _TILE, _COLUMNS = 2048, 128
-# Programs that sum over rows: some on each multiprocessor of a large device.
-_PROGRAMS = 1056
+# Programs that sum over rows: as many as a large device runs at once, four a multiprocessor; of
+# those that do nothing else, twice as many.
+_PROGRAMS = 528
 
 
 def linear(module: nn.Linear, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
@@ -63,7 +64,7 @@ def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def column_sum(rows: torch.Tensor) -> torch.Tensor:
     """The sum of all rows [T, N], contiguous on CUDA: float32 [N], the same bits in every run."""
-    partial = _partial(rows)
+    partial = _partial(rows, 2 * _PROGRAMS)
     _column_sum[_grid(partial)](rows, partial, *_shape(rows))
     return partial.sum(dim=0)
 
@@ -80,10 +81,10 @@ def _shape(rows: torch.Tensor) -> tuple[int, int, int, int]:
     return *rows.shape, _TILE // _COLUMNS, _COLUMNS
 
 
-def _partial(rows: torch.Tensor) -> torch.Tensor:
-    """Room for the sums of each program's rows: float32 [P, N]."""
+def _partial(rows: torch.Tensor, programs: int) -> torch.Tensor:
+    """Room for the sums of each program's rows: float32 [P, N]; for a program each, about."""
     count, width, block, columns = _shape(rows)
-    programs = min(triton.cdiv(count, block), max(1, _PROGRAMS // triton.cdiv(width, columns)))
+    programs = min(triton.cdiv(count, block), programs // triton.cdiv(width, columns))
     return torch.empty(max(1, programs), width, device=rows.device)
 
 
@@ -129,7 +130,7 @@ class _GeluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
-        gradient, partial = torch.empty_like(hidden), _partial(hidden)
+        gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         seed, options = dropout_options(ctx.dropout, hidden)
         _gelu_gradient[_grid(partial)](
             hidden, bias, seed, grad.contiguous(), gradient, partial, *_shape(hidden), **options

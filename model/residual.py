@@ -20,9 +20,9 @@ from model import residual_kernels as kernels
 from model.dropout_bits import Dropout, dropout_options
 from model.residual_kernels import triton
 
-# Values that a program of a kernel holds of each tensor at a time.
-_TILE = 2048
-# Programs that sum gradients: four on each multiprocessor of a large device.
+# Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
+_TILE, _GRADIENT_TILE = 2048, 1024
+# Programs that sum gradients: as many as a large device runs at once, four a multiprocessor.
 _PROGRAMS = 528
 _WIDEST = 2048
 
@@ -86,16 +86,16 @@ def add(
     return _Add.apply(stream, branch, branch_bias, norm.weight, norm.bias, norm.eps, dropout, dtype)
 
 
-def _shape(rows: torch.Tensor) -> tuple[int, int, int, int]:
+def _shape(rows: torch.Tensor, tile: int) -> tuple[int, int, int, int]:
     """T, D, rows and columns of a program's tile."""
     count, width = rows.shape
     columns = triton.next_power_of_2(width)
-    return count, width, max(1, _TILE // columns), columns
+    return count, width, max(1, tile // columns), columns
 
 
 def _partial(rows: torch.Tensor, sums: int) -> torch.Tensor:
     """Room for so many sums over the rows of each program: float32 [P, sums, D]."""
-    count, width, block, _ = _shape(rows)
+    count, width, block, _ = _shape(rows, _GRADIENT_TILE)
     programs = max(1, min(_PROGRAMS, triton.cdiv(count, block)))
     return torch.empty(programs, sums, width, device=rows.device)
 
@@ -121,7 +121,7 @@ class _Enter(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
-        count, width, block, columns = _shape(items)
+        count, width, block, columns = _shape(items, _TILE)
         seed, options = dropout_options(dropout, items)
         if count:
             kernels.enter[(triton.cdiv(count, block),)](
@@ -169,7 +169,7 @@ class _Enter(torch.autograd.Function):
             grad_normed.contiguous(),
             gradient,
             partial,
-            *_shape(items),
+            *_shape(items, _GRADIENT_TILE),
             *ctx.epsilons,
             table is not None,
             grad_stream is not None,
@@ -197,7 +197,7 @@ class _Add(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
-        count, width, block, columns = _shape(stream)
+        count, width, block, columns = _shape(stream, _TILE)
         seed, options = dropout_options(dropout, stream)
         if count:
             kernels.add[(triton.cdiv(count, block),)](
@@ -242,7 +242,7 @@ class _Add(torch.autograd.Function):
             gradient,
             of_branch,
             partial,
-            *_shape(total),
+            *_shape(total, _GRADIENT_TILE),
             ctx.epsilon,
             grad_total is not None,
             **options,
