@@ -5,6 +5,8 @@ projections, feed-forward) runs on the packed positions of all rows; only attent
 
     items [T, D] + positions -> layer x N -> norm -> rows of the masked positions [M, D]
 
+Inside autocast on CUDA the same runs through the kernels of :mod:`model.residual`.
+
 Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
 """
 

@@ -45,9 +45,9 @@ def test_linear_in_half_precision(count: int, with_bias: bool) -> None:
     expected.backward(weights.double())
     assert error(found, expected) < 4e-3
     assert error(rows.grad, exact.grad) < 4e-3
-    assert error(module.weight.grad, half.grad) < 1e-5
+    assert error(module.weight.grad, half.grad) < 1e-4  # bfloat16 would be 2e-3
     if with_bias:
-        assert error(module.bias.grad, bias.grad) < 1e-6
+        assert error(module.bias.grad, bias.grad) < 5e-6
     else:
         assert module.bias.grad is None
 
@@ -59,7 +59,7 @@ def test_column_sums(count: int, width: int) -> None:
     torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is no harmless zero
     rows = normal(count, width).detach()
     found = column_sum(rows)
-    assert error(found, rows.double().sum(dim=0)) < 2e-6
+    assert error(found, rows.double().sum(dim=0)) < 5e-6
     assert found.equal(column_sum(rows))
 
 
@@ -77,7 +77,7 @@ def test_gelu(count: int, width: int) -> None:
     expected.backward(weights.double())
     assert error(found, expected) < 4e-3
     assert error(hidden.grad, exact.grad) < 4e-3
-    assert error(bias.grad, added.grad) < 4e-6
+    assert error(bias.grad, added.grad) < 1e-5
 
 
 @needs_cuda
