@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.half_products import linear
 from model.jagged_attention import JaggedRows, attend, takes
 
 
@@ -149,7 +150,13 @@ class SelfAttention(nn.Module):
         self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
     ) -> torch.Tensor:
         """[T, D] -> [T, D], or [M, D] for the ``wanted`` int64 [M] positions alone."""
-        projected = self.project_in(packed).view(packed.shape[0], 3, self.heads, -1)
+        return self.project_out(self.mix(packed, layout, wanted))
+
+    def mix(
+        self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What :meth:`forward` projects in the end: as that, [T, D] or [M, D]."""
+        projected = linear(self.project_in, packed).view(packed.shape[0], 3, self.heads, -1)
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if self.jagged and half and projected.is_cuda:
             mixed = layout.attend_jagged(projected, self.rotation if self.rotary else None)
@@ -159,7 +166,7 @@ class SelfAttention(nn.Module):
             dropout = self.dropout if self.training else 0.0
             mixed = layout.attend_padded(projected, self._bias(layout.longest), dropout)
         mixed = mixed if wanted is None else mixed.index_select(0, wanted)
-        return self.project_out(mixed.flatten(1))
+        return mixed.flatten(1)
 
     def _bias(self, longest: int) -> torch.Tensor | None:
         if self.distance_bias is None:

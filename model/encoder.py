@@ -5,6 +5,8 @@ projections, feed-forward) runs on the packed positions of all rows; only attent
 
     items [T, D] + positions -> layer x N -> norm -> rows of the masked positions [M, D]
 
+Inside autocast on CUDA the same runs through the kernels of :mod:`model.residual`.
+
 Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
 """
 
@@ -13,7 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from model import residual
 from model.attention import RowLayout, SelfAttention
+from model.dropout_bits import Dropout, new_dropouts
+from model.half_products import gelu_dropout, linear
 from pipeline.errors import UserError
 
 POSITIONS = ("bias", "rotary", "none")
@@ -105,6 +110,41 @@ class EncoderLayer(nn.Module):
         packed = packed + self.dropout(attended)
         return packed + self.dropout(self.feed_forward(self.feed_forward_norm(packed)))
 
+    def forward_fused(
+        self,
+        packed: torch.Tensor,
+        normed: torch.Tensor,
+        layout: RowLayout,
+        wanted: torch.Tensor | None,
+        dropouts: list[Dropout | None],
+        following: tuple[nn.LayerNorm, torch.dtype],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward` in fewer passes over memory, from one norm to the next.
+
+        Args:
+            packed: float32 [T, D].
+            normed: half precision [T, D], what the layer's first norm makes of it.
+            layout, wanted: as there.
+            dropouts: of the attention's branch, inside of the feed-forward, and of its branch.
+            following: the norm of who reads the result, and in which dtype.
+
+        Returns:
+            float32 [T, D] and, normed by ``following``, [T, D]; or both [M, D].
+        """
+        mixed = self.attention.mix(normed, layout, wanted)
+        if wanted is not None:
+            packed = packed.index_select(0, wanted)
+        out = self.attention.project_out
+        attended = linear(out, mixed, with_bias=False), out.bias  # the bias is added in the pass
+        packed, normed = residual.add(
+            packed, *attended, self.feed_forward_norm, dropouts[0], normed.dtype
+        )
+        into, _, _, out = self.feed_forward
+        hidden = gelu_dropout(linear(into, normed, with_bias=False), into.bias, dropouts[1])
+        fed = linear(out, hidden, with_bias=False), out.bias
+        norm, dtype = following
+        return residual.add(packed, *fed, norm, dropouts[2], dtype)
+
 
 class Encoder(nn.Module):
     """Contextual vectors of the masked positions."""
@@ -161,6 +201,8 @@ class Encoder(nn.Module):
         limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
+        if residual.takes(items):
+            return self._encode_fused(items, layout, masked)
         if self.positions is not None:
             items = items + self.positions(layout.steps_ago)
         packed = self.dropout(self.embedding_norm(items))
@@ -170,6 +212,30 @@ class Encoder(nn.Module):
         # Nobody reads the last layer elsewhere than at the masked positions: its feed-forward
         # runs on them alone, about a fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
+
+    def _encode_fused(
+        self, items: torch.Tensor, layout: RowLayout, masked: torch.Tensor
+    ) -> torch.Tensor:
+        """The same on CUDA inside autocast: what stands between two products is one pass."""
+        half, full = torch.get_autocast_dtype("cuda"), torch.float32
+        share = self.dropout.p if self.training else 0.0
+        first, *dropouts = new_dropouts(share, 1 + 3 * len(self.layers), items.device)
+        table = None if self.positions is None else self.positions.weight
+        packed, normed = residual.enter(
+            items,
+            table,
+            layout.steps_ago,
+            self.embedding_norm,
+            self.layers[0].attention_norm,
+            first,
+            half,
+        )
+        readers = [(layer.attention_norm, half) for layer in self.layers[1:]]
+        for layer, following in zip(self.layers, [*readers, (self.final_norm, full)], strict=True):
+            wanted = masked if layer is self.layers[-1] else None
+            own, dropouts = dropouts[:3], dropouts[3:]
+            packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, following)
+        return normed
 
 
 def _initialise(module: nn.Module) -> None:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from model.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
+from model.row_sums import add_rows
 from model.unit_rows import unit_rows, unit_rows_gradient
 
 
@@ -185,8 +186,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if unit.shape[0]:
             if inverse is not None:
                 at_targets = unit_rows_gradient(at_targets, inverse[column], unit[column])
-            # Sorted sums, unlike those of index_add_ on CUDA: the same bits in every run.
-            grad_rows.index_put_((column,), at_targets.to(grad_rows.dtype), accumulate=True)
+            # Positions without a row here add nothing, to none: many zeros for one row take time.
+            index = column.masked_fill(~owned, unit.shape[0])
+            add_rows(grad_rows, index, at_targets.to(grad_rows.dtype))
         return grad_hidden, grad_rows, *([None] * 7)
 
 

@@ -1,0 +1,220 @@
+"""Products with weights in half precision, and what stands between two of them.
+
+    linear          F.linear; the weight is cast once for both passes, its gradient is float32
+    gelu_dropout    hidden + bias -> GELU -> dropout in one pass; backward one, with the bias' sum
+
+Autocast casts a weight at each use and its gradient back, and a bias' gradient is summed in half
+the time that the products take.
+
+Shapes: T rows, D and N widths, P programs.
+"""
+# ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from model.dropout_bits import Dropout, dropout_options, kept
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's CPU builds come without it
+    triton = None
+
+# Values that a program of a kernel holds of each tensor at a time, and the columns of these.
+_TILE, _COLUMNS = 2048, 128
+# Programs that sum over rows: as many as a large device runs at once, four a multiprocessor; of
+# those that do nothing else, twice as many.
+_PROGRAMS = 528
+
+
+def linear(module: nn.Linear, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+    """``module`` of rows [T, D] -> [T, N], with or without its bias.
+
+    Rows in half precision on CUDA are multiplied in it, even outside of autocast.
+    """
+    bias = module.bias if with_bias else None
+    if not _takes(rows, module.weight):
+        return F.linear(rows, module.weight, bias)
+    return _Linear.apply(rows.contiguous(), module.weight, bias)
+
+
+def gelu_dropout(hidden: torch.Tensor, bias: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    """dropout(GELU(hidden + bias)), GELU by its tanh approximation.
+
+    Args:
+        hidden: half precision [T, N] on CUDA.
+        bias: float32 [N].
+
+    Returns:
+        As ``hidden``.
+    """
+    return _GeluDropout.apply(hidden.contiguous(), bias, dropout)
+
+
+def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    if triton is None or torch.compiler.is_compiling() or not rows.is_cuda:
+        return False
+    return rows.dtype == torch.bfloat16 and weight.dtype == torch.float32
+
+
+def column_sum(rows: torch.Tensor) -> torch.Tensor:
+    """The sum of all rows [T, N], contiguous on CUDA: float32 [N], the same bits in every run."""
+    partial = _partial(rows, 2 * _PROGRAMS)
+    _column_sum[_grid(partial)](rows, partial, *_shape(rows))
+    return partial.sum(dim=0)
+
+
+def _weight_gradient(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[T, N] and [T, D] in half precision -> float32 [N, D], as it was summed."""
+    if not len(rows):
+        return torch.zeros(grad.shape[1], rows.shape[1], device=rows.device)
+    return torch.mm(grad.t(), rows, out_dtype=torch.float32)
+
+
+def _shape(rows: torch.Tensor) -> tuple[int, int, int, int]:
+    """T, N, rows and columns of a program's tile."""
+    return *rows.shape, _TILE // _COLUMNS, _COLUMNS
+
+
+def _partial(rows: torch.Tensor, programs: int) -> torch.Tensor:
+    """Room for the sums of each program's rows: float32 [P, N]; for a program each, about."""
+    count, width, block, columns = _shape(rows)
+    programs = min(triton.cdiv(count, block), programs // triton.cdiv(width, columns))
+    return torch.empty(max(1, programs), width, device=rows.device)
+
+
+def _grid(partial: torch.Tensor) -> tuple[int, int]:
+    return len(partial), triton.cdiv(partial.shape[1], _COLUMNS)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        weight = weight.to(rows.dtype)
+        ctx.save_for_backward(rows, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_bias = column_sum(grad) if ctx.has_bias else None
+        return grad @ weight, _weight_gradient(grad, rows), of_bias
+
+
+class _GeluDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, bias: torch.Tensor, dropout: Dropout | None
+    ) -> torch.Tensor:
+        result = torch.empty_like(hidden)
+        count, width, block, columns = _shape(hidden)
+        seed, options = dropout_options(dropout, hidden)
+        if count:
+            grid = triton.cdiv(count, block), triton.cdiv(width, columns)
+            _gelu[grid](hidden, bias, seed, result, *_shape(hidden), **options)
+        ctx.save_for_backward(hidden, bias)
+        ctx.dropout = dropout
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, bias = ctx.saved_tensors
+        gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
+        seed, options = dropout_options(ctx.dropout, hidden)
+        _gelu_gradient[_grid(partial)](
+            hidden, bias, seed, grad.contiguous(), gradient, partial, *_shape(hidden), **options
+        )
+        return gradient, partial.sum(dim=0), None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _gate(values):
+        """Half of 1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))."""
+        inner = 0.7978845608028654 * values * (1.0 + 0.044715 * values * values)
+        return 1.0 / (1.0 + tl.exp(-2.0 * inner))
+
+    @triton.jit
+    def _gelu(
+        hidden,
+        bias,
+        seed,
+        result,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        column = tl.program_id(1) * columns + tl.arange(0, columns)
+        wide = column < width
+        at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+        values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(bias + column, mask=wide, other=0.0)
+        values *= _gate(values)
+        if drops:
+            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+        tl.store(result + at, values, mask=inside)
+
+    @triton.jit
+    def _gelu_gradient(
+        hidden,
+        bias,
+        seed,
+        grad,
+        gradient,
+        partial,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        column = tl.program_id(1) * columns + tl.arange(0, columns)
+        wide = column < width
+        added = tl.load(bias + column, mask=wide, other=0.0)
+        sums = tl.zeros([block, columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
+            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+            at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+            slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+            values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32) + added
+            gate = _gate(values)
+            steep = 1.5957691216057308 * (1.0 + 0.134145 * values * values)
+            slope *= gate + values * gate * (1.0 - gate) * steep
+            if drops:
+                slope = tl.where(kept(seed, row, column, limit), slope * scale, 0.0)
+            sums += slope
+            tl.store(gradient + at, slope, mask=inside)
+        tl.store(partial + tl.program_id(0) * width + column, tl.sum(sums, axis=0), mask=wide)
+
+    @triton.jit
+    def _column_sum(
+        rows, partial, count, width, block: tl.constexpr, columns: tl.constexpr
+    ) -> None:
+        column = tl.program_id(1) * columns + tl.arange(0, columns)
+        sums = tl.zeros([block, columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
+            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+            inside = (row[:, None] < count) & (column < width)
+            at = row[:, None] * width + column
+            sums += tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
+        at = partial + tl.program_id(0) * width + column
+        tl.store(at, tl.sum(sums, axis=0), mask=column < width)

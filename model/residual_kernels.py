@@ -1,0 +1,228 @@
+"""The residual stream's steps in Triton: one pass over memory each, forward and backward.
+
+    enter      items (+ lines of a table) -> norm -> dropout -> stream -> norm -> normed
+    add        stream, branch (+ its bias) -> stream + dropout(branch) -> norm -> normed
+
+Backward, means and deviations are computed anew: the row is in registers anyway. Gradients of
+weights and biases are sums over all rows, of which each program writes its own to ``partial``; who
+adds these up gets the same bits in every run. ``model.residual`` launches them.
+
+Shapes: T rows (``count``), D values of each (``width``), P programs.
+"""
+# ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
+
+from model.dropout_bits import kept
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's CPU builds come without it
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _standard(values, inside, width, epsilon: tl.constexpr):
+        """Rows without mean and at deviation 1, 0 outside; and what they were multiplied by."""
+        mean = tl.sum(values, axis=1) / width
+        centred = tl.where(inside, values - mean[:, None], 0.0)
+        inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + epsilon)
+        return centred * inverse[:, None], inverse
+
+    @triton.jit
+    def _standard_gradient(grad, unit, inverse, width):
+        """The gradient for what ``unit`` was made of, of that for ``unit``, 0 outside."""
+        mean = tl.sum(grad, axis=1) / width
+        along = tl.sum(grad * unit, axis=1) / width
+        return (grad - mean[:, None] - unit * along[:, None]) * inverse[:, None]
+
+    @triton.jit
+    def enter(
+        items,
+        table,
+        line,
+        outer_weight,
+        outer_bias,
+        inner_weight,
+        inner_bias,
+        seed,
+        stream,
+        normed,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        outer_epsilon: tl.constexpr,
+        inner_epsilon: tl.constexpr,
+        has_table: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        column = tl.arange(0, columns)
+        wide = column < width
+        at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+        values = tl.load(items + at, mask=inside, other=0.0)
+        if has_table:
+            lines = tl.load(line + row, mask=row < count, other=0)
+            values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
+        unit, _ = _standard(values, inside, width, outer_epsilon)
+        values = unit * tl.load(outer_weight + column, mask=wide, other=0.0)
+        values += tl.load(outer_bias + column, mask=wide, other=0.0)
+        if drops:
+            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+        tl.store(stream + at, values, mask=inside)
+        unit, _ = _standard(values, inside, width, inner_epsilon)
+        values = unit * tl.load(inner_weight + column, mask=wide, other=0.0)
+        values += tl.load(inner_bias + column, mask=wide, other=0.0)
+        tl.store(normed + at, values, mask=inside)
+
+    @triton.jit
+    def enter_gradient(
+        items,
+        table,
+        line,
+        outer_weight,
+        outer_bias,
+        inner_weight,
+        seed,
+        grad_stream,
+        grad_normed,
+        gradient,
+        partial,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        outer_epsilon: tl.constexpr,
+        inner_epsilon: tl.constexpr,
+        has_table: tl.constexpr,
+        has_grad: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        column = tl.arange(0, columns)
+        wide = column < width
+        weight = tl.load(outer_weight + column, mask=wide, other=0.0)
+        bias = tl.load(outer_bias + column, mask=wide, other=0.0)
+        weight_after = tl.load(inner_weight + column, mask=wide, other=0.0)
+        of_weight = tl.zeros([block, columns], tl.float32)
+        of_bias = tl.zeros([block, columns], tl.float32)
+        of_weight_after = tl.zeros([block, columns], tl.float32)
+        of_bias_after = tl.zeros([block, columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
+            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+            at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+            values = tl.load(items + at, mask=inside, other=0.0)
+            if has_table:
+                lines = tl.load(line + row, mask=row < count, other=0)
+                values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
+            unit, inverse = _standard(values, inside, width, outer_epsilon)
+            values = unit * weight + bias
+            if drops:
+                stays = kept(seed, row, column, limit)
+                values = tl.where(stays, values * scale, 0.0)
+            unit_after, inverse_after = _standard(values, inside, width, inner_epsilon)
+            grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+            of_weight_after += grad * unit_after
+            of_bias_after += grad
+            grad = _standard_gradient(grad * weight_after, unit_after, inverse_after, width)
+            if has_grad:
+                grad += tl.load(grad_stream + at, mask=inside, other=0.0)
+            if drops:
+                grad = tl.where(stays, grad * scale, 0.0)
+            grad = tl.where(inside, grad, 0.0)
+            of_weight += grad * unit
+            of_bias += grad
+            grad = _standard_gradient(grad * weight, unit, inverse, width)
+            tl.store(gradient + at, grad, mask=inside)
+        sums = partial + tl.program_id(0) * 4 * width + column
+        tl.store(sums, tl.sum(of_weight, axis=0), mask=wide)
+        tl.store(sums + width, tl.sum(of_bias, axis=0), mask=wide)
+        tl.store(sums + 2 * width, tl.sum(of_weight_after, axis=0), mask=wide)
+        tl.store(sums + 3 * width, tl.sum(of_bias_after, axis=0), mask=wide)
+
+    @triton.jit
+    def add(
+        stream,
+        branch,
+        branch_bias,
+        norm_weight,
+        norm_bias,
+        seed,
+        total,
+        normed,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        epsilon: tl.constexpr,
+        has_bias: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        column = tl.arange(0, columns)
+        wide = column < width
+        at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+        added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        if has_bias:
+            added += tl.load(branch_bias + column, mask=wide, other=0.0)
+        if drops:
+            added = tl.where(kept(seed, row, column, limit), added * scale, 0.0)
+        values = tl.load(stream + at, mask=inside, other=0.0) + added
+        tl.store(total + at, values, mask=inside)
+        unit, _ = _standard(values, inside, width, epsilon)
+        values = unit * tl.load(norm_weight + column, mask=wide, other=0.0)
+        values += tl.load(norm_bias + column, mask=wide, other=0.0)
+        tl.store(normed + at, values, mask=inside)
+
+    @triton.jit
+    def add_gradient(
+        total,
+        norm_weight,
+        seed,
+        grad_total,
+        grad_normed,
+        gradient,
+        grad_branch,
+        partial,
+        count,
+        width,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+        epsilon: tl.constexpr,
+        has_grad: tl.constexpr,
+        limit: tl.constexpr,
+        scale: tl.constexpr,
+        drops: tl.constexpr,
+    ) -> None:
+        column = tl.arange(0, columns)
+        wide = column < width
+        weight = tl.load(norm_weight + column, mask=wide, other=0.0)
+        of_weight = tl.zeros([block, columns], tl.float32)
+        of_bias = tl.zeros([block, columns], tl.float32)
+        of_branch = tl.zeros([block, columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
+            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+            at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+            values = tl.load(total + at, mask=inside, other=0.0)
+            unit, inverse = _standard(values, inside, width, epsilon)
+            grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
+            of_weight += grad * unit
+            of_bias += grad
+            grad = _standard_gradient(grad * weight, unit, inverse, width)
+            if has_grad:
+                grad += tl.load(grad_total + at, mask=inside, other=0.0)
+            tl.store(gradient + at, grad, mask=inside)
+            if drops:
+                grad = tl.where(kept(seed, row, column, limit), grad * scale, 0.0)
+            of_branch += grad
+            tl.store(grad_branch + at, grad, mask=inside)
+        sums = partial + tl.program_id(0) * 3 * width + column
+        tl.store(sums, tl.sum(of_weight, axis=0), mask=wide)
+        tl.store(sums + width, tl.sum(of_bias, axis=0), mask=wide)
+        tl.store(sums + 2 * width, tl.sum(of_branch, axis=0), mask=wide)
