@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
@@ -21,10 +23,11 @@ from torchrec.distributed.embedding import (
 )
 from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import Awaitable, NoWait, ShardingEnv, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
@@ -194,7 +197,15 @@ class Optimizers:
         self.dense.zero_grad(set_to_none=True)
 
 
-class _ReplicatedPipeline(TrainPipelineSparseDist):
+class _Pipeline(TrainPipelineSparseDist):
+    """The same pipeline for a loss that is one number: it need not be summed first."""
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        with record_function("## backward ##"):
+            losses.backward()
+
+
+class _ReplicatedPipeline(_Pipeline):
     """The same pipeline for a model without sharded modules.
 
     There is no input distribution to take out of the forward pass, so there is nothing to trace;
@@ -205,12 +216,33 @@ class _ReplicatedPipeline(TrainPipelineSparseDist):
         self._pipelined_modules = []
 
 
+class _LonePipeline(_Pipeline):
+    """The same pipeline for one rank, which keeps its features.
+
+    TorchRec would tell the only rank through the device, and wait for the answer, how many of its
+    features go to itself, and make an index to put them in order by. ``detach`` takes back what is
+    done here like what TorchRec does.
+    """
+
+    def _pipeline_model(self, *args: object, **kwargs: object) -> None:
+        super()._pipeline_model(*args, **kwargs)
+        for module in self._pipelined_modules:
+            for distribution in module._input_dists:
+                distribution._dist.forward = _kept
+
+
+def _kept(features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+    """What comes of a redistribution to oneself."""
+    return NoWait(NoWait(features))
+
+
 def train_pipeline(
     model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
 ) -> TrainPipelineSparseDist:
     """TorchRec's three-batch pipeline over ``model``; batches must be drained before ``detach``."""
-    sharded = any(True for _ in _sharded_tables(model))
-    pipeline = TrainPipelineSparseDist if sharded else _ReplicatedPipeline
+    pipeline = _LonePipeline if dist.get_world_size() == 1 else _Pipeline
+    if not any(True for _ in _sharded_tables(model)):
+        pipeline = _ReplicatedPipeline
     return pipeline(model, optimizer, device, execute_all_batches=True)
 
 

@@ -117,7 +117,7 @@ class TrainBatch(Pipelineable):
         if "left_only" in parts:
             parts["left_only"] = as_bools(parts["left_only"])
         if "log_counts" in parts:
-            parts["log_counts"] = as_floats(parts["log_counts"], packed.sizes["negatives"])
+            parts["log_counts"] = as_floats(parts["log_counts"], parts["negatives"].numel())
         return cls(features=features, **parts, **known, packed=packed)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
@@ -158,7 +158,7 @@ class TrainBatch(Pipelineable):
         """A copy with every tensor, and the features, changed: with candidates only if unpacked."""
         if self.packed is not None:
             return self.unpacked(
-                Packed(change(self.packed.words), self.packed.sizes),
+                Packed(change(self.packed.words), self.packed.names, self.packed.sizes),
                 num_windows=self.num_windows,
                 num_rows=self.num_rows,
                 longest=self.longest,

@@ -10,54 +10,56 @@ than the copies take. What is not made of 8-byte integers is stored so that it c
 lies: a bool is a word of 0 or 1, floats come in pairs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Packed:
     """The parts of one step.
 
     Attributes:
         words: int64 [the sum of sizes].
-        sizes: words of each part, in the order in which they lie there.
+        names, sizes: of the parts, in the order in which they lie there; sizes in words.
     """
 
     words: Tensor
-    sizes: dict[str, int]
+    names: tuple[str, ...]
+    sizes: list[int]
 
     def parts(self) -> dict[str, Tensor]:
         """Each part, int64, where it lies."""
-        return dict(zip(self.sizes, self.words.split([*self.sizes.values()]), strict=True))
+        return dict(zip(self.names, torch.split_with_sizes(self.words, self.sizes), strict=True))
 
 
-def pack(parts: dict[str, list[np.ndarray]], pin_memory: bool = False) -> list[Packed]:
+def pack(
+    parts: dict[str, tuple[np.ndarray, np.ndarray]], pin_memory: bool = False
+) -> Iterator[Packed]:
     """Pack the same parts of S steps, all into one allocation.
 
     Args:
-        parts: of each part its pieces, one a step: 1-dimensional arrays of integers or bools, or
-            what :func:`float_pairs` made.
+        parts: of each part all steps' integers or bools, or what :func:`float_pairs` made, and
+            int64 [S + 1], where those of a step begin.
         pin_memory: into page-locked memory.
     """
-    pieces = [piece for step in zip(*parts.values(), strict=True) for piece in step]
-    sizes = [len(piece) for piece in pieces]
-    words = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pin_memory)
-    np.concatenate(pieces, out=words.numpy())
-    count = len(parts)
-    by_step = [sizes[first : first + count] for first in range(0, len(sizes), count)]
-    steps = words.split([sum(each) for each in by_step])
-    return [
-        Packed(step, dict(zip(parts, each, strict=True)))
-        for step, each in zip(steps, by_step, strict=True)
+    sizes = np.stack([np.diff(splits) for _, splits in parts.values()], axis=1)
+    pieces = [
+        [array[first:after] for first, after in pairwise(splits.tolist())]
+        for array, splits in parts.values()
     ]
+    words = torch.empty(int(sizes.sum()), dtype=torch.int64, pin_memory=pin_memory)
+    np.concatenate([*chain.from_iterable(zip(*pieces, strict=True))], out=words.numpy())
+    steps = words.split(sizes.sum(axis=1).tolist())
+    return map(Packed, steps, repeat(tuple(parts)), sizes.tolist())
 
 
-def float_pairs(rows: np.ndarray) -> Iterable[np.ndarray]:
-    """Each float32 row of [S, K] as words, for :func:`pack`."""
+def float_pairs(rows: np.ndarray) -> np.ndarray:
+    """Float32 [S, K] as words [S, K / 2 rounded up], for :func:`pack`."""
     padded = np.zeros((len(rows), rows.shape[1] + rows.shape[1] % 2), dtype=np.float32)
     padded[:, : rows.shape[1]] = rows
     return padded.view(np.int64)

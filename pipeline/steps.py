@@ -9,7 +9,6 @@ TrainBatch, TrainBatch, TrainBatch
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -92,7 +91,7 @@ class ToTensors(ChunkStage[ChunkTensors]):
             windows=chunk.step_windows.tolist(),
             rows=np.diff(chunk.row_splits).tolist(),
             longest=[rounded_up(each) for each in longest],
-            packed=pack(_parts(chunk, lengths), self.pin_memory),
+            packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
             candidate_range=self.candidate_range,
             filler=self._filler(),
         )
@@ -118,32 +117,30 @@ class ToTensors(ChunkStage[ChunkTensors]):
         return tensor
 
 
-def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """What a step consists of, step by step, in the order that ``TrainBatch.unpacked`` wants."""
-    value_splits = chunk.offsets[chunk.row_splits]
-    mask_splits = chunk.mask_splits
-    if mask_splits is None:
-        mask_splits = np.searchsorted(chunk.masked, value_splits)
-    masked = chunk.masked - np.repeat(value_splits[:-1], np.diff(mask_splits))
-    rows = chunk.row_splits.tolist()
-    items, masks = value_splits.tolist(), mask_splits.tolist()
-    parts = {"values": _cut(chunk.values, items), "targets": _cut(chunk.targets, masks)}
+def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a step consists of, in the order that ``TrainBatch.unpacked`` wants, and the splits."""
+    rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
+    if masks is None:
+        masks = np.searchsorted(chunk.masked, items)
+    masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
+    steps = np.arange(len(rows))
+    ends = np.diff(rows) + 1  # a step's offsets: one more than rows
+    offsets = chunk.offsets[np.arange(rows[-1] + steps[-1]) - np.repeat(steps[:-1], ends)]
+    offsets -= np.repeat(items[:-1], ends)
+    parts = {"values": (chunk.values, items), "targets": (chunk.targets, masks)}
     if chunk.negatives is not None:
-        parts["negatives"] = [*chunk.negatives]
-    parts["lengths"] = _cut(lengths, rows)
-    parts["offsets"] = [
-        chunk.offsets[first : after + 1] - begin
-        for (first, after), begin in zip(pairwise(rows), items, strict=False)
-    ]
-    parts["masked"] = _cut(masked, masks)
+        parts["negatives"] = _even(chunk.negatives)
+    parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
+    parts["masked"] = (masked, masks)
     if chunk.left_only is not None:
-        parts["left_only"] = _cut(chunk.left_only, [0, *np.cumsum(chunk.step_windows).tolist()])
+        parts["left_only"] = (chunk.left_only, np.cumsum([0, *chunk.step_windows]))
     if chunk.steps_ago is not None:
-        parts["steps_ago"] = _cut(chunk.steps_ago, items)
+        parts["steps_ago"] = (chunk.steps_ago, items)
     if chunk.log_counts is not None:
-        parts["log_counts"] = [*float_pairs(chunk.log_counts)]
+        parts["log_counts"] = _even(float_pairs(chunk.log_counts))
     return parts
 
 
-def _cut(array: np.ndarray, splits: list[int]) -> list[np.ndarray]:
-    return [array[first:after] for first, after in pairwise(splits)]
+def _even(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[S, K], and the splits of its rows."""
+    return rows.ravel(), np.arange(len(rows) + 1) * rows.shape[1]
