@@ -157,8 +157,9 @@ class Optimizers:
             )
         self._table_ids = tables
         if unwrap(model).dense_step.is_graphed and not tables:
+            rate = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
-                group["lr"] = torch.tensor(config.lr, device=device)
+                group["lr"] = rate
             stepped = GraphedOptimizer(stepped, list(parameters.values()))
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"
