@@ -11,6 +11,7 @@ optimizers -> train pipeline.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
+from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -213,8 +215,9 @@ class _ReplicatedPipeline(_Pipeline):
     copies to the device still run a batch ahead.
     """
 
-    def _pipeline_model(self, *args: object, **kwargs: object) -> None:
+    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
         self._pipelined_modules = []
+        self.start_sparse_data_dist(batch, context)  # waits for the copy
 
 
 class _LonePipeline(_Pipeline):
@@ -225,16 +228,29 @@ class _LonePipeline(_Pipeline):
     done here like what TorchRec does.
     """
 
+    def __init__(self, model: DistributedModelParallel, *args: object, **kwargs: object) -> None:
+        super().__init__(model, *args, **kwargs)
+        plans = (table for module in model.plan.plan.values() for table in module.values())
+        if all(plan.sharding_type != "row_wise" for plan in plans):
+            # Nothing is launched on it but waits: the copies of a batch ahead are waited for here.
+            self._data_dist_stream = None
+
     def _pipeline_model(self, *args: object, **kwargs: object) -> None:
         super()._pipeline_model(*args, **kwargs)
         for module in self._pipelined_modules:
             for distribution in module._input_dists:
-                distribution._dist.forward = _kept
+                distribution._dist.forward = lambda features: NoWait(_Kept(features))
 
 
-def _kept(features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+class _Kept(Awaitable[KeyedJaggedTensor]):
     """What comes of a redistribution to oneself."""
-    return NoWait(NoWait(features))
+
+    def __init__(self, features: KeyedJaggedTensor) -> None:
+        super().__init__()
+        self._features = features
+
+    def _wait_impl(self) -> KeyedJaggedTensor:
+        return self._features.sync()
 
 
 def train_pipeline(

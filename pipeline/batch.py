@@ -124,23 +124,20 @@ class TrainBatch(Pipelineable):
         """A copy on ``device``, with the candidates appended."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         candidates: Candidates | None = self.candidate_range
-        if moved.packed is not None and moved.negatives is not None:
-            count = moved.targets.numel() + moved.negatives.numel()
-            joined = moved.packed.words[: moved.features.values().numel() + count]
-            moved.features = _joined(moved.features, joined, count)
-            return moved
         if moved.negatives is not None:
+            if moved.packed is not None:  # where they stand behind the items already
+                count = moved.targets.numel() + moved.negatives.numel()
+                joined = moved.packed.words[: moved.features.values().numel() + count]
+                moved.features = _joined(moved.features, joined, count)
+                return moved
             candidates = torch.cat([moved.targets, moved.negatives])
         moved.features = _with_candidates_once(moved.features, candidates)
         return moved
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        if self.packed is not None:
-            self.packed.words.record_stream(stream)
-            self.features.record_stream(stream)
-            return
-        for part in self._parts().values():
+        packed = self.packed and (self.packed.words, self.features)
+        for part in packed or self._parts().values():
             part.record_stream(stream)
 
     def pin_memory(self) -> "TrainBatch":
