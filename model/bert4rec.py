@@ -73,7 +73,8 @@ class BERT4Rec(nn.Module):
         rows = self.embeddings(batch.features)
         # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            offsets = rows[ITEM].offsets()[: batch.num_rows + 1]
+            # Of the batch, which brought them along: those of the rows would have to be summed.
+            offsets = batch.features.offsets()[: batch.num_rows + 1]
             return self.dense_step(
                 rows[ITEM].values(),
                 rows[CANDIDATE].values(),

@@ -10,6 +10,7 @@ Shapes: T positions of all rows, M masked positions, C candidates, D width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from model.encoder import Encoder
 from model.graphs import StepGraphs
 from model.head import ScoringHead
 from model.sharded_softmax import Opinion
+from model.unit_rows import gradient_of_split
 
 
 class DenseStep(nn.Module):
@@ -116,12 +118,26 @@ class DenseStep(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         _, head = self._parts
         scored = head.num_candidates(targets, negatives)
-        items, candidates = rows.split([rows.shape[0] - scored, scored])
+        items, candidates = _Split.apply(rows, rows.shape[0] - scored)
         hidden = self._body(items, offsets, masked, left_only, steps_ago)
         opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
         return head(
             hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
         )
+
+
+class _Split(torch.autograd.Function):
+    """Rows of both features; their gradients are joined without copying a large catalog's."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows[:count], rows[count:]
+
+    @staticmethod
+    def backward(
+        ctx: Any, items: torch.Tensor, candidates: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        return gradient_of_split(items, candidates), None
 
 
 def _joined(items: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:

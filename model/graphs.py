@@ -120,7 +120,7 @@ class _Captured:
         self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
         self.input_grads = [None if grad is None else _unowned(grad) for grad in self.input_grads]
         # What is not copied is not kept alive either: its owner may put other rows there.
-        self.inputs = [t if t is None or not _address(t) else None for t in static]
+        self.inputs = [None if t is None or _address(t) else t.detach() for t in static]
 
 
 def _static(given: torch.Tensor | None) -> torch.Tensor | None:
@@ -158,9 +158,12 @@ class _Replay(torch.autograd.Function):
     def forward(
         ctx: Any, captured: _Captured, *inputs: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        for static, given in zip(captured.inputs, inputs, strict=False):  # parameters come after
-            if static is not None and given is not None:
-                static.detach().copy_(given, non_blocking=True)
+        pairs = zip(captured.inputs, inputs, strict=False)  # parameters come after
+        pairs = [(to, given.detach()) for to, given in pairs if to is not None]
+        for dtype in {to.dtype for to, _ in pairs}:  # one kernel each
+            torch._foreach_copy_(
+                *zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+            )
         captured.forward.replay()
         ctx.set_materialize_grads(False)
         ctx.captured = captured

@@ -11,9 +11,12 @@ optimizers -> train pipeline.
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
@@ -21,10 +24,11 @@ from torchrec.distributed.embedding import (
 )
 from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import Awaitable, NoWait, ShardingEnv, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
@@ -36,6 +40,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
+from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -154,8 +159,9 @@ class Optimizers:
             )
         self._table_ids = tables
         if unwrap(model).dense_step.is_graphed and not tables:
+            rate = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
-                group["lr"] = torch.tensor(config.lr, device=device)
+                group["lr"] = rate
             stepped = GraphedOptimizer(stepped, list(parameters.values()))
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"
@@ -194,23 +200,66 @@ class Optimizers:
         self.dense.zero_grad(set_to_none=True)
 
 
-class _ReplicatedPipeline(TrainPipelineSparseDist):
+class _Pipeline(TrainPipelineSparseDist):
+    """The same pipeline for a loss that is one number: it need not be summed first."""
+
+    def _backward(self, losses: torch.Tensor) -> None:
+        with record_function("## backward ##"):
+            losses.backward()
+
+
+class _ReplicatedPipeline(_Pipeline):
     """The same pipeline for a model without sharded modules.
 
     There is no input distribution to take out of the forward pass, so there is nothing to trace;
     copies to the device still run a batch ahead.
     """
 
-    def _pipeline_model(self, *args: object, **kwargs: object) -> None:
+    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
         self._pipelined_modules = []
+        self.start_sparse_data_dist(batch, context)  # waits for the copy
+
+
+class _LonePipeline(_Pipeline):
+    """The same pipeline for one rank, which keeps its features.
+
+    TorchRec would tell the only rank through the device, and wait for the answer, how many of its
+    features go to itself, and make an index to put them in order by. ``detach`` takes back what is
+    done here like what TorchRec does.
+    """
+
+    def __init__(self, model: DistributedModelParallel, *args: object, **kwargs: object) -> None:
+        super().__init__(model, *args, **kwargs)
+        plans = (table for module in model.plan.plan.values() for table in module.values())
+        if all(plan.sharding_type != "row_wise" for plan in plans):
+            # Nothing is launched on it but waits: the copies of a batch ahead are waited for here.
+            self._data_dist_stream = None
+
+    def _pipeline_model(self, *args: object, **kwargs: object) -> None:
+        super()._pipeline_model(*args, **kwargs)
+        for module in self._pipelined_modules:
+            for distribution in module._input_dists:
+                distribution._dist.forward = lambda features: NoWait(_Kept(features))
+
+
+class _Kept(Awaitable[KeyedJaggedTensor]):
+    """What comes of a redistribution to oneself."""
+
+    def __init__(self, features: KeyedJaggedTensor) -> None:
+        super().__init__()
+        self._features = features
+
+    def _wait_impl(self) -> KeyedJaggedTensor:
+        return self._features.sync()
 
 
 def train_pipeline(
     model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
 ) -> TrainPipelineSparseDist:
     """TorchRec's three-batch pipeline over ``model``; batches must be drained before ``detach``."""
-    sharded = any(True for _ in _sharded_tables(model))
-    pipeline = TrainPipelineSparseDist if sharded else _ReplicatedPipeline
+    pipeline = _LonePipeline if dist.get_world_size() == 1 else _Pipeline
+    if not any(True for _ in _sharded_tables(model)):
+        pipeline = _ReplicatedPipeline
     return pipeline(model, optimizer, device, execute_all_batches=True)
 
 

@@ -34,7 +34,7 @@ def sum_dtype(vectors: torch.Tensor) -> torch.dtype:
 
 def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
-    unit = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    unit = _lying_as(rows, dtype)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
         _launch(_unit_rows, rows, (rows, unit, inverse), shortest=_SHORTEST)
@@ -58,13 +58,34 @@ def unit_rows_gradient(
     Returns:
         [C, D] in the dtype of ``scale``: what points along a row does not change its direction.
     """
+    gradient = _lying_as(unit, scale.dtype)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
-        gradient = torch.empty(mixed.shape, device=mixed.device)
         _launch(_unit_rows_gradient, mixed, (mixed, scale.contiguous(), unit, gradient))
         return gradient
-    gradient = mixed * scale[:, None]
+    torch.mul(mixed, scale[:, None], out=gradient)
     along = (gradient * unit).sum(dim=1, keepdim=True)
     return gradient.addcmul_(unit, along, value=-1)
+
+
+def _lying_as(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An empty [C, D] with as much memory before it as before the rows in theirs."""
+    before, shape = rows.storage_offset(), rows.shape
+    memory = torch.empty(before + rows.numel(), dtype=dtype, device=rows.device)
+    return memory[before:].view(shape)
+
+
+def gradient_of_split(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The gradients of both parts of a tensor [T + C, D] as one.
+
+    Not copied is the second where it lies behind room for the first, as made here.
+    """
+    shape = (len(first) + len(second), *first.shape[1:])
+    fits = second.is_contiguous() and second.storage_offset() == first.numel()
+    if not fits or first.dtype != second.dtype:
+        return torch.cat([first, second])
+    whole = second.as_strided(shape, second.stride(), 0)
+    whole[: len(first)] = first
+    return whole
 
 
 def _has_kernels(rows: torch.Tensor) -> bool:

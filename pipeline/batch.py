@@ -31,6 +31,8 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from pipeline.packing import Packed, as_bools, as_floats
+
 ITEM = "item"
 CANDIDATE = "candidate"
 Candidates = tuple[int, int] | Tensor
@@ -43,17 +45,21 @@ def rounded_up(longest: int) -> int:
     return -(-longest // 8) * 8
 
 
-def jagged_items(values: Tensor, lengths: Tensor) -> KeyedJaggedTensor:
+def jagged_items(
+    values: Tensor, lengths: Tensor, offsets: Tensor | None = None
+) -> KeyedJaggedTensor:
     """Rows of items under the key "item".
 
     Args:
         values: int64 [T], the rows' item ids one after the other.
         lengths: int64 [B], items per row; sums to T.
+        offsets: int64 [B + 1], where rows begin; None: TorchRec sums the lengths when it asks.
     """
     return KeyedJaggedTensor(
         keys=[ITEM],
         values=values,
         lengths=lengths,
+        offsets=offsets,
         stride=lengths.numel(),
         # Known from the shapes: left out, TorchRec would sum the lengths and wait for the device.
         length_per_key=[values.numel()],
@@ -80,6 +86,7 @@ class TrainBatch(Pipelineable):
             (``pipeline/two_stream.py``).
         negatives: int64 [K], items to score besides the targets; None: candidate_range says.
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
+        packed: the memory that all these tensors are views of; None: each has its own.
     """
 
     features: KeyedJaggedTensor
@@ -93,19 +100,44 @@ class TrainBatch(Pipelineable):
     steps_ago: Tensor | None = None
     negatives: Tensor | None = None
     log_counts: Tensor | None = None
+    packed: Packed | None = None
+
+    @classmethod
+    def unpacked(cls, packed: Packed, **known: Any) -> "TrainBatch":
+        """A batch of views of ``packed``, whose parts are named as the attributes.
+
+        Those of the features are "values", "lengths" and "offsets"; "values", "targets" and
+        "negatives" come first, in this order.
+
+        Args:
+            known: the attributes that are no tensors.
+        """
+        parts = packed.parts()
+        features = jagged_items(parts.pop("values"), parts.pop("lengths"), parts.pop("offsets"))
+        if "left_only" in parts:
+            parts["left_only"] = as_bools(parts["left_only"])
+        if "log_counts" in parts:
+            parts["log_counts"] = as_floats(parts["log_counts"], parts["negatives"].numel())
+        return cls(features=features, **parts, **known, packed=packed)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         candidates: Candidates | None = self.candidate_range
         if moved.negatives is not None:
+            if moved.packed is not None:  # where they stand behind the items already
+                count = moved.targets.numel() + moved.negatives.numel()
+                joined = moved.packed.words[: moved.features.values().numel() + count]
+                moved.features = _joined(moved.features, joined, count)
+                return moved
             candidates = torch.cat([moved.targets, moved.negatives])
         moved.features = _with_candidates_once(moved.features, candidates)
         return moved
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        for part in self._parts().values():
+        packed = self.packed and (self.packed.words, self.features)
+        for part in packed or self._parts().values():
             part.record_stream(stream)
 
     def pin_memory(self) -> "TrainBatch":
@@ -120,7 +152,15 @@ class TrainBatch(Pipelineable):
         return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
 
     def _each(self, change: Callable[[Any], Any]) -> "TrainBatch":
-        """A copy with every tensor, and the features, changed."""
+        """A copy with every tensor, and the features, changed: with candidates only if unpacked."""
+        if self.packed is not None:
+            return self.unpacked(
+                Packed(change(self.packed.words), self.packed.names, self.packed.sizes),
+                num_windows=self.num_windows,
+                num_rows=self.num_rows,
+                longest=self.longest,
+                candidate_range=self.candidate_range,
+            )
         return replace(self, **{name: change(part) for name, part in self._parts().items()})
 
 
@@ -205,17 +245,27 @@ def with_candidates(features: KeyedJaggedTensor, candidates: Candidates) -> Keye
         features: key "item".
         candidates: a half-open range of items, or items int64 [C] on the features' device.
     """
-    values, lengths = features.values(), features.lengths()
-    stream = _stream_id(lengths.device)
+    values = features.values()
     if isinstance(candidates, tuple):
-        candidates = _range(candidates, lengths.device, stream)
-    spread, no_items = _spread(candidates.numel(), lengths.numel(), lengths.device, stream)
+        candidates = _range(candidates, values.device, _stream_id(values.device))
+    return _joined(features, torch.cat([values, candidates]), candidates.numel())
+
+
+def _joined(features: KeyedJaggedTensor, values: Tensor, count: int) -> KeyedJaggedTensor:
+    """The features with the last ``count`` of ``values``, int64 [T + C], as candidates."""
+    lengths, offsets = features.lengths(), features.offsets_or_none()
+    device, items = lengths.device, values.numel() - count
+    spread, ends = _spread(count, lengths.numel(), device, _stream_id(device))
+    if offsets is not None:  # else whoever needs them sums the lengths once more
+        offsets = torch.cat([offsets, ends + items])
+    lengths = torch.cat([lengths, spread])
     return KeyedJaggedTensor(
         keys=[ITEM, CANDIDATE],
-        values=torch.cat([values, candidates]),
-        lengths=torch.cat([lengths, no_items, spread]),
-        stride=spread.numel(),
-        length_per_key=[values.numel(), candidates.numel()],
+        values=values,
+        lengths=lengths,
+        offsets=offsets,
+        stride=lengths.numel() // 2,
+        length_per_key=[items, count],
     )
 
 
@@ -233,12 +283,17 @@ def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: in
 def _spread(
     count: int, num_rows: int, device: torch.device, stream_id: int
 ) -> tuple[Tensor, Tensor]:
-    """How many of ``count`` candidates stand in each of S >= B rows, int64 [S], and the lengths
-    int64 [S - B] (all 0) of the rows added to the items."""
+    """What stands behind the lengths, and the offsets, of B rows of items.
+
+    Returns:
+        int64 [2 S - B] each: 0 for S - B more rows of items, then how many of ``count`` candidates
+        stand in each of S >= B rows; and the sums of these up to and with each.
+    """
     rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
-    lengths = torch.full((rows,), count // rows, dtype=torch.int64, device=device)
-    lengths[: count % rows] += 1
-    return lengths, lengths.new_zeros(rows - num_rows)
+    lengths = torch.full((2 * rows - num_rows,), count // rows, dtype=torch.int64, device=device)
+    lengths[: rows - num_rows] = 0
+    lengths[rows - num_rows :][: count % rows] += 1
+    return lengths, lengths.cumsum(0)
 
 
 def _stream_id(device: torch.device) -> int:

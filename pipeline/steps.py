@@ -1,14 +1,14 @@
 """From chunks of several steps to the steps' batches.
 
 Chunk    values [..step 0..|..step 1..|..step 2..]    one array each, NumPy
-  ToTensors: one page-locked tensor each
+  ToTensors: one page-locked tensor for all, step by step (``pipeline/packing.py``)
 ChunkTensors
-  batches: slices, without a copy
+  batches: views, without a copy
 TrainBatch, TrainBatch, TrainBatch
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,76 +16,51 @@ from torch import Tensor
 from torchdata.nodes import BaseNode
 
 from pipeline.batch import TrainBatch, jagged_items, rounded_up
+from pipeline.packing import Packed, float_pairs, pack
 from pipeline.samples import Chunk, ChunkStage
 
 
 @dataclass(eq=False)
 class ChunkTensors:
-    """The steps of a chunk, ready to be cut apart: S steps, B rows, T items, M masked positions.
+    """The steps of a chunk, ready to be trained on.
 
     Attributes:
         epoch: the epoch.
         samples: samples consumed by all ranks after each step.
+        windows, rows: of each step, rows that are windows, and all rows.
         longest: of each step, at least the length of its longest row.
-        windows, rows, items, masks: where each step begins among the rows that are windows, all
-            rows, items and masked positions, and where the last one ends.
-        values: int64 [T].
-        lengths: int64 [B].
-        masked: int64 [M], flat positions in the items of their step.
-        targets: int64 [M].
-        left_only: bool [windows] or None.
-        steps_ago: int64 [T] or None.
-        negatives, log_counts: int64 and float32 [S, K] or None.
+        packed: the tensors of each step.
         candidate_range: put into each batch.
         filler: what a step without rows trains on.
     """
 
     epoch: int
     samples: list[int]
-    longest: list[int]
     windows: list[int]
     rows: list[int]
-    items: list[int]
-    masks: list[int]
-    values: Tensor
-    lengths: Tensor
-    masked: Tensor
-    targets: Tensor
-    left_only: Tensor | None
-    steps_ago: Tensor | None
-    negatives: Tensor | None
-    log_counts: Tensor | None
+    longest: list[int]
+    packed: list[Packed]
     candidate_range: tuple[int, int] | None
     filler: TrainBatch
 
     def batches(self) -> Iterator[tuple[TrainBatch, int]]:
         """Each step's batch, and the samples consumed after it."""
         for step, sample in enumerate(self.samples):
-            batch = self._batch(step) if self.rows[step] < self.rows[step + 1] else self.filler
-            if self.negatives is not None and self.log_counts is not None:
-                batch.negatives, batch.log_counts = self.negatives[step], self.log_counts[step]
+            batch = TrainBatch.unpacked(
+                self.packed[step],
+                num_windows=self.windows[step],
+                num_rows=self.rows[step],
+                longest=self.longest[step],
+                candidate_range=self.candidate_range,
+            )
+            if not batch.num_rows:
+                negatives, log_counts = batch.negatives, batch.log_counts
+                batch = replace(self.filler, negatives=negatives, log_counts=log_counts)
             yield batch, sample
-
-    def _batch(self, step: int) -> TrainBatch:
-        rows = slice(self.rows[step], self.rows[step + 1])
-        items = slice(self.items[step], self.items[step + 1])
-        masks = slice(self.masks[step], self.masks[step + 1])
-        windows = slice(self.windows[step], self.windows[step + 1])
-        return TrainBatch(
-            features=jagged_items(self.values[items], self.lengths[rows]),
-            masked=self.masked[masks],
-            targets=self.targets[masks],
-            num_windows=windows.stop - windows.start,
-            num_rows=rows.stop - rows.start,
-            longest=self.longest[step],
-            candidate_range=self.candidate_range,
-            left_only=None if self.left_only is None else self.left_only[windows],
-            steps_ago=None if self.steps_ago is None else self.steps_ago[items],
-        )
 
 
 class ToTensors(ChunkStage[ChunkTensors]):
-    """The chunk's arrays as tensors: a whole chunk costs one allocation each.
+    """The chunk's arrays as tensors: a whole chunk costs one allocation.
 
     Args:
         source: masked chunks.
@@ -106,11 +81,6 @@ class ToTensors(ChunkStage[ChunkTensors]):
         self.pin_memory = pin_memory
 
     def apply(self, chunk: Chunk) -> ChunkTensors:
-        value_splits = chunk.offsets[chunk.row_splits]
-        mask_splits = chunk.mask_splits
-        if mask_splits is None:
-            mask_splits = np.searchsorted(chunk.masked, value_splits)
-        chunk.masked -= np.repeat(value_splits[:-1], np.diff(mask_splits))
         lengths = np.diff(chunk.offsets)
         longest = [1]  # an epoch's last step, of which this rank has no part
         if len(lengths):
@@ -118,19 +88,10 @@ class ToTensors(ChunkStage[ChunkTensors]):
         return ChunkTensors(
             epoch=chunk.epoch,
             samples=chunk.step_samples,
-            windows=[0, *np.cumsum(chunk.step_windows).tolist()],
+            windows=chunk.step_windows.tolist(),
+            rows=np.diff(chunk.row_splits).tolist(),
             longest=[rounded_up(each) for each in longest],
-            rows=chunk.row_splits.tolist(),
-            items=value_splits.tolist(),
-            masks=mask_splits.tolist(),
-            values=self._tensor(chunk.values, torch.int64),
-            lengths=self._tensor(lengths, torch.int64),
-            masked=self._tensor(chunk.masked, torch.int64),
-            targets=self._tensor(chunk.targets, torch.int64),
-            left_only=self._optional(chunk.left_only, torch.bool),
-            steps_ago=self._optional(chunk.steps_ago, torch.int64),
-            negatives=self._optional(chunk.negatives, torch.int64),
-            log_counts=self._optional(chunk.log_counts, torch.float32),
+            packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
             candidate_range=self.candidate_range,
             filler=self._filler(),
         )
@@ -150,10 +111,36 @@ class ToTensors(ChunkStage[ChunkTensors]):
             candidate_range=self.candidate_range,
         )
 
-    def _optional(self, array: np.ndarray | None, dtype: torch.dtype) -> Tensor | None:
-        return None if array is None else self._tensor(array, dtype)
-
     def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(array.shape, dtype=dtype, pin_memory=self.pin_memory)
         tensor.numpy()[:] = array
         return tensor
+
+
+def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a step consists of, in the order that ``TrainBatch.unpacked`` wants, and the splits."""
+    rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
+    if masks is None:
+        masks = np.searchsorted(chunk.masked, items)
+    masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
+    steps = np.arange(len(rows))
+    ends = np.diff(rows) + 1  # a step's offsets: one more than rows
+    offsets = chunk.offsets[np.arange(rows[-1] + steps[-1]) - np.repeat(steps[:-1], ends)]
+    offsets -= np.repeat(items[:-1], ends)
+    parts = {"values": (chunk.values, items), "targets": (chunk.targets, masks)}
+    if chunk.negatives is not None:
+        parts["negatives"] = _even(chunk.negatives)
+    parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
+    parts["masked"] = (masked, masks)
+    if chunk.left_only is not None:
+        parts["left_only"] = (chunk.left_only, np.cumsum([0, *chunk.step_windows]))
+    if chunk.steps_ago is not None:
+        parts["steps_ago"] = (chunk.steps_ago, items)
+    if chunk.log_counts is not None:
+        parts["log_counts"] = _even(float_pairs(chunk.log_counts))
+    return parts
+
+
+def _even(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[S, K], and the splits of its rows."""
+    return rows.ravel(), np.arange(len(rows) + 1) * rows.shape[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.unit_rows import unit_rows, unit_rows_gradient
+from model.unit_rows import gradient_of_split, unit_rows, unit_rows_gradient
 
 
 def test_by_hand() -> None:
@@ -23,6 +23,18 @@ def test_is_what_autograd_says() -> None:
     (torch.nn.functional.normalize(rows, dim=-1) * weights).sum().backward()
     unit, inverse = unit_rows(rows.detach(), torch.float64)
     torch.testing.assert_close(unit_rows_gradient(weights, inverse, unit), rows.grad)
+
+
+def test_the_gradient_of_a_tensors_end_leaves_room_for_that_of_its_beginning() -> None:
+    whole, mixed, first = torch.randn(7, 4), torch.randn(5, 4), torch.randn(2, 4)
+    unit, inverse = unit_rows(whole[2:], torch.float32)
+    second = unit_rows_gradient(mixed, inverse, unit)
+    own_unit, _ = unit_rows(whole[2:].clone(), torch.float32)
+    assert torch.equal(second, unit_rows_gradient(mixed, inverse, own_unit))
+    expected = torch.cat([first, second])
+    joined = gradient_of_split(first, second)
+    assert torch.equal(joined, expected) and joined.data_ptr() == second.data_ptr() - 2 * 4 * 4
+    assert torch.equal(gradient_of_split(first, second.clone()), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

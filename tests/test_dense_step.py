@@ -1,0 +1,34 @@
+"""The gradients of both features' rows become one tensor, and a large catalog's are not copied."""
+
+import pytest
+import torch
+
+from model import unit_rows
+from model.dense_step import _Split
+from model.head import CatalogSlice, HeadConfig, ScoringHead
+
+POSITIONS, ITEMS, WIDTH = 6, 40, 8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_split_is_torch_split(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    real = torch.cat
+    monkeypatch.setattr(
+        unit_rows.torch, "cat", lambda parts, *rest: copied.append(1) or real(parts, *rest)
+    )
+    config = HeadConfig(logit_temperature=temperature)
+    head = ScoringHead(config, CatalogSlice(1, ITEMS + 1, shared=False))
+    rows = torch.randn(POSITIONS + ITEMS, WIDTH, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([3, 0, 40])
+    found = []
+    for split in (
+        lambda whole: _Split.apply(whole, POSITIONS),
+        lambda whole: whole.split([POSITIONS, ITEMS]),
+    ):
+        whole = rows.clone().requires_grad_()
+        items, candidates = split(whole)
+        loss, _ = head(items[:3] * items[3:], candidates, targets)
+        found.append(torch.autograd.grad(loss, whole)[0])
+    assert torch.equal(*found)
+    assert len(copied) == (temperature == 0)  # plain dot products leave no room
