@@ -122,7 +122,7 @@ def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.
     rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
     if masks is None:
         masks = np.searchsorted(chunk.masked, items)
-    masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
+    chunk.masked -= np.repeat(items[:-1], np.diff(masks))
     steps = np.arange(len(rows))
     ends = np.diff(rows) + 1  # a step's offsets: one more than rows
     offsets = chunk.offsets[np.arange(rows[-1] + steps[-1]) - np.repeat(steps[:-1], ends)]
@@ -131,7 +131,7 @@ def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.
     if chunk.negatives is not None:
         parts["negatives"] = _even(chunk.negatives)
     parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
-    parts["masked"] = (masked, masks)
+    parts["masked"] = (chunk.masked, masks)
     if chunk.left_only is not None:
         parts["left_only"] = (chunk.left_only, np.cumsum([0, *chunk.step_windows]))
     if chunk.steps_ago is not None:
