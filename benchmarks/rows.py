@@ -83,6 +83,7 @@ _ML_1M = (
     "--max_len=200",
     "--emb_dim=256",
     "--num_layers=2",
+    "--nhead=4",
 )
 _SMALL = _random(500, 20_000, 400_000, dim=64)
 

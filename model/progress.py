@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class Position:
         step: optimizer steps done.
         epoch: epoch that goes on or begins next.
         sample: samples of that epoch already trained, over all ranks; all of them: its evaluation
-            comes next.
+            comes next, or the next epoch.
         best: best value of the selection metric so far, -1 before the first evaluation.
         best_step: the step it belongs to.
         stale: evaluations since then.
@@ -45,12 +46,16 @@ class Position:
 
 
 class Feed(Iterator[TrainBatch]):
-    """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took."""
+    """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took.
 
-    def __init__(self, loader: TrainLoader, position: Position, steps: int) -> None:
+    Args:
+        stop: the first epoch of which there are none.
+    """
+
+    def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
         self._loader = loader
         # Not one more: the pipeline must be empty when training ends in the middle of an epoch.
-        self._batches = islice(loader.epoch(position.epoch, position.sample), steps)
+        self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
         # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
@@ -63,22 +68,32 @@ class Feed(Iterator[TrainBatch]):
         return batch
 
 
+class StepNote(NamedTuple):
+    """A step: its number, its epoch, the first of its samples, the one after them, its rate."""
+
+    step: int
+    epoch: int
+    first: int
+    after: int
+    lr: float
+
+
 class Interval:
     """The steps since the last line of the log, their losses still on the device."""
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []  # each [2]: sum of losses, masked positions
-        self.steps: list[tuple[int, int, int, float]] = []  # step, first and next sample, lr
+        self.steps: list[StepNote] = []
         self.windows = 0
         self._started = time.perf_counter()
 
-    def add(self, losses: torch.Tensor, windows: int, step: tuple[int, int, int, float]) -> None:
+    def add(self, losses: torch.Tensor, windows: int, step: StepNote) -> None:
         """One more step; ``losses`` float32 [2] stay on the device."""
         self.losses.append(losses)
         self.steps.append(step)
         self.windows += windows
 
-    def reduce(self, epoch: int) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """Mean loss per masked position, speed, and peak memory, over all ranks.
 
         ``records_per_second`` are those of all ranks together, ``peak_memory_gb`` of the rank that
@@ -94,17 +109,17 @@ class Interval:
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         rows = totals.tolist()
         passed = time.perf_counter() - self._started
-        for (loss_sum, _), (step, first, after, lr) in zip(rows, self.steps, strict=False):
+        for (loss_sum, _), note in zip(rows, self.steps, strict=False):
             if not math.isfinite(loss_sum):
                 raise UserError(
-                    f"the loss became {loss_sum} at step {step} (epoch {epoch}, its samples "
-                    f"{first} to {after - 1}, lr {lr:g}): lower --lr or raise --warmup_share; "
-                    "earlier checkpoints are intact"
+                    f"the loss became {loss_sum} at step {note.step} (epoch {note.epoch}, its "
+                    f"samples {note.first} to {note.after - 1}, lr {note.lr:g}): lower --lr or "
+                    "raise --warmup_share; earlier checkpoints are intact"
                 )
         positions = sum(row[1] for row in rows)
         return {
             "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
-            "lr": self.steps[-1][3],
+            "lr": self.steps[-1].lr,
             "records_per_second": rows[-1][0] / passed,
             "step_ms": 1000 * passed / len(self.steps),
             "peak_memory_gb": float(peak),

@@ -18,14 +18,16 @@ from pipeline.errors import UserError
 _ML_1M: dict[str, Any] = {
     "max_len": 200,
     "emb_dim": 256,
-    "nhead": 4,
+    "nhead": 8,
     "num_layers": 2,
     "positions": "rotary",
+    "learned_positions": False,
     "dropout": 0.2,
     "mask_prob": 0.3,
     "left_context_share": 0.5,
-    "train_batch_size": 256,
+    "train_batch_size": 128,
     "lr": 1e-3,
+    "embedding_lr": 3e-3,
     "num_epochs": 100,
     "eval_every": 10,
 }
@@ -57,9 +59,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_len": 50,
         "dropout": 0.4,
         "mask_prob": 0.4,
+        "two_stream": True,
         "train_batch_size": 512,
-        "num_epochs": 120,
-        "eval_every": 20,
+        "embedding_lr": 1e-3,
+        "num_epochs": 60,
     },
 }
 CHOICES = ("auto", "none", *RECIPES)

@@ -36,7 +36,7 @@ class TeachersConfig:
         },
     )
     teacher_share: float = field(
-        default=0.5,
+        default=0.8,
         metadata={"help": "of the loss that is about the teachers' probabilities, not the targets"},
     )
 

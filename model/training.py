@@ -1,6 +1,6 @@
 """The training loop: epochs of pipelined steps, evaluation, checkpoints.
 
-    for each epoch
+    for the epochs up to the next evaluation, without a break
         TrainLoader -> TrainPipelineSparseDist.progress -> loss, every --log_every steps to the log
         every --checkpoint_every minutes, and when a signal says stop: a checkpoint
         evaluate on validation; a checkpoint if it is the best; stop if nothing improves
@@ -26,7 +26,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.checkpoint import Checkpoints
 from model.evaluation import Result
 from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
-from model.progress import Feed, Interval, Position
+from model.progress import Feed, Interval, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.sharding import Optimizers, set_table_steps, train_pipeline
@@ -162,10 +162,10 @@ class Trainer:
         try:
             with self.orders:
                 while not self._is_over():
-                    self._train_epoch()
+                    self._train_epochs()
                     if self._is_cut():
                         break
-                    self._end_epoch()
+                    self._end_epochs()
                 self.checkpoints.finish()
         except UserError:
             with suppress(UserError):
@@ -192,21 +192,34 @@ class Trainer:
         limit = self.config.max_steps
         return limit is not None and self.position.step >= limit
 
-    def _train_epoch(self) -> None:
-        """The rest of the current epoch; ends with an empty, detached pipeline."""
+    def _next_stop(self) -> int:
+        """The epoch before which to evaluate, or to end."""
+        config, epoch = self.config, self.position.epoch
+        if self.validate is None:
+            return config.num_epochs
+        return min(config.num_epochs, (epoch // config.eval_every + 1) * config.eval_every)
+
+    def _train_epochs(self) -> None:
+        """The rest of the current epoch and those up to the next evaluation.
+
+        Ends with an empty, detached pipeline: to fill it again, and to trace the model, takes as
+        long as several steps.
+        """
+        stop = self._next_stop()
         steps = self.loader.steps_left(self.position.sample)
+        steps += (stop - self.position.epoch - 1) * self.loader.steps_per_epoch
         if self.config.max_steps is not None:
             steps = min(steps, self.config.max_steps - self.position.step)
         if steps <= 0:
             return
         self.model.train()
-        feed, interval = Feed(self.loader, self.position, steps), Interval()
+        feed, interval = Feed(self.loader, self.position, steps, stop), Interval()
         for left in reversed(range(steps)):
             self._step(feed, interval)
             self.after_step()
             order = self.orders.exchange(self._wish(interval))
             if left == 0 or self.position.step % self.config.log_every == 0 or order:
-                values = interval.reduce(self.position.epoch)
+                values = interval.reduce()
                 values["data_wait_ms"] = 1000 * feed.waited / len(interval.steps)
                 self.log.write(self.position.step, self.position.epoch, values)
                 interval, feed.waited = Interval(), 0.0
@@ -216,6 +229,8 @@ class Trainer:
     def _step(self, feed: Feed, interval: Interval) -> None:
         """One optimizer step; the pipeline still holds the next batches afterwards."""
         before = self.position
+        if before.sample == self.loader.num_samples:
+            before = replace(before, epoch=before.epoch + 1, sample=0)
         progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
         factor = lr_factor(self.config, progress, before.epoch)
         self.optimizers.set_lr(factor)
@@ -224,7 +239,8 @@ class Trainer:
         windows, sample = feed.held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
         lr = factor * self.optimizers.peak_lr
-        interval.add(losses, windows, (self.position.step, before.sample, sample, lr))
+        note = StepNote(self.position.step, before.epoch, before.sample, sample, lr)
+        interval.add(losses, windows, note)
         self.log.advance()
 
     def _wish(self, interval: Interval) -> int:
@@ -265,16 +281,14 @@ class Trainer:
             )
         return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 
-    def _end_epoch(self) -> None:
-        """Evaluate and save if it is time to, and turn to the next epoch."""
-        epoch = self.position.epoch + 1
+    def _end_epochs(self) -> None:
+        """Evaluate, save, and turn to the next epoch."""
         before = self.position
-        last = epoch == self.config.num_epochs
         if self.validate is None:
-            self.position = replace(before, best_step=before.step if last else 0)
-        elif last or epoch % self.config.eval_every == 0:
+            self.position = replace(before, best_step=before.step)
+        else:
             self._evaluate(self.validate)
-        self.position = replace(self.position, epoch=epoch, sample=0)
+        self.position = replace(self.position, epoch=before.epoch + 1, sample=0)
         better = self.position.best_step != before.best_step
         if (better or self._is_over()) and not self._save() and better:
             self.position = replace(self.position, best=before.best, best_step=before.best_step)

@@ -144,13 +144,19 @@ class TrainLoader:
         """Batches of an epoch of which ``sample`` samples are already trained."""
         return -(-(self.num_samples - sample) // self._samples.global_batch_size)
 
-    def epoch(self, epoch: int, sample: int = 0) -> Iterator[TrainBatch]:
+    def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[TrainBatch]:
         """The batches of one epoch, from ``sample`` on, made ahead by a thread from now on.
 
         May be consumed in parts. The iterator of an earlier call is dead from now on.
+
+        Args:
+            epoch, sample: where to begin.
+            stop: the batches of the epochs up to this one follow without a break: to begin anew
+                costs some milliseconds, several steps' worth.
         """
         self._state = {"epoch": epoch, "sample": sample}
-        self._prefetcher.reset({"snapshot": dict(self._state), "steps_since_snapshot": 0})
+        begin = self._state | {"stop": epoch + 1 if stop is None else stop}
+        self._prefetcher.reset({"snapshot": begin, "steps_since_snapshot": 0})
         return self._consume()
 
     def state_dict(self) -> dict[str, int]:

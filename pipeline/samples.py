@@ -73,7 +73,8 @@ class Chunk:
 class ShuffledSamples(BaseNode[Chunk]):
     """The source: which windows this rank trains in the next steps.
 
-    Its state is {"epoch", "sample"}; one must be given to ``reset`` to choose the epoch.
+    Its state is {"epoch", "sample", "stop"}; one must be given to ``reset`` to choose the epochs:
+    from ``epoch`` on, to the end of the one before ``stop``.
     """
 
     def __init__(
@@ -97,20 +98,21 @@ class ShuffledSamples(BaseNode[Chunk]):
         self.steps_per_chunk = steps_per_chunk
         self._order = np.empty(0, dtype=np.int64)
         self._order_epoch: int | None = None
-        self._epoch = 0
-        self._sample = 0
+        self._epoch, self._sample, self._stop = 0, 0, 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
-        state = initial_state or {"epoch": 0, "sample": 0}
-        self._epoch, self._sample = state["epoch"], state["sample"]
+        state = initial_state or {"epoch": 0, "sample": 0, "stop": 1}
+        self._epoch, self._sample, self._stop = state["epoch"], state["sample"], state["stop"]
 
     def get_state(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "sample": self._sample}
+        return {"epoch": self._epoch, "sample": self._sample, "stop": self._stop}
 
     def next(self) -> Chunk:
         if self._sample >= self.num_samples:
-            raise StopIteration
+            if self._epoch + 1 >= self._stop:
+                raise StopIteration
+            self._epoch, self._sample = self._epoch + 1, 0
         size = self.global_batch_size
         steps = min(self.steps_per_chunk, max(1, (self.num_samples - self._sample) // size))
         first = self._sample

@@ -179,6 +179,21 @@ def test_resume_is_exact_however_far_the_thread_ran_ahead(
     assert resumed.state_dict() == {"epoch": 2, "sample": 44}
 
 
+@pytest.mark.parametrize("sample", [0, 6, 44])
+def test_epochs_follow_each_other_without_a_break(sample: int) -> None:
+    one = loader(prefetch_batches=3)
+    rows = rows_of(loader().epoch(2, sample)) if sample < 44 else []
+    for epoch in (3, 4):
+        rows += rows_of(loader().epoch(epoch))
+    batches, found = one.epoch(2, sample, stop=5), []
+    for batch in batches:
+        found += rows_of([batch])
+        if len(found) == len(rows) - 44:  # the last of epoch 3 was handed out
+            assert one.state_dict() == {"epoch": 3, "sample": 44}
+    assert found == rows
+    assert one.state_dict() == {"epoch": 4, "sample": 44}
+
+
 def test_an_epoch_may_be_consumed_in_segments() -> None:
     one = loader(prefetch_batches=3)
     batches, rows = one.epoch(0), []

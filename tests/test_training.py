@@ -275,3 +275,23 @@ def test_beta2_reaches_adamw(
 def test_beta2_out_of_range() -> None:
     with pytest.raises(UserError, match=r"--beta2 must be in \(0, 1\), not 1"):
         OptimizerConfig(beta2=1)
+
+
+def test_breaks_between_epochs_change_nothing(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    """Epochs without an evaluation between them go through one pipeline, without a stop."""
+    curves = []
+    for eval_every in (1, 3):
+        run_dir = tmp_path / str(eval_every)
+        flags = [f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", f"--eval_every={eval_every}"]
+        outcome = run_main("train", *TINY, *flags, "--num_epochs=4", "--lr=0.01")
+        assert outcome.code == 0, outcome.err
+        lines = lines_of(run_dir)
+        assert sum("validation/full/HR@10" in line for line in lines) == (
+            4 if eval_every == 1 else 2
+        )
+        curves.append(
+            [(line["step"], line["epoch"], line["loss"]) for line in lines if "loss" in line]
+        )
+    assert curves[0] == curves[1]
