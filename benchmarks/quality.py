@@ -64,7 +64,8 @@ def train(
     """One run through the shipped scripts: its metrics, config and training seconds."""
     run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
     flags = ["--dataset_name", recipe, "--recipe", recipe, "--seed", str(seed)]
-    run_script("train.py", log, *flags, "--run_dir", str(run_dir), *more)
+    # What was cut short goes on where it stood when it is called again.
+    run_script("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run_dir / "config.json").read_text())
     training = [line for line in lines if "loss" in line]

@@ -42,12 +42,12 @@ KEY = ("row", "device", "ranks", "mode", "more")
 
 def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Result:
     """One run of train.py and what it logged, or ``{"failed": why}``."""
-    run_dir = options.work / "run"
+    run_dir = options.folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     flags = [*row.train_flags(mode), *options.more]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / "train.py"), *flags]
-    folders = [f"--cache_dir={options.cache_dir or options.work / 'cache'}", f"--run_dir={run_dir}"]
+    folders = [f"--cache_dir={options.cache_dir}", f"--run_dir={run_dir}"]
     if row.needs_path:
         folders.append(f"--dataset_path={options.dataset_path.resolve()}")
     # A rank is a core, at any number of ranks, unless the user says otherwise.
@@ -221,7 +221,7 @@ def _options() -> argparse.Namespace:
     options.more = given[cut + 1 :]
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.work = Path(tempfile.gettempdir()) / "bert4rec-throughput"
+    options.cache_dir = options.cache_dir or Path(tempfile.gettempdir()) / "bert4rec-throughput"
     options.out = options.out or ROOT / "benchmarks/results" / f"throughput-{options.device}.json"
     hardware = processor()
     if options.device == "cuda":
@@ -239,6 +239,22 @@ def main() -> None:
         return
     chosen = options.rows or ["gpu" if options.device == "cuda" else "cpu"]
     rows = {row.name: row for name in chosen for row in SETS.get(name) or (ROWS[name],)}
+    # Its own, so that two of these may run beside each other, on two GPUs.
+    options.folder = Path(tempfile.mkdtemp(prefix="bert4rec-throughput-"))
+    try:
+        results = _measured(rows, options)
+    finally:
+        shutil.rmtree(options.folder, ignore_errors=True)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    print(
+        f"{options.facts['hardware']}, {threads} threads a rank; commit {options.facts['commit']}; "
+        f"{options.facts['versions']}\n"
+    )
+    print(table(results))
+
+
+def _measured(rows: dict[str, Row], options: argparse.Namespace) -> list[Result]:
+    """Every row in each mode at each number of ranks, kept as soon as it is there."""
     results = []
     for row in rows.values():
         if row.needs_path and options.dataset_path is None:
@@ -251,12 +267,7 @@ def main() -> None:
                 print(f"{row.name}, {ranks} ranks, {mode}: {about}", file=sys.stderr, flush=True)
                 _keep(options.out, result)
                 results.append(result)
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    print(
-        f"{options.facts['hardware']}, {threads} threads a rank; commit {options.facts['commit']}; "
-        f"{options.facts['versions']}\n"
-    )
-    print(table(results))
+    return results
 
 
 if __name__ == "__main__":
