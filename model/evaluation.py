@@ -10,8 +10,8 @@ counts of items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
 
-A large slice is looked up and scored in parts, twice: for the scores of targets and negatives, and
-to count. Its rows stay for the next users if they take ``KEPT_BYTES`` at most.
+A large slice is looked up and scored in parts (:mod:`model.catalog_scores`), twice: for the scores
+of targets and negatives, and to count.
 
 Shapes: U users of all ranks in one block, C items of this rank's slice, or of a part of it, D
 width, N negatives.
@@ -28,22 +28,18 @@ import torch.distributed as dist
 from torch import nn
 
 from model.bert4rec import BERT4Rec
+from model.catalog_scores import CatalogScores, Scored
 from model.head import CatalogSlice
 from model.metrics import METRICS, format_table, means, metric_sums
 from model.sharded_softmax import all_gather_rows
 from model.sharding import unwrap
-from pipeline.batch import CANDIDATE, ITEM, EvalBatch, jagged_items, with_candidates
+from pipeline.batch import ITEM, EvalBatch
 from pipeline.errors import UserError
 
 # Bounds the block of users x items that is scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
-# Items of a part, and what all parts' rows may take on the device between users.
-PART_ITEMS = 2**18
-KEPT_BYTES = 2 << 30
 
 Result = dict[str, Any]
-# Parts of the catalog with their scores [U, C]; gone through more than once.
-Scored = Iterable[tuple[CatalogSlice, torch.Tensor]]
 
 
 @dataclass
@@ -70,73 +66,6 @@ class _Questions:
             self.seen_row[inside] - start,
             self.own[start:stop],
         )
-
-
-class _Catalog:
-    """This rank's slice, part by part; the same number of parts on every rank.
-
-    Args:
-        bert: the model.
-        lowered: float32 [V + 2], what the score of each item is lowered by; None: by nothing.
-    """
-
-    def __init__(
-        self, bert: BERT4Rec, device: torch.device, lowered: torch.Tensor | None = None
-    ) -> None:
-        self.bert, self.device, self._lowered = bert, device, lowered
-        whole = bert.head.catalog
-        self.shared = whole.shared
-        largest = torch.tensor(whole.high - whole.low)
-        if self.shared:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        self.part_items = max(1, min(int(largest), PART_ITEMS))
-        starts = range(whole.low, whole.low + max(1, int(largest)), self.part_items)
-        ends = (start + self.part_items for start in starts)
-        self.parts = [
-            CatalogSlice(min(start, whole.high), min(end, whole.high), whole.shared)
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        first = self._rows(self.parts[0])
-        keep = 4 * int(largest) * first.shape[1] <= KEPT_BYTES
-        self._kept = [first, *map(self._rows, self.parts[1:])] if keep else None
-
-    def scored(self, hidden: torch.Tensor) -> Scored:
-        """Scores of the parts for users [U, D]; of a single one, computed once."""
-        scores = _Scores(self, hidden)
-        return list(scores) if len(self.parts) == 1 else scores
-
-    def part_scores(
-        self, part: CatalogSlice, rows: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """float32 [U, C] of one part."""
-        scores = hidden @ rows.T
-        return scores if self._lowered is None else scores - self._lowered[part.low : part.high]
-
-    def counted(self, counts: torch.Tensor, users: int) -> Scored:
-        """The same scores, float32 [V + 2] by item, for all users."""
-        return [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
-
-    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
-        rows = self._kept or map(self._rows, self.parts)
-        return zip(self.parts, rows, strict=True)
-
-    def _rows(self, part: CatalogSlice) -> torch.Tensor:
-        """Scoring rows [C, D], looked up as the training step does."""
-        nothing = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-        features = with_candidates(nothing.to(self.device), (part.low, part.high))
-        return self.bert.head.project(self.bert.embeddings(features)[CANDIDATE].values())
-
-
-@dataclass
-class _Scores:
-    """Scores of all parts, computed anew whenever they are gone through."""
-
-    catalog: _Catalog
-    hidden: torch.Tensor
-
-    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
-        for part, rows in self.catalog:
-            yield part, self.catalog.part_scores(part, rows, self.hidden)
 
 
 def evaluate(
@@ -173,7 +102,7 @@ def evaluate(
             lowered = None
             if discount and counts is not None:
                 lowered = (counts + 1).log() * (discount / bert.head.scale)
-            catalog = _Catalog(bert, device, lowered)
+            catalog = CatalogScores(bert, device, lowered)
             for batch in batches:
                 asked = _ask(bert, batch.to(device, non_blocking=True))
                 for block in _blocks(asked, max(1, max_scores // catalog.part_items)):

@@ -20,9 +20,9 @@ from model.plan import ShardingConfig
 from model.profile import ProfileConfig
 from model.ranks import Ranks
 from model.recipes import CHOICES
+from model.schedule import TrainingConfig
 from model.sharding import OptimizerConfig, shard, unwrap
 from model.teachers import TeachersConfig
-from model.training import TrainingConfig
 from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
 from pipeline.holdout import EvalLoader, HoldoutConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import evaluation
+from model import catalog_scores
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.encoder import EncoderConfig
 from model.evaluation import Result, _Questions, evaluate, report, target_ranks, write_result
@@ -165,9 +165,9 @@ def test_batch_and_block_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         )
         for batch_size, max_scores in product((1, 5, 100), (1, 4 * 60, 1 << 26))
     ]
-    monkeypatch.setattr(evaluation, "PART_ITEMS", 7)
+    monkeypatch.setattr(catalog_scores, "PART_ITEMS", 7)
     for kept_bytes in (0, 1 << 20):
-        monkeypatch.setattr(evaluation, "KEPT_BYTES", kept_bytes)
+        monkeypatch.setattr(catalog_scores, "KEPT_BYTES", kept_bytes)
         batches = EvalLoader(store, "test", 8, 5, candidate_range=(1, 1))
         results.append(evaluate(model, batches, popularity, 4 * 7))
     assert results[0]["users"] == 23

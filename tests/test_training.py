@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from model.schedule import TrainingConfig, lr_factor
 from model.sharding import OptimizerConfig, Optimizers
-from model.training import TrainingConfig, lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 

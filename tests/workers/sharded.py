@@ -21,7 +21,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from model import evaluation as model_evaluation
+from model import catalog_scores
 from model.encoder import EncoderConfig
 from model.head import HeadConfig
 from model.plan import ShardingConfig
@@ -229,9 +229,9 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
         found[name] = evaluator(config, model, histories(), "test", ranks)()
         if name == "row_wise":
             # 21 items in parts of 5, of which a second rank has as many, one of them empty.
-            model_evaluation.PART_ITEMS, before = 5, model_evaluation.PART_ITEMS
+            catalog_scores.PART_ITEMS, before = 5, catalog_scores.PART_ITEMS
             found["in parts"] = evaluator(config, model, histories(), "test", ranks)()
-            model_evaluation.PART_ITEMS = before
+            catalog_scores.PART_ITEMS = before
     return found
 
 
