@@ -17,7 +17,13 @@ from model.checkpoint import PORTABLE, Checkpoints
 from model.export import WEIGHTS, load_exported
 from model.flags import build
 from model.ranks import Ranks, alone
-from model.run import RunConfig, build_model, build_plain_model, scored_slice
+from model.run import (
+    WHOLE_TABLE_BYTES,
+    RunConfig,
+    build_model,
+    build_plain_model,
+    scored_slice,
+)
 from model.run_log import read_config
 from model.teachers import Teacher, Teachers
 from pipeline.errors import UserError
@@ -125,7 +131,7 @@ class TrainedRun:
         """The exported model, unsharded on CPU.
 
         Raises:
-            UserError: there is none, or it does not fit.
+            UserError: there is none, it does not fit, or it is too large for that.
         """
         exported = self._exported()
         if exported is None:
@@ -134,6 +140,11 @@ class TrainedRun:
         output = replace(self.config.output, precision="fp32")
         config = replace(_possible(self.config, cpu), output=output)
         model = build_plain_model(config, self._num_items, alone(cpu))
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UserError(
+                f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
+                "to be held whole by a rank"
+            )
         load_exported(exported, model)
         return model
 
@@ -147,7 +158,8 @@ def load_teachers(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Teac
     """The models that ``--teachers`` names, each whole on this rank's device; None: it names none.
 
     Raises:
-        UserError: a folder holds no finished model, or one of another catalog or shorter rows.
+        UserError: a folder holds no finished model, one of another catalog or of shorter rows, one
+            that knows what this run is validated by, or one too large to be held whole.
     """
     models = []
     for folder in config.teaching.folders:
@@ -157,6 +169,11 @@ def load_teachers(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Teac
             raise UserError(
                 f"--teachers {folder} knows rows of {run.config.windows.max_len} items at most: "
                 "give no larger --max_len"
+            )
+        if run.config.windows.train_on_validation and not config.windows.train_on_validation:
+            raise UserError(
+                f"--teachers {folder} was trained on the validation items, which are to choose "
+                "this run's best model: take another, or --train_on_validation here too"
             )
         plain = run.plain_model()
         half = ranks.device.type == "cuda" and config.output.precision != "fp32"

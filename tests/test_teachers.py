@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import linear_cross_entropy as core
+from model import run
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.dense_step import DenseStep
 from model.encoder import EncoderConfig
@@ -166,6 +167,32 @@ def test_who_may_not_teach(
     outcome = run_main("train", *TINY, *folders, *given)
     assert outcome.code == 2 and message in outcome.err, outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_must_not_know_what_its_student_is_validated_by(
+    tmp_path: Path, cache_dir: Path, run_main: RunMain
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}"]
+    knows = ["--train_on_validation=true", f"--run_dir={tmp_path / 'knows'}"]
+    assert run_main("train", *flags, *knows).code == 0
+    taught = [*flags, f"--teachers={tmp_path / 'knows'}", f"--run_dir={tmp_path / 'taught'}"]
+    outcome = run_main("train", *taught)
+    assert outcome.code == 2
+    assert "was trained on the validation items, which are to choose this run's" in outcome.err
+    assert run_main("train", *taught, "--train_on_validation=true").code == 0
+
+
+def test_a_table_too_large_to_be_held_whole(
+    teacher: Path,
+    tmp_path: Path,
+    cache_dir: Path,
+    run_main: RunMain,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run, "WHOLE_TABLE_BYTES", 1000)
+    folders = [f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / 'run'}"]
+    outcome = run_main("train", *TINY, *folders, f"--teachers={teacher}")
+    assert outcome.code == 2 and "held whole by a rank" in outcome.err
 
 
 def test_flags() -> None:
