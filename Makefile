@@ -1,6 +1,6 @@
 # make train   set up .venv, train on the built-in synthetic data, print the metrics table
 # make test    set up .venv, lint, run all tests but the slow ones
-# make test-slow    the slow ones: faults in numbers, about 15 minutes
+# make test-slow    the slow ones: faults in numbers, about 6 minutes
 # make clean   remove .venv
 
 SHELL := /bin/bash
