@@ -172,6 +172,61 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
     assert abs(sum(recent) - sum(next_ones)) / 5 < 0.5
 
 
+def test_two_runs_in_one_folder(start: Start) -> None:
+    first = start("shared", 2, "--num_epochs=2000", "--checkpoint_every=10", "--eval_every=2000")
+    first.wait_for_steps(5)
+    second = start("second", 2, f"--run_dir={first.run_dir}")
+    assert second.wait() != 0
+    assert f"--run_dir {first.run_dir} is in use by another run" in second.err
+    first.wait_for_steps(first.steps() + 5)  # it goes on as if nothing had been
+    stop(first, signal.SIGTERM)
+    curve = losses(first.run_dir)
+    assert sorted(curve) == list(range(1, len(curve) + 1))
+    assert newest(first.run_dir)["position"]["step"] == len(curve)
+
+
+def test_a_loss_that_is_not_finite(start: Start) -> None:
+    """A weight of rank 1 is: both ranks end at that step, in one line, and save nothing of it."""
+    job = start("nan", script="tests/workers/nan.py")
+    assert job.wait() != 0
+    assert "exitcode  : 2" in job.err
+    lines = [line for line in job.err.splitlines() if line.startswith("nan.py: ")]
+    assert len(lines) == 1
+    assert re.search(
+        r"the loss became nan at step 11 \(epoch 3, its samples 64 to 127, lr 0\.00\d+\): lower "
+        r"--lr or raise --warmup_share; earlier checkpoints are intact$",
+        lines[0],
+    ), lines
+    assert newest(job.run_dir)["position"]["step"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("__1_0.distcp", "its checksum differs", id="a byte flipped"),
+        pytest.param("__0_0.distcp", "bytes instead of", id="cut", marks=pytest.mark.slow),
+        pytest.param("manifest.json", "is missing", id="no manifest", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    start: Start, name: str, message: str
+) -> None:
+    job = start("damaged")
+    job.wait_for_steps(20)
+    stop(job, signal.SIGTERM)
+    *_, before, last = sorted((job.run_dir / "checkpoints").glob("step-*"))
+    if message == "is missing":
+        (last / name).unlink()
+    else:
+        content = bytearray((last / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (last / name).write_bytes(content[:-3] if "instead" in message else content)
+    job = start("damaged")
+    assert job.wait() == 0, job.err
+    assert re.search(rf"warning: \S*{last.name} is damaged: .*{message}", job.err), job.err
+    assert f"resumed from {before}" in job.out
+
+
 def test_a_restart_must_find_its_folder(run_main: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     outcome = run_main("train", *TINY, "--run_dir=")

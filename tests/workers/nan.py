@@ -1,0 +1,30 @@
+"""Worker: train.py, but for a weight of rank 1 that is not a number from step 10 on.
+
+torchrun --nproc_per_node 2 tests/workers/nan.py <flags of train.py>
+"""
+
+import torch
+
+import train
+from model.ranks import run_script
+from model.sharding import unwrap
+from model.training import Trainer
+
+AT_STEP = 10
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    step = Trainer._step
+
+    def patched(self: Trainer, *arguments: object) -> None:
+        step(self, *arguments)
+        if self.position.step == AT_STEP and self.ranks.rank == 1:
+            next(unwrap(self.model).encoder.parameters()).data.view(-1)[0] = float("nan")
+
+    Trainer._step = patched
+    run_script(train.main)
+
+
+if __name__ == "__main__":
+    main()
