@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import data, rows, throughput
+from benchmarks import checkpoint, data, quality, rows, throughput
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.flags import FlagParser
+from model.ranks import Ranks
 from model.recipes import with_recipe
 from model.run import RunConfig
 from tests.conftest import TINY
@@ -184,3 +185,30 @@ def test_data_measures_and_keeps_both_tables(
     # Each of 8 positions is masked with probability 0.2, in 5 % of the rows the last alone.
     share = row["masked_per_second"] / row["sequences_per_second"]
     assert share == pytest.approx(0.95 * (8 * 0.2 + 0.8**8) + 0.05, rel=0.1)
+
+
+def scores_of(value: float) -> dict[str, Any]:
+    """Metrics of one run, all of them ``value``."""
+    names = {name: value for names in quality.SHOWN.values() for name in names}
+    return {"sampled": names, "full": names, "popularity": {"sampled": names, "full": names}}
+
+
+def test_the_quality_table_by_hand() -> None:
+    discounted = [scores_of(value) | {"popularity_discount": 0.3} for value in (0.5, 0.7)]
+    results = [
+        {"test": scores_of(value), "discounted": other}
+        for value, other in zip((0.2, 0.4), discounted, strict=True)
+    ]
+    *_, popularity, ours, lowered = quality.table("beauty", results).splitlines()
+    assert popularity == "| popularity |" + " 0.2000 |" * 7
+    # Standard deviation of two values: their difference over the root of 2.
+    assert ours == "| **this project**, 2 seeds |" + " 0.3000 ± 0.1414 |" * 7
+    assert lowered == "| the same models, --popularity_discount 0.3 |" + " 0.6000 ± 0.1414 |" * 7
+
+
+def test_the_cost_of_a_checkpoint_is_measured(one_rank: Ranks, tmp_path: Path) -> None:
+    line = checkpoint.row(50, ["--emb_dim=16", "--num_layers=1"], one_rank, tmp_path / "run")
+    items, width, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+    assert (items, width) == ("50", "16")
+    size, still, written, waited = (int(number) for number in numbers)
+    assert size == 0 and still <= written and waited >= 0
