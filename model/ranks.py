@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -155,8 +156,9 @@ def leave(code: int = 0) -> NoReturn:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # who reads our output may have seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
