@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.half_products import linear
-from model.jagged_attention import JaggedRows, attend, takes
+from model.kernels.half_products import linear
+from model.kernels.jagged_attention import JaggedRows, attend, takes
 
 
 class RowLayout:
@@ -120,7 +120,8 @@ class SelfAttention(nn.Module):
     """Multi-head attention of every position to all positions of its row.
 
     Without bias and dropout, in half precision on CUDA, the jagged rows are attended as they lie
-    (:mod:`model.jagged_attention`); else they are padded for ``scaled_dot_product_attention``.
+    (:mod:`model.kernels.jagged_attention`); else they are padded, for
+    ``scaled_dot_product_attention``.
     """
 
     def __init__(

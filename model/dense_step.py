@@ -18,8 +18,8 @@ from torch import nn
 from model.encoder import Encoder
 from model.graphs import StepGraphs
 from model.head import ScoringHead
+from model.kernels.unit_rows import gradient_of_split
 from model.sharded_softmax import Opinion
-from model.unit_rows import gradient_of_split
 
 
 class DenseStep(nn.Module):

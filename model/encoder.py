@@ -5,7 +5,7 @@ projections, feed-forward) runs on the packed positions of all rows; only attent
 
     items [T, D] + positions -> layer x N -> norm -> rows of the masked positions [M, D]
 
-Inside autocast on CUDA the same runs through the kernels of :mod:`model.residual`.
+Inside autocast on CUDA the same runs through the kernels of :mod:`model.kernels.residual`.
 
 Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from model import residual
 from model.attention import RowLayout, SelfAttention
-from model.dropout_bits import Dropout, new_dropouts
-from model.half_products import gelu_dropout, linear
+from model.kernels import residual
+from model.kernels.dropout_bits import Dropout, new_dropouts
+from model.kernels.half_products import gelu_dropout, linear
 from pipeline.errors import UserError
 
 POSITIONS = ("bias", "rotary", "none")

@@ -22,7 +22,7 @@ to 1/256 of its length, and so is the gradient, however small, of a position alr
 
 import torch
 
-from model.unit_rows import sum_dtype
+from model.kernels.unit_rows import sum_dtype
 
 # Exponentials of logits within this, their sums over 1e9 rows, and their inverses are float32.
 MAX_BOUND = 60.0

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.kernels.row_sums import add_rows
+from model.kernels.unit_rows import unit_rows, unit_rows_gradient
 from model.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
-from model.row_sums import add_rows
-from model.unit_rows import unit_rows, unit_rows_gradient
 
 
 def gather_sizes(size: int) -> list[int]:

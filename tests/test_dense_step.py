@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model import unit_rows
 from model.dense_step import _Split
 from model.head import CatalogSlice, HeadConfig, ScoringHead
+from model.kernels import unit_rows
 
 POSITIONS, ITEMS, WIDTH = 6, 40, 8
 

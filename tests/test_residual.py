@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import residual
-from model.dropout_bits import Dropout, new_dropouts
 from model.encoder import Encoder, EncoderConfig
+from model.kernels import residual
+from model.kernels.dropout_bits import Dropout, new_dropouts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need CUDA")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.row_sums import add_rows
+from model.kernels.row_sums import add_rows
 
 
 def test_by_hand() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model.dropout_bits import Dropout, dropout_options, kept
+from model.kernels.dropout_bits import Dropout, dropout_options, kept
 
 try:
     import triton

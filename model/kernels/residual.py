@@ -5,7 +5,7 @@
 
 The stream is float32, what the norms hand to the next product is half precision. In plain torch a
 step is a pass for each of bias, dropout, sum, norm and cast, and as many backward, which together
-take longer than the matrix products between them. Kernels: :mod:`model.residual_kernels`.
+take longer than the matrix products between them. Kernels: :mod:`model.kernels.residual_kernels`.
 
 Shapes: T rows, D width, L lines of a table.
 """
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model import residual_kernels as kernels
-from model.dropout_bits import Dropout, dropout_options
-from model.residual_kernels import triton
+from model.kernels import residual_kernels as kernels
+from model.kernels.dropout_bits import Dropout, dropout_options
+from model.kernels.residual_kernels import triton
 
 # Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from model.jagged_kernels import choose, is_available, join, rotate
+from model.kernels.jagged_kernels import choose, is_available, join, rotate
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8

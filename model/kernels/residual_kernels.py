@@ -5,13 +5,13 @@
 
 Backward, means and deviations are computed anew: the row is in registers anyway. Gradients of
 weights and biases are sums over all rows, of which each program writes its own to ``partial``; who
-adds these up gets the same bits in every run. ``model.residual`` launches them.
+adds these up gets the same bits in every run. ``model.kernels.residual`` launches them.
 
 Shapes: T rows (``count``), D values of each (``width``), P programs.
 """
 # ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
 
-from model.dropout_bits import kept
+from model.kernels.dropout_bits import kept
 
 try:
     import triton
