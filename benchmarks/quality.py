@@ -80,8 +80,7 @@ def train(
     config["flags"]["teachers"] = ",".join(Path(teacher).name for teacher in teachers)
     found = {}
     if discount:
-        kept = [flag for flag in more if flag.startswith("--cache_dir=")]
-        flags = ["--checkpoint", str(run_dir), "--popularity_discount", str(discount), *kept]
+        flags = ["--checkpoint", str(run_dir), "--popularity_discount", str(discount)]
         run_script("eval.py", log, *flags)
         path = run_dir / f"eval_test-discount-{discount:g}.json"
         found["discounted"] = json.loads(path.read_text())

@@ -89,6 +89,7 @@ def evaluate(
         ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
         every rank.
     """
+    assert popularity is not None or not discount
     bert = unwrap(model)
     was_training = model.training
     model.eval()
@@ -100,7 +101,7 @@ def evaluate(
         with torch.no_grad():
             counts = None if popularity is None else popularity.to(device, torch.float32)
             lowered = None
-            if discount and counts is not None:
+            if discount:
                 lowered = (counts + 1).log() * (discount / bert.head.scale)
             catalog = CatalogScores(bert, device, lowered)
             for batch in batches:
