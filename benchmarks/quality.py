@@ -3,7 +3,7 @@
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip
     python benchmarks/quality.py beauty --dataset_path beauty.txt.gz --seeds 3 --jobs 3
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --final
-    python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --teachers 3 --discount 0.3
+    python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --teachers 3 --discount 0.3 --jobs 4
 
 The model of each run is chosen on validation alone (full NDCG@10) by train.py. With --final the
 recipe is trained on the validation items too, as in BERT4Rec's paper: then nothing is chosen, the
@@ -11,17 +11,21 @@ recipe's last model is tested. With --teachers N so many models are trained firs
 and the measured ones learn from them (``train.py --teachers``). With --discount the same models are
 tested a second time, with ``eval.py --popularity_discount``. Every run is an ordinary run folder
 below --runs; the table and what made it go to results/quality-<recipe>[-final][-taught].json.
-Further flags after ``--`` go to train.py.
+Further flags after ``--`` go to train.py. Of several GPUs each job takes the next.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -51,21 +55,55 @@ ANCHORS: dict[str, dict[str, tuple[float | None, ...]]] = {
 FIRST_TEACHER = 1000
 
 
-def run_script(script: str, log: Path, *flags: str) -> None:
-    """train.py or eval.py in a process of its own, what it prints in a file."""
-    with log.open("a") as file:
-        command = [sys.executable, str(ROOT / script), *flags]
-        subprocess.run(command, check=True, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+class Scripts:
+    """train.py and eval.py in processes of their own, what they print in files.
+
+    Args:
+        jobs: how many at the same time; the visible GPUs take turns.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        gpus = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
+        self._free: Queue[dict[str, str]] = Queue()
+        for job in range(jobs):
+            self._free.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
+
+    def run(self, script: str, log: Path, *flags: str) -> None:
+        """Waits until it has ended.
+
+        Raises:
+            subprocess.CalledProcessError: it failed; the log says why.
+        """
+        own = self._free.get()
+        try:
+            with log.open("a") as file:
+                subprocess.run(
+                    [sys.executable, str(ROOT / script), *flags],
+                    check=True,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    env=os.environ | own,
+                )
+        finally:
+            self._free.put(own)
 
 
 def train(
-    recipe: str, name: str, seed: int, runs: Path, discount: float, more: list[str]
+    scripts: Scripts,
+    recipe: str,
+    name: str,
+    seed: int,
+    runs: Path,
+    discount: float,
+    more: list[str],
 ) -> dict[str, Any]:
     """One run through the shipped scripts: its metrics, config and training seconds."""
     run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
     flags = ["--dataset_name", recipe, "--recipe", recipe, "--seed", str(seed)]
     # What was cut short goes on where it stood when it is called again.
-    run_script("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
+    scripts.run("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run_dir / "config.json").read_text())
     training = [line for line in lines if "loss" in line]
@@ -81,7 +119,7 @@ def train(
     found = {}
     if discount:
         flags = ["--checkpoint", str(run_dir), "--popularity_discount", str(discount)]
-        run_script("eval.py", log, *flags)
+        scripts.run("eval.py", log, *flags)
         path = run_dir / f"eval_test-discount-{discount:g}.json"
         found["discounted"] = json.loads(path.read_text())
     return found | {
@@ -154,11 +192,12 @@ def main() -> None:
     runs.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     teachers = range(FIRST_TEACHER, FIRST_TEACHER + arguments.teachers)
+    scripts = Scripts(arguments.jobs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
 
         def trained(seeds: range, discount: float) -> list[dict[str, Any]]:
             tasks = [
-                pool.submit(train, arguments.recipe, name, seed, runs, discount, more)
+                pool.submit(train, scripts, arguments.recipe, name, seed, runs, discount, more)
                 for seed in seeds
             ]
             return [task.result() for task in tasks]
