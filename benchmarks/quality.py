@@ -8,10 +8,11 @@
 The model of each run is chosen on validation alone (full NDCG@10) by train.py. With --final the
 recipe is trained on the validation items too, as in BERT4Rec's paper: then nothing is chosen, the
 recipe's last model is tested. With --teachers N so many models are trained first, from other seeds,
-and the measured ones learn from them (``train.py --teachers``). With --discount the same models are
+and the measured ones learn from them (``train.py --teachers``, which takes the recipe
+<recipe>-taught if there is one); with --seeds 0 that is all. With --discount the same models are
 tested a second time, with ``eval.py --popularity_discount``. Every run is an ordinary run folder
 below --runs; the table and what made it go to results/quality-<recipe>[-final][-taught].json.
-Further flags after ``--`` go to train.py. Of several GPUs each job takes the next.
+Further flags after ``--`` go to train.py. Jobs spread over the GPUs.
 """
 
 import argparse
@@ -20,9 +21,11 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
+from threading import Lock
 from typing import Any
 
 import torch
@@ -56,38 +59,43 @@ FIRST_TEACHER = 1000
 
 
 class Scripts:
-    """train.py and eval.py in processes of their own, what they print in files.
+    """train.py and eval.py in processes of their own, on the GPU with the fewest of them."""
 
-    Args:
-        jobs: how many at the same time; the visible GPUs take turns.
-    """
-
-    def __init__(self, jobs: int) -> None:
+    def __init__(self) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]
-        self._free: Queue[dict[str, str]] = Queue()
-        for job in range(jobs):
-            self._free.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {})
+        gpus = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+        self._running = dict.fromkeys(gpus, 0)
+        self._lock = Lock()
 
     def run(self, script: str, log: Path, *flags: str) -> None:
-        """Waits until it has ended.
+        """Waits until it has ended; what it prints goes to ``log``.
 
         Raises:
             subprocess.CalledProcessError: it failed; the log says why.
         """
-        own = self._free.get()
+        with self._on_a_gpu() as environment, log.open("a") as file:
+            subprocess.run(
+                [sys.executable, str(ROOT / script), *flags],
+                check=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | environment,
+            )
+
+    @contextmanager
+    def _on_a_gpu(self) -> Iterator[dict[str, str]]:
+        if not self._running:
+            yield {}
+            return
+        with self._lock:
+            gpu = min(self._running, key=lambda gpu: self._running[gpu])
+            self._running[gpu] += 1
         try:
-            with log.open("a") as file:
-                subprocess.run(
-                    [sys.executable, str(ROOT / script), *flags],
-                    check=True,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=os.environ | own,
-                )
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
         finally:
-            self._free.put(own)
+            with self._lock:
+                self._running[gpu] -= 1
 
 
 def train(
@@ -101,7 +109,7 @@ def train(
 ) -> dict[str, Any]:
     """One run through the shipped scripts: its metrics, config and training seconds."""
     run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
-    flags = ["--dataset_name", recipe, "--recipe", recipe, "--seed", str(seed)]
+    flags = ["--dataset_name", recipe, "--seed", str(seed)]
     # What was cut short goes on where it stood when it is called again.
     scripts.run("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -192,7 +200,7 @@ def main() -> None:
     runs.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     teachers = range(FIRST_TEACHER, FIRST_TEACHER + arguments.teachers)
-    scripts = Scripts(arguments.jobs)
+    scripts = Scripts()
     with ThreadPoolExecutor(arguments.jobs) as pool:
 
         def trained(seeds: range, discount: float) -> list[dict[str, Any]]:
@@ -207,6 +215,8 @@ def main() -> None:
             folders = ",".join(str(runs / f"{name}-seed{seed}") for seed in teachers)
             name, more = f"{name}-taught", [*more, f"--teachers={folders}"]
         results = trained(range(arguments.seeds), arguments.discount)
+    if not results:
+        return
     record = {
         "recipe": arguments.recipe,
         "final": arguments.final,

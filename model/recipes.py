@@ -4,6 +4,7 @@
     python train.py --dataset_name mine --dataset_path x.csv --recipe ml-1m
     python train.py --dataset_name ml-1m --recipe none        the general defaults
     python train.py --dataset_name ml-1m --num_epochs 20      flags given override the recipe
+    python train.py --dataset_name ml-1m --teachers a,b       takes the recipe "ml-1m-taught"
 
 ``ml-1m``, ``beauty`` and ``ml-100k`` were chosen among those of ``benchmarks/ABLATIONS.md``, on
 validation only. ``ml-20m`` was not measured: it is ML-1M's with less dropout and a shorter schedule
@@ -54,6 +55,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_epochs": 60,
     },
     "ml-1m": _ML_1M,
+    # Teachers say how likely everything is: there is less to overfit to.
+    "ml-1m-taught": _ML_1M | {"dropout": 0.1, "teacher_share": 0.9},
     "ml-20m": _ML_1M | {"dropout": 0.1, "num_epochs": 60},
     "beauty": _ML_1M
     | {
@@ -74,7 +77,7 @@ def with_recipe(given: Mapping[str, Any], default_dataset: str) -> dict[str, Any
 
     Args:
         given: flags by name; ``recipe`` names one, "auto" (or nothing) means the one called like
-            the data set, if there is one.
+            the data set, if there is one, or, of a model with teachers, like that and "-taught".
         default_dataset: the data set where ``dataset_name`` is not given.
 
     Returns:
@@ -88,6 +91,8 @@ def with_recipe(given: Mapping[str, Any], default_dataset: str) -> dict[str, Any
         own_file = "dataset_path" in given and "dataset_name" not in given
         dataset = given.get("dataset_name", default_dataset)
         name = dataset if dataset in RECIPES and not own_file else "none"
+        if given.get("teachers") and f"{name}-taught" in RECIPES:
+            name = f"{name}-taught"
     if name not in CHOICES:
         raise UserError(f"--recipe must be one of {', '.join(CHOICES)}, not {name!r}")
     return {**RECIPES.get(name, {}), **given, "recipe": name}

@@ -206,14 +206,16 @@ def test_the_quality_table_by_hand() -> None:
     assert lowered == "| the same models, --popularity_discount 0.3 |" + " 0.6000 ± 0.1414 |" * 7
 
 
-def test_jobs_take_gpus_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "said.py").write_text("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
     monkeypatch.setattr(quality, "ROOT", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    scripts, log = quality.Scripts(jobs=3), tmp_path / "log"
-    for _ in range(4):
+    scripts, log = quality.Scripts(), tmp_path / "log"
+    scripts.run("said.py", log)
+    with scripts._on_a_gpu():
         scripts.run("said.py", log)
-    assert log.read_text().split() == ["2", "5", "2", "2"]  # three jobs, then the first again
+    scripts.run("said.py", log)
+    assert log.read_text().split() == ["2", "5", "2"]
 
 
 def test_the_cost_of_a_checkpoint_is_measured(one_rank: Ranks, tmp_path: Path) -> None:

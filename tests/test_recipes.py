@@ -40,3 +40,17 @@ def test_the_command_line_overrides_the_recipe() -> None:
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(UserError, match="--recipe must be one of auto, none, synthetic"):
         with_recipe({"recipe": "ml-2m"}, "synthetic")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"dataset_name": "ml-1m", "teachers": "a,b"}, "ml-1m-taught"),
+        ({"dataset_name": "ml-1m", "teachers": ""}, "ml-1m"),
+        ({"dataset_name": "ml-1m", "teachers": "a", "recipe": "ml-1m"}, "ml-1m"),
+        ({"dataset_name": "beauty", "teachers": "a"}, "beauty"),
+        ({"dataset_path": "x.csv", "teachers": "a"}, "none"),
+    ],
+)
+def test_taught_models_have_recipes_of_their_own(given: dict[str, str], name: str) -> None:
+    assert with_recipe(given, "synthetic")["recipe"] == name
