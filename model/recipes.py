@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "ml-1m": _ML_1M,
     # Teachers say how likely everything is: there is less to overfit to.
-    "ml-1m-taught": _ML_1M | {"dropout": 0.1, "teacher_share": 0.9},
+    "ml-1m-taught": _ML_1M | {"dropout": 0.0, "teacher_share": 0.9},
     "ml-20m": _ML_1M | {"dropout": 0.1, "num_epochs": 60},
     "beauty": _ML_1M
     | {
