@@ -53,12 +53,11 @@ class DenseStep(nn.Module):
         if not all(layer.attention.jagged for layer in encoder.layers):
             return
         body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
-        parameters = list(encoder.parameters())
         if alone:
             self._body = body
-            self._whole = StepGraphs(self._losses, parameters, hooked=False)
+            self._whole = StepGraphs(self._losses, encoder, hooked=False)
         else:
-            self._encode = StepGraphs(body, parameters)
+            self._encode = StepGraphs(body, encoder)
 
     @property
     def is_graphed(self) -> bool:

@@ -11,10 +11,12 @@ graphs do. After ``torch.cuda.make_graphed_callables``, which captures one shape
 that pins memory beside it, fails: its capture forbids CUDA calls to all threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
@@ -31,7 +33,7 @@ class StepGraphs:
         body: a function of tensors, some of them None, to one tensor, or to several of which the
             first alone is differentiable; without host synchronisation. Random numbers continue
             from the device's generator as they would without graphs.
-        parameters: what else its output depends on and is to be differentiated by.
+        module: whose parameters its output depends on and is to be differentiated by.
         hooked: somebody waits for autograd to hand over the parameters' gradients, as DDP does.
             Else they are put into ``.grad`` without it, the same tensors after every call, which
             saves the host half of the work and lets :class:`GraphedOptimizer` follow.
@@ -40,11 +42,12 @@ class StepGraphs:
     def __init__(
         self,
         body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
-        parameters: list[torch.nn.Parameter],
+        module: nn.Module,
         hooked: bool = True,
     ) -> None:
-        self._body, self._parameters = body, parameters
-        self._shared = None if hooked else [torch.zeros_like(p) for p in parameters]
+        self._body, self._module = body, module
+        self._parameters = list(module.parameters())
+        self._shared = None if hooked else [torch.zeros_like(p) for p in self._parameters]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool: Any = None
 
@@ -59,9 +62,35 @@ class StepGraphs:
             if len(self._captured) == _MAX_GRAPHS:
                 return _several(self._body(*inputs))
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            captured = _Captured(self._body, self._parameters, self._shared, inputs, self._pool)
-            self._captured[key] = captured
+            captured = self._captured[key] = self._capture(inputs)
         return _Replay.apply(captured, *inputs, *(self._parameters if self._shared is None else ()))
+
+    def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
+        if self._shared is not None:
+            return _Captured(self._body, self._parameters, self._shared, inputs, self._pool)
+        # Who hooks into a parameter's gradient ties it to another stream than the captured one:
+        # what is captured computes with the same memory under other names.
+        others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
+        with replaced(self._module, others):
+            return _Captured(self._body, list(others.values()), None, inputs, self._pool)
+
+
+@contextmanager
+def replaced(module: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Inside, ``module`` computes with ``others`` instead of its parameters."""
+    places = [
+        (part._parameters, name, own)
+        for part in module.modules()
+        for name, own in part._parameters.items()
+        if own is not None
+    ]
+    try:
+        for parameters, name, own in places:
+            parameters[name] = others[own]
+        yield
+    finally:
+        for parameters, name, own in places:
+            parameters[name] = own
 
 
 def _several(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.dense_step import _Split
+from model.graphs import replaced
 from model.head import CatalogSlice, HeadConfig, ScoringHead
 from model.kernels import unit_rows
 
@@ -32,3 +33,15 @@ def test_split_is_torch_split(temperature: float, monkeypatch: pytest.MonkeyPatc
         found.append(torch.autograd.grad(loss, whole)[0])
     assert torch.equal(*found)
     assert len(copied) == (temperature == 0)  # plain dot products leave no room
+
+
+def test_a_module_computes_with_other_parameters_for_a_while() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    own = dict(module.named_parameters())
+    others = {p: torch.nn.Parameter(p.detach() + 1) for p in own.values()}
+    with replaced(module, others):
+        module(torch.ones(1, 2)).sum().backward()
+        assert [*module.parameters()] == [*others.values()]
+    assert dict(module.named_parameters()) == own
+    assert all(p.grad is None for p in own.values())
+    assert all(p.grad is not None for p in others.values())

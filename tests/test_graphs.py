@@ -110,6 +110,22 @@ def test_graphs_compute_what_the_plain_code_does(compiled: bool, alone: bool, lo
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
+def test_somebody_hooks_into_the_gradients() -> None:
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
+    # As DDP does: nodes of the autograd graph that belong to the stream on which they were made.
+    held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in encoder.parameters()]
+    seen: list[object] = []
+    for node in held:
+        node.register_hook(lambda *_: seen.append(None))
+    fast.accelerate(compiled=False, alone=False)
+    for seed, left_rows in ((1, 4), (2, 4)):
+        given = inputs(seed, left_rows)
+        seen.clear()
+        assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
+        assert len(seen) == len(held)  # once each: the capture itself bothers nobody
+
+
 @pytest.mark.parametrize("left_rows", [0, 2, 4])
 def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
     given = two_streams(1, left_rows)
