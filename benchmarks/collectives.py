@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.flags import FlagParser
 from model.ranks import Ranks, first_rank_first, leave, start
 from model.run import RunConfig, build_model, train_loader
-from model.sharding import Optimizers, train_pipeline
+from model.sharding import Optimizers
+from model.train_pipeline import train_pipeline
 from pipeline.preparation import prepare
 
 # Steps before the counted ones: the pipeline fills, DDP arranges its buckets.

@@ -36,7 +36,8 @@ class StepGraphs:
         module: whose parameters its output depends on and is to be differentiated by.
         hooked: somebody waits for autograd to hand over the parameters' gradients, as DDP does.
             Else they are put into ``.grad`` without it, the same tensors after every call, which
-            saves the host half of the work and lets :class:`GraphedOptimizer` follow.
+            saves the host half of the work and lets :class:`GraphedOptimizer` follow; and the
+            output is the loss itself: its gradient is 1, and not looked at.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class _Captured:
         capture = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
-        self.output_grad = torch.zeros_like(output)
+        self.output_grad = torch.ones_like(output)
         with torch.cuda.graph(self.backward, **capture):
             gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
             self.input_grads = [
@@ -208,7 +209,8 @@ class _Replay(torch.autograd.Function):
         ctx: Any, output_grad: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         captured: _Captured = ctx.captured
-        captured.output_grad.copy_(output_grad)
+        if captured.shared is None:
+            captured.output_grad.copy_(output_grad)
         captured.backward.replay()
         ctx.held = []
         inputs = (None if grad is None else grad.detach() for grad in captured.input_grads)

@@ -8,27 +8,22 @@ The order follows TorchRec's golden training example: module -> plan -> Distribu
 optimizers -> train pipeline.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
 from torchrec.distributed.model_parallel import DataParallelWrapper
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.types import Awaitable, NoWait, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
@@ -40,11 +35,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
-from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -79,15 +70,16 @@ def shard(
         UserError: no plan fits the memory, or the device cannot have such tables.
     """
     check_device(config, ranks.device)
-    sharder = EmbeddingCollectionSharder(
-        fused_params={
-            "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
-            "learning_rate": embedding_lr(config, optimizer, ranks.device),
-            "eps": 1e-8,
-            "beta1": 0.9,
-            "beta2": optimizer.beta2,
-        }
-    )
+    fused = {
+        "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
+        "learning_rate": embedding_lr(config, optimizer, ranks.device),
+        "eps": 1e-8,
+        "beta1": 0.9,
+        "beta2": optimizer.beta2,
+    }
+    if ranks.device.type == "cuda":  # all ids are of the catalog; a step has few launches to spare
+        fused["bounds_check_mode"] = BoundsCheckMode.NONE
+    sharder = EmbeddingCollectionSharder(fused_params=fused)
     plan = ShardingPlan(plan={})
     if config.mode == "dmp":
         plan = plan_tables(model, config, sharder, rows, ranks)
@@ -158,10 +150,11 @@ class Optimizers:
                 self.dense, clipping=GradientClipping.NORM, max_gradient=config.max_grad_norm
             )
         self._table_ids = tables
+        self._graphed_lr: torch.Tensor | None = None  # where a CUDA graph reads it
         if unwrap(model).dense_step.is_graphed and not tables:
-            rate = torch.tensor(config.lr, device=device)
+            self._graphed_lr = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
-                group["lr"] = rate
+                group["lr"] = self._graphed_lr
             stepped = GraphedOptimizer(stepped, list(parameters.values()))
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"
@@ -183,13 +176,12 @@ class Optimizers:
         """Set all learning rates to ``factor`` times their peaks, effective at the next step."""
         for group in self.tables.param_groups:
             group["lr"] = factor * self._peak["tables"]
+        if self._graphed_lr is not None:
+            self._graphed_lr.fill_(factor * self._peak["dense"])
+            return
         for group in self.dense.param_groups:
             is_table = id(group["params"][0]) in self._table_ids
-            rate = factor * self._peak["tables" if is_table else "dense"]
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)  # a CUDA graph reads it there
-            else:
-                group["lr"] = rate
+            group["lr"] = factor * self._peak["tables" if is_table else "dense"]
 
     def materialise_state(self) -> None:
         """Create AdamW's state tensors, so that a checkpoint can be loaded into them.
@@ -198,74 +190,6 @@ class Optimizers:
         """
         self.dense.init_state()
         self.dense.zero_grad(set_to_none=True)
-
-
-class _Pipeline(TrainPipelineSparseDist):
-    """The same pipeline for a loss that is one number: it need not be summed first."""
-
-    def _backward(self, losses: torch.Tensor) -> None:
-        with record_function("## backward ##"):
-            losses.backward()
-
-
-class _ReplicatedPipeline(_Pipeline):
-    """The same pipeline for a model without sharded modules.
-
-    There is no input distribution to take out of the forward pass, so there is nothing to trace;
-    copies to the device still run a batch ahead.
-    """
-
-    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
-        self._pipelined_modules = []
-        self.start_sparse_data_dist(batch, context)  # waits for the copy
-
-
-class _LonePipeline(_Pipeline):
-    """The same pipeline for one rank, which keeps its features.
-
-    TorchRec would tell the only rank through the device, and wait for the answer, how many of its
-    features go to itself, and make an index to put them in order by. ``detach`` takes back what is
-    done here like what TorchRec does.
-    """
-
-    def __init__(self, model: DistributedModelParallel, *args: object, **kwargs: object) -> None:
-        super().__init__(model, *args, **kwargs)
-        plans = (table for module in model.plan.plan.values() for table in module.values())
-        if all(plan.sharding_type != "row_wise" for plan in plans):
-            # Nothing is launched on it but waits: the copies of a batch ahead are waited for here.
-            self._data_dist_stream = None
-
-    def _pipeline_model(self, *args: object, **kwargs: object) -> None:
-        super()._pipeline_model(*args, **kwargs)
-        for module in self._pipelined_modules:
-            for distribution in module._input_dists:
-                distribution._dist.forward = lambda features: NoWait(_Kept(features))
-
-
-class _Kept(Awaitable[KeyedJaggedTensor]):
-    """What comes of a redistribution to oneself."""
-
-    def __init__(self, features: KeyedJaggedTensor) -> None:
-        super().__init__()
-        self._features = features
-
-    def _wait_impl(self) -> KeyedJaggedTensor:
-        return self._features.sync()
-
-
-def train_pipeline(
-    model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
-) -> TrainPipelineSparseDist:
-    """TorchRec's three-batch pipeline over ``model``; batches must be drained before ``detach``."""
-    pipeline = _LonePipeline if dist.get_world_size() == 1 else _Pipeline
-    if not any(True for _ in _sharded_tables(model)):
-        pipeline = _ReplicatedPipeline
-    return pipeline(model, optimizer, device, execute_all_batches=True)
-
-
-def _sharded_tables(model: DistributedModelParallel) -> Iterator[str]:
-    for name, plan in model.plan.plan.items():
-        yield from (f"{name}.{table}" for table in plan)
 
 
 def drop_cached_rows(model: nn.Module) -> None:

@@ -30,7 +30,8 @@ from model.progress import Feed, Interval, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.schedule import TrainingConfig, lr_factor
-from model.sharding import Optimizers, set_table_steps, train_pipeline
+from model.sharding import Optimizers, set_table_steps
+from model.train_pipeline import train_pipeline
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
 

@@ -255,10 +255,10 @@ def _joined(features: KeyedJaggedTensor, values: Tensor, count: int) -> KeyedJag
     """The features with the last ``count`` of ``values``, int64 [T + C], as candidates."""
     lengths, offsets = features.lengths(), features.offsets_or_none()
     device, items = lengths.device, values.numel() - count
-    spread, ends = _spread(count, lengths.numel(), device, _stream_id(device))
+    place = count, lengths.numel(), device, _stream_id(device)
     if offsets is not None:  # else whoever needs them sums the lengths once more
-        offsets = torch.cat([offsets, ends + items])
-    lengths = torch.cat([lengths, spread])
+        offsets = torch.cat([offsets, _ends(items, *place)])
+    lengths = torch.cat([lengths, _spread(*place)])
     return KeyedJaggedTensor(
         keys=[ITEM, CANDIDATE],
         values=values,
@@ -280,20 +280,23 @@ def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: in
 
 
 @lru_cache(maxsize=64)
-def _spread(
-    count: int, num_rows: int, device: torch.device, stream_id: int
-) -> tuple[Tensor, Tensor]:
-    """What stands behind the lengths, and the offsets, of B rows of items.
+def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
+    """What stands behind the lengths of B rows of items: int64 [2 S - B].
 
-    Returns:
-        int64 [2 S - B] each: 0 for S - B more rows of items, then how many of ``count`` candidates
-        stand in each of S >= B rows; and the sums of these up to and with each.
+    Zeros for S - B more rows of items, then how many of ``count`` candidates stand in each of
+    S >= B rows.
     """
     rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
     lengths = torch.full((2 * rows - num_rows,), count // rows, dtype=torch.int64, device=device)
     lengths[: rows - num_rows] = 0
     lengths[rows - num_rows :][: count % rows] += 1
-    return lengths, lengths.cumsum(0)
+    return lengths
+
+
+@lru_cache(maxsize=64)
+def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
+    """What stands behind the offsets of B rows of so many items: int64 [2 S - B]."""
+    return items + _spread(count, num_rows, device, stream_id).cumsum(0)
 
 
 def _stream_id(device: torch.device) -> int:

@@ -9,7 +9,8 @@ from torchrec.distributed.dist_data import KJTAllToAll
 
 from model.ranks import Ranks
 from model.run import build_model, train_loader
-from model.sharding import train_pipeline, unwrap
+from model.sharding import unwrap
+from model.train_pipeline import train_pipeline
 from tests.workers import sharded
 from tests.workers.sharded import NUM_ITEMS, WAYS, histories, sgd
 

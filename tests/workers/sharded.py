@@ -34,7 +34,8 @@ from model.run import (
     evaluator,
     train_loader,
 )
-from model.sharding import OptimizerConfig, Optimizers, train_pipeline, unwrap
+from model.sharding import OptimizerConfig, Optimizers, unwrap
+from model.train_pipeline import train_pipeline
 from pipeline.batch import ITEM, jagged_items, with_candidates
 from pipeline.loader import LoaderConfig
 from pipeline.negatives import NegativesConfig
