@@ -37,6 +37,7 @@ from model.plan import (
 from model.ranks import Ranks
 from pipeline.errors import UserError
 
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW of the encoder and the learning rate that both optimizers share."""
