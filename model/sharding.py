@@ -19,14 +19,14 @@ from torchrec.distributed.embedding import (
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
-from torchrec.distributed.model_parallel import DataParallelWrapper
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
+from model.lone_rank import Alone, look_up_at_home
 from model.plan import (
     FUSED_OPTIMIZERS,
     ShardingConfig,
@@ -84,20 +84,17 @@ def shard(
     plan = ShardingPlan(plan={})
     if config.mode == "dmp":
         plan = plan_tables(model, config, sharder, rows, ranks)
-    return DistributedModelParallel(
+    alone = ranks.world_size == 1
+    distributed = DistributedModelParallel(
         model,
         device=ranks.device,
         plan=plan,
         sharders=[sharder],
-        data_parallel_wrapper=None if ranks.world_size > 1 else _Alone(),
+        data_parallel_wrapper=Alone() if alone else None,
     )
-
-
-class _Alone(DataParallelWrapper):
-    """On one rank there is nobody to average gradients with: DDP would only cost time."""
-
-    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        dmp._dmp_wrapped_module.to(device)
+    if alone:
+        look_up_at_home(distributed)
+    return distributed
 
 
 def embedding_lr(config: ShardingConfig, optimizer: OptimizerConfig, device: torch.device) -> float:

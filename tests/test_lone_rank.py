@@ -1,55 +1,56 @@
-"""One rank exchanges nothing with itself, and its pipeline can be taken off the model again."""
-
-from collections.abc import Iterator
+"""One rank exchanges nothing with itself, and looks up what TorchRec would."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from torchrec.distributed.dist_data import KJTAllToAll
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
+from model.lone_rank import look_up_at_home
 from model.ranks import Ranks
 from model.run import build_model, train_loader
 from model.sharding import unwrap
-from model.train_pipeline import train_pipeline
 from tests.workers import sharded
 from tests.workers.sharded import NUM_ITEMS, WAYS, histories, sgd
 
+SHARDED = [way for way in WAYS if way != "ddp"]
 
-@pytest.fixture
-def no_exchange(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Collectives of one rank with itself are an error."""
+
+@pytest.mark.parametrize("way", SHARDED)
+def test_nothing_is_exchanged(one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    config = sharded.config_of(WAYS[way], one_rank)
+    model = build_model(config, NUM_ITEMS, one_rank)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an exchange with nobody")
 
     monkeypatch.setattr(dist, "all_to_all_single", refuse)
-    yield
+    sharded.pipelined(config, model, sgd(model), one_rank, epochs=2)
+    # What an evaluation does between two epochs: the same model, called as it is.
+    batch = next(iter(train_loader(config, histories(), one_rank).epoch(0)))
+    with torch.no_grad():
+        loss, _ = model(batch.to(one_rank.device))
+    assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("way", ["row_wise", "table_wise", "column_wise"])
-def test_no_sizes_are_exchanged(one_rank: Ranks, no_exchange: None, way: str) -> None:
-    config = sharded.config_of(WAYS[way], one_rank)
-    model = build_model(config, NUM_ITEMS, one_rank)
-    run = sharded.pipelined(config, model, sgd(model), one_rank, epochs=2)
-    assert run.pipelined == 1
+@pytest.mark.parametrize("head", ["tied", "linear"])
+@pytest.mark.parametrize("way", SHARDED)
+def test_rows_are_those_of_torchrec(one_rank: Ranks, way: str, head: str) -> None:
+    config = sharded.config_of(WAYS[way], one_rank, head=head)
+    embeddings = unwrap(build_model(config, NUM_ITEMS, one_rank)).embeddings
+    batch = next(iter(train_loader(config, histories(), one_rank).epoch(0)))
+    features = batch.to(one_rank.device).features
+    expected = ShardedEmbeddingCollection.forward(embeddings, features).wait()
+    found = embeddings(features)
+    assert list(found) == list(expected)
+    for name, rows in found.items():
+        assert rows.values().equal(expected[name].values())
+        assert rows.offsets().equal(expected[name].offsets())
 
 
-@pytest.mark.parametrize("way", ["row_wise", "table_wise", "column_wise"])
-def test_detach_gives_the_model_back(one_rank: Ranks, way: str) -> None:
-    config = sharded.config_of(WAYS[way], one_rank)
-    model = build_model(config, NUM_ITEMS, one_rank)
-    loader = train_loader(config, histories(), one_rank)
-    pipeline = train_pipeline(model, sgd(model), one_rank.device)
-    for epoch in range(2):
-        batches = loader.epoch(epoch)
-        for _ in range(loader.steps_per_epoch):
-            pipeline.progress(batches)
-        pipeline.detach()
-        module = unwrap(model).embeddings
-        for distribution in module._input_dists:
-            assert distribution._dist.forward.__func__ is KJTAllToAll.forward
-        # What an evaluation does between two epochs: the same model, called as it is.
-        batch = next(iter(train_loader(config, histories(), one_rank).epoch(0)))
-        with torch.no_grad():
-            loss, _ = model(batch.to(one_rank.device))
-        assert torch.isfinite(loss)
+def test_a_table_in_several_shards_is_left_to_torchrec(one_rank: Ranks) -> None:
+    model = build_model(sharded.config_of(WAYS["column_wise"], one_rank), NUM_ITEMS, one_rank)
+    embeddings = unwrap(model).embeddings
+    del embeddings.forward
+    embeddings._embedding_names_per_sharding = [["item", "candidate"] * 2]  # two shards' columns
+    look_up_at_home(model)
+    assert embeddings.forward.__func__ is ShardedEmbeddingCollection.forward

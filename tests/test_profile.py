@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,8 +48,6 @@ def test_a_trace_of_steady_steps_with_its_stages(
     assert outcome.code == 0, outcome.err
     (trace,) = tmp_path.glob("profile/rank0.*.pt.trace.json.gz")
     names = names_in(trace)
-    if version("torchrec").startswith("1.6."):  # its forward pass says so where it waits, too
-        names["## wait_sparse_data_dist ##"] -= STEPS
     for name in (
         "lookup",
         "encoder",
