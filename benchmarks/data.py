@@ -41,9 +41,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import ROOT, commit, processor, versions
-from pipeline.batch import TrainBatch
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.masking import MaskConfig
+from pipeline.steps import Step
 from pipeline.store import SequenceStore
 from pipeline.windows import WindowConfig
 
@@ -165,12 +165,12 @@ def loading(length: int, batch: int, num_ratings: int, seconds: float) -> dict[s
     }
 
 
-def _stretch(batches: Iterator[TrainBatch], seconds: float) -> tuple[float, ...]:
+def _stretch(batches: Iterator[Step], seconds: float) -> tuple[float, ...]:
     sequences = positions = 0
     start = now = time.perf_counter()
     cpu_start = time.process_time()
     while now - start < seconds:
-        batch = next(batches)
+        batch = next(batches).unpack()
         sequences += batch.num_windows
         positions += len(batch.masked)
         now = time.perf_counter()

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
+from pipeline.steps import Step
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Position:
     stale: int = 0
 
 
-class Feed(Iterator[TrainBatch]):
+class Feed(Iterator[Step]):
     """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took.
 
     Args:
@@ -60,7 +60,7 @@ class Feed(Iterator[TrainBatch]):
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
 
-    def __next__(self) -> TrainBatch:
+    def __next__(self) -> Step:
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started

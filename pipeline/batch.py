@@ -123,16 +123,24 @@ class TrainBatch(Pipelineable):
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved.with_candidates()
+
+    def unpack(self) -> "TrainBatch":
+        """Itself; what is still packed is a :class:`~pipeline.steps.PackedBatch`."""
+        return self
+
+    def with_candidates(self) -> "TrainBatch":
+        """This batch, the candidates appended to its features where they are."""
         candidates: Candidates | None = self.candidate_range
-        if moved.negatives is not None:
-            if moved.packed is not None:  # where they stand behind the items already
-                count = moved.targets.numel() + moved.negatives.numel()
-                joined = moved.packed.words[: moved.features.values().numel() + count]
-                moved.features = _joined(moved.features, joined, count)
-                return moved
-            candidates = torch.cat([moved.targets, moved.negatives])
-        moved.features = _with_candidates_once(moved.features, candidates)
-        return moved
+        if self.negatives is not None:
+            if self.packed is not None:  # where they stand behind the items already
+                count = self.targets.numel() + self.negatives.numel()
+                joined = self.packed.words[: self.features.values().numel() + count]
+                self.features = _joined(self.features, joined, count)
+                return self
+            candidates = torch.cat([self.targets, self.negatives])
+        self.features = _with_candidates_once(self.features, candidates)
+        return self
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""

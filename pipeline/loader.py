@@ -2,7 +2,7 @@
 
     ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp] [-> DrawNegatives]
     sample numbers     order in a step     jagged rows   cloze task
-        -> ToTensors -> Prefetcher -> TrainBatch
+        -> ToTensors -> Prefetcher -> PackedBatch, which ``to(device)`` makes a TrainBatch
 
 The Prefetcher's thread runs all stages before it ahead.
 
@@ -11,13 +11,13 @@ trains which. All ranks have equally many batches: one that gets no part of an e
 step is given a filler row, a lone mask token with nothing to predict.
 
 Stages, and the thread, work on chunks of several steps, which is what makes small batches cheap: a
-step's batch is a view of its chunk. Draws are keyed by window, so chunks change nothing. The state
+step's batch is a slice of its chunk. Draws are keyed by window, so chunks change nothing. The state
 is {"epoch", "sample"}, the samples consumed by all ranks together, and goes on at any world size or
 batch size::
 
     loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
     batches = loader.epoch(3)
-    train(itertools.islice(batches, 100))
+    train(batch.to(device) for batch in itertools.islice(batches, 100))
     state = loader.state_dict()                  {"epoch": 3, "sample": 51200}
     batches = loader.epoch(**state)              later, elsewhere
 """
@@ -29,13 +29,12 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Prefetcher
 
-from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.masking import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
 from pipeline.negatives import DrawNegatives, SharedNegatives
 from pipeline.rounding import RoundUp, rounding_unit
 from pipeline.samples import Chunk, ShuffledSamples
-from pipeline.steps import ToTensors
+from pipeline.steps import Step, ToTensors
 from pipeline.store import SequenceStore
 from pipeline.two_stream import TwoStreams
 from pipeline.windows import CutWindows, WindowConfig, WindowTable
@@ -144,7 +143,7 @@ class TrainLoader:
         """Batches of an epoch of which ``sample`` samples are already trained."""
         return -(-(self.num_samples - sample) // self._samples.global_batch_size)
 
-    def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[TrainBatch]:
+    def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[Step]:
         """The batches of one epoch, from ``sample`` on, made ahead by a thread from now on.
 
         May be consumed in parts. The iterator of an earlier call is dead from now on.
@@ -166,7 +165,7 @@ class TrainLoader:
         """
         return dict(self._state)
 
-    def _consume(self) -> Iterator[TrainBatch]:
+    def _consume(self) -> Iterator[Step]:
         for chunk in self._prefetcher:
             for batch, sample in chunk.batches():
                 self._state = {"epoch": chunk.epoch, "sample": sample}

@@ -3,21 +3,67 @@
 Chunk    values [..step 0..|..step 1..|..step 2..]    one array each, NumPy
   ToTensors: one page-locked tensor for all, step by step (``pipeline/packing.py``)
 ChunkTensors
-  batches: views, without a copy
-TrainBatch, TrainBatch, TrainBatch
+  batches: a slice each, without a copy
+PackedBatch, PackedBatch, PackedBatch
+  to a device: one copy, then views
+TrainBatch
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchdata.nodes import BaseNode
+from torchrec.streamable import Pipelineable
 
 from pipeline.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.packing import Packed, float_pairs, pack
 from pipeline.samples import Chunk, ChunkStage
+
+
+@dataclass(eq=False)
+class PackedBatch(Pipelineable):
+    """A step before it is cut into tensors, which is done once, on the device that trains it.
+
+    Attributes:
+        packed: the memory of all its tensors.
+        num_windows, num_rows, longest, candidate_range: as in :class:`TrainBatch`.
+    """
+
+    packed: Packed
+    num_windows: int
+    num_rows: int
+    longest: int
+    candidate_range: tuple[int, int] | None = None
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
+        """The batch on ``device``, with the candidates appended."""
+        words = self.packed.words.to(device, non_blocking=non_blocking)
+        return self._unpacked(words).with_candidates()
+
+    def unpack(self) -> TrainBatch:
+        """The batch where it is, without candidates."""
+        return self._unpacked(self.packed.words)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until ``stream`` is done with it (CUDA only)."""
+        self.packed.words.record_stream(stream)
+
+    def _unpacked(self, words: Tensor) -> TrainBatch:
+        return TrainBatch.unpacked(
+            Packed(words, self.packed.names, self.packed.sizes),
+            num_windows=self.num_windows,
+            num_rows=self.num_rows,
+            longest=self.longest,
+            candidate_range=self.candidate_range,
+        )
+
+
+# A step as the loader hands it over: packed, but for a rank that has no share of it.
+Step: TypeAlias = PackedBatch | TrainBatch
 
 
 @dataclass(eq=False)
@@ -43,19 +89,19 @@ class ChunkTensors:
     candidate_range: tuple[int, int] | None
     filler: TrainBatch
 
-    def batches(self) -> Iterator[tuple[TrainBatch, int]]:
+    def batches(self) -> Iterator[tuple[Step, int]]:
         """Each step's batch, and the samples consumed after it."""
         for step, sample in enumerate(self.samples):
-            batch = TrainBatch.unpacked(
-                self.packed[step],
+            batch: Step = PackedBatch(
+                packed=self.packed[step],
                 num_windows=self.windows[step],
                 num_rows=self.rows[step],
                 longest=self.longest[step],
                 candidate_range=self.candidate_range,
             )
             if not batch.num_rows:
-                negatives, log_counts = batch.negatives, batch.log_counts
-                batch = replace(self.filler, negatives=negatives, log_counts=log_counts)
+                drawn = batch.unpack()
+                batch = replace(self.filler, negatives=drawn.negatives, log_counts=drawn.log_counts)
             yield batch, sample
 
 

@@ -85,7 +85,7 @@ def test_row_wise_sends_foreign_rows_there_and_their_gradients_back(
     for rank in (0, 1):
         batches = train_loader(config, store, alone(rank, 2)).epoch(0)
         for batch in itertools.islice(batches, WARM_UP, WARM_UP + STEPS):
-            owner = batch.features["item"].values() // 26  # of 52 rows
+            owner = batch.unpack().features["item"].values() // 26  # of 52 rows
             foreign.append(int((owner != rank).sum()))
     # A row is sent by its owner and its gradient by whoever asked; two ranks share the work.
     rows = 2 * sum(foreign) / STEPS / 2

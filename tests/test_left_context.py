@@ -37,9 +37,10 @@ def test_batches_carry_them_row_by_row(few_shapes: bool) -> None:
         few_shapes=few_shapes,
     )
     rows = []
-    for batch in loader.epoch(0):
+    for packed in loader.epoch(0):
+        batch = packed.unpack()
         assert batch.left_only.shape == (batch.num_windows,)
-        moved = batch.to(torch.device("cpu"))
+        moved = packed.to(torch.device("cpu"))
         assert moved.left_only.equal(batch.left_only)
         rows += batch.left_only.tolist()
     assert len(rows) == 40

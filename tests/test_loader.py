@@ -46,7 +46,7 @@ def loader(rank: int = 0, world_size: int = 1, batch_size: int = 2, **more: int)
 def rows_of(batches: Iterable[TrainBatch]) -> list[Row]:
     """(values after masking, masked positions in the row, targets) of every real row, in order."""
     rows: list[Row] = []
-    for batch in batches:
+    for batch in (each.unpack() for each in batches):
         features = batch.features["item"]
         offsets = np.cumsum([0, *features.lengths().tolist()])
         owner = np.searchsorted(offsets, batch.masked.numpy(), side="right") - 1
@@ -100,7 +100,7 @@ def test_windows_hold_training_items_only() -> None:
 
 
 def test_batches_are_jagged_int64_and_free_of_padding() -> None:
-    batch = next(loader(batch_size=NUM_WINDOWS).epoch(0))
+    batch = next(loader(batch_size=NUM_WINDOWS).epoch(0)).unpack()
     features = batch.features
     assert features.keys() == ["item"]
     assert features.values().dtype == features.lengths().dtype == torch.int64

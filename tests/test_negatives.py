@@ -80,7 +80,7 @@ def loader(rank: int = 0, world_size: int = 1) -> TrainLoader:
 
 
 def negatives(batches: list[TrainBatch]) -> list[list[int]]:
-    return [batch.negatives.tolist() for batch in batches]
+    return [batch.unpack().negatives.tolist() for batch in batches]
 
 
 def test_all_ranks_have_the_negatives_of_one() -> None:
@@ -90,7 +90,8 @@ def test_all_ranks_have_the_negatives_of_one() -> None:
     for rank in range(4):
         shared = list(loader(rank, 4).epoch(2))
         assert negatives(shared) == negatives(alone)
-        assert shared[0].log_counts.tolist() == alone[0].log_counts.tolist()
+        one, other = shared[0].unpack(), alone[0].unpack()
+        assert one.log_counts.tolist() == other.log_counts.tolist()
 
 
 def test_a_resumed_epoch_draws_the_same() -> None:
@@ -100,9 +101,10 @@ def test_a_resumed_epoch_draws_the_same() -> None:
 
 
 def test_batches_carry_them_as_tensors_and_candidates() -> None:
-    batch = next(loader().epoch(0))
+    packed = next(loader().epoch(0))
+    batch = packed.unpack()
     assert batch.negatives.dtype == torch.int64 and batch.log_counts.dtype == torch.float32
-    features = batch.to(torch.device("cpu")).features
+    features = packed.to(torch.device("cpu")).features
     assert features["candidate"].values().tolist() == [
         *batch.targets.tolist(),
         *batch.negatives.tolist(),

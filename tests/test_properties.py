@@ -131,7 +131,7 @@ def test_nothing_held_out_is_trained_on_and_everything_else_is(
             rank=rank,
             world_size=world_size,
         )
-        for batch in loader.epoch(0):
+        for batch in (packed.unpack() for packed in loader.epoch(0)):
             values = batch.features[ITEM].values().clone()
             values[batch.masked] = batch.targets  # what was hidden, put back
             trained |= set(values.tolist())

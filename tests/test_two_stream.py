@@ -72,7 +72,7 @@ def batches(rank: int = 0, world_size: int = 1, **flags: Any) -> list[TrainBatch
         rank,
         world_size,
     )
-    return list(loader.epoch(3))
+    return [batch.unpack() for batch in loader.epoch(3)]
 
 
 def rows(batch: TrainBatch) -> list[tuple[list[int], bool]]:
