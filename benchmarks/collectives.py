@@ -94,7 +94,7 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
     store = first_rank_first(ranks, lambda: prepare(config.data))
     loader, model = train_loader(config, store, ranks), build_model(config, store.num_items, ranks)
     optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
-    pipeline = train_pipeline(model, optimizers.combined, ranks.device)
+    pipeline = train_pipeline(model, optimizers, ranks.device)
     model.train()
     # Two batches more than steps: the pipeline reads ahead and must not run dry while counted.
     batches = itertools.islice(loader.epoch(0), WARM_UP + steps + 2)

@@ -154,6 +154,7 @@ class Optimizers:
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
             stepped = GraphedOptimizer(stepped, list(parameters.values()))
+        self._stepped = stepped
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"
         if sharding.mode == "dmp":
@@ -180,6 +181,15 @@ class Optimizers:
         for group in self.dense.param_groups:
             is_table = id(group["params"][0]) in self._table_ids
             group["lr"] = factor * self._peak["tables" if is_table else "dense"]
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients; the tables are told their learning rate here."""
+        self.tables.zero_grad()
+        self._stepped.zero_grad()
+
+    def step(self) -> None:
+        """Update everything but the tables, which the backward pass has updated."""
+        self._stepped.step()
 
     def materialise_state(self) -> None:
         """Create AdamW's state tensors, so that a checkpoint can be loaded into them.

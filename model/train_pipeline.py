@@ -1,28 +1,40 @@
-"""TorchRec's train pipeline, without what one loss and few ranks do not need.
+"""TorchRec's train pipelines for a loss that is one number.
 
-    batch i+2    copied to the device
-    batch i+1    its features exchanged between the ranks
-    batch i      looked up, forward, backward, update
+    several ranks, sharded tables: TrainPipelineSparseDist
+        batch i+2    copied to the device
+        batch i+1    its features exchanged between the ranks
+        batch i      looked up, forward, backward, update
 
-Where features stay on their rank, because nothing is sharded (``--mode ddp``) or there is no other
-rank, only the copies run ahead.
+    features stay on their rank, as there is no other or nothing is sharded: TrainPipelineBase
+        batch i+1    copied to the device
+        batch i      looked up, forward, backward, update
+
+Both are changed in their backward pass alone.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.keyed import KeyedOptimizer
-
-from pipeline.batch import TrainBatch
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
 
-class _Pipeline(TrainPipelineSparseDist):
-    """The same pipeline for a loss that is one number: it need not be summed first.
+class Steps(Protocol):
+    """What a pipeline asks of an optimizer."""
+
+    def zero_grad(self) -> None:
+        """Before a step."""
+
+    def step(self) -> None:
+        """After its backward pass."""
+
+
+class _OneLoss:
+    """A pipeline whose loss is one number: it need not be summed first.
 
     Nor need another thread go through it backward: on CUDA, to wake that and to be woken again
     takes as long as a tenth of a small step.
@@ -37,27 +49,23 @@ class _Pipeline(TrainPipelineSparseDist):
             losses.backward(self._one)
 
 
-class _CopyingPipeline(_Pipeline):
-    """The same pipeline for a model whose features stay on their rank.
+class _DistributingPipeline(_OneLoss, TrainPipelineSparseDist):
+    """Distributes the features of a batch ahead, and copies the one after it."""
 
-    There is no input distribution to take out of the forward pass, so there is nothing to trace;
-    copies to the device still run a batch ahead.
-    """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        # Nothing would be launched on it but waits: the compute stream waits for the copies itself.
-        self._data_dist_stream = None
+class _CopyingPipeline(_OneLoss, TrainPipelineBase):
+    """Copies a batch ahead: for a model whose features stay on their rank."""
 
-    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
-        self._pipelined_modules = []
-        self.start_sparse_data_dist(batch, context)  # waits for the copy
+    def detach(self) -> nn.Module:
+        """Ready for batches from elsewhere, when the last ones were trained."""
+        self.reset()
+        return self._model
 
 
 def train_pipeline(
-    model: DistributedModelParallel, optimizer: KeyedOptimizer, device: torch.device
-) -> TrainPipelineSparseDist:
-    """TorchRec's three-batch pipeline over ``model``; batches must be drained before ``detach``."""
-    distributes = dist.get_world_size() > 1 and any(model.plan.plan.values())
-    pipeline = _Pipeline if distributes else _CopyingPipeline
-    return pipeline(model, optimizer, device, execute_all_batches=True)
+    model: DistributedModelParallel, optimizer: Steps, device: torch.device
+) -> TrainPipelineSparseDist | TrainPipelineBase:
+    """The pipeline for ``model``; its batches must be drained before ``detach``."""
+    if dist.get_world_size() > 1 and any(model.plan.plan.values()):
+        return _DistributingPipeline(model, optimizer, device, execute_all_batches=True)
+    return _CopyingPipeline(model, optimizer, device)

@@ -72,7 +72,7 @@ class Trainer:
         self.validate, self.checkpoints, self.log = validate, checkpoints, log
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
         self.after_step = after_step
-        self.pipeline = train_pipeline(model, optimizers.combined, ranks.device)
+        self.pipeline = train_pipeline(model, optimizers, ranks.device)
         self.orders = Orders(ranks, timedelta(minutes=config.rank_timeout))
         self._total = config.num_epochs * loader.num_samples
 

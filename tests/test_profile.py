@@ -13,7 +13,7 @@ from torch.nn.modules.module import Module
 
 from model.profile import STAGES, ProfileConfig, covered, summary
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain
+from tests.conftest import TINY, RunMain, torchrun
 
 STEPS = 3
 
@@ -52,24 +52,36 @@ def test_a_trace_of_steady_steps_with_its_stages(
         "lookup",
         "encoder",
         "head",
+        "## load batch from dataloader (host) ##",
         "## copy_batch_to_gpu ##",
-        "## start_sparse_data_dist ##",
-        "## wait_sparse_data_dist ##",
         "## forward ##",
+        "## backward ##",
         "## optimizer ##",
     ):
         assert names[name] == STEPS, (name, names)
-    assert names["## next_batch ##"] >= STEPS
-    assert names["## backward ##"] == STEPS
     assert names["ProfilerStep#"] == STEPS
 
     (line,) = (line for line in outcome.out.splitlines() if "a step takes the host" in line)
     assert line.startswith(f"{tmp_path / 'profile'}: ")
     times = dict(part.rsplit(" ", 1) for part in line.split("ms: ")[1].split(", "))
-    assert times.keys() == STAGES.keys() - {"encoder and head"}  # of CUDA graphs
+    # Of CUDA graphs, and of several ranks.
+    assert times.keys() == STAGES.keys() - {"encoder and head", "input distribution"}
     assert all(float(time) > 0 for stage, time in times.items() if stage != "data wait")
     assert len(hooks) == 3
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
+
+
+def test_two_ranks_show_what_they_distribute(tmp_path: Path, cache_dir: Path) -> None:
+    flags = ["--max_steps=6", f"--profile={STEPS}", f"--cache_dir={cache_dir}"]
+    outcome = torchrun(2, "train.py", *TINY, *flags, "--mode=dmp", f"--run_dir={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    for rank in (0, 1):
+        (trace,) = tmp_path.glob(f"profile/rank{rank}.*.gz")
+        names = names_in(trace)
+        for name in ("next_batch", "start_sparse_data_dist", "wait_sparse_data_dist"):
+            assert names[f"## {name} ##"] >= STEPS, names
+    (line,) = (line for line in outcome.out.splitlines() if "a step takes the host" in line)
+    assert "input distribution" in line
 
 
 def test_a_short_run_is_recorded_from_its_first_step(

@@ -117,7 +117,7 @@ def pipelined(
     before_step: Callable[[int], None] = lambda step: None,
     epochs: int = EPOCHS,
 ) -> Run:
-    """Through TrainPipelineSparseDist, as train.py does."""
+    """Through TorchRec's pipelines, as train.py does."""
     pipeline = train_pipeline(model, optimizer, ranks.device)
     loader, reports = train_loader(config, histories(), ranks), []
     for epoch in range(epochs):
@@ -125,7 +125,7 @@ def pipelined(
         for _ in range(loader.steps_per_epoch):
             before_step(len(reports))
             reports.append(pipeline.progress(batches))
-        modules = len(pipeline._pipelined_modules)
+        modules = len(getattr(pipeline, "_pipelined_modules", ()))
         pipeline.detach()
     return Run(mean_losses(reports), weights_of(model), modules)
 
@@ -193,7 +193,7 @@ def own_optimizers(ranks: Ranks) -> dict[str, Run]:
         runs[name] = pipelined(
             config,
             model,
-            optimizers.combined,
+            optimizers,
             ranks,
             lambda step, optimizers=optimizers: optimizers.set_lr(1 - step / 30),
         )
@@ -211,7 +211,7 @@ def at_factor(ranks: Ranks) -> dict[str, dict[float, Run]]:
             found[name][factor] = pipelined(
                 config,
                 model,
-                optimizers.combined,
+                optimizers,
                 ranks,
                 # Only the first step: later ones start from other weights.
                 lambda step, f=factor, o=optimizers: o.set_lr(f if step == 0 else 0.0),
