@@ -13,8 +13,9 @@ training steps over gloo. The second table models the step on GPUs:
 
 Bytes grow linearly with the batch, so two batch sizes are counted and others follow from them.
 ``compute`` is the step on one GPU as benchmarks/throughput.py measured it (rows exact-8, exact-128,
-exact-1024 of ``--throughput``, in the same mode) or as ``--compute_ms`` says. One GPU's DMP step
-updates the whole table, N GPUs' a part each, so it is an upper bound.
+exact-1024 of ``--throughput``, in the same mode) or as ``--compute_ms`` says. That is right for the
+GPU at most: one GPU's DMP step updates the whole table, N GPUs' a part each. The host has more to do
+on N of them: one leaves out the exchange, and replays all of its step as one CUDA graph.
 
 The default bandwidth is one direction of an H100's NVLink (900 GB/s both), the efficiency what
 NCCL's own tests usually reach of it, the latency that of a small collective among 8 GPUs: all three
@@ -146,7 +147,7 @@ def model_table(counts: list[Count], options: argparse.Namespace) -> str:
         "| GPUs | local batch | | communication ms | compute ms | step ms | rec/s | over DDP |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ways = list(dict.fromkeys(c["way"] for c in counts))
+    ways = [way for way in WAYS if any(c["way"] == way for c in counts)]  # DDP first
     for ranks in sorted({c["ranks"] for c in counts}):
         for batch in MODELLED:
             bounds: dict[str, tuple[float, float]] = {}
