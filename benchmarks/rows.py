@@ -112,11 +112,30 @@ SEVERAL_GPUS = (
     Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 1200),
     Row("100m-4096", "100M items, sampled", _HUNDRED_MILLION + _SAMPLED, 4096, 240, modes=("dmp",)),
 )
+# What a catalog too large for the GPU's memory can be trained with.
+HUGE = (
+    Row(
+        "10m-4096-bf16",
+        "10M items, sampled, bf16 table",
+        (*_TEN_MILLION, *_SAMPLED, "--table_precision=bf16"),
+        4096,
+        600,
+        modes=("dmp",),
+    ),
+    Row(
+        "10m-4096-uvm",
+        "10M items, sampled, table in host memory",
+        (*_TEN_MILLION, *_SAMPLED, "--compute_kernel=fused_uvm_caching"),
+        4096,
+        300,
+        modes=("dmp",),
+    ),
+)
 CPU = (
     Row("cpu-exact-8", "20k items, exact", _SMALL, 8, 120),
     Row("cpu-exact-128", "20k items, exact", _SMALL, 128, 36),
     Row("cpu-sampled-1024", "20k items, sampled", _SMALL + _FEW_NEGATIVES, 1024, 12),
     Row("cpu-eval", "evaluate 20k items", _SMALL, 1024, 0),
 )
-ROWS = {row.name: row for row in (*GPU, *SEVERAL_GPUS, *CPU)}
-SETS = {"gpu": GPU, "gpus": (*GPU[:6], *SEVERAL_GPUS), "cpu": CPU}
+ROWS = {row.name: row for row in (*GPU, *SEVERAL_GPUS, *HUGE, *CPU)}
+SETS = {"gpu": GPU, "gpus": (*GPU[:6], *SEVERAL_GPUS), "huge": HUGE, "cpu": CPU}
