@@ -4,7 +4,8 @@
     rows of the candidates [C, D] ----------------------------+
 
     one rank          one pair of graphs for all of it, one for the optimizer
-    several ranks     graphs of the encoder; the head talks to the other ranks
+    several ranks     graphs of the encoder and the optimizer; the head talks to the other ranks
+    replicated tables     graphs of the encoder
 
 Shapes: T positions of all rows, M masked positions, C candidates, D width.
 """
@@ -41,13 +42,14 @@ class DenseStep(nn.Module):
         """Besides the targets, aim at what ``teachers`` think: :class:`model.teachers.Teachers`."""
         self._teachers, self._teacher_share = teachers, share
 
-    def accelerate(self, compiled: bool, alone: bool) -> None:
+    def accelerate(self, compiled: bool, alone: bool, hooked: bool) -> None:
         """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
 
         Args:
             compiled: capture what ``torch.compile`` makes of the encoder: fewer passes over memory,
                 at some tens of seconds for the first step.
             alone: there is one rank: nothing between the lookup and its gradients leaves it.
+            hooked: autograd is to hand over the encoder's gradients, as DDP wants; never if alone.
         """
         encoder, _ = self._parts
         if not all(layer.attention.jagged for layer in encoder.layers):
@@ -55,14 +57,15 @@ class DenseStep(nn.Module):
         body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
         if alone:
             self._body = body
-            self._whole = StepGraphs(self._losses, encoder, hooked=False)
+            self._whole = StepGraphs(self._losses, encoder, hooked=False, is_loss=True)
         else:
-            self._encode = StepGraphs(body, encoder)
+            self._encode = StepGraphs(body, encoder, hooked)
+        self._hooked = hooked
 
     @property
     def is_graphed(self) -> bool:
         """Whether gradients of the encoder stay where they are, step after step."""
-        return self._whole is not None
+        return self._whole is not None or (self._encode is not None and not self._hooked)
 
     def forward(
         self,

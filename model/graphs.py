@@ -36,8 +36,9 @@ class StepGraphs:
         module: whose parameters its output depends on and is to be differentiated by.
         hooked: somebody waits for autograd to hand over the parameters' gradients, as DDP does.
             Else they are put into ``.grad`` without it, the same tensors after every call, which
-            saves the host half of the work and lets :class:`GraphedOptimizer` follow; and the
-            output is the loss itself: its gradient is 1, and not looked at.
+            saves the host half of the work and lets :class:`GraphedOptimizer` follow.
+        is_loss: the output is what ``backward()`` is called on: its gradient is 1, and not looked
+            at.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class StepGraphs:
         body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
         module: nn.Module,
         hooked: bool = True,
+        is_loss: bool = False,
     ) -> None:
-        self._body, self._module = body, module
+        self._body, self._module, self._is_loss = body, module, is_loss
         self._parameters = list(module.parameters())
         self._shared = None if hooked else [torch.zeros_like(p) for p in self._parameters]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
@@ -68,7 +70,9 @@ class StepGraphs:
 
     def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
         if self._shared is not None:
-            return _Captured(self._body, self._parameters, self._shared, inputs, self._pool)
+            captured = _Captured(self._body, self._parameters, self._shared, inputs, self._pool)
+            captured.is_loss = self._is_loss
+            return captured
         # Who hooks into a parameter's gradient ties it to another stream than the captured one:
         # what is captured computes with the same memory under other names.
         others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
@@ -137,7 +141,7 @@ class _Captured:
         capture = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
-        self.output_grad = torch.ones_like(output)
+        self.output_grad, self.is_loss = torch.ones_like(output), False
         with torch.cuda.graph(self.backward, **capture):
             gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
             self.input_grads = [
@@ -209,7 +213,7 @@ class _Replay(torch.autograd.Function):
         ctx: Any, output_grad: torch.Tensor, *_: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         captured: _Captured = ctx.captured
-        if captured.shared is None:
+        if not captured.is_loss:
             captured.output_grad.copy_(output_grad)
         captured.backward.replay()
         ctx.held = []

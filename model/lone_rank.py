@@ -1,27 +1,15 @@
 """What one rank need not do: there is nobody to send anything to.
 
-    DDP                          averages gradients         -> nothing (``Alone``)
-    ShardedEmbeddingCollection   sends features to the ranks that have their rows, waits for the
-                                 device to say how many came, looks up, sends the rows back
-                                                            -> looks up (``look_up_at_home``)
+    a sharded collection    sends features to the ranks that have their rows, waits for the device
+                            to say how many came, looks up, sends the rows back
+    ``look_up_at_home``     looks up
 
-A step of few launches would be mostly this. Losses are the same, bit by bit.
+A step of few launches would be mostly this. Rows are the same, bit by bit.
 """
 
-import torch
 from torch import nn
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.model_parallel import DataParallelWrapper
-from torchrec.distributed.types import ShardingEnv
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
-
-
-class Alone(DataParallelWrapper):
-    """The wrapper of what is replicated where there are no replicas."""
-
-    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        dmp._dmp_wrapped_module.to(device)
 
 
 def look_up_at_home(model: nn.Module) -> None:

@@ -165,8 +165,10 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
     model = shard_model(config, build_plain_model(config, num_items, ranks), ranks)
     if unwrap(model).autocast and config.output.acceleration != "none":
         # A replicated table gets its gradients from autograd, not from what the graphs write.
-        alone = ranks.world_size == 1 and config.sharding.mode == "dmp"
-        unwrap(model).dense_step.accelerate(config.output.acceleration == "compile", alone)
+        hooked = config.sharding.mode == "ddp"
+        alone = ranks.world_size == 1 and not hooked
+        compiled = config.output.acceleration == "compile"
+        unwrap(model).dense_step.accelerate(compiled, alone, hooked)
     return model
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
@@ -24,9 +25,10 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from model.averaging import AveragingOptimizer, Unwrapped, share_first_rank_s
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
-from model.lone_rank import Alone, look_up_at_home
+from model.lone_rank import look_up_at_home
 from model.plan import (
     FUSED_OPTIMIZERS,
     ShardingConfig,
@@ -84,17 +86,24 @@ def shard(
     plan = ShardingPlan(plan={})
     if config.mode == "dmp":
         plan = plan_tables(model, config, sharder, rows, ranks)
-    alone = ranks.world_size == 1
+    wrapped_by_ddp = config.mode == "ddp" and ranks.world_size > 1
     distributed = DistributedModelParallel(
         model,
         device=ranks.device,
         plan=plan,
         sharders=[sharder],
-        data_parallel_wrapper=Alone() if alone else None,
+        data_parallel_wrapper=None if wrapped_by_ddp else Unwrapped(),
     )
-    if alone:
+    if ranks.world_size == 1:
         look_up_at_home(distributed)
+    elif not wrapped_by_ddp:
+        share_first_rank_s(list(replicated(distributed).values()))
     return distributed
+
+
+def replicated(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
+    """The parameters, by name, that every rank holds whole."""
+    return dict(in_backward_optimizer_filter(model.named_parameters()))
 
 
 def embedding_lr(config: ShardingConfig, optimizer: OptimizerConfig, device: torch.device) -> float:
@@ -122,7 +131,7 @@ class Optimizers:
     ) -> None:
         self._peak = {"dense": config.lr, "tables": embedding_lr(sharding, config, device)}
         self.tables = model.fused_optimizer
-        parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+        parameters = replicated(model)
         tables = {id(p) for name, p in parameters.items() if name.startswith("embeddings.")}
 
         def adamw(params: list[torch.Tensor]) -> torch.optim.Optimizer:
@@ -154,6 +163,8 @@ class Optimizers:
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
             stepped = GraphedOptimizer(stepped, list(parameters.values()))
+        if sharding.mode == "dmp" and dist.get_world_size() > 1:
+            stepped = AveragingOptimizer(stepped, list(parameters.values()))
         self._stepped = stepped
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"

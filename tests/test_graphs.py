@@ -99,12 +99,14 @@ def test_jagged_half_precision_is_padded_full_precision(left_rows: int) -> None:
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(("alone", "hooked"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_compute_what_the_plain_code_does(compiled: bool, alone: bool, loss: str) -> None:
+def test_graphs_compute_what_the_plain_code_does(
+    compiled: bool, alone: bool, hooked: bool, loss: str
+) -> None:
     (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss)
     encoder.cuda()
-    fast.accelerate(compiled, alone)
+    fast.accelerate(compiled, alone, hooked)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):  # captured once, replayed with others
         given = inputs(seed, left_rows, loss)
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
@@ -118,7 +120,7 @@ def test_somebody_hooks_into_the_gradients() -> None:
     seen: list[object] = []
     for node in held:
         node.register_hook(lambda *_: seen.append(None))
-    fast.accelerate(compiled=False, alone=False)
+    fast.accelerate(compiled=False, alone=False, hooked=True)
     for seed, left_rows in ((1, 4), (2, 4)):
         given = inputs(seed, left_rows)
         seen.clear()
@@ -138,7 +140,7 @@ def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
 def test_second_streams_through_graphs() -> None:
     (plain, slow), (fast, encoder) = step(), step()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True)
+    fast.accelerate(compiled=False, alone=True, hooked=False)
     for seed, left_rows in ((1, 2), (2, 3), (3, 4), (1, 2)):
         given = two_streams(seed, left_rows)
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
@@ -148,7 +150,7 @@ def test_large_inputs_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(graphs, "_COPIED_BYTES", 64_000)  # the joined rows alone are larger
     (plain, slow), (fast, encoder) = step(), step()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True)
+    fast.accelerate(compiled=False, alone=True, hooked=False)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):
         elsewhere = torch.empty(seed << 20, device="cuda")  # so that addresses change
         given = inputs(seed, left_rows)
@@ -160,7 +162,7 @@ def test_dropout_follows_the_seed_through_graphs() -> None:
     (plain, slow), (fast, encoder) = step(0.3), step(0.3)
     slow.cuda()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True)
+    fast.accelerate(compiled=False, alone=True, hooked=False)
     given = inputs(1, 4)
 
     def seeded(model: DenseStep, of: Encoder, seed: int) -> torch.Tensor:
@@ -191,7 +193,7 @@ def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
     (plain, slow), (fast, encoder) = step(), step()
     slow.cuda()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True)
+    fast.accelerate(compiled=False, alone=True, hooked=False)
     expected, found = (_Clipped(list(each.parameters())) for each in (slow, encoder))
     graphed = GraphedOptimizer(found, found.parameters)
     for number in range(8):

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from model import catalog_scores
+from model.averaging import AveragingOptimizer
 from model.encoder import EncoderConfig
 from model.head import HeadConfig
 from model.plan import ShardingConfig
@@ -34,7 +34,7 @@ from model.run import (
     evaluator,
     train_loader,
 )
-from model.sharding import OptimizerConfig, Optimizers, unwrap
+from model.sharding import OptimizerConfig, Optimizers, replicated, unwrap
 from model.train_pipeline import train_pipeline
 from pipeline.batch import ITEM, jagged_items, with_candidates
 from pipeline.loader import LoaderConfig
@@ -87,8 +87,10 @@ def config_of(
 
 def sgd(model: nn.Module) -> KeyedOptimizer:
     """Plain SGD of everything; the fused tables bring their own."""
-    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    parameters = replicated(model)
     dense = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=LR))
+    if any(model.plan.plan.values()) and dist.get_world_size() > 1:
+        dense = AveragingOptimizer(dense, list(parameters.values()))
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
 
 

@@ -1,0 +1,46 @@
+"""Means of gradients by hand; that they are right on real ranks is tests/test_distributed.py's."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.optim.keyed import KeyedOptimizerWrapper
+
+from model.averaging import AveragingOptimizer
+
+
+def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three = (nn.Parameter(torch.zeros(n)) for n in (3, 1, 2))
+    parameters = {"one": one, "two": two, "three": three}
+    sgd = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=1.0))
+    averaging = AveragingOptimizer(sgd, list(parameters.values()))
+    sent: list[int] = []
+
+    def add_ones_of_another_rank(gradients: torch.Tensor) -> None:
+        sent.append(gradients.numel())
+        gradients += 1
+
+    monkeypatch.setattr(dist, "all_reduce", add_ones_of_another_rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    means = []
+    for _ in range(2):
+        averaging.zero_grad(set_to_none=True)
+        one.grad, two.grad = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7.0])
+        averaging.step()
+        means.append([one.grad, two.grad, three.grad])
+    assert [mean.tolist() for mean in means[0]] == [[1, 2, 3], [4], [0.5, 0.5]]  # none is zeros
+    assert all(mean is same for mean, same in zip(*means, strict=True))
+    assert one.tolist() == [-2, -4, -6] and two.tolist() == [-8] and three.tolist() == [-1, -1]
+    assert sent == [12, 12]  # each begins at a multiple of four
+
+
+def test_gradients_that_lie_there_already_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    sgd = KeyedOptimizerWrapper({"it": parameter}, lambda params: torch.optim.SGD(params, lr=0.0))
+    averaging = AveragingOptimizer(sgd, [parameter])
+    monkeypatch.setattr(dist, "all_reduce", lambda _: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    averaging.step()
+    parameter.grad += 5  # as autograd adds to what is not None
+    averaging.step()
+    assert parameter.grad.tolist() == [5, 5]
