@@ -21,7 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +140,9 @@ def train(
     }
 
 
-def table(recipe: str, results: list[dict[str, Any]]) -> str:
+def table(
+    recipe: str, results: list[dict[str, Any]], teachers: Sequence[dict[str, Any]] = ()
+) -> str:
     """Markdown: anchors, popularity, and mean ± standard deviation over the seeds."""
     columns = [(protocol, name) for protocol, names in SHOWN.items() for name in names]
     lines = ["| | " + " | ".join(f"{p} {n}" for p, n in columns) + " |"]
@@ -151,27 +153,29 @@ def table(recipe: str, results: list[dict[str, Any]]) -> str:
     popularity = results[0]["test"]["popularity"]
     cells = (f"{popularity[protocol][name]:.4f}" for protocol, name in columns)
     lines.append("| popularity | " + " | ".join(cells) + " |")
-    labels = {"test": f"**this project**, {len(results)} seeds"}
+    rows = [("the teachers", [each["test"] for each in teachers])] if teachers else []
+    rows.append(("**this project**", [result["test"] for result in results]))
     if "discounted" in results[0]:
         discount = results[0]["discounted"]["popularity_discount"]
-        labels["discounted"] = f"the same models, --popularity_discount {discount:g}"
-    for key, label in labels.items():
+        label = f"the same models, --popularity_discount {discount:g}"
+        rows.append((label, [result["discounted"] for result in results]))
+    for label, measured in rows:
         cells = []
         for protocol, name in columns:
-            values = [result[key][protocol][name] for result in results]
+            values = [each[protocol][name] for each in measured]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4f}{spread}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label}, {len(measured)} seeds | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _without_folder(flags: list[str]) -> list[str]:
-    """The flags but ``--cache_dir``: where prepared data lay says nothing."""
-    kept = [flag for flag in flags if not flag.startswith("--cache_dir=")]
-    if "--cache_dir" in kept:
-        at = kept.index("--cache_dir")
-        del kept[at : at + 2]
-    return kept
+def command(arguments: list[str]) -> str:
+    """What was typed, of paths the last part: where things lay says nothing."""
+    shown = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        shown.append(flag + equals + Path(value).name if equals else Path(word).name)
+    return " ".join(["python benchmarks/quality.py", *shown])
 
 
 def main() -> None:
@@ -188,9 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments, more = parser.parse_known_args()
     more = [flag for flag in more if flag != "--"]
-    shown = _without_folder(more)
     if arguments.dataset_path:
-        shown += ["--dataset_path", Path(arguments.dataset_path).name]
         more += ["--dataset_path", str(Path(arguments.dataset_path).resolve())]
     name = arguments.recipe
     if arguments.final:
@@ -221,7 +223,7 @@ def main() -> None:
         "recipe": arguments.recipe,
         "final": arguments.final,
         "teachers": taught_by,
-        "flags": shown,
+        "command": command(sys.argv[1:]),
         "jobs": arguments.jobs,
         "commit": commit(),
         "versions": results[0]["config"]["versions"],
@@ -229,8 +231,8 @@ def main() -> None:
     }
     path = arguments.out / f"quality-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(arguments.recipe, results))
-    print(f"{path}: commit {record['commit']}, {record['versions']}")
+    print(table(arguments.recipe, results, taught_by))
+    print(f"{path}: {record['command']}; commit {record['commit']}, {record['versions']}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Unwrapped(DataParallelWrapper):
         dmp._dmp_wrapped_module.to(device)
 
 
-def share_first_rank_s(parameters: list[nn.Parameter]) -> None:
+def begin_as_first_rank(parameters: list[nn.Parameter]) -> None:
     """Begin everywhere with the values of rank 0."""
     for parameter in parameters:
         dist.broadcast(parameter.detach(), 0)

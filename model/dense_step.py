@@ -37,6 +37,7 @@ class DenseStep(nn.Module):
         self._teacher_share = 0.0
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
+        self._hooked = False
 
     def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
         """Besides the targets, aim at what ``teachers`` think: :class:`model.teachers.Teachers`."""

@@ -38,7 +38,7 @@ class StepGraphs:
             Else they are put into ``.grad`` without it, the same tensors after every call, which
             saves the host half of the work and lets :class:`GraphedOptimizer` follow.
         is_loss: the output is what ``backward()`` is called on: its gradient is 1, and not looked
-            at.
+            at. Not if hooked.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class StepGraphs:
 
     def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
         if self._shared is not None:
-            captured = _Captured(self._body, self._parameters, self._shared, inputs, self._pool)
-            captured.is_loss = self._is_loss
-            return captured
+            return _Captured(
+                self._body, self._parameters, self._shared, inputs, self._pool, self._is_loss
+            )
         # Who hooks into a parameter's gradient ties it to another stream than the captured one:
         # what is captured computes with the same memory under other names.
         others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
@@ -120,8 +120,9 @@ class _Captured:
         shared: list[torch.Tensor] | None,
         inputs: tuple[torch.Tensor | None, ...],
         pool: Any,
+        is_loss: bool = False,
     ) -> None:
-        self.parameters, self.shared = parameters, shared
+        self.parameters, self.shared, self.is_loss = parameters, shared, is_loss
         static = [_static(given) for given in inputs]
         wanted = [t for t in static if t is not None and t.requires_grad] + parameters
         # Warming up must not use up random numbers: when it happens is chance after a resume.
@@ -141,7 +142,7 @@ class _Captured:
         capture = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
-        self.output_grad, self.is_loss = torch.ones_like(output), False
+        self.output_grad = torch.ones_like(output)
         with torch.cuda.graph(self.backward, **capture):
             gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
             self.input_grads = [

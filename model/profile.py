@@ -5,16 +5,16 @@
 
 What the stages of a step are called in the trace:
 
-    data wait             ## next_batch ##, of one rank ## load batch ... ##
+    data wait             ## next_batch ##
     transfer              ## copy_batch_to_gpu ... ##
-    input distribution    ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##; one
-                          rank has none
+    input distribution    ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##; of
+                          one rank, next to nothing
     lookup, encoder, head       inside ## forward ... ##; "encoder and head" where one CUDA graph
                           holds both
     backward              ## backward ... ##
     optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
 
-Names between ``##`` are those of TorchRec's pipelines; the other three are put, from outside,
+Names between ``##`` are those of TorchRec's pipeline; the other three are put, from outside,
 around the modules while a trace is recorded, so that a run without one does nothing for it.
 """
 
@@ -42,7 +42,7 @@ _SKIPPED, _WARM_UP = 100, 2
 _RUN_OUT = 2
 # How the ranges of a stage begin in the trace.
 STAGES = {
-    "data wait": "## (next_batch|load batch) ",
+    "data wait": "## next_batch ",
     "transfer": "## copy_batch_to_gpu ",
     "input distribution": r"## (start|wait)_sparse_data_dist ",
     "lookup": "lookup$",

@@ -25,7 +25,7 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from model.averaging import AveragingOptimizer, Unwrapped, share_first_rank_s
+from model.averaging import AveragingOptimizer, Unwrapped, begin_as_first_rank
 from model.bert4rec import BERT4Rec
 from model.graphs import GraphedOptimizer
 from model.lone_rank import look_up_at_home
@@ -97,7 +97,7 @@ def shard(
     if ranks.world_size == 1:
         look_up_at_home(distributed)
     elif not wrapped_by_ddp:
-        share_first_rank_s(list(replicated(distributed).values()))
+        begin_as_first_rank(list(replicated(distributed).values()))
     return distributed
 
 

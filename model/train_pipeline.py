@@ -1,26 +1,23 @@
-"""TorchRec's train pipelines for a loss that is one number.
+"""TorchRec's train pipeline, without what one loss and few ranks do not need.
 
-    several ranks, sharded tables: TrainPipelineSparseDist
-        batch i+2    copied to the device
-        batch i+1    its features exchanged between the ranks
-        batch i      looked up, forward, backward, update
+    batch i+2    copied to the device
+    batch i+1    its features exchanged between the ranks
+    batch i      looked up, forward, backward, update
 
-    features stay on their rank, as there is no other or nothing is sharded: TrainPipelineBase
-        batch i+1    copied to the device
-        batch i      looked up, forward, backward, update
-
-Both are changed in their backward pass alone.
+Where features stay on their rank, because nothing is sharded (``--mode ddp``) or there is no other
+rank, only the copies run ahead.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from pipeline.batch import TrainBatch
 
 
 class Steps(Protocol):
@@ -33,8 +30,8 @@ class Steps(Protocol):
         """After its backward pass."""
 
 
-class _OneLoss:
-    """A pipeline whose loss is one number: it need not be summed first.
+class _Pipeline(TrainPipelineSparseDist):
+    """The same pipeline for a loss that is one number: it need not be summed first.
 
     Nor need another thread go through it backward: on CUDA, to wake that and to be woken again
     takes as long as a tenth of a small step.
@@ -49,23 +46,27 @@ class _OneLoss:
             losses.backward(self._one)
 
 
-class _DistributingPipeline(_OneLoss, TrainPipelineSparseDist):
-    """Distributes the features of a batch ahead, and copies the one after it."""
+class _CopyingPipeline(_Pipeline):
+    """The same pipeline for a model whose features stay on their rank.
 
+    There is no input distribution to take out of the forward pass, so there is nothing to trace;
+    copies to the device still run a batch ahead.
+    """
 
-class _CopyingPipeline(_OneLoss, TrainPipelineBase):
-    """Copies a batch ahead: for a model whose features stay on their rank."""
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        # Nothing would be launched on it but waits: the compute stream waits for the copies itself.
+        self._data_dist_stream = None
 
-    def detach(self) -> nn.Module:
-        """Ready for batches from elsewhere, when the last ones were trained."""
-        self.reset()
-        return self._model
+    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
+        self._pipelined_modules = []
+        self.start_sparse_data_dist(batch, context)  # waits for the copy
 
 
 def train_pipeline(
     model: DistributedModelParallel, optimizer: Steps, device: torch.device
-) -> TrainPipelineSparseDist | TrainPipelineBase:
+) -> TrainPipelineSparseDist:
     """The pipeline for ``model``; its batches must be drained before ``detach``."""
-    if dist.get_world_size() > 1 and any(model.plan.plan.values()):
-        return _DistributingPipeline(model, optimizer, device, execute_all_batches=True)
-    return _CopyingPipeline(model, optimizer, device)
+    distributes = dist.get_world_size() > 1 and any(model.plan.plan.values())
+    pipeline = _Pipeline if distributes else _CopyingPipeline
+    return pipeline(model, optimizer, device, execute_all_batches=True)

@@ -21,7 +21,6 @@ Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the tr
 TorchRec can copy them on one CUDA stream and use them on another.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -122,8 +121,9 @@ class TrainBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return moved.with_candidates()
+        parts = self._parts().items()
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts}
+        return replace(self, packed=None, **moved).with_candidates()
 
     def unpack(self) -> "TrainBatch":
         """Itself; what is still packed is a :class:`~pipeline.steps.PackedBatch`."""
@@ -148,28 +148,10 @@ class TrainBatch(Pipelineable):
         for part in packed or self._parts().values():
             part.record_stream(stream)
 
-    def pin_memory(self) -> "TrainBatch":
-        """A copy in page-locked memory, or this very batch where there is no CUDA."""
-        if not torch.cuda.is_available():
-            return self
-        return self._each(lambda tensor: tensor.pin_memory())
-
     def _parts(self) -> dict[str, Any]:
         """The features and all tensors there are."""
         kinds = (KeyedJaggedTensor, Tensor)
         return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
-
-    def _each(self, change: Callable[[Any], Any]) -> "TrainBatch":
-        """A copy with every tensor, and the features, changed: with candidates only if unpacked."""
-        if self.packed is not None:
-            return self.unpacked(
-                Packed(change(self.packed.words), self.packed.names, self.packed.sizes),
-                num_windows=self.num_windows,
-                num_rows=self.num_rows,
-                longest=self.longest,
-                candidate_range=self.candidate_range,
-            )
-        return replace(self, **{name: change(part) for name, part in self._parts().items()})
 
 
 @dataclass(eq=False)

@@ -199,11 +199,23 @@ def test_the_quality_table_by_hand() -> None:
         {"test": scores_of(value), "discounted": other}
         for value, other in zip((0.2, 0.4), discounted, strict=True)
     ]
-    *_, popularity, ours, lowered = quality.table("beauty", results).splitlines()
+    teachers = [{"test": scores_of(value)} for value in (0.1, 0.1, 0.1)]
+    lines = quality.table("beauty", results, teachers).splitlines()
+    *_, popularity, teaching, ours, lowered = lines
+    assert teaching == "| the teachers, 3 seeds |" + " 0.1000 ± 0.0000 |" * 7
     assert popularity == "| popularity |" + " 0.2000 |" * 7
     # Standard deviation of two values: their difference over the root of 2.
     assert ours == "| **this project**, 2 seeds |" + " 0.3000 ± 0.1414 |" * 7
-    assert lowered == "| the same models, --popularity_discount 0.3 |" + " 0.6000 ± 0.1414 |" * 7
+    label = "the same models, --popularity_discount 0.3, 2 seeds"
+    assert lowered == f"| {label} |" + " 0.6000 ± 0.1414 |" * 7
+    assert len(quality.table("beauty", results).splitlines()) == len(lines) - 1
+
+
+def test_the_command_is_kept_without_folders() -> None:
+    typed = ["ml-1m", "--dataset_path", "/data/ml-1m.zip", "--jobs", "8", "--cache_dir=/tmp/cache"]
+    assert quality.command(typed) == (
+        "python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --jobs 8 --cache_dir=cache"
+    )
 
 
 def test_jobs_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

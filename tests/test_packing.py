@@ -8,6 +8,7 @@ import torch
 
 from pipeline.batch import TrainBatch, jagged_items
 from pipeline.packing import as_bools, as_floats, float_pairs, pack
+from pipeline.steps import PackedBatch
 
 CPU = torch.device("cpu")
 TENSORS = ("masked", "targets", "left_only", "steps_ago", "negatives", "log_counts")
@@ -29,7 +30,7 @@ def plain(candidate_range: tuple[int, int] | None = None, sampled: bool = False)
     return batch
 
 
-def packed(batch: TrainBatch) -> TrainBatch:
+def packed(batch: TrainBatch, pin_memory: bool = False) -> PackedBatch:
     """The second of two steps, of which the first has nothing."""
     parts = {"values": batch.features.values(), "targets": batch.targets}
     if batch.negatives is not None:
@@ -44,8 +45,9 @@ def packed(batch: TrainBatch) -> TrainBatch:
     arrays = {name: part.numpy() for name, part in parts.items()}
     if batch.log_counts is not None:
         arrays["log_counts"] = float_pairs(batch.log_counts.numpy()[None])[0]
-    _, step = pack({name: (part, np.array([0, 0, len(part)])) for name, part in arrays.items()})
-    return TrainBatch.unpacked(step, candidate_range=batch.candidate_range, **KNOWN)
+    steps = {name: (part, np.array([0, 0, len(part)])) for name, part in arrays.items()}
+    _, step = pack(steps, pin_memory)
+    return PackedBatch(step, candidate_range=batch.candidate_range, **KNOWN)
 
 
 def assert_equal(found: TrainBatch, expected: TrainBatch) -> None:
@@ -66,7 +68,7 @@ def assert_equal(found: TrainBatch, expected: TrainBatch) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_packed_is_unpacked(candidates: tuple[int, int] | None, sampled: bool) -> None:
     batch = plain(None if sampled else candidates, sampled)
-    assert_equal(packed(batch), batch)
+    assert_equal(packed(batch).unpack(), batch)
     assert_equal(packed(batch).to(CPU), batch.to(CPU))
     assert_equal(packed(batch).to(CPU).to(CPU), batch.to(CPU))
 
@@ -118,8 +120,8 @@ def test_without_packed_memory_nothing_changes() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_pinned_then_copied(sampled: bool) -> None:
     batch = plain(None if sampled else (1, 11), sampled)
-    pinned = packed(batch).pin_memory()
-    assert pinned.masked.is_pinned() and pinned.features.values().is_pinned()
+    pinned = packed(batch, pin_memory=True)
+    assert pinned.packed.words.is_pinned()
     moved = pinned.to(torch.device("cuda"), non_blocking=True)
     assert moved.targets.is_cuda and moved.features.offsets().is_cuda
     assert moved.features.values().tolist() == batch.to(CPU).features.values().tolist()

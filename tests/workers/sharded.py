@@ -119,7 +119,7 @@ def pipelined(
     before_step: Callable[[int], None] = lambda step: None,
     epochs: int = EPOCHS,
 ) -> Run:
-    """Through TorchRec's pipelines, as train.py does."""
+    """Through TrainPipelineSparseDist, as train.py does."""
     pipeline = train_pipeline(model, optimizer, ranks.device)
     loader, reports = train_loader(config, histories(), ranks), []
     for epoch in range(epochs):
@@ -127,7 +127,7 @@ def pipelined(
         for _ in range(loader.steps_per_epoch):
             before_step(len(reports))
             reports.append(pipeline.progress(batches))
-        modules = len(getattr(pipeline, "_pipelined_modules", ()))
+        modules = len(pipeline._pipelined_modules)
         pipeline.detach()
     return Run(mean_losses(reports), weights_of(model), modules)
 
