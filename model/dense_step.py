@@ -35,6 +35,7 @@ class DenseStep(nn.Module):
         self._parts = (encoder, head)
         self._teachers: Callable[..., list[Opinion]] = lambda *_: []
         self._teacher_share = 0.0
+        self._candidates: Callable[[], torch.Tensor] | None = None
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
         self._hooked = False
@@ -42,6 +43,10 @@ class DenseStep(nn.Module):
     def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
         """Besides the targets, aim at what ``teachers`` think: :class:`model.teachers.Teachers`."""
         self._teachers, self._teacher_share = teachers, share
+
+    def score_in_place(self, candidates: Callable[[], torch.Tensor]) -> None:
+        """Score the rows [C, D] that this gives, not looked-up ones."""
+        self._candidates = candidates
 
     def accelerate(self, compiled: bool, alone: bool, hooked: bool) -> None:
         """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
@@ -87,12 +92,14 @@ class DenseStep(nn.Module):
         ``ids``, int64 [T + ...], begins with the item ids of the positions: for teachers.
         """
         encoder, head = self._parts
+        if self._candidates is not None:
+            candidates = self._candidates()
         ids = ids[: len(items)] if self._teacher_share and ids is not None else None
         graphs = self.training and masked.numel() > 0
         if graphs and self._whole is not None:
-            joined = _joined(items, candidates)
+            rows = (items, candidates) if self._candidates else (_joined(items, candidates), None)
             loss, report = self._whole(
-                joined, offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids
+                *rows, offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids
             )
             return loss, report.clone()
         if graphs and self._encode is not None:
@@ -110,6 +117,7 @@ class DenseStep(nn.Module):
     def _losses(
         self,
         rows: torch.Tensor,
+        candidates: torch.Tensor | None,
         offsets: torch.Tensor,
         masked: torch.Tensor,
         left_only: torch.Tensor | None,
@@ -120,9 +128,10 @@ class DenseStep(nn.Module):
         ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         _, head = self._parts
-        scored = head.num_candidates(targets, negatives)
-        items, candidates = _Split.apply(rows, rows.shape[0] - scored)
-        hidden = self._body(items, offsets, masked, left_only, steps_ago)
+        if candidates is None:
+            scored = head.num_candidates(targets, negatives)
+            rows, candidates = _Split.apply(rows, rows.shape[0] - scored)
+        hidden = self._body(rows, offsets, masked, left_only, steps_ago)
         opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
         return head(
             hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share

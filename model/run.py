@@ -23,6 +23,7 @@ from model.recipes import CHOICES
 from model.schedule import TrainingConfig
 from model.sharding import OptimizerConfig, shard, unwrap
 from model.teachers import TeachersConfig
+from model.whole_shard import scores_in_place
 from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
 from pipeline.holdout import EvalLoader, HoldoutConfig
@@ -181,6 +182,9 @@ def shard_model(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> Distributed
 def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
+    low, high = catalog.low, catalog.high
+    if scores_in_place(config.sharding, config.head, store.num_items, ranks):
+        high = low  # nothing to look up: the table itself is scored
     return TrainLoader(
         store,
         config.windows,
@@ -188,7 +192,7 @@ def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Train
         config.loader,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        candidate_range=(catalog.low, catalog.high),
+        candidate_range=(low, high),
         negatives=_negatives(config, store),
     )
 

@@ -37,6 +37,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
+from model.whole_shard import score_in_place, scores_in_place
 from pipeline.errors import UserError
 
 
@@ -62,7 +63,7 @@ class OptimizerConfig:
 
 
 def shard(
-    model: BERT4Rec, config: ShardingConfig, optimizer: OptimizerConfig, rows: int, ranks: Ranks
+    model: BERT4Rec, config: ShardingConfig, dense: OptimizerConfig, rows: int, ranks: Ranks
 ) -> DistributedModelParallel:
     """Distribute ``model`` over the ranks.
 
@@ -75,10 +76,10 @@ def shard(
     check_device(config, ranks.device)
     fused = {
         "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
-        "learning_rate": embedding_lr(config, optimizer, ranks.device),
+        "learning_rate": embedding_lr(config, dense, ranks.device),
         "eps": 1e-8,
         "beta1": 0.9,
-        "beta2": optimizer.beta2,
+        "beta2": dense.beta2,
     }
     if ranks.device.type == "cuda":  # all ids are of the catalog; a step has few launches to spare
         fused["bounds_check_mode"] = BoundsCheckMode.NONE
@@ -94,6 +95,11 @@ def shard(
         sharders=[sharder],
         data_parallel_wrapper=None if wrapped_by_ddp else Unwrapped(),
     )
+    head = model.head
+    if scores_in_place(config, head.config, head.num_items, ranks):
+        optimizer = embedding_optimizer(config, ranks.device)
+        whole = score_in_place(distributed, head.catalog, optimizer, ranks)
+        model.dense_step.score_in_place(whole.candidates)
     if ranks.world_size == 1:
         look_up_at_home(distributed)
     elif not wrapped_by_ddp:

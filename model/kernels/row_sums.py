@@ -20,34 +20,58 @@ except ImportError:  # torch's CPU builds come without it
 _BLOCK, _COLUMNS = 32, 64
 
 
-def add_rows(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+def add_rows(
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    values: torch.Tensor,
+    more: torch.Tensor | None = None,
+) -> None:
     """rows[index[i]] += values[i], in place, for every i whose index is below C.
 
     Args:
         rows: float [C, D], contiguous.
         index: int64 [M], not negative; C and more: nowhere.
         values: [M, D] of the same dtype.
+        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, which lie elsewhere.
     """
-    if not len(index) or not len(rows):
+    more = rows[:0] if more is None else more
+    count = len(rows) + len(more)
+    if not len(index) or not count:
         return
-    if not _has_kernel(rows):
-        # Sorted sums, unlike those of index_add_ on CUDA.
-        inside = index < len(rows)
-        values = torch.where(inside[:, None], values, 0)
-        rows.index_put_((index.clamp(max=len(rows) - 1),), values, accumulate=True)
+    if not _has_kernel(rows, count):
+        for part, begin in ((rows, 0), (more, len(rows))):
+            if len(part):
+                _add(part, index - begin if begin else index, values)
         return
     # A sort passes over the keys once for every few of their bits.
-    short = len(rows) < torch.iinfo(torch.int16).max
-    keys = index.clamp(max=len(rows)).to(torch.int16 if short else torch.int32)
+    short = count < torch.iinfo(torch.int16).max
+    keys = index.clamp(max=count).to(torch.int16 if short else torch.int32)
     keys, order = keys.sort(stable=True)
-    width = rows.shape[1]
+    width, values = rows.shape[1], values.contiguous()
     _add_runs[(len(keys), triton.cdiv(width, _COLUMNS))](
-        keys, order, values.contiguous(), rows, len(keys), len(rows), width, _BLOCK, _COLUMNS
+        keys,
+        order,
+        values,
+        rows,
+        more,
+        len(keys),
+        len(rows),
+        count,
+        width,
+        _BLOCK,
+        _COLUMNS,
     )
 
 
-def _has_kernel(rows: torch.Tensor) -> bool:
-    fits = rows.is_contiguous() and len(rows) < torch.iinfo(torch.int32).max
+def _add(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """In plain torch, by sorted sums, unlike those of index_add_ on CUDA."""
+    inside = (index >= 0) & (index < len(rows))
+    values = torch.where(inside[:, None], values, 0)
+    rows.index_put_((index.clamp(0, len(rows) - 1),), values, accumulate=True)
+
+
+def _has_kernel(rows: torch.Tensor, count: int) -> bool:
+    fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
     return triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits
 
 
@@ -59,7 +83,9 @@ if triton is not None:
         order,
         values,
         rows,
+        more,
         count,
+        split,
         limit,
         width,
         block: tl.constexpr,
@@ -82,6 +108,8 @@ if triton is not None:
                 at += block
                 same = tl.load(keys + at, mask=at < count, other=-1).to(tl.int32) == key
                 found = tl.sum(same.to(tl.int32), axis=0)
-            to = rows + key.to(tl.int64) * width + column
+            row = key.to(tl.int64)
+            start_of = tl.where(key < split, rows + row * width, more + (row - split) * width)
+            to = start_of + column
             total = tl.load(to, mask=wide, other=0.0) + tl.sum(sums, axis=0)
             tl.store(to, total, mask=wide)
