@@ -115,9 +115,9 @@ SEVERAL_GPUS = (
 # What a catalog too large for the GPU's memory can be trained with.
 HUGE = (
     Row(
-        "10m-4096-bf16",
-        "10M items, sampled, bf16 table",
-        (*_TEN_MILLION, *_SAMPLED, "--table_precision=bf16"),
+        "10m-4096-fp16",
+        "10M items, sampled, fp16 table",
+        (*_TEN_MILLION, *_SAMPLED, "--table_precision=fp16"),
         4096,
         600,
         modes=("dmp",),

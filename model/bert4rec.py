@@ -22,7 +22,8 @@ from model.encoder import Encoder, EncoderConfig
 from model.head import CatalogSlice, HeadConfig, ScoringHead
 from pipeline.batch import CANDIDATE, ITEM, TrainBatch
 
-TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+# FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
+TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 @dataclass(frozen=True)

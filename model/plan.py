@@ -178,10 +178,6 @@ def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
 def check_device(config: ShardingConfig, device: torch.device) -> None:
     if device.type == "cuda":
         return
-    if config.table_precision == "bf16":
-        raise UserError(
-            "--table_precision bf16 needs CUDA: FBGEMM has no such tables on CPU; use fp16"
-        )
     if config.compute_kernel != "fused":
         raise UserError(
             f"--compute_kernel {config.compute_kernel} needs CUDA: on CPU, tables are in the "

@@ -187,6 +187,4 @@ def _possible(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with tables as the device can have them: what CUDA trained, a CPU evaluates."""
     if device.type == "cuda":
         return config
-    precision = config.sharding.table_precision.replace("bf16", "fp32")
-    sharding = replace(config.sharding, table_precision=precision, compute_kernel="fused")
-    return replace(config, sharding=sharding)
+    return replace(config, sharding=replace(config.sharding, compute_kernel="fused"))

@@ -96,7 +96,6 @@ def test_tables_that_no_host_holds_whole(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"table_precision": "bf16"}, "--table_precision bf16 needs CUDA"),
         ({"compute_kernel": "fused_uvm"}, "--compute_kernel fused_uvm needs CUDA"),
         ({"compute_kernel": "fused_uvm_caching"}, "--compute_kernel fused_uvm_caching needs CUDA"),
     ],
@@ -109,7 +108,7 @@ def test_tables_that_a_cpu_cannot_have(options: dict[str, str], message: str) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"table_precision": "fp8"}, "--table_precision must be one of fp32, fp16, bf16"),
+        ({"table_precision": "fp8"}, "--table_precision must be one of fp32, fp16"),
         ({"compute_kernel": "dense"}, "--compute_kernel must be one of fused, fused_uvm, "),
         ({"mode": "ddp", "table_precision": "fp16"}, "--table_precision fp16 needs --mode dmp"),
         ({"mode": "ddp", "compute_kernel": "fused_uvm"}, "fused_uvm needs --mode dmp"),
@@ -124,8 +123,8 @@ def test_tables_in_half_precision_have_no_adam() -> None:
     cuda = torch.device("cuda", 0)
     assert embedding_optimizer(ShardingConfig(), cuda) == "adam"
     assert embedding_optimizer(ShardingConfig(table_precision="fp16"), cuda) == "rowwise_adagrad"
-    asked = ShardingConfig(table_precision="bf16", embedding_optimizer="adam")
-    with pytest.raises(UserError, match="adam needs --table_precision fp32, not bf16: use rowwise"):
+    asked = ShardingConfig(table_precision="fp16", embedding_optimizer="adam")
+    with pytest.raises(UserError, match="adam needs --table_precision fp32, not fp16: use rowwise"):
         embedding_optimizer(asked, cuda)
 
 

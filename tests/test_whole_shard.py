@@ -147,7 +147,7 @@ def test_gradients_are_divided_by_the_number_of_ranks_once() -> None:
 def test_adam_on_cuda_leaves_alone_what_was_not_looked_up() -> None:
     rows, means, squares = torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)
     given = [t.cuda() for t in (rows, means, squares, torch.zeros(2, 2), torch.zeros(2, 2))]
-    given[-1][0] = 1  # the last row's
+    given[-1][0] = 2  # the last row's
     update("adam", given[0], given[1:3], *given[3:], 1, STEP)
     assert (given[0].cpu() != rows).any(dim=1).tolist() == [False, True, True, True]
     assert (given[1].cpu() != means).any(dim=1).tolist() == [False, True, True, True]
