@@ -4,7 +4,8 @@
     rows of the candidates [C, D] ----------------------------+
 
     one rank          one pair of graphs for all of it, one for the optimizer
-    several ranks     graphs of the encoder and the optimizer; the head talks to the other ranks
+    several ranks     graphs of the encoder, the optimizer and, where the softmax is sharded and its
+                      rows stay where they are, the head with all that it exchanges
     replicated tables     graphs of the encoder
 
 Shapes: T positions of all rows, M masked positions, C candidates, D width.
@@ -14,13 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from model.encoder import Encoder
 from model.graphs import StepGraphs
-from model.head import ScoringHead
+from model.head import NO_TARGET, ScoringHead
 from model.kernels.unit_rows import gradient_of_split
-from model.sharded_softmax import Opinion
+from model.sharded_softmax import Opinion, most_rows
 
 
 class DenseStep(nn.Module):
@@ -38,6 +41,7 @@ class DenseStep(nn.Module):
         self._candidates: Callable[[], torch.Tensor] | None = None
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
+        self._score: StepGraphs | None = None
         self._hooked = False
 
     def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
@@ -57,7 +61,7 @@ class DenseStep(nn.Module):
             alone: there is one rank: nothing between the lookup and its gradients leaves it.
             hooked: autograd is to hand over the encoder's gradients, as DDP wants; never if alone.
         """
-        encoder, _ = self._parts
+        encoder, head = self._parts
         if not all(layer.attention.jagged for layer in encoder.layers):
             return
         body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
@@ -66,6 +70,10 @@ class DenseStep(nn.Module):
             self._whole = StepGraphs(self._losses, encoder, hooked=False, is_loss=True)
         else:
             self._encode = StepGraphs(body, encoder, hooked)
+            # Exchanges of as many ranks as there are must be captured by all at once: by shapes
+            # that all agree upon, which candidates that are looked up have not.
+            if self._candidates is not None and head.catalog.shared:
+                self._score = StepGraphs(self._shared_losses, head, hooked=False, is_loss=True)
         self._hooked = hooked
 
     @property
@@ -106,10 +114,26 @@ class DenseStep(nn.Module):
             (hidden,) = self._encode(items, offsets, masked, left_only, steps_ago)
         else:
             hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
+        if self.training and self._score is not None and ids is None:
+            most = most_rows(len(hidden))
+            if most:
+                missing = most - len(hidden)
+                hidden = F.pad(hidden, (0, 0, 0, missing))
+                targets = F.pad(targets, (0, missing), value=NO_TARGET)
+                loss, report = self._score(hidden, candidates, targets)
+                return loss, report.clone()
         opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
         return head(
             hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
         )
+
+    def _shared_losses(
+        self, hidden: torch.Tensor, candidates: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Of positions [M, D] as many as every rank has."""
+        _, head = self._parts
+        sizes = [len(hidden)] * dist.get_world_size()
+        return head(hidden, candidates, targets, sizes=sizes)
 
     def _opinions(self, ids: torch.Tensor | None, *rows: torch.Tensor | None) -> list[Opinion]:
         return [] if ids is None else self._teachers(ids, *rows)

@@ -23,7 +23,7 @@ from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 _WARM_UP = 2  # libraries choose their kernels, compilers compile, before the capture
 _MAX_GRAPHS = 48
 # Inputs above this are not copied: a graph is captured for the address at which they lie.
-_COPIED_BYTES = 128 << 20
+_COPIED_BYTES = 64 << 20
 
 
 class StepGraphs:
@@ -149,7 +149,7 @@ class _Captured:
                 None if t is None or not t.requires_grad else next(gradients) for t in static
             ]
             self.parameter_grads = list(gradients)
-            if shared is not None:
+            if shared:
                 torch._foreach_copy_(shared, self.parameter_grads)
                 self.parameter_grads = []
         self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))

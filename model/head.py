@@ -137,6 +137,7 @@ class ScoringHead(nn.Module):
         log_counts: torch.Tensor | None = None,
         opinions: Sequence[Opinion] = (),
         share: float = 0.0,
+        sizes: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the masked positions of all ranks.
 
@@ -148,6 +149,7 @@ class ScoringHead(nn.Module):
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of how often each was to be expected.
             opinions, share: what teachers think, and how much it counts, in the exact softmax.
+            sizes: M of every rank, where the exact softmax is shared; None: they ask each other.
 
         Returns:
             The loss to call ``backward()`` on (float32 scalar), scaled so that the mean over
@@ -165,6 +167,7 @@ class ScoringHead(nn.Module):
                 shared=self.catalog.shared,
                 opinions=opinions,
                 share=share,
+                sizes=sizes,
             )
         else:
             losses = self._sampled(hidden, candidates, targets, negatives, log_counts)

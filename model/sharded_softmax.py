@@ -42,6 +42,13 @@ def gather_sizes(size: int) -> list[int]:
     return sizes.tolist()
 
 
+def most_rows(size: int) -> int:
+    """The largest ``size`` of a rank; between hosts too."""
+    most = torch.tensor([size])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
 def all_gather_rows(
     rows: torch.Tensor, sizes: list[int] | None = None
 ) -> tuple[torch.Tensor, list[int]]:
@@ -91,6 +98,7 @@ def linear_cross_entropy(
     shared: bool = False,
     opinions: Sequence[Opinion] = (),
     share: float = 0.0,
+    sizes: list[int] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
 
@@ -105,6 +113,7 @@ def linear_cross_entropy(
         shared: the rows are this rank's slice of the catalog, not all of it.
         opinions: the teachers'; as many on every rank.
         share: of the aim that is theirs together; the rest is the target's.
+        sizes: m of every rank, if known.
 
     Returns:
         float32 [m]. Its gradient for ``rows`` sums the losses of all ranks where shared, as their
@@ -114,7 +123,7 @@ def linear_cross_entropy(
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
     return _LinearCrossEntropy.apply(
-        hidden * scale, rows, targets, low, bound, cosine, shared, opinions, share
+        hidden * scale, rows, targets, low, bound, cosine, shared, opinions, share, sizes
     )
 
 
@@ -131,15 +140,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shared: bool,
         opinions: Sequence[Opinion],
         share: float,
+        sizes: list[int] | None,
     ) -> torch.Tensor:
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         unit, inverse = unit_rows(rows, dtype) if cosine else (rows.to(dtype), None)
-        hidden, sizes = hidden.to(dtype), []
+        hidden = hidden.to(dtype)
         if shared:
-            hidden, sizes = all_gather_rows(hidden)
+            hidden, sizes = all_gather_rows(hidden, sizes)
             targets, _ = all_gather_rows(targets, sizes)
+        else:
+            sizes = []
         means, log_sums = softmax_means(hidden, unit, bound)
         column = targets - low
         owned = (column >= 0) & (column < unit.shape[0])
@@ -189,7 +201,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Positions without a row here add nothing, to none: many zeros for one row take time.
             index = column.masked_fill(~owned, unit.shape[0])
             add_rows(grad_rows, index, at_targets.to(grad_rows.dtype))
-        return grad_hidden, grad_rows, *([None] * 7)
+        return grad_hidden, grad_rows, *([None] * 8)
 
 
 def _taught(

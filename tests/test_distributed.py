@@ -67,7 +67,7 @@ def test_one_rank_is_the_unsharded_reference(one: Answers, way: str) -> None:
     assert_same(one["every_way"][way], one["unsharded"]["tied"])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "row_wise, looked up", "row_wise, alike"])
 def test_two_ranks_are_the_unsharded_reference(one: Answers, two: Answers, way: str) -> None:
     assert_same(two["every_way"][way], one["unsharded"]["tied"])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def _all_batches(config: RunConfig, ranks: Ranks) -> Iterator[Any]:
 
 
 def every_way(ranks: Ranks) -> dict[str, Run]:
-    """SGD in each sharding, replicated, in a plain loop, untied, and with a sampled loss."""
+    """SGD in each sharding, replicated, in a plain loop, untied, with a sampled loss, and more."""
     runs = {}
     for name, sharding in WAYS.items():
         config = config_of(sharding, ranks)
@@ -167,7 +168,24 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
         config = config_of(WAYS[name], ranks, loss="sampled_softmax")
         model = build_model(config, NUM_ITEMS, ranks)
         runs[f"{name}, sampled"] = pipelined(config, model, sgd(model), ranks)
+    return runs | row_wise_otherwise(ranks)
+
+
+def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
+    """Candidates looked up by FBGEMM; and the head as CUDA graphs have it, all ranks alike."""
+    config, runs = config_of(WAYS["row_wise"], ranks), {}
+    with patch("model.run.scores_in_place", never), patch("model.sharding.scores_in_place", never):
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
+    model = build_model(config, NUM_ITEMS, ranks)
+    step = unwrap(model).dense_step
+    step._score = step._shared_losses if ranks.world_size > 1 else None
+    runs["row_wise, alike"] = pipelined(config, model, sgd(model), ranks)
     return runs
+
+
+def never(*_: object) -> bool:
+    return False
 
 
 def unsharded(ranks: Ranks) -> dict[str, Run]:
