@@ -88,6 +88,7 @@ class BERT4Rec(nn.Module):
                 batch.negatives,
                 batch.log_counts,
                 batch.features.values(),
+                batch.most_masked,
             )
 
 

@@ -77,6 +77,17 @@ class DenseStep(nn.Module):
         self._hooked = hooked
 
     @property
+    def shares_graphs(self) -> bool:
+        """Whether all ranks replay graphs together, of as many masked positions."""
+        return self._score is not None
+
+    def release(self) -> None:
+        """Give the graphs up; communicators cannot be closed while a graph sends through them."""
+        for graphs in (self._whole, self._encode, self._score):
+            if graphs is not None:
+                graphs.release()
+
+    @property
     def is_graphed(self) -> bool:
         """Whether gradients of the encoder stay where they are, step after step."""
         return self._whole is not None or (self._encode is not None and not self._hooked)
@@ -94,10 +105,12 @@ class DenseStep(nn.Module):
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
+        most_masked: Callable[[], int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`.
 
         ``ids``, int64 [T + ...], begins with the item ids of the positions: for teachers.
+        ``most_masked`` as in :class:`~pipeline.batch.TrainBatch`.
         """
         encoder, head = self._parts
         if self._candidates is not None:
@@ -114,14 +127,13 @@ class DenseStep(nn.Module):
             (hidden,) = self._encode(items, offsets, masked, left_only, steps_ago)
         else:
             hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
-        if self.training and self._score is not None and ids is None:
-            most = most_rows(len(hidden))
-            if most:
-                missing = most - len(hidden)
-                hidden = F.pad(hidden, (0, 0, 0, missing))
-                targets = F.pad(targets, (0, missing), value=NO_TARGET)
-                loss, report = self._score(hidden, candidates, targets)
-                return loss, report.clone()
+        together = self.training and self._score is not None and ids is None
+        if together and (most := (most_masked or most_rows(len(hidden)))()):
+            missing = most - len(hidden)
+            hidden = F.pad(hidden, (0, 0, 0, missing))
+            targets = F.pad(targets, (0, missing), value=NO_TARGET)
+            loss, report = self._score(hidden, candidates, targets)
+            return loss, report.clone()
         opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
         return head(
             hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share

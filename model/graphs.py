@@ -68,6 +68,13 @@ class StepGraphs:
             captured = self._captured[key] = self._capture(inputs)
         return _Replay.apply(captured, *inputs, *(self._parameters if self._shared is None else ()))
 
+    def release(self) -> None:
+        """Forget all graphs, and the memory that they hold."""
+        for captured in self._captured.values():
+            captured.forward.reset()
+            captured.backward.reset()
+        self._captured.clear()
+
     def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
         if self._shared is not None:
             return _Captured(

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -153,13 +154,26 @@ def leave(code: int = 0) -> NoReturn:
     A thread of gloo frees the tensors of the last collective when it gets to it, and to do so while
     the interpreter is being taken down aborts the process (torch 2.13): a rank that has done all
     its work would end the whole job as failed.
+
+    NCCL's communicators are left to the end of the process: to close one waits for the other ranks,
+    and for ever if a CUDA graph that sends through it is alive.
     """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if _has_nccl():
+            with suppress(RuntimeError):  # a rank is gone: no reason to stay
+                torch.cuda.synchronize()
+                dist.all_reduce(torch.zeros(1))  # nobody reads this rank's memory any more
+        else:
+            dist.destroy_process_group()
     with suppress(BrokenPipeError):  # who reads our output may have seen enough
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _has_nccl() -> bool:
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return several and torch.cuda.is_available()
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -180,6 +194,9 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception as error:
         message = _users_to_fix(error)
         if message is None:
+            if _has_nccl():
+                traceback.print_exc()
+                os._exit(1)
             raise
         if rank:
             time.sleep(3)

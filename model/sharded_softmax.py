@@ -23,7 +23,7 @@ Shapes: W ranks, M hidden vectors of the rank that has most, m of this rank, C c
 rank, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,16 @@ def gather_sizes(size: int) -> list[int]:
     return sizes.tolist()
 
 
-def most_rows(size: int) -> int:
-    """The largest ``size`` of a rank; between hosts too."""
+def most_rows(size: int) -> Callable[[], int]:
+    """Asks all ranks, between hosts, for their largest ``size``; the answer can wait."""
     most = torch.tensor([size])
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
+    asked = dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True)
+
+    def answer() -> int:
+        asked.wait()
+        return int(most)
+
+    return answer
 
 
 def all_gather_rows(

@@ -30,7 +30,8 @@ from model.progress import Feed, Interval, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.schedule import TrainingConfig, lr_factor
-from model.sharding import Optimizers, set_table_steps
+from model.sharded_softmax import most_rows
+from model.sharding import Optimizers, set_table_steps, unwrap
 from model.train_pipeline import train_pipeline
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
@@ -101,6 +102,8 @@ class Trainer:
             if explained := self.orders.explain(error, self.position.step):
                 raise explained from error
             raise
+        finally:
+            unwrap(self.model).dense_step.release()
         if self._is_cut():
             self.log.say(f"ended after step {self.position.step}, as --max_steps says")
         elif not self.position.best_step:
@@ -139,7 +142,8 @@ class Trainer:
         if steps <= 0:
             return
         self.model.train()
-        feed, interval = Feed(self.loader, self.position, steps, stop), Interval()
+        most = most_rows if unwrap(self.model).dense_step.shares_graphs else None
+        feed, interval = Feed(self.loader, self.position, steps, stop, most), Interval()
         for left in reversed(range(steps)):
             self._step(feed, interval)
             self.after_step()

@@ -21,6 +21,7 @@ Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the tr
 TorchRec can copy them on one CUDA stream and use them on another.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -86,6 +87,7 @@ class TrainBatch(Pipelineable):
         negatives: int64 [K], items to score besides the targets; None: candidate_range says.
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
         packed: the memory that all these tensors are views of; None: each has its own.
+        most_masked: tells the largest M of this step's batches on all ranks; None: nobody asked.
     """
 
     features: KeyedJaggedTensor
@@ -100,6 +102,12 @@ class TrainBatch(Pipelineable):
     negatives: Tensor | None = None
     log_counts: Tensor | None = None
     packed: Packed | None = None
+    most_masked: Callable[[], int] | None = None
+
+    @property
+    def num_masked(self) -> int:
+        """M."""
+        return self.masked.numel()
 
     @classmethod
     def unpacked(cls, packed: Packed, **known: Any) -> "TrainBatch":

@@ -9,7 +9,7 @@ PackedBatch, PackedBatch, PackedBatch
 TrainBatch
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -30,7 +30,7 @@ class PackedBatch(Pipelineable):
 
     Attributes:
         packed: the memory of all its tensors.
-        num_windows, num_rows, longest, candidate_range: as in :class:`TrainBatch`.
+        num_windows, num_rows, longest, candidate_range, most_masked: as in :class:`TrainBatch`.
     """
 
     packed: Packed
@@ -38,6 +38,12 @@ class PackedBatch(Pipelineable):
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
+    most_masked: Callable[[], int] | None = None
+
+    @property
+    def num_masked(self) -> int:
+        """M of the batch."""
+        return self.packed.sizes[self.packed.names.index("masked")]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         """The batch on ``device``, with the candidates appended."""
@@ -59,6 +65,7 @@ class PackedBatch(Pipelineable):
             num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
+            most_masked=self.most_masked,
         )
 
 
