@@ -183,7 +183,8 @@ def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Train
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
     low, high = catalog.low, catalog.high
-    if scores_in_place(config.sharding, config.head, store.num_items, ranks):
+    positions = config.loader.train_batch_size * config.windows.max_len
+    if scores_in_place(config.sharding, config.head, store.num_items, positions, ranks):
         high = low  # nothing to look up: the table itself is scored
     return TrainLoader(
         store,

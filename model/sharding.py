@@ -96,7 +96,8 @@ def shard(
         data_parallel_wrapper=None if wrapped_by_ddp else Unwrapped(),
     )
     head = model.head
-    if scores_in_place(config, head.config, head.num_items, ranks):
+    positions = rows * model.encoder.max_len
+    if scores_in_place(config, head.config, head.num_items, positions, ranks):
         optimizer = embedding_optimizer(config, ranks.device)
         whole = score_in_place(distributed, head.catalog, optimizer, ranks)
         model.dense_step.score_in_place(whole.candidates)

@@ -30,12 +30,23 @@ from model.kernels.table_update import UPDATES, Step, update
 from model.plan import ShardingConfig, embedding_optimizer
 from model.ranks import Ranks
 
+# A catalog of fewer items than a step has positions is cheap to copy and to sort, while one row,
+# the mask token's, has thousands of gradients to add up.
+ITEMS_A_POSITION = 1
 
-def scores_in_place(config: ShardingConfig, head: HeadConfig, num_items: int, ranks: Ranks) -> bool:
-    """Whether every rank scores the rows of its own shard, all of them, in every step."""
+
+def scores_in_place(
+    config: ShardingConfig, head: HeadConfig, num_items: int, positions: int, ranks: Ranks
+) -> bool:
+    """Whether every rank scores the rows of its own shard, all of them, in every step.
+
+    Args:
+        positions: of a rank's training batch, at most.
+    """
     block = -(-(num_items + 2) // ranks.world_size)
     return (
         config.mode == "dmp"
+        and num_items >= ITEMS_A_POSITION * positions
         and (ranks.world_size == 1 or config.sharding == "row_wise")
         and block * (ranks.world_size - 1) < num_items + 2  # no rank without rows
         and (head.head, head.loss) == ("tied", "softmax")

@@ -1,6 +1,7 @@
 """A shard that is scored and updated in place: what FBGEMM's lookup and optimizers would do."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from safetensors.torch import load_file
 
+from model import whole_shard
 from model.head import CatalogSlice, HeadConfig
 from model.kernels.table_update import UPDATES, Step, update
 from model.plan import FUSED_OPTIMIZERS, ShardingConfig
@@ -17,6 +20,7 @@ from model.ranks import Ranks
 from model.run import build_model
 from model.whole_shard import WholeShard, scores_in_place
 from pipeline.batch import jagged_items
+from tests.conftest import TINY, RunMain
 from tests.workers import sharded
 
 CUDA = torch.cuda.is_available()
@@ -100,6 +104,7 @@ def test_steps_are_those_of_fbgemm(optimizer: str, device: str, low: int, count:
 def test_training_is_that_with_looked_up_candidates(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
+    monkeypatch.setattr(whole_shard, "ITEMS_A_POSITION", 0)
     sharding = ShardingConfig("dmp", "row_wise", optimizer, 0.1)
     found = trained(sharding, one_rank)
     for module in ("model.run", "model.sharding"):
@@ -165,14 +170,45 @@ def test_adam_on_cuda_leaves_alone_what_was_not_looked_up() -> None:
         ({"world_size": 3}, True),
         ({"world_size": 3, "sharding": "table_wise"}, False),
         ({"world_size": 3, "sharding": "auto"}, False),
-        ({"world_size": 3, "items": 2}, False),  # rows 0 1 | 2 3 |
-        ({"world_size": 3, "items": 3}, True),  # rows 0 1 | 2 3 | 4
+        ({"positions": 31}, False),
+        ({"world_size": 3, "items": 2, "positions": 1}, False),  # rows 0 1 | 2 3 |
+        ({"world_size": 3, "items": 3, "positions": 1}, True),  # rows 0 1 | 2 3 | 4
     ],
 )
-def test_when(changed: dict[str, object], expected: bool) -> None:
-    given = {"world_size": 1, "items": 30} | changed
+def test_when(monkeypatch: pytest.MonkeyPatch, changed: dict[str, object], expected: bool) -> None:
+    monkeypatch.setattr(whole_shard, "ITEMS_A_POSITION", 1)
+    given = {"world_size": 1, "items": 30, "positions": 30} | changed
     world_size = given.pop("world_size")
     ranks = Ranks(0, world_size, world_size, torch.device("cpu"))
-    items = given.pop("items")
+    items, positions = given.pop("items"), given.pop("positions")
     head = HeadConfig(**{name: given.pop(name) for name in ("head", "loss") if name in given})
-    assert scores_in_place(ShardingConfig(**given), head, items, ranks) is expected
+    assert scores_in_place(ShardingConfig(**given), head, items, positions, ranks) is expected
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_shard, "ITEMS_A_POSITION", 0)
+    updates = []
+    update_of = WholeShard.update
+    monkeypatch.setattr(
+        WholeShard, "update", lambda *given: (updates.append(1), update_of(*given))[1]
+    )
+    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        outcome = run_main(
+            "train",
+            *TINY,
+            f"--run_dir={tmp_path / folder}",
+            f"--num_epochs={epochs}",
+            "--lr_schedule=constant",
+            "--warmup_share=0",
+            "--resume=auto",
+            f"--cache_dir={cache_dir}",
+        )
+        assert outcome.code == 0, outcome.err
+    assert len(updates) >= 4
+    whole, parts = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
+    )
+    for name, weight in whole.items():
+        assert torch.equal(parts[name], weight), name

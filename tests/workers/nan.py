@@ -1,4 +1,4 @@
-"""Worker: train.py, but for a weight of rank 1 that is not a number from step 10 on.
+"""Worker: train.py, but for a weight of rank 1 that is not a number after step 10.
 
 torchrun --nproc_per_node 2 tests/workers/nan.py <flags of train.py>
 """
@@ -18,9 +18,10 @@ def main() -> None:
     step = Trainer._step
 
     def patched(self: Trainer, *arguments: object) -> None:
-        step(self, *arguments)
+        # Before the next step, not after the last: a checkpoint may be due in between.
         if self.position.step == AT_STEP and self.ranks.rank == 1:
             next(unwrap(self.model).encoder.parameters()).data.view(-1)[0] = float("nan")
+        step(self, *arguments)
 
     Trainer._step = patched
     run_script(train.main)
