@@ -23,7 +23,7 @@ from model.encoder import Encoder
 from model.graphs import StepGraphs
 from model.head import NO_TARGET, ScoringHead
 from model.kernels.unit_rows import gradient_of_split
-from model.sharded_softmax import Opinion, most_rows
+from model.sharded_softmax import Opinion, ask_for_most
 
 
 class DenseStep(nn.Module):
@@ -128,7 +128,7 @@ class DenseStep(nn.Module):
         else:
             hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
         together = self.training and self._score is not None and ids is None
-        if together and (most := (most_masked or most_rows(len(hidden)))()):
+        if together and (most := (most_masked or ask_for_most(len(hidden)))()):
             missing = most - len(hidden)
             hidden = F.pad(hidden, (0, 0, 0, missing))
             targets = F.pad(targets, (0, missing), value=NO_TARGET)

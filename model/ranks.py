@@ -158,13 +158,12 @@ def leave(code: int = 0) -> NoReturn:
     NCCL's communicators are left to the end of the process: to close one waits for the other ranks,
     and for ever if a CUDA graph that sends through it is alive.
     """
-    if dist.is_initialized():
-        if _has_nccl():
-            with suppress(RuntimeError):  # a rank is gone: no reason to stay
-                torch.cuda.synchronize()
-                dist.all_reduce(torch.zeros(1))  # nobody reads this rank's memory any more
-        else:
-            dist.destroy_process_group()
+    if _has_nccl():
+        with suppress(RuntimeError):  # a rank is gone: no reason to stay
+            torch.cuda.synchronize()
+            dist.all_reduce(torch.zeros(1))  # nobody reads this rank's memory any more
+    elif dist.is_initialized():
+        dist.destroy_process_group()
     with suppress(BrokenPipeError):  # who reads our output may have seen enough
         sys.stdout.flush()
         sys.stderr.flush()

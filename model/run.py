@@ -176,15 +176,20 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
 def shard_model(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> DistributedModelParallel:
     """``plain`` sharded or replicated over the ranks, as the config says."""
     rows = config.loader.train_batch_size
-    return shard(plain, config.sharding, config.optimizer, rows, ranks)
+    in_place = _scores_in_place(config, plain.head.num_items, ranks)
+    return shard(plain, config.sharding, config.optimizer, rows, ranks, in_place)
+
+
+def _scores_in_place(config: RunConfig, num_items: int, ranks: Ranks) -> bool:
+    positions = config.loader.train_batch_size * config.windows.max_len
+    return scores_in_place(config.sharding, config.head, num_items, positions, ranks)
 
 
 def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
     low, high = catalog.low, catalog.high
-    positions = config.loader.train_batch_size * config.windows.max_len
-    if scores_in_place(config.sharding, config.head, store.num_items, positions, ranks):
+    if _scores_in_place(config, store.num_items, ranks):
         high = low  # nothing to look up: the table itself is scored
     return TrainLoader(
         store,

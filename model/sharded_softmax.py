@@ -42,8 +42,8 @@ def gather_sizes(size: int) -> list[int]:
     return sizes.tolist()
 
 
-def most_rows(size: int) -> Callable[[], int]:
-    """Asks all ranks, between hosts, for their largest ``size``; the answer can wait."""
+def ask_for_most(size: int) -> Callable[[], int]:
+    """Ask all ranks, between hosts, for their largest ``size``; the answer is waited for later."""
     most = torch.tensor([size])
     asked = dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True)
 

@@ -37,7 +37,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
-from model.whole_shard import score_in_place, scores_in_place
+from model.whole_shard import score_in_place
 from pipeline.errors import UserError
 
 
@@ -63,12 +63,18 @@ class OptimizerConfig:
 
 
 def shard(
-    model: BERT4Rec, config: ShardingConfig, dense: OptimizerConfig, rows: int, ranks: Ranks
+    model: BERT4Rec,
+    config: ShardingConfig,
+    dense: OptimizerConfig,
+    rows: int,
+    ranks: Ranks,
+    in_place: bool = False,
 ) -> DistributedModelParallel:
     """Distribute ``model`` over the ranks.
 
     Args:
         rows: rows of a training batch on one rank, for the planner's cost model.
+        in_place: score and update whole shards, as :mod:`model.whole_shard` says they can be.
 
     Raises:
         UserError: no plan fits the memory, or the device cannot have such tables.
@@ -95,11 +101,9 @@ def shard(
         sharders=[sharder],
         data_parallel_wrapper=None if wrapped_by_ddp else Unwrapped(),
     )
-    head = model.head
-    positions = rows * model.encoder.max_len
-    if scores_in_place(config, head.config, head.num_items, positions, ranks):
+    if in_place:
         optimizer = embedding_optimizer(config, ranks.device)
-        whole = score_in_place(distributed, head.catalog, optimizer, ranks)
+        whole = score_in_place(distributed, model.head.catalog, optimizer, ranks)
         model.dense_step.score_in_place(whole.candidates)
     if ranks.world_size == 1:
         look_up_at_home(distributed)

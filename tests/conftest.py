@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from model.ranks import Ranks, run_script, start
 
@@ -150,3 +151,23 @@ def torchrun(num_ranks: int, *command: str | Path, **more: object) -> Outcome:
     """``torchrun --standalone --nproc_per_node N ...``."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
     return run_process(*launch, *command, **more)
+
+
+def whole_and_in_parts(
+    run_main: RunMain, folder: Path, cache_dir: Path, *flags: str
+) -> list[dict[str, torch.Tensor]]:
+    """Weights of a run of two epochs, and of one that was resumed after the first."""
+    for name, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
+        outcome = run_main(
+            "train",
+            *TINY,
+            *flags,
+            f"--cache_dir={cache_dir}",
+            f"--run_dir={folder / name}",
+            f"--num_epochs={epochs}",
+            "--lr_schedule=constant",
+            "--warmup_share=0",
+            "--resume=auto",
+        )
+        assert outcome.code == 0, outcome.err
+    return [load_file(folder / name / "model" / "model.safetensors") for name in ("whole", "parts")]

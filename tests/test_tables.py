@@ -8,14 +8,13 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from safetensors.torch import load_file
 
 from model import run as model_run
 from model.plan import ShardingConfig, embedding_optimizer
 from model.ranks import Ranks, alone
 from model.sharding import OptimizerConfig, set_table_steps, shard
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain
+from tests.conftest import TINY, RunMain, whole_and_in_parts
 
 CPU = torch.device("cpu")
 
@@ -27,21 +26,7 @@ def results(folder: Path) -> dict[str, float]:
 def test_fp16_tables_train_resume_and_are_evaluated(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
-    flags = (*TINY, "--table_precision=fp16", f"--cache_dir={cache_dir}")
-    for folder, epochs in (("whole", 2), ("parts", 1), ("parts", 2)):
-        outcome = run_main(
-            "train",
-            *flags,
-            f"--run_dir={tmp_path / folder}",
-            f"--num_epochs={epochs}",
-            "--lr_schedule=constant",
-            "--warmup_share=0",
-            "--resume=auto",
-        )
-        assert outcome.code == 0, outcome.err
-    whole, parts = (
-        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
-    )
+    whole, parts = whole_and_in_parts(run_main, tmp_path, cache_dir, "--table_precision=fp16")
     table = "embeddings.embeddings.item.weight"
     assert {name for name, weight in whole.items() if weight.dtype == torch.float16} == {table}
     for name, weight in whole.items():

@@ -174,7 +174,7 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
 def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
     """Candidates looked up by FBGEMM; and the head as CUDA graphs have it, all ranks alike."""
     config, runs = config_of(WAYS["row_wise"], ranks), {}
-    with patch("model.run.scores_in_place", never), patch("model.sharding.scores_in_place", never):
+    with patch("model.run.scores_in_place", lambda *_: False):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
     model = build_model(config, NUM_ITEMS, ranks)
@@ -182,10 +182,6 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
     step._score = step._shared_losses if ranks.world_size > 1 else None
     runs["row_wise, alike"] = pipelined(config, model, sgd(model), ranks)
     return runs
-
-
-def never(*_: object) -> bool:
-    return False
 
 
 def unsharded(ranks: Ranks) -> dict[str, Run]:
