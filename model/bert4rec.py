@@ -74,12 +74,10 @@ class BERT4Rec(nn.Module):
         rows = self.embeddings(batch.features)
         # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            # Of the batch, which brought them along: those of the rows would have to be summed.
-            offsets = batch.features.offsets()[: batch.num_rows + 1]
             return self.dense_step(
                 rows[ITEM].values(),
                 rows[CANDIDATE].values(),
-                offsets,
+                batch.row_offsets,  # those of the rows would have to be summed
                 batch.masked,
                 batch.targets,
                 batch.longest,
@@ -87,8 +85,9 @@ class BERT4Rec(nn.Module):
                 batch.steps_ago,
                 batch.negatives,
                 batch.log_counts,
-                batch.features.values(),
-                batch.most_masked,
+                batch.ids,
+                batch.owned,
+                batch.alike,
             )
 
 

@@ -3,27 +3,34 @@
     rows of all positions [T, D] -> encoder -> hidden [M, D] -+-> head -> loss
     rows of the candidates [C, D] ----------------------------+
 
-    one rank          one pair of graphs for all of it, one for the optimizer
-    several ranks     graphs of the encoder, the optimizer and, where the softmax is sharded and its
-                      rows stay where they are, the head with all that it exchanges
-    replicated tables     graphs of the encoder
+    one rank              one pair of graphs for all of it, one for the optimizer
+    ranks that exchange rows by sizes known to all        the same, their exchanges included
+    several ranks otherwise                               graphs of the encoder and the optimizer
+    replicated tables                                     graphs of the encoder
 
-Shapes: T positions of all rows, M masked positions, C candidates, D width.
+Shapes: T positions of all rows, M masked positions, C candidates, D width; U rows that this rank
+has looked up for all.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from model.encoder import Encoder
 from model.graphs import StepGraphs
-from model.head import NO_TARGET, ScoringHead
+from model.head import ScoringHead
 from model.kernels.unit_rows import gradient_of_split
-from model.sharded_softmax import Opinion, ask_for_most
+from model.sharded_softmax import Opinion
+
+
+class Exchange(Protocol):
+    """What a step asks of ranks that look up for each other: :class:`model.gathered_rows`."""
+
+    def collect(self, rows: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of those [U, D] that each rank has looked up for all."""
 
 
 class DenseStep(nn.Module):
@@ -31,6 +38,9 @@ class DenseStep(nn.Module):
 
     Args:
         encoder, head: used, and registered by somebody else, whose names their weights keep.
+
+    Attributes:
+        exchange: where ranks look up for each other in training; None: they do not.
     """
 
     def __init__(self, encoder: Encoder, head: ScoringHead) -> None:
@@ -41,7 +51,7 @@ class DenseStep(nn.Module):
         self._candidates: Callable[[], torch.Tensor] | None = None
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
-        self._score: StepGraphs | None = None
+        self.exchange: Exchange | None = None
         self._hooked = False
 
     def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
@@ -52,6 +62,11 @@ class DenseStep(nn.Module):
         """Score the rows [C, D] that this gives, not looked-up ones."""
         self._candidates = candidates
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether all ranks take the same steps through graphs, if any do."""
+        return self.exchange is not None
+
     def accelerate(self, compiled: bool, alone: bool, hooked: bool) -> None:
         """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
 
@@ -61,29 +76,20 @@ class DenseStep(nn.Module):
             alone: there is one rank: nothing between the lookup and its gradients leaves it.
             hooked: autograd is to hand over the encoder's gradients, as DDP wants; never if alone.
         """
-        encoder, head = self._parts
+        encoder, _ = self._parts
         if not all(layer.attention.jagged for layer in encoder.layers):
             return
         body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
-        if alone:
+        if alone or self.exchange is not None:
             self._body = body
             self._whole = StepGraphs(self._losses, encoder, hooked=False, is_loss=True)
         else:
             self._encode = StepGraphs(body, encoder, hooked)
-            # Exchanges of as many ranks as there are must be captured by all at once: by shapes
-            # that all agree upon, which candidates that are looked up have not.
-            if self._candidates is not None and head.catalog.shared:
-                self._score = StepGraphs(self._shared_losses, head, hooked=False, is_loss=True)
         self._hooked = hooked
-
-    @property
-    def shares_graphs(self) -> bool:
-        """Whether all ranks replay graphs together, of as many masked positions."""
-        return self._score is not None
 
     def release(self) -> None:
         """Give the graphs up; communicators cannot be closed while a graph sends through them."""
-        for graphs in (self._whole, self._encode, self._score):
+        for graphs in (self._whole, self._encode):
             if graphs is not None:
                 graphs.release()
 
@@ -105,50 +111,41 @@ class DenseStep(nn.Module):
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
-        most_masked: Callable[[], int] | None = None,
+        owned: torch.Tensor | None = None,
+        alike: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`.
 
-        ``ids``, int64 [T + ...], begins with the item ids of the positions: for teachers.
-        ``most_masked`` as in :class:`~pipeline.batch.TrainBatch`.
+        Args:
+            items: [T, D]; or [U, D], in which those of a sampled loss contain the candidates.
+            ids: int64 [T + ...], begins with the item ids of the positions: for teachers.
+            owned, alike: as in :class:`~pipeline.batch.TrainBatch`.
         """
-        encoder, head = self._parts
+        encoder, _ = self._parts
+        ids = ids if self._teacher_share else None
+        given = (offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids, owned)
+        graphs = self.training and alike and masked.numel() > 0
+        rows: tuple[torch.Tensor, torch.Tensor | None] = items, candidates
         if self._candidates is not None:
-            candidates = self._candidates()
-        ids = ids[: len(items)] if self._teacher_share and ids is not None else None
-        graphs = self.training and masked.numel() > 0
+            rows = items, self._candidates()
+        elif self._whole is not None or (owned is not None and negatives is not None):
+            rows = _joined(items, candidates), None
         if graphs and self._whole is not None:
-            rows = (items, candidates) if self._candidates else (_joined(items, candidates), None)
-            loss, report = self._whole(
-                *rows, offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids
-            )
+            loss, report = self._whole(*rows, *given)
             return loss, report.clone()
-        if graphs and self._encode is not None:
-            (hidden,) = self._encode(items, offsets, masked, left_only, steps_ago)
-        else:
-            hidden = encoder(items, offsets, masked, longest, left_only, steps_ago)
-        together = self.training and self._score is not None and ids is None
-        if together and (most := (most_masked or ask_for_most(len(hidden)))()):
-            missing = most - len(hidden)
-            hidden = F.pad(hidden, (0, 0, 0, missing))
-            targets = F.pad(targets, (0, missing), value=NO_TARGET)
-            loss, report = self._score(hidden, candidates, targets)
-            return loss, report.clone()
-        opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
-        return head(
-            hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
-        )
 
-    def _shared_losses(
-        self, hidden: torch.Tensor, candidates: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Of positions [M, D] as many as every rank has."""
-        _, head = self._parts
-        sizes = [len(hidden)] * dist.get_world_size()
-        return head(hidden, candidates, targets, sizes=sizes)
+        def encode(
+            rows: torch.Tensor,
+            offsets: torch.Tensor,
+            masked: torch.Tensor,
+            left_only: torch.Tensor | None,
+            steps_ago: torch.Tensor | None,
+        ) -> torch.Tensor:
+            if graphs and self._encode is not None:
+                return self._encode(rows, offsets, masked, left_only, steps_ago)[0]
+            return encoder(rows, offsets, masked, longest, left_only, steps_ago)
 
-    def _opinions(self, ids: torch.Tensor | None, *rows: torch.Tensor | None) -> list[Opinion]:
-        return [] if ids is None else self._teachers(ids, *rows)
+        return self._losses(*rows, *given, encode=encode)
 
     def _losses(
         self,
@@ -162,16 +159,24 @@ class DenseStep(nn.Module):
         negatives: torch.Tensor | None,
         log_counts: torch.Tensor | None,
         ids: torch.Tensor | None,
+        owned: torch.Tensor | None,
+        encode: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         _, head = self._parts
-        if candidates is None:
-            scored = head.num_candidates(targets, negatives)
+        scored = head.num_candidates(targets, negatives)
+        if candidates is None and negatives is None:  # looked up for this rank alone
             rows, candidates = _Split.apply(rows, rows.shape[0] - scored)
-        hidden = self._body(rows, offsets, masked, left_only, steps_ago)
-        opinions = self._opinions(ids, offsets, masked, left_only, steps_ago)
-        return head(
-            hidden, candidates, targets, negatives, log_counts, opinions, self._teacher_share
-        )
+        sizes = None
+        if owned is not None:
+            rows = self.exchange.collect(rows, owned)
+            sizes = [len(masked)] * dist.get_world_size() if head.catalog.shared else None
+        if candidates is None:
+            rows, candidates = _Split.apply(rows, rows.shape[0] - scored)
+        layout = offsets, masked, left_only, steps_ago
+        hidden = (encode or self._body)(rows, *layout)
+        opinions = [] if ids is None else self._teachers(ids[: len(rows)], *layout)
+        share = self._teacher_share
+        return head(hidden, candidates, targets, negatives, log_counts, opinions, share, sizes)
 
 
 class _Split(torch.autograd.Function):
@@ -193,6 +198,8 @@ def _joined(items: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
     A large catalog's rows are neither copied here, nor their gradients joined by another copy.
     """
+    if not len(candidates):
+        return items
     base = items._base
     if (
         base is not None

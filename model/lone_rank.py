@@ -22,10 +22,10 @@ def look_up_at_home(model: nn.Module) -> None:
             continue
         names = [name for sharding in module._embedding_names_per_sharding for name in sharding]
         if len(module._lookups) == 1 and len(set(names)) == len(names):
-            module.forward = _Home(module._lookups[0], names, module._embedding_dim)
+            module.forward = Home(module._lookups[0], names, module._embedding_dim)
 
 
-class _Home:
+class Home:
     """The forward pass of a collection whose features all stay.
 
     Args:
@@ -40,7 +40,10 @@ class _Home:
     def __call__(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Rows [sum of lengths, D] of each feature."""
         assert features.keys() == self._names, (features.keys(), self._names)
-        rows = self._lookup(features).view(-1, self._width).split(features.length_per_key())
+        all_rows, sizes = self._lookup(features).view(-1, self._width), features.length_per_key()
+        # A split of all and nothing would copy all gradients.
+        alone = sum(sizes) == sizes[0]
+        rows = (all_rows, *(all_rows[:0] for _ in sizes[1:])) if alone else all_rows.split(sizes)
         lengths = features.lengths().view(len(rows), -1).unbind()
         return {
             name: JaggedTensor(of_name, lengths=each)

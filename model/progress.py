@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -50,19 +50,10 @@ class Feed(Iterator[Step]):
 
     Args:
         stop: the first epoch of which there are none.
-        most: asks for the largest of a number on all ranks: of each batch's masked positions, long
-            before the step. None: nobody wants to know.
     """
 
-    def __init__(
-        self,
-        loader: TrainLoader,
-        position: Position,
-        steps: int,
-        stop: int,
-        most: Callable[[int], Callable[[], int]] | None = None,
-    ) -> None:
-        self._loader, self._most = loader, most
+    def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
+        self._loader = loader
         # Not one more: the pipeline must be empty when training ends in the middle of an epoch.
         self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
         # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
@@ -73,8 +64,6 @@ class Feed(Iterator[Step]):
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started
-        if self._most is not None:
-            batch.most_masked = self._most(batch.num_masked)
         self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
         return batch
 

@@ -15,6 +15,7 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoint import CheckpointConfig
 from model.encoder import EncoderConfig
 from model.evaluation import Result, evaluate
+from model.gathered_rows import agreement
 from model.head import CatalogSlice, HeadConfig, catalog_slice
 from model.plan import ShardingConfig
 from model.profile import ProfileConfig
@@ -22,8 +23,8 @@ from model.ranks import Ranks
 from model.recipes import CHOICES
 from model.schedule import TrainingConfig
 from model.sharding import OptimizerConfig, shard, unwrap
+from model.table_shard import Lookup, choose_lookup
 from model.teachers import TeachersConfig
-from model.whole_shard import scores_in_place
 from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
 from pipeline.holdout import EvalLoader, HoldoutConfig
@@ -176,20 +177,26 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
 def shard_model(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> DistributedModelParallel:
     """``plain`` sharded or replicated over the ranks, as the config says."""
     rows = config.loader.train_batch_size
-    in_place = _scores_in_place(config, plain.head.num_items, ranks)
-    return shard(plain, config.sharding, config.optimizer, rows, ranks, in_place)
+    lookup = _lookup(config, plain.head.num_items, ranks)
+    return shard(plain, config.sharding, config.optimizer, rows, ranks, lookup)
 
 
-def _scores_in_place(config: RunConfig, num_items: int, ranks: Ranks) -> bool:
-    positions = config.loader.train_batch_size * config.windows.max_len
-    return scores_in_place(config.sharding, config.head, num_items, positions, ranks)
+def _lookup(config: RunConfig, num_items: int, ranks: Ranks) -> Lookup:
+    longest = config.windows.max_len * (1 + config.mask.two_stream)
+    positions, drawn = config.loader.train_batch_size * longest, 0
+    if config.head.loss != "softmax":  # every position's target, and the negatives
+        drawn = positions + config.negatives.train_negatives
+    width = config.encoder.emb_dim
+    given = config.sharding, config.head, num_items, width, positions, drawn
+    return choose_lookup(*given, ranks)
 
 
 def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
     low, high = catalog.low, catalog.high
-    if _scores_in_place(config, store.num_items, ranks):
+    lookup = _lookup(config, store.num_items, ranks)
+    if lookup.in_place:
         high = low  # nothing to look up: the table itself is scored
     return TrainLoader(
         store,
@@ -200,6 +207,7 @@ def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Train
         world_size=ranks.world_size,
         candidate_range=(low, high),
         negatives=_negatives(config, store),
+        agree=agreement(ranks) if lookup.gathered else None,
     )
 
 

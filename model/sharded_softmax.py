@@ -23,7 +23,7 @@ Shapes: W ranks, M hidden vectors of the rank that has most, m of this rank, C c
 rank, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +40,6 @@ def gather_sizes(size: int) -> list[int]:
     sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
     dist.all_gather_into_tensor(sizes, torch.tensor([size]))
     return sizes.tolist()
-
-
-def ask_for_most(size: int) -> Callable[[], int]:
-    """Ask all ranks, between hosts, for their largest ``size``; the answer is waited for later."""
-    most = torch.tensor([size])
-    asked = dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True)
-
-    def answer() -> int:
-        asked.wait()
-        return int(most)
-
-    return answer
 
 
 def all_gather_rows(

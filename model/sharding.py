@@ -27,6 +27,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from model.averaging import AveragingOptimizer, Unwrapped, begin_as_first_rank
 from model.bert4rec import BERT4Rec
+from model.gathered_rows import gather_rows
 from model.graphs import GraphedOptimizer
 from model.lone_rank import look_up_at_home
 from model.plan import (
@@ -37,7 +38,7 @@ from model.plan import (
     plan_tables,
 )
 from model.ranks import Ranks
-from model.whole_shard import score_in_place
+from model.table_shard import Lookup, own_shard
 from pipeline.errors import UserError
 
 
@@ -68,18 +69,19 @@ def shard(
     dense: OptimizerConfig,
     rows: int,
     ranks: Ranks,
-    in_place: bool = False,
+    lookup: Lookup | None = None,
 ) -> DistributedModelParallel:
     """Distribute ``model`` over the ranks.
 
     Args:
         rows: rows of a training batch on one rank, for the planner's cost model.
-        in_place: score and update whole shards, as :mod:`model.whole_shard` says they can be.
+        lookup: how rows come to where they are needed; None leaves it to TorchRec.
 
     Raises:
         UserError: no plan fits the memory, or the device cannot have such tables.
     """
     check_device(config, ranks.device)
+    lookup = lookup or Lookup()
     fused = {
         "optimizer": FUSED_OPTIMIZERS[embedding_optimizer(config, ranks.device)],
         "learning_rate": embedding_lr(config, dense, ranks.device),
@@ -101,10 +103,14 @@ def shard(
         sharders=[sharder],
         data_parallel_wrapper=None if wrapped_by_ddp else Unwrapped(),
     )
-    if in_place:
+    if lookup.own:
+        catalog = model.head.catalog if lookup.in_place else None
         optimizer = embedding_optimizer(config, ranks.device)
-        whole = score_in_place(distributed, model.head.catalog, optimizer, ranks)
-        model.dense_step.score_in_place(whole.candidates)
+        own = own_shard(distributed, catalog, optimizer, ranks)
+        if lookup.in_place:
+            model.dense_step.score_in_place(own.candidates)
+    if lookup.gathered:
+        model.dense_step.exchange = gather_rows(distributed, model.head.num_items + 2, ranks)
     if ranks.world_size == 1:
         look_up_at_home(distributed)
     elif not wrapped_by_ddp:
@@ -173,9 +179,12 @@ class Optimizers:
             self._graphed_lr = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
-            stepped = GraphedOptimizer(stepped, list(parameters.values()))
-        if sharding.mode == "dmp" and dist.get_world_size() > 1:
-            stepped = AveragingOptimizer(stepped, list(parameters.values()))
+        # Ranks that take the same steps through graphs average their gradients in one, too.
+        wrappers = [AveragingOptimizer] * (sharding.mode == "dmp" and dist.get_world_size() > 1)
+        if self._graphed_lr is not None:
+            wrappers.insert(len(wrappers) * unwrap(model).dense_step.is_alike, GraphedOptimizer)
+        for wrap in wrappers:
+            stepped = wrap(stepped, list(parameters.values()))
         self._stepped = stepped
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", stepped)])
         self._description = f"AdamW, lr {config.lr:g}"

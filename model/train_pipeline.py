@@ -5,7 +5,8 @@
     batch i      looked up, forward, backward, update
 
 Where features stay on their rank, because nothing is sharded (``--mode ddp``) or there is no other
-rank, only the copies run ahead.
+rank, only the copies run ahead. Where ranks look up for each other (``model/gathered_rows.py``),
+the exchange of features is one call, which needs no rewriting of the model.
 """
 
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
+from model.gathered_rows import GatheredRows
+from model.sharding import unwrap
 from pipeline.batch import TrainBatch
 
 
@@ -63,10 +66,34 @@ class _CopyingPipeline(_Pipeline):
         self.start_sparse_data_dist(batch, context)  # waits for the copy
 
 
+class _GatheringPipeline(_Pipeline):
+    """The same pipeline for ranks that look up for each other: nothing to trace either."""
+
+    def __init__(self, exchange: GatheredRows, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self._exchange = exchange
+
+    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
+        self._pipelined_modules = []
+        self.start_sparse_data_dist(batch, context)
+
+    def start_sparse_data_dist(self, batch: TrainBatch | None, context: Any) -> None:
+        super().start_sparse_data_dist(batch, context)  # waits for the copy
+        if batch is not None and batch.owned is None:
+            with (
+                record_function(f"## start_sparse_data_dist {context.index} ##"),
+                self._stream_context(self._data_dist_stream),
+            ):
+                self._exchange.distribute(batch)
+
+
 def train_pipeline(
     model: DistributedModelParallel, optimizer: Steps, device: torch.device
 ) -> TrainPipelineSparseDist:
     """The pipeline for ``model``; its batches must be drained before ``detach``."""
+    given = model, optimizer, device
+    if exchange := unwrap(model).dense_step.exchange:
+        return _GatheringPipeline(exchange, *given, execute_all_batches=True)
     distributes = dist.get_world_size() > 1 and any(model.plan.plan.values())
     pipeline = _Pipeline if distributes else _CopyingPipeline
-    return pipeline(model, optimizer, device, execute_all_batches=True)
+    return pipeline(*given, execute_all_batches=True)

@@ -30,7 +30,6 @@ from model.progress import Feed, Interval, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.schedule import TrainingConfig, lr_factor
-from model.sharded_softmax import ask_for_most
 from model.sharding import Optimizers, set_table_steps, unwrap
 from model.train_pipeline import train_pipeline
 from pipeline.errors import UserError
@@ -142,8 +141,7 @@ class Trainer:
         if steps <= 0:
             return
         self.model.train()
-        most = ask_for_most if unwrap(self.model).dense_step.shares_graphs else None
-        feed, interval = Feed(self.loader, self.position, steps, stop, most), Interval()
+        feed, interval = Feed(self.loader, self.position, steps, stop), Interval()
         for left in reversed(range(steps)):
             self._step(feed, interval)
             self.after_step()

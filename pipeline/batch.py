@@ -21,7 +21,6 @@ Both batches implement :class:`torchrec.streamable.Pipelineable`, so that the tr
 TorchRec can copy them on one CUDA stream and use them on another.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -87,7 +86,9 @@ class TrainBatch(Pipelineable):
         negatives: int64 [K], items to score besides the targets; None: candidate_range says.
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
         packed: the memory that all these tensors are views of; None: each has its own.
-        most_masked: tells the largest M of this step's batches on all ranks; None: nobody asked.
+        alike: this step's batches have equal shapes on all ranks, as far as these ask each other.
+        owned: bool [U], the features are U ids of all ranks, and the marked ones' rows are here;
+            None: they are this rank's own. See :meth:`look_up_for_all`.
     """
 
     features: KeyedJaggedTensor
@@ -102,12 +103,23 @@ class TrainBatch(Pipelineable):
     negatives: Tensor | None = None
     log_counts: Tensor | None = None
     packed: Packed | None = None
-    most_masked: Callable[[], int] | None = None
+    alike: bool = True
+    owned: Tensor | None = None
+    _own: KeyedJaggedTensor | None = None
 
     @property
-    def num_masked(self) -> int:
-        """M."""
-        return self.masked.numel()
+    def ids(self) -> Tensor:
+        """int64 [T + C], this rank's items, and what it scores."""
+        return (self._own or self.features).values()
+
+    @property
+    def row_offsets(self) -> Tensor:
+        """int64 [B + 1], where this rank's rows begin in its items."""
+        return (self._own or self.features).offsets()[: self.num_rows + 1]
+
+    def look_up_for_all(self, features: KeyedJaggedTensor, owned: Tensor) -> None:
+        """Put other features, of all ranks' ids, in the place of this rank's own."""
+        self._own, self.features, self.owned = self.features, features, owned
 
     @classmethod
     def unpacked(cls, packed: Packed, **known: Any) -> "TrainBatch":
@@ -152,8 +164,12 @@ class TrainBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        packed = self.packed and (self.packed.words, self.features)
-        for part in packed or self._parts().values():
+        parts = self._parts()
+        if self.packed is not None:
+            made = ("features", "_own", "owned")
+            parts = {name: part for name, part in parts.items() if name in made}
+            parts["words"] = self.packed.words
+        for part in parts.values():
             part.record_stream(stream)
 
     def _parts(self) -> dict[str, Any]:

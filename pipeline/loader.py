@@ -22,7 +22,7 @@ batch size::
     batches = loader.epoch(**state)              later, elsewhere
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +71,8 @@ class TrainLoader:
         rank, world_size: this rank's share; every rank must be given the same rest.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         negatives: draws items that each step scores instead.
+        agree: as of :class:`~pipeline.rounding.RoundUp`, called by the thread that runs ahead: a
+            step's batches then have as many positions, rows and masked positions on all ranks.
         pin_memory: page-locked batches; None means wherever there is CUDA.
         few_shapes: round sizes up (``pipeline/rounding.py``); None means wherever there is CUDA.
 
@@ -90,6 +92,7 @@ class TrainLoader:
         pin_memory: bool | None = None,
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
+        agree: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:
@@ -114,13 +117,16 @@ class TrainLoader:
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
         chunks: BaseNode[Chunk] = (TwoStreams if mask.two_stream else MaskItems)(cut, cloze)
         second = mask.left_context_share if mask.two_stream else 0.0  # tokens of it for each item
-        if torch.cuda.is_available() if few_shapes is None else few_shapes:
+        few = torch.cuda.is_available() if few_shapes is None else few_shapes
+        if few or agree is not None:
+            of_masks = second + (1 - second) * mask.mask_prob
             chunks = RoundUp(
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
-                position_unit=rounding_unit(mean_items * (1 + second)),
-                mask_unit=rounding_unit(mean_items * (second + (1 - second) * mask.mask_prob)),
+                position_unit=rounding_unit(mean_items * (1 + second)) if few else 1,
+                mask_unit=rounding_unit(mean_items * of_masks) if few else 1,
+                agree=agree,
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)

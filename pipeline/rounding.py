@@ -9,9 +9,12 @@ nothing. Three rows, ``max_len`` 4, rounded up to a multiple of 8 positions and 
     values    7 11  9 | 4 11 | 5 6 11 2         7 11 9 | 4 11 | 5 6 11 2 | 11 11 11 11 | 11 11 11
     masked       1        4        7      ->    1 4 7 0
     targets      3        2        8            3 2 8 0
+
+Ranks that agree on their steps' sizes get batches of the same shapes, those of the largest.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from torchdata.nodes import BaseNode
@@ -37,6 +40,8 @@ class RoundUp(ChunkStage[Chunk]):
         max_len: items of a filler row, at most.
         mask_token: what filler rows are made of.
         position_unit, mask_unit: positions and masked positions of a step become multiples.
+        agree: gives the largest of each number on all ranks, which all ask alike; None: this rank's
+            sizes are nobody else's concern. Sets the chunk's ``alike``.
     """
 
     def __init__(
@@ -46,27 +51,29 @@ class RoundUp(ChunkStage[Chunk]):
         mask_token: int,
         position_unit: int,
         mask_unit: int,
+        agree: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         super().__init__(source)
         self.max_len, self.mask_token = max_len, mask_token
         self.position_unit, self.mask_unit = position_unit, mask_unit
+        self.agree = agree
 
     def apply(self, chunk: Chunk) -> Chunk:
         rows = np.diff(chunk.row_splits)
         value_splits = chunk.offsets[chunk.row_splits]
         mask_splits = np.searchsorted(chunk.masked, value_splits)
         positions, masks = np.diff(value_splits), np.diff(mask_splits)
+        new_positions, new_masks, new_rows = self._sizes(chunk, positions, masks, rows)
 
-        new_positions = _rounded(np.maximum(positions, 1), self.position_unit)
-        missing = new_positions - positions
-        fillers = -(-(self.position_unit - 1) // self.max_len)
-        new_rows = rows + fillers
         new_value_splits, new_row_splits = _splits(new_positions), _splits(new_rows)
-        before = self.max_len * np.arange(fillers)
-        filled = np.clip(missing[:, None] - before, 0, self.max_len)  # [S, fillers]
+        fillers = new_rows - rows
+        firsts = np.repeat(_splits(fillers)[:-1], fillers)
+        before = self.max_len * (np.arange(fillers.sum()) - firsts)
+        missing = np.repeat(new_positions - positions, fillers)
         lengths = np.empty(new_row_splits[-1], dtype=np.int64)
         lengths[_heads(new_row_splits, rows)] = np.diff(chunk.offsets)
-        lengths[jagged_positions(new_row_splits[1:] - fillers, new_row_splits[1:])] = filled.ravel()
+        filler_rows = jagged_positions(new_row_splits[1:] - fillers, new_row_splits[1:])
+        lengths[filler_rows] = np.clip(missing - before, 0, self.max_len)
         values = np.full(new_value_splits[-1], self.mask_token, dtype=chunk.values.dtype)
         values[_heads(new_value_splits, positions)] = chunk.values
 
@@ -75,7 +82,6 @@ class RoundUp(ChunkStage[Chunk]):
             steps_ago[_heads(new_value_splits, positions)] = chunk.steps_ago
             chunk.steps_ago = steps_ago
 
-        new_masks = _rounded(masks, self.mask_unit)
         new_mask_splits = _splits(new_masks)
         masked = np.repeat(new_value_splits[:-1], new_masks)  # a step's first position, target 0
         targets = np.zeros(new_mask_splits[-1], dtype=chunk.targets.dtype)
@@ -86,6 +92,22 @@ class RoundUp(ChunkStage[Chunk]):
         chunk.values, chunk.offsets, chunk.row_splits = values, _splits(lengths), new_row_splits
         chunk.masked, chunk.targets, chunk.mask_splits = masked, targets, new_mask_splits
         return chunk
+
+    def _sizes(
+        self, chunk: Chunk, positions: np.ndarray, masks: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions, masked positions and rows of each step, int64 [S] each, after filling up."""
+        positions = _rounded(np.maximum(positions, 1), self.position_unit)
+        masks, fewest = _rounded(masks, self.mask_unit), positions
+        if self.agree is not None:
+            windows = chunk.step_windows
+            agreed = self.agree(np.stack([positions, masks, rows, windows, -positions, -windows]))
+            positions, masks, rows = agreed[:3]
+            fewest = -agreed[4]
+            chunk.alike = agreed[3] == -agreed[5]
+        # As many filler rows as may be needed, whatever the positions before rounding.
+        most_missing = positions - fewest + self.position_unit - 1
+        return positions, masks, rows - (-most_missing // self.max_len)
 
 
 def _rounded(counts: np.ndarray, unit: int) -> np.ndarray:

@@ -49,6 +49,7 @@ class Chunk:
         step_windows: int64 [S], rows of each step that are windows, set when rows are chosen.
         negatives: int64 [S, K], items drawn for each step; None if there are none.
         log_counts: float32 [S, K], logarithms of how often each was to be expected.
+        alike: bool [S], steps that have equal shapes on all ranks; None: nobody asked.
     """
 
     epoch: int
@@ -65,6 +66,7 @@ class Chunk:
     steps_ago: np.ndarray | None = None
     negatives: np.ndarray | None = None
     log_counts: np.ndarray | None = None
+    alike: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.step_windows = np.diff(self.row_splits)

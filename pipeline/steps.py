@@ -9,7 +9,7 @@ PackedBatch, PackedBatch, PackedBatch
 TrainBatch
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -30,7 +30,7 @@ class PackedBatch(Pipelineable):
 
     Attributes:
         packed: the memory of all its tensors.
-        num_windows, num_rows, longest, candidate_range, most_masked: as in :class:`TrainBatch`.
+        num_windows, num_rows, longest, candidate_range, alike: as in :class:`TrainBatch`.
     """
 
     packed: Packed
@@ -38,12 +38,7 @@ class PackedBatch(Pipelineable):
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
-    most_masked: Callable[[], int] | None = None
-
-    @property
-    def num_masked(self) -> int:
-        """M of the batch."""
-        return self.packed.sizes[self.packed.names.index("masked")]
+    alike: bool = True
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         """The batch on ``device``, with the candidates appended."""
@@ -65,7 +60,7 @@ class PackedBatch(Pipelineable):
             num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
-            most_masked=self.most_masked,
+            alike=self.alike,
         )
 
 
@@ -84,6 +79,7 @@ class ChunkTensors:
         longest: of each step, at least the length of its longest row.
         packed: the tensors of each step.
         candidate_range: put into each batch.
+        alike: of each step, whether its batches have equal shapes on all ranks.
         filler: what a step without rows trains on.
     """
 
@@ -94,6 +90,7 @@ class ChunkTensors:
     longest: list[int]
     packed: list[Packed]
     candidate_range: tuple[int, int] | None
+    alike: list[bool]
     filler: TrainBatch
 
     def batches(self) -> Iterator[tuple[Step, int]]:
@@ -105,6 +102,7 @@ class ChunkTensors:
                 num_rows=self.rows[step],
                 longest=self.longest[step],
                 candidate_range=self.candidate_range,
+                alike=self.alike[step],
             )
             if not batch.num_rows:
                 drawn = batch.unpack()
@@ -146,6 +144,7 @@ class ToTensors(ChunkStage[ChunkTensors]):
             longest=[rounded_up(each) for each in longest],
             packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
             candidate_range=self.candidate_range,
+            alike=[True] * len(chunk.step_samples) if chunk.alike is None else chunk.alike.tolist(),
             filler=self._filler(),
         )
 

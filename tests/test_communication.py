@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,23 +75,28 @@ def test_ddp_sends_every_gradient(counted: dict[str, Any], config: RunConfig) ->
     assert found["all-reduce, float32"]["most"] == pytest.approx(4 * numbers + 4)
 
 
-def test_row_wise_sends_foreign_rows_there_and_their_gradients_back(
-    counted: dict[str, Any], config: RunConfig
+def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
+    counted: dict[str, Any], config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, dense = counted["dmp"]["collectives"], dense_parameters(config, 50)
     assert found["all-reduce, float32"]["mean"] == pytest.approx(4 * dense + 4)
 
+    # Sizes on which nobody has agreed: of two ranks the larger counts.
+    monkeypatch.setattr("model.run.agreement", lambda _: lambda sizes: sizes)
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
-    store, foreign = prepare(config.data), []
+    store, sizes = prepare(config.data), []
     for rank in (0, 1):
         batches = train_loader(config, store, alone(rank, 2)).epoch(0)
-        for batch in itertools.islice(batches, WARM_UP, WARM_UP + STEPS):
-            owner = batch.unpack().features["item"].values() // 26  # of 52 rows
-            foreign.append(int((owner != rank).sum()))
-    # A row is sent by its owner and its gradient by whoever asked; two ranks share the work.
-    rows = 2 * sum(foreign) / STEPS / 2
-    assert rows > 0
-    assert found["all-to-all, float32"]["mean"] == pytest.approx(rows * DIM * 4)
+        steps = [*itertools.islice(batches, WARM_UP, WARM_UP + STEPS)]
+        sizes.append([(len(step.unpack().ids), len(step.unpack().masked)) for step in steps])
+    ids, masked = np.max(sizes, axis=0).sum(axis=0) / STEPS
+    # Ids and targets; gradients of rows, hidden vectors, two sums of every position of both ranks,
+    # a weight of each of this rank's; rows, and the gradients of hidden vectors.
+    assert found["all-gather, int64"]["mean"] == pytest.approx(8 * (ids + masked))
+    assert found["all-gather, float32"]["mean"] == pytest.approx(
+        4 * (ids * DIM + masked * DIM + 5 * masked)
+    )
+    assert found["reduce-scatter, float32"]["mean"] == pytest.approx(4 * (ids + masked) * DIM)
     whole = communication.total(counted["dmp"], "mean")
     assert whole == pytest.approx(sum(entry["mean"] for entry in found.values()))
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.progress import Feed, Position
 from pipeline.batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.loader import LoaderConfig, TrainLoader
@@ -244,18 +243,3 @@ def test_nothing_to_train_on_is_the_users_to_fix() -> None:
 def test_flags_out_of_range_are_named(flag: str) -> None:
     with pytest.raises(UserError, match=f"--{flag} must be at least 1, not 0"):
         LoaderConfig(**{flag: 0})
-
-
-def test_a_feed_asks_for_the_most_masked_positions_before_their_step() -> None:
-    loader = TrainLoader(store(), WINDOWS, MaskConfig(), LoaderConfig(8), 0, 30)
-    asked: list[int] = []
-
-    def most(size: int) -> Callable[[], int]:
-        asked.append(size)
-        return lambda: size + 100
-
-    batch = next(Feed(loader, Position(), 2, 1, most))
-    moved = batch.to(torch.device("cpu"))
-    assert asked == [batch.num_masked] == [moved.num_masked] == [moved.masked.numel()]
-    assert moved.most_masked() == asked[0] + 100
-    assert next(Feed(loader, Position(), 2, 1)).most_masked is None

@@ -1,5 +1,9 @@
 """Rounded-up steps hold the same windows and targets, and fillers that count for nothing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 from torchdata.nodes import IterableWrapper
 
@@ -69,3 +73,65 @@ def test_rounding_adds_only_what_counts_for_nothing() -> None:
             assert after.targets[: len(masked)].equal(before.targets)
             assert (after.targets[len(masked) :] == 0).all()
             assert after.num_windows == before.num_windows
+
+
+def test_ranks_that_agree_have_the_same_shapes() -> None:
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(3, 40, 40)
+    store = SequenceStore.from_arrays(
+        generator.integers(1, 21, lengths.sum()), np.concatenate([[0], lengths.cumsum()]), 20
+    )
+    mask = MaskConfig(left_context_share=0.5)
+    ranks, told = 3, threading.Barrier(3)
+    asked: list[dict[int, np.ndarray]] = [{}]
+
+    def largest_on(rank: int, sizes: np.ndarray) -> np.ndarray:
+        here = asked[-1]
+        here[rank] = sizes
+        if told.wait() == 0:
+            asked.append({})
+        told.wait()
+        return np.max([here[each] for each in range(ranks)], axis=0)
+
+    def batches(rank: int, few_shapes: bool, alone: bool = False) -> list:
+        loader = TrainLoader(
+            store,
+            WindowConfig(max_len=10),
+            mask,
+            LoaderConfig(train_batch_size=7),
+            rank=rank,
+            world_size=ranks,
+            few_shapes=few_shapes,
+            agree=None if alone else partial(largest_on, rank),
+        )
+        return [batch.unpack() for batch in loader.epoch(1)]
+
+    for few_shapes in (False, True):
+        with ThreadPoolExecutor(ranks) as pool:
+            found = [*pool.map(partial(batches, few_shapes=few_shapes), range(ranks))]
+        plain = [batches(rank, few_shapes, alone=True) for rank in range(ranks)]
+        alike = []
+        for step, of_step in enumerate(zip(*found, strict=True)):
+            windows = [batch.num_windows for batch in of_step]
+            alike.append(len({*windows}) == 1)
+            assert {batch.alike for batch in of_step} == {alike[-1]}
+            for sizes in (
+                [len(batch.ids) for batch in of_step],
+                [len(batch.masked) for batch in of_step],
+                [len(batch.row_offsets) for batch in of_step],
+            ):
+                assert len({*sizes}) == 1
+            for rank, batch in enumerate(of_step):
+                before = plain[rank][step]
+                items, masked = before.features.values(), before.masked
+                if windows[rank] == 0:  # without the others, a lone mask token
+                    assert (batch.ids == 21).all()
+                    assert (batch.targets == 0).all()
+                    continue
+                assert batch.ids[: len(items)].equal(items)
+                assert (batch.ids[len(items) :] == 21).all()
+                assert batch.masked[: len(masked)].equal(masked)
+                assert (batch.targets[len(masked) :] == 0).all()
+                assert int(batch.row_offsets[-1]) == len(batch.ids)
+                assert int(batch.row_offsets.diff().max()) <= 10
+        assert alike.count(True) == len(alike) - 1 > 3  # the last step is not whole

@@ -2,11 +2,17 @@
 
     index 2 0 2 5 -> sorted 0 2 2 5 -> a program for each run -> rows[0] += ., rows[2] += . + ., ...
 
+A run that goes on from one chunk of the sorted values into the next is added up chunk by chunk, and
+a second kernel adds up these sums: the mask token's are a fifth of all. What becomes of a row's sum
+is the caller's: it is added, or it is the gradient of a step of Adam.
+
 ``index_put_(accumulate=True)`` of torch sorts likewise, and then takes the duplicates one by one.
 
 Shapes: M values, C rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+
+from typing import Any
 
 import torch
 
@@ -16,8 +22,8 @@ try:
 except ImportError:  # torch's CPU builds come without it
     triton = None
 
-# Values of a run, and of each so many columns, that a program adds at a time.
-_BLOCK, _COLUMNS = 32, 64
+# Values of a run, and of each so many columns, that a program adds at a time; values of a chunk.
+_BLOCK, _COLUMNS, _CHUNK = 32, 64, 256
 
 
 def add_rows(
@@ -43,24 +49,58 @@ def add_rows(
             if len(part):
                 _add(part, index - begin if begin else index, values)
         return
+    _sum_runs(rows, more, index, values, count)
+
+
+def adam_rows(
+    rows: torch.Tensor,
+    means: torch.Tensor,
+    squares: torch.Tensor,
+    index: torch.Tensor,
+    values: torch.Tensor,
+    rates: torch.Tensor,
+    scale: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """A step of Adam for every row that the index names, with its values' sum as the gradient.
+
+    Args:
+        rows: float32 [C, D] on CUDA, contiguous.
+        means, squares: float32 [C, D], of the gradients so far.
+        index: int64 [M], not negative; C: nowhere.
+        values: float32 [M, D].
+        rates: float32 [2], see :class:`~model.kernels.table_update.Step`.
+        scale: what gradients are multiplied with.
+    """
+    if len(index):
+        adam = means, squares, rates, scale, beta1, beta2, eps
+        _sum_runs(rows, rows[:0], index, values, len(rows), adam)
+
+
+def _sum_runs(
+    rows: torch.Tensor,
+    more: torch.Tensor,
+    index: torch.Tensor,
+    values: torch.Tensor,
+    limit: int,
+    adam: tuple[Any, ...] | None = None,
+) -> None:
     # A sort passes over the keys once for every few of their bits.
-    short = count < torch.iinfo(torch.int16).max
-    keys = index.clamp(max=count).to(torch.int16 if short else torch.int32)
+    short = limit < torch.iinfo(torch.int16).max
+    keys = index.clamp(max=limit).to(torch.int16 if short else torch.int32)
     keys, order = keys.sort(stable=True)
     width, values = rows.shape[1], values.contiguous()
-    _add_runs[(len(keys), triton.cdiv(width, _COLUMNS))](
-        keys,
-        order,
-        values,
-        rows,
-        more,
-        len(keys),
-        len(rows),
-        count,
-        width,
-        _BLOCK,
-        _COLUMNS,
-    )
+    chunks, parts = triton.cdiv(len(keys), _CHUNK), triton.cdiv(width, _COLUMNS)
+    edges = values.new_empty(chunks, 2, width)
+    means, squares, rates, *known = adam or (rows, rows, rows, 0.0, 0.0, 0.0, 0.0)
+    out = rows, more, len(rows), width, means, squares, rates, *known
+    sizes = adam is not None, _CHUNK, _COLUMNS
+    count = len(keys)
+    _add_runs[(count, parts)](keys, order, values, edges, count, limit, *out, *sizes, _BLOCK)
+    if chunks > 1:
+        _add_chunks[(chunks - 1, parts)](keys, edges, count, limit, *out, *sizes)
 
 
 def _add(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
@@ -78,38 +118,164 @@ def _has_kernel(rows: torch.Tensor, count: int) -> bool:
 if triton is not None:
 
     @triton.jit
+    def _finish(
+        key,
+        total,
+        column,
+        wide,
+        rows,
+        more,
+        split,
+        width,
+        means,
+        squares,
+        rates,
+        scale,
+        beta1,
+        beta2,
+        eps,
+        adam: tl.constexpr,
+    ) -> None:
+        row = key.to(tl.int64)
+        if adam:
+            at = row * width + column
+            grad = total * scale
+            mean = beta1 * tl.load(means + at, mask=wide, other=0.0) + (1.0 - beta1) * grad
+            square = tl.load(squares + at, mask=wide, other=0.0)
+            square = beta2 * square + (1.0 - beta2) * grad * grad
+            value = tl.load(rows + at, mask=wide, other=0.0)
+            rate, shrink = tl.load(rates), tl.load(rates + 1)
+            value -= rate * mean / (tl.sqrt(square) * shrink + eps)
+            tl.store(means + at, mean, mask=wide)
+            tl.store(squares + at, square, mask=wide)
+            tl.store(rows + at, value, mask=wide)
+        else:
+            start_of = tl.where(key < split, rows + row * width, more + (row - split) * width)
+            to = start_of + column
+            tl.store(to, tl.load(to, mask=wide, other=0.0) + total, mask=wide)
+
+    @triton.jit
     def _add_runs(
         keys,
         order,
         values,
+        edges,
+        count,
+        limit,
         rows,
         more,
-        count,
         split,
-        limit,
         width,
-        block: tl.constexpr,
+        means,
+        squares,
+        rates,
+        scale,
+        beta1,
+        beta2,
+        eps,
+        adam: tl.constexpr,
+        chunk: tl.constexpr,
         columns: tl.constexpr,
+        block: tl.constexpr,
     ) -> None:
         start = tl.program_id(0)
         key = tl.load(keys + start).to(tl.int32)
         before = tl.load(keys + start - 1, mask=start > 0, other=-1).to(tl.int32)
-        if (key != before) & (key < limit):  # a run begins here
+        begins = key != before
+        if (begins | (start % chunk == 0)) & (key < limit):
             column = tl.program_id(1) * columns + tl.arange(0, columns)
             wide = column < width
+            end = tl.minimum((start // chunk + 1) * chunk, count)
             sums = tl.zeros([block, columns], tl.float32)
             at = start + tl.arange(0, block)
-            same = tl.load(keys + at, mask=at < count, other=-1).to(tl.int32) == key
+            same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
             found = tl.sum(same.to(tl.int32), axis=0)
             while found > 0:
                 of = tl.load(order + at, mask=same, other=0)
                 inside = same[:, None] & wide
                 sums += tl.load(values + of[:, None] * width + column, mask=inside, other=0.0)
                 at += block
-                same = tl.load(keys + at, mask=at < count, other=-1).to(tl.int32) == key
+                same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
                 found = tl.sum(same.to(tl.int32), axis=0)
-            row = key.to(tl.int64)
-            start_of = tl.where(key < split, rows + row * width, more + (row - split) * width)
-            to = start_of + column
-            total = tl.load(to, mask=wide, other=0.0) + tl.sum(sums, axis=0)
-            tl.store(to, total, mask=wide)
+            total = tl.sum(sums, axis=0)
+            follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
+            if begins & (follows == 0):
+                _finish(
+                    key,
+                    total,
+                    column,
+                    wide,
+                    rows,
+                    more,
+                    split,
+                    width,
+                    means,
+                    squares,
+                    rates,
+                    scale,
+                    beta1,
+                    beta2,
+                    eps,
+                    adam,
+                )
+            else:
+                # Of each chunk the sum of a run from before it, and that of one that begins in it.
+                edge = (start // chunk) * 2 + begins.to(tl.int32)
+                tl.store(edges + edge * width + column, total, mask=wide)
+
+    @triton.jit
+    def _add_chunks(
+        keys,
+        edges,
+        count,
+        limit,
+        rows,
+        more,
+        split,
+        width,
+        means,
+        squares,
+        rates,
+        scale,
+        beta1,
+        beta2,
+        eps,
+        adam: tl.constexpr,
+        chunk: tl.constexpr,
+        columns: tl.constexpr,
+    ) -> None:
+        at = tl.program_id(0)
+        end = (at + 1) * chunk
+        key = tl.load(keys + end - 1).to(tl.int32)
+        first = tl.load(keys + at * chunk).to(tl.int32)
+        before = tl.load(keys + at * chunk - 1, mask=at > 0, other=-1).to(tl.int32)
+        follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
+        if follows & ((first != key) | (before != key)) & (key < limit):
+            column = tl.program_id(1) * columns + tl.arange(0, columns)
+            wide = column < width
+            total = tl.load(edges + (at * 2 + 1) * width + column, mask=wide, other=0.0)
+            going = 1
+            while going > 0:
+                at += 1
+                total += tl.load(edges + at * 2 * width + column, mask=wide, other=0.0)
+                end = (at + 1) * chunk
+                after = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32)
+                going = (after == key).to(tl.int32)
+            _finish(
+                key,
+                total,
+                column,
+                wide,
+                rows,
+                more,
+                split,
+                width,
+                means,
+                squares,
+                rates,
+                scale,
+                beta1,
+                beta2,
+                eps,
+                adam,
+            )

@@ -1,11 +1,14 @@
-"""Updates of a table whose every row has a gradient: one pass over memory, in no order of ids.
+"""Updates of a table's rows by their gradients, as FBGEMM's fused optimizers do them.
+
+``update_some``: rows that were looked up, gradients of equal ids summed.
+``update``: every row has a gradient: one pass over memory, in no order of ids.
 
     table [R, D]       row 0 | candidates, rows first ... first + C - 1 | others
     gradients          "others", S = R - C rows, behind those of the candidates [C, D]:
                        row i of both together is for row (first + i) mod R of the table
 
-FBGEMM's fused optimizers, formula by formula. They do not touch a row that was not looked up; here
-an outer row counts as looked up if its gradient is not zero, which only Adam can tell.
+Formulas are FBGEMM's. It does not touch a row that was not looked up; here an outer row counts as
+looked up if its gradient is not zero, which only Adam can tell.
 
 Shapes: R rows of the table, C candidates, S = R - C outer rows, D width.
 """
@@ -15,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from model.kernels.row_sums import adam_rows
 
 try:
     import triton
@@ -44,6 +49,17 @@ class Step:
     number: int
     scale: float = 1.0
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """What Adam multiplies its means and its roots with, bias corrections included.
+
+        These are left to the host, which has float64.
+        """
+        return (
+            self.lr / (1 - self.beta1**self.number),
+            1 / (1 - self.beta2**self.number) ** 0.5,
+        )
+
 
 def update(
     optimizer: str,
@@ -53,6 +69,7 @@ def update(
     outer: torch.Tensor,
     first: int,
     step: Step,
+    rates: torch.Tensor | None = None,
 ) -> None:
     """One step of ``optimizer``, in place.
 
@@ -64,9 +81,12 @@ def update(
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
         outer: float32 [S, D] of the other rows, contiguous; may be overwritten.
         first: the table's row of the first candidate.
+        rates: float32 [2] on the device, of adam: they count instead of the step's.
     """
     if optimizer == "adam":
-        _launch_adam(table, *states, gradient, outer, first, step)
+        if rates is None:
+            rates = torch.tensor(step.rates, device=table.device)
+        _launch_adam(table, *states, gradient, outer, rates, first, step)
         return
     last = first + len(gradient)
     for rows, of_rows in (
@@ -76,6 +96,39 @@ def update(
     ):
         if len(of_rows):
             _UPDATES[optimizer](table[rows], *(s[rows] for s in states), of_rows, step)
+
+
+def update_some(
+    optimizer: str,
+    table: torch.Tensor,
+    states: Sequence[torch.Tensor],
+    index: torch.Tensor,
+    gradients: torch.Tensor,
+    step: Step,
+    rates: torch.Tensor | None = None,
+) -> None:
+    """One step of ``optimizer`` for the rows that are named, in place.
+
+    Args:
+        table, states, rates: as of :func:`update`.
+        index: int64 [M], rows that may occur repeatedly; R: nowhere.
+        gradients: float32 [M, D], of a row the sum of its own.
+    """
+    if optimizer == "adam":
+        if rates is None:
+            rates = torch.tensor(step.rates, device=table.device)
+        known = step.scale, step.beta1, step.beta2, step.eps
+        adam_rows(table, *states, index, gradients, rates, *known)
+        return
+    rows, place = index.unique(return_inverse=True)
+    sums = gradients.new_zeros(len(rows), gradients.shape[1])
+    sums.index_put_((place,), gradients, accumulate=True)
+    if len(rows) and rows[-1] == len(table):
+        rows, sums = rows[:-1], sums[:-1]
+    parts = [part[rows] for part in (table, *states)]
+    _UPDATES[optimizer](*parts, sums, step)
+    for whole, part in zip((table, *states), parts, strict=True):
+        whole[rows] = part
 
 
 def _sgd(rows: torch.Tensor, gradient: torch.Tensor, step: Step) -> None:
@@ -106,27 +159,25 @@ def _launch_adam(
     squares: torch.Tensor,
     gradient: torch.Tensor,
     outer: torch.Tensor,
+    rates: torch.Tensor,
     first: int,
     step: Step,
 ) -> None:
     count, width = table.shape
     columns = triton.next_power_of_2(width)
     block = max(1, _TILE // columns)
-    # The bias corrections are left to the host, which has float64.
-    root = (1 - step.beta2**step.number) ** 0.5
     _adam[(triton.cdiv(count, block),)](
         table,
         means,
         squares,
         gradient,
         outer,
+        rates,
         count,
         len(gradient),
         width,
         first,
         step.scale,
-        step.lr / (1 - step.beta1**step.number),
-        1 / root,
         step.beta1,
         step.beta2,
         step.eps,
@@ -144,13 +195,12 @@ if triton is not None:
         squares,
         gradient,
         outer,
+        rates,
         count,
         candidates,
         width,
         first,
         scale,
-        rate,
-        shrink,
         beta1,
         beta2,
         eps,
@@ -173,6 +223,7 @@ if triton is not None:
         value = tl.load(table + at, mask=inside, other=0.0)
         mean = beta1 * mean + (1.0 - beta1) * grad
         square = beta2 * square + (1.0 - beta2) * grad * grad
+        rate, shrink = tl.load(rates), tl.load(rates + 1)
         value -= rate * mean / (tl.sqrt(square) * shrink + eps)
         tl.store(means + at, mean, mask=inside)
         tl.store(squares + at, square, mask=inside)

@@ -36,6 +36,7 @@ from model.run import (
     train_loader,
 )
 from model.sharding import OptimizerConfig, Optimizers, replicated, unwrap
+from model.table_shard import Lookup
 from model.train_pipeline import train_pipeline
 from pipeline.batch import ITEM, jagged_items, with_candidates
 from pipeline.loader import LoaderConfig
@@ -107,8 +108,10 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     bert = unwrap(model)
     rows = torch.arange(NUM_ITEMS + 2)
     features = with_candidates(jagged_items(rows, torch.tensor([len(rows)])), (1, 1))
+    model.eval()
     with torch.no_grad():
         found = {"table": bert.embeddings(features)[ITEM].values().clone()}
+    model.train()
     return found | {name: p.detach().clone() for name, p in bert.encoder.named_parameters()}
 
 
@@ -172,15 +175,17 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
 
 
 def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
-    """Candidates looked up by FBGEMM; and the head as CUDA graphs have it, all ranks alike."""
+    """Candidates looked up, too; and all by TorchRec and FBGEMM."""
     config, runs = config_of(WAYS["row_wise"], ranks), {}
-    with patch("model.run.scores_in_place", lambda *_: False):
+    with patch("model.table_shard.ITEMS_A_POSITION", 1000):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
-    model = build_model(config, NUM_ITEMS, ranks)
-    step = unwrap(model).dense_step
-    step._score = step._shared_losses if ranks.world_size > 1 else None
-    runs["row_wise, alike"] = pipelined(config, model, sgd(model), ranks)
+    with patch("model.run.choose_lookup", lambda *_: Lookup()):
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs["row_wise, sent"] = pipelined(config, model, sgd(model), ranks)
+        config = config_of(WAYS["row_wise"], ranks, loss="sampled_softmax")
+        model = build_model(config, NUM_ITEMS, ranks)
+        runs["row_wise, sent, sampled"] = pipelined(config, model, sgd(model), ranks)
     return runs
 
 
@@ -253,7 +258,7 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 # 21 items are few even for these batches.
-@patch("model.whole_shard.ITEMS_A_POSITION", 0)
+@patch("model.table_shard.ITEMS_A_POSITION", 0)
 def answers(ranks: Ranks) -> dict[str, Any]:
     return {
         "every_way": every_way(ranks),
