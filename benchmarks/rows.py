@@ -111,6 +111,14 @@ SEVERAL_GPUS = (
     Row("sampled-8", "500k items, sampled", _EXAMPLE + _SAMPLED, 8, 2400),
     Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 1200),
     Row("100m-4096", "100M items, sampled", _HUNDRED_MILLION + _SAMPLED, 4096, 240, modes=("dmp",)),
+    Row(
+        "100m-4096-fp16",
+        "100M items, sampled, fp16 table",
+        (*_HUNDRED_MILLION, *_SAMPLED, "--table_precision=fp16"),
+        4096,
+        240,
+        modes=("dmp",),
+    ),
 )
 # What a catalog too large for the GPU's memory can be trained with.
 HUGE = (

@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                                  the rows of this device, 1 rank
     python benchmarks/throughput.py --ranks 1 2 4 8 --rows gpus      DDP beside DMP as ranks grow
     python benchmarks/throughput.py --rows exact-8 10m-4096 --modes dmp
+    python benchmarks/throughput.py --ranks 2 --rows exact-8 --plain       no pipeline
     python benchmarks/throughput.py --rows ml-1m-256 --dataset_path ml-1m.zip -- --precision fp32
     python benchmarks/throughput.py --show benchmarks/results/throughput-cuda.json
 
@@ -37,7 +38,7 @@ from benchmarks.rows import ROWS, SETS, Row
 
 Result = dict[str, Any]
 # One result of a row at a number of ranks in a mode replaces the one before.
-KEY = ("row", "device", "ranks", "mode", "more")
+KEY = ("row", "device", "ranks", "mode", "more", "loop")
 
 
 def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Result:
@@ -46,7 +47,8 @@ def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Res
     shutil.rmtree(run_dir, ignore_errors=True)
     flags = [*row.train_flags(mode), *options.more]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / "train.py"), *flags]
+    script = "benchmarks/plain_loop.py" if options.plain else "train.py"
+    command = [sys.executable, *(launch if ranks > 1 else ()), str(ROOT / script), *flags]
     folders = [f"--cache_dir={options.cache_dir}", f"--run_dir={run_dir}"]
     if row.needs_path:
         folders.append(f"--dataset_path={options.dataset_path.resolve()}")
@@ -58,7 +60,8 @@ def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Res
     code, errors = _run([*command, *folders], environment, options.timeout)
     found: Result = {"row": row.name, "device": options.device, "ranks": ranks, "mode": mode}
     found |= {"more": options.more, "seconds": round(time.perf_counter() - started, 1)}
-    found |= {"command": " ".join(["train.py", *flags]), "batch": row.batch} | options.facts
+    found |= {"command": " ".join([script, *flags]), "batch": row.batch} | options.facts
+    found["loop"] = "plain" if options.plain else "pipelined"
     found["threads"] = environment["OMP_NUM_THREADS"]
     try:
         if code:
@@ -133,7 +136,8 @@ def table(results: list[Result]) -> str:
     """Markdown: training in the columns of TorchRec's example and more, then evaluation."""
     pairs: dict[tuple[Any, ...], dict[str, Result]] = {}
     for result in results:
-        key = (result["row"], result["device"], result["ranks"], *result["more"])
+        key = tuple(result.get(name, "pipelined") for name in KEY if name not in ("mode", "more"))
+        key += tuple(result["more"])
         pairs.setdefault(key, {})[result["mode"]] = result
     training = [both for key, both in pairs.items() if not ROWS[key[0]].evaluates]
     evaluating = [both for key, both in pairs.items() if ROWS[key[0]].evaluates]
@@ -165,7 +169,10 @@ def _training_line(both: dict[str, Result]) -> str:
     memory = _number(shown.get("peak_memory_gb"), ".2f")
     if row.memory_goal and ranks == 1:
         memory += f" (goal {row.memory_goal:g})"
-    cells = [f"{row.name}: {row.what}", ranks, row.batch, row.batch * ranks]
+    what = ", ".join([row.what, *shown["more"]])
+    if shown.get("loop") == "plain":
+        what += ", no pipeline"
+    cells = [f"{row.name}: {what}", ranks, row.batch, row.batch * ranks]
     cells += [_cell(both.get(mode), "records_per_second", ",.0f") for mode in ("ddp", "dmp")]
     least = least_ms(row, shown["items"]) if shown["device"] == "cuda" and best else None
     cells += [gain, goal, _number(shown.get("step_ms"), ",.2f"), _number(least, ".2f"), memory]
@@ -196,7 +203,7 @@ def _keep(path: Path, result: Result) -> None:
     """Put the result into the file, in the place of an earlier one of the same row."""
     kept = json.loads(path.read_text()) if path.exists() else []
     key = [result[name] for name in KEY]
-    kept = [each for each in kept if [each[name] for name in KEY] != key]
+    kept = [each for each in kept if [each.get(name, "pipelined") for name in KEY] != key]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*kept, result], indent=1) + "\n")
 
@@ -213,6 +220,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dataset_path", type=Path, help="ML-1M, for the rows that need it")
     parser.add_argument("--cache_dir", type=Path, help="prepared data, kept between runs")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a run may take")
+    parser.add_argument("--plain", action="store_true", help="nothing runs ahead of a step")
     parser.add_argument("--out", type=Path, help="file of results, added to")
     parser.add_argument("--show", type=Path, help="print the table of a file, measure nothing")
     given = sys.argv[1:]

@@ -1,6 +1,7 @@
 """Where training stands, and what happened since the last line of the log.
 
 Position   step, epoch, sample, best so far: what a checkpoint stores
+Pace       how far the host runs ahead of the GPU
 Feed       the loader's batches on their way into the pipeline, which runs ahead of the steps
 Interval   the steps since the last line of the log
 """
@@ -66,6 +67,32 @@ class Feed(Iterator[Step]):
         self.waited += time.perf_counter() - started
         self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
         return batch
+
+
+class Pace:
+    """Keeps the host a few steps ahead of its GPU, no more.
+
+    Further ahead it gains nothing, and takes the interpreter from the loader's thread, for whose
+    batches it waits then; while it waits for the GPU, that thread has its turn.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 4) -> None:
+        self._free: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._free = [torch.cuda.Event(blocking=True) for _ in range(ahead)]
+        self._running: deque[torch.cuda.Event] = deque()
+
+    def keep(self) -> None:
+        """To be called after every step."""
+        if self._free:
+            event = self._free.pop()
+        elif self._running:
+            event = self._running.popleft()
+            event.synchronize()
+        else:  # no GPU
+            return
+        event.record()
+        self._running.append(event)
 
 
 class StepNote(NamedTuple):

@@ -26,7 +26,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.checkpoint import Checkpoints
 from model.evaluation import Result
 from model.orders import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
-from model.progress import Feed, Interval, Position, StepNote
+from model.progress import Feed, Interval, Pace, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.schedule import TrainingConfig, lr_factor
@@ -74,6 +74,7 @@ class Trainer:
         self.after_step = after_step
         self.pipeline = train_pipeline(model, optimizers, ranks.device)
         self.orders = Orders(ranks, timedelta(minutes=config.rank_timeout))
+        self._pace = Pace(ranks.device)
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
@@ -164,6 +165,7 @@ class Trainer:
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
         losses = self.pipeline.progress(feed)
+        self._pace.keep()
         windows, sample = feed.held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
         lr = factor * self.optimizers.peak_lr

@@ -50,7 +50,7 @@ class LoaderConfig:
 
     train_batch_size: int = field(default=128, metadata={"help": "windows a rank trains in a step"})
     prefetch_batches: int = field(
-        default=8, metadata={"help": "batches made ahead by a background thread"}
+        default=8, metadata={"help": "batches made ahead by a background thread, at least"}
     )
     seed: int = field(default=0, metadata={"help": "seed of every random draw"})
 
@@ -131,7 +131,8 @@ class TrainLoader:
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)
         tensors = ToTensors(chunks, cloze.mask_token, candidate_range, pin)
-        ahead = -(-config.prefetch_batches // steps_per_chunk)
+        # More than one chunk, so that an epoch's first, which takes longer, is not waited for.
+        ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
         self._prefetcher = Prefetcher(tensors, prefetch_factor=ahead)
         self._state = {"epoch": 0, "sample": 0}
 

@@ -16,7 +16,7 @@ from model.flags import FlagParser
 from model.ranks import Ranks
 from model.recipes import with_recipe
 from model.run import RunConfig
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY, run_process
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -159,6 +159,29 @@ def test_a_row_measured_through_train_py(
         capsys.readouterr().out
     )
     assert not list((tmp_path / "bert4rec-throughput").glob("run"))
+
+
+def test_the_plain_loop_trains_what_the_pipeline_does(tmp_path: Path, cache_dir: Path) -> None:
+    losses = []
+    for script in ("train.py", "benchmarks/plain_loop.py"):
+        run_dir = tmp_path / Path(script).stem
+        flags = [*TINY, "--max_steps=7", f"--cache_dir={cache_dir}", f"--run_dir={run_dir}"]
+        outcome = run_process(ROOT / script, *flags)
+        assert outcome.code == 0, outcome.err
+        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 7
+
+
+def test_a_row_without_the_pipeline_stands_beside_the_other() -> None:
+    results = [
+        result("exact-128", 2, "dmp", loop=loop, **speed(rate))
+        for loop, rate in (("pipelined", 90_000), ("plain", 60_000))
+    ]
+    _, _, one, other, *_ = throughput.table(results).split("\n")
+    assert one.startswith("| exact-128: 500k items, exact | 2 | 128 | 256 | - | 90,000 |")
+    assert other.startswith("| exact-128: 500k items, exact, no pipeline | 2 | 128 | 256 | - | 60,")
 
 
 def test_data_measures_and_keeps_both_tables(

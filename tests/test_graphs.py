@@ -6,8 +6,9 @@ import torch
 from model import graphs
 from model.dense_step import DenseStep
 from model.encoder import Encoder, EncoderConfig
-from model.graphs import GraphedOptimizer
+from model.graphs import AddressGraphs, GraphedOptimizer
 from model.head import CatalogSlice, HeadConfig, ScoringHead
+from model.progress import Pace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 
@@ -208,3 +209,43 @@ def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
     assert graphed._graph is not None
     for one, other in zip(encoder.parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=2e-4)
+
+
+def test_a_call_with_the_same_tensors_is_replayed() -> None:
+    calls, total = [], torch.zeros(4, device="cuda")
+
+    def add(values: torch.Tensor) -> None:
+        calls.append(len(values))
+        total[: len(values)] += 2 * values
+
+    graphed = AddressGraphs(add)
+    short, long = torch.ones(2, device="cuda"), torch.ones(4, device="cuda")
+    for number in range(6):
+        short.fill_(number)
+        graphed(short)
+        graphed(long)
+    assert total.tolist() == [2 * (15 + 6)] * 2 + [2 * 6] * 2
+    assert calls == [2, 4] * 3  # two as they come, one captured
+
+
+def test_graphs_that_are_given_up_are_captured_again() -> None:
+    (plain, slow), (fast, encoder) = step(), step()
+    encoder.cuda()
+    fast.accelerate(compiled=False, alone=True, hooked=False)
+    given = inputs(1, 2)
+    expected = results(plain, slow, given, False)
+    for _ in range(2):
+        assert_close(results(fast, encoder, given, True), expected, 0.05)
+        fast.release()
+        assert not fast._whole._captured
+
+
+def test_the_host_stays_a_few_steps_ahead() -> None:
+    pace, done = Pace(torch.device("cuda"), ahead=2), []
+    for _ in range(6):
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        done.append(torch.cuda.Event())
+        done[-1].record()
+        pace.keep()
+    assert [event.query() for event in done[:3]] == [True] * 3
+    assert not done[-1].query()

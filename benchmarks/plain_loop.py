@@ -1,0 +1,43 @@
+"""train.py without its pipeline: copy, exchange, step, one after the other, as a plain loop would.
+
+python benchmarks/plain_loop.py --dataset_name random --mode dmp          flags of train.py
+python benchmarks/throughput.py --plain --rows exact-8                    beside the pipeline
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train
+from model import training
+from model.ranks import run_script
+from model.train_pipeline import Steps
+
+
+class PlainLoop:
+    """What :class:`model.training.Trainer` asks of a pipeline, with nothing done ahead."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: Steps, device: torch.device) -> None:
+        self._model, self._optimizer, self._device = model, optimizer, device
+
+    def progress(self, batches: Iterator[Any]) -> torch.Tensor:
+        """One step on the next batch; its report."""
+        batch = next(batches).to(self._device, non_blocking=True)
+        self._optimizer.zero_grad()
+        loss, report = self._model(batch)
+        loss.backward()
+        self._optimizer.step()
+        return report
+
+    def detach(self) -> None:
+        """Nothing is held."""
+
+
+if __name__ == "__main__":
+    training.train_pipeline = PlainLoop
+    run_script(train.main)
