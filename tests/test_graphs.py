@@ -232,10 +232,9 @@ def test_graphs_that_are_given_up_are_captured_again() -> None:
     (plain, slow), (fast, encoder) = step(), step()
     encoder.cuda()
     fast.accelerate(compiled=False, alone=True, hooked=False)
-    given = inputs(1, 2)
-    expected = results(plain, slow, given, False)
+    expected = results(plain, slow, inputs(1, 2), False)
     for _ in range(2):
-        assert_close(results(fast, encoder, given, True), expected, 0.05)
+        assert_close(results(fast, encoder, inputs(1, 2), True), expected, 0.05)
         fast.release()
         assert not fast._whole._captured
 
