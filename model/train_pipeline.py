@@ -49,36 +49,35 @@ class _Pipeline(TrainPipelineSparseDist):
             losses.backward(self._one)
 
 
-class _CopyingPipeline(_Pipeline):
-    """The same pipeline for a model whose features stay on their rank.
+class _UntracedPipeline(_Pipeline):
+    """The same pipeline for a model that has no input distribution to take out of its forward pass.
 
-    There is no input distribution to take out of the forward pass, so there is nothing to trace;
-    copies to the device still run a batch ahead.
+    So there is nothing to trace; copies to the device still run a batch ahead.
     """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        # Nothing would be launched on it but waits: the compute stream waits for the copies itself.
-        self._data_dist_stream = None
 
     def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
         self._pipelined_modules = []
         self.start_sparse_data_dist(batch, context)  # waits for the copy
 
 
-class _GatheringPipeline(_Pipeline):
-    """The same pipeline for ranks that look up for each other: nothing to trace either."""
+class _CopyingPipeline(_UntracedPipeline):
+    """For features that stay on their rank."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        # Nothing would be launched on it but waits: the compute stream waits for the copies itself.
+        self._data_dist_stream = None
+
+
+class _GatheringPipeline(_UntracedPipeline):
+    """For ranks that look up for each other: ids are gathered a batch ahead."""
 
     def __init__(self, exchange: GatheredRows, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self._exchange = exchange
 
-    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
-        self._pipelined_modules = []
-        self.start_sparse_data_dist(batch, context)
-
     def start_sparse_data_dist(self, batch: TrainBatch | None, context: Any) -> None:
-        super().start_sparse_data_dist(batch, context)  # waits for the copy
+        super().start_sparse_data_dist(batch, context)
         if batch is not None and batch.owned is None:
             with (
                 record_function(f"## start_sparse_data_dist {context.index} ##"),

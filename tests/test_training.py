@@ -1,11 +1,17 @@
 """The learning rate's schedule by hand, and a small training that must learn."""
 
 import json
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from model.orders import NOTHING, SAVE, Orders
+from model.ranks import Ranks
 from model.schedule import TrainingConfig, lr_factor
 from model.sharding import OptimizerConfig, Optimizers
 from pipeline.errors import UserError
@@ -295,3 +301,13 @@ def test_breaks_between_epochs_change_nothing(
             [(line["step"], line["epoch"], line["loss"]) for line in lines if "loss" in line]
         )
     assert curves[0] == curves[1]
+
+
+def test_on_gpus_orders_are_handed_in_at_every_fourth_step(one_rank: Ranks) -> None:
+    orders = Orders(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
+    orders._group = dist.group.WORLD  # as if there were others
+    assert [orders.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
+        *[NOTHING] * 7,
+        SAVE,
+        *[NOTHING] * 4,
+    ]
