@@ -15,8 +15,7 @@ Bytes grow linearly with the batch, so two batch sizes are counted and others fo
 ``compute`` is the step on one GPU as benchmarks/throughput.py measured it (rows exact-8,
 exact-128, exact-1024 of ``--throughput``, in the same mode) or as ``--compute_ms`` says. For the
 GPU that is an upper bound: one GPU's DMP step updates the whole table, N GPUs' a part each. The
-host has more to do on N of them: one leaves out the exchange, and replays all of its step as one
-CUDA graph.
+host has more to do on N of them, of which this knows nothing: one leaves out the exchange.
 
 The default bandwidth is one direction of an H100's NVLink (900 GB/s both), the efficiency what
 NCCL's own tests usually reach of it, the latency that of a small collective among 8 GPUs: all three
