@@ -16,23 +16,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from model import training
 from model.ranks import run_script
-from model.train_pipeline import Steps
+from model.train_step import Steps, TrainStep
 
 
 class PlainLoop:
     """What :class:`model.training.Trainer` asks of a pipeline, with nothing done ahead."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Steps, device: torch.device) -> None:
-        self._model, self._optimizer, self._device = model, optimizer, device
+        self._step, self._device = TrainStep(model, optimizer, device), device
 
     def progress(self, batches: Iterator[Any]) -> torch.Tensor:
         """One step on the next batch; its report."""
-        batch = next(batches).to(self._device, non_blocking=True)
-        self._optimizer.zero_grad()
-        loss, report = self._model(batch)
-        loss.backward()
-        self._optimizer.step()
-        return report
+        return self._step(next(batches).to(self._device, non_blocking=True))
+
+    def release(self) -> None:
+        """Give CUDA graphs up."""
+        self._step.release()
 
     def detach(self) -> None:
         """Nothing is held."""

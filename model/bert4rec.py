@@ -11,6 +11,7 @@ Shapes: M masked positions, D width, V items.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,17 @@ from pipeline.batch import CANDIDATE, ITEM, TrainBatch
 
 # FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
+
+
+class Shard(Protocol):
+    """What a training step asks of a shard of its own: :mod:`model.table_shard`."""
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph may hold its lookups and updates."""
+
+    def count(self) -> None:
+        """One more step begins, which a graph replays."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,9 @@ class BERT4Rec(nn.Module):
         autocast: run the dense part in bfloat16 (CUDA).
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
         left_only: histories are evaluated with left context alone, as all training rows were.
+
+    Attributes:
+        table_shard: what looks up and updates this rank's rows in training; None: FBGEMM does.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class BERT4Rec(nn.Module):
         self.head = ScoringHead(config.head, catalog, config.num_items)
         self.dense_step = DenseStep(self.encoder, self.head)
         self.autocast, self.left_only = autocast, left_only
+        self.table_shard: Shard | None = None
 
     def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""

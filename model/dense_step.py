@@ -3,10 +3,11 @@
     rows of all positions [T, D] -> encoder -> hidden [M, D] -+-> head -> loss
     rows of the candidates [C, D] ----------------------------+
 
-    one rank              one pair of graphs for all of it, one for the optimizer
-    ranks that exchange rows by sizes known to all        the same, their exchanges included
-    several ranks otherwise                               graphs of the encoder and the optimizer
-    replicated tables                                     graphs of the encoder
+    a shard of one's own kernels       nothing here: ``model/train_step.py`` captures whole steps
+    one rank otherwise, or ranks that exchange rows by sizes known to all
+                                       one pair of graphs for all of it, one for the optimizer
+    several ranks otherwise            graphs of the encoder and the optimizer
+    replicated tables                  graphs of the encoder
 
 Shapes: T positions of all rows, M masked positions, C candidates, D width; U rows that this rank
 has looked up for all.
@@ -41,6 +42,7 @@ class DenseStep(nn.Module):
 
     Attributes:
         exchange: where ranks look up for each other in training; None: they do not.
+        is_whole: the step, from the lookup to the optimizer, may be captured as it is.
     """
 
     def __init__(self, encoder: Encoder, head: ScoringHead) -> None:
@@ -51,7 +53,9 @@ class DenseStep(nn.Module):
         self._candidates: Callable[[], torch.Tensor] | None = None
         self._whole: StepGraphs | None = None
         self._encode: StepGraphs | None = None
+        self._body: Callable[..., torch.Tensor] | None = None
         self.exchange: Exchange | None = None
+        self.is_whole = False
         self._hooked = False
 
     def learn_from(self, teachers: Callable[..., list[Opinion]], share: float) -> None:
@@ -67,7 +71,9 @@ class DenseStep(nn.Module):
         """Whether all ranks take the same steps through graphs, if any do."""
         return self.exchange is not None
 
-    def accelerate(self, compiled: bool, alone: bool, hooked: bool) -> None:
+    def accelerate(
+        self, compiled: bool, alone: bool, hooked: bool, capturable: bool = False
+    ) -> None:
         """Train through CUDA graphs, as far as attention runs on jagged rows; call it on CUDA.
 
         Args:
@@ -75,13 +81,18 @@ class DenseStep(nn.Module):
                 at some tens of seconds for the first step.
             alone: there is one rank: nothing between the lookup and its gradients leaves it.
             hooked: autograd is to hand over the encoder's gradients, as DDP wants; never if alone.
+            capturable: so are the lookup and the tables' update.
         """
         encoder, _ = self._parts
         if not all(layer.attention.jagged for layer in encoder.layers):
             return
         body = torch.compile(encoder.encode, dynamic=True) if compiled else encoder.encode
-        if alone or self.exchange is not None:
+        whole = alone or self.exchange is not None
+        if whole:
             self._body = body
+        if whole and capturable:
+            self.is_whole = True
+        elif whole:
             self._whole = StepGraphs(self._losses, encoder, hooked=False, is_loss=True)
         else:
             self._encode = StepGraphs(body, encoder, hooked)
@@ -95,7 +106,7 @@ class DenseStep(nn.Module):
 
     @property
     def is_graphed(self) -> bool:
-        """Whether gradients of the encoder stay where they are, step after step."""
+        """Whether gradients of the encoder stay where they are, from replay to replay."""
         return self._whole is not None or (self._encode is not None and not self._hooked)
 
     def forward(
@@ -128,7 +139,7 @@ class DenseStep(nn.Module):
         rows: tuple[torch.Tensor, torch.Tensor | None] = items, candidates
         if self._candidates is not None:
             rows = items, self._candidates()
-        elif self._whole is not None or (owned is not None and negatives is not None):
+        elif self._body is not None or (owned is not None and negatives is not None):
             rows = _joined(items, candidates), None
         if graphs and self._whole is not None:
             loss, report = self._whole(*rows, *given)
@@ -143,6 +154,8 @@ class DenseStep(nn.Module):
         ) -> torch.Tensor:
             if graphs and self._encode is not None:
                 return self._encode(rows, offsets, masked, left_only, steps_ago)[0]
+            if graphs and self._body is not None:
+                return self._body(rows, offsets, masked, left_only, steps_ago)
             return encoder(rows, offsets, masked, longest, left_only, steps_ago)
 
         return self._losses(*rows, *given, encode=encode)
@@ -173,7 +186,9 @@ class DenseStep(nn.Module):
         if candidates is None:
             rows, candidates = _Split.apply(rows, rows.shape[0] - scored)
         layout = offsets, masked, left_only, steps_ago
-        hidden = (encode or self._body)(rows, *layout)
+        encode = encode or self._body
+        assert encode is not None
+        hidden = encode(rows, *layout)
         opinions = [] if ids is None else self._teachers(ids[: len(rows)], *layout)
         share = self._teacher_share
         return head(hidden, candidates, targets, negatives, log_counts, opinions, share, sizes)

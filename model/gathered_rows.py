@@ -64,22 +64,26 @@ class GatheredRows:
         at_large = collection.forward
         collection.forward = lambda *given: (home if collection.training else at_large)(*given)
 
-    def distribute(self, batch: TrainBatch) -> None:
-        """Let the batch look up the ids of all ranks; every rank must call it, of as many ids.
+    def gather(self, batch: TrainBatch) -> None:
+        """Tell the batch the ids of all ranks; every rank must call it, of as many ids.
 
-        Drawn candidates are looked up for all like the items; those of a range, which are rows of
-        this shard, are the rank's own.
+        Drawn candidates are ids like the items; those of a range, which are rows of this shard,
+        are the rank's own.
         """
         own = batch.features.values()
-        items, _ = batch.features.length_per_key()
+        if batch.negatives is None:
+            own = own[: batch.features.length_per_key()[0]]
+        batch.everyone = own.new_empty(self._world_size * len(own))
+        dist.all_gather_into_tensor(batch.everyone, own, group=self._group)
+
+    def distribute(self, batch: TrainBatch) -> None:
+        """Let the batch look up the ids of all ranks, which it has been told."""
+        assert batch.everyone is not None
         candidates = 0, 0
         if batch.negatives is None:
-            own = own[:items]
             low, high = batch.candidate_range
             candidates = (low - self._low, high - self._low) if high > low else candidates
-        everyone = own.new_empty(self._world_size * len(own))
-        dist.all_gather_into_tensor(everyone, own, group=self._group)
-        local = everyone - self._low
+        local = batch.everyone - self._low
         owned = local.clamp(0, self._rows - 1) == local
         local.masked_fill_(~owned, -1)
         batch.look_up_for_all(self._features(local, candidates), owned)
@@ -110,16 +114,20 @@ class GatheredRows:
 def gather_rows(model: nn.Module, num_rows: int, ranks: Ranks) -> GatheredRows:
     """Let the one sharded collection of ``model`` exchange by :class:`GatheredRows`.
 
-    Batches are distributed when the model is called with them, unless somebody has done it ahead.
+    Their ids are gathered when the model is called with them, unless somebody has done it ahead.
     """
     (collection,) = (m for m in model.modules() if isinstance(m, ShardedEmbeddingCollection))
     exchange = GatheredRows(collection, num_rows, ranks)
 
-    def distribute(module: nn.Module, given: tuple[TrainBatch]) -> None:
-        if module.training and given[0].owned is None:
-            exchange.distribute(*given)
+    def before(module: nn.Module, given: tuple[TrainBatch]) -> None:
+        (batch,) = given
+        if not module.training or batch.owned is not None:
+            return
+        if batch.everyone is None:
+            exchange.gather(batch)
+        exchange.distribute(batch)
 
-    model.register_forward_pre_hook(distribute)
+    model.register_forward_pre_hook(before)
     return exchange
 
 

@@ -11,7 +11,6 @@ graphs do. After ``torch.cuda.make_graphed_callables``, which captures one shape
 that pins memory beside it, fails: its capture forbids CUDA calls to all threads.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -233,37 +232,6 @@ class _Replay(torch.autograd.Function):
             assert parameter.grad is None or parameter.grad is grad, "gradients do not add up here"
             parameter.grad = grad
         return (None, *inputs)
-
-
-class AddressGraphs:
-    """Calls a function that returns nothing through a CUDA graph, once it gets the same tensors.
-
-    The same are those that lie where earlier ones lay, with their shapes: what other graphs write.
-
-    Args:
-        body: of tensors of which it keeps none; without host synchronisation. Its first calls, as
-            they come, compile what there is to compile.
-    """
-
-    def __init__(self, body: Callable[..., None]) -> None:
-        self._body = body
-        self._calls: Counter[tuple[Any, ...]] = Counter()
-        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
-
-    def __call__(self, *inputs: torch.Tensor) -> None:
-        """``body(*inputs)``."""
-        key = tuple((t.data_ptr(), *t.shape) for t in inputs)
-        graph = self._graphs.get(key)
-        if graph is None:
-            self._calls[key] += 1
-            if self._calls[key] <= _WARM_UP or len(self._graphs) == _MAX_GRAPHS:
-                self._body(*inputs)
-                return
-            # Of its own memory: that of other graphs may be what it reads.
-            graph = self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._body(*inputs)
-        graph.replay()
 
 
 class GraphedOptimizer(OptimizerWrapper):

@@ -13,9 +13,12 @@ What the stages of a step are called in the trace:
                           holds both
     backward              ## backward ... ##
     optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
+    step                  ## step ##: from the lookup to the optimizer, where one CUDA graph holds
+                          it all; ``--acceleration none`` takes it apart
 
-Names between ``##`` are those of TorchRec's pipeline; the other three are put, from outside,
-around the modules while a trace is recorded, so that a run without one does nothing for it.
+Names between ``##`` are those of TorchRec's pipeline, or like them; the other three are put, from
+outside, around the modules while a trace is recorded, so that a run without one does nothing for
+it.
 """
 
 import re
@@ -51,6 +54,7 @@ STAGES = {
     "encoder and head": "encoder and head$",
     "backward": "## backward ",
     "optimizer": "## optimizer ",
+    "step": "## step ##",
 }
 
 
@@ -123,7 +127,7 @@ class StepProfiler:
 
     def _begin(self) -> None:
         stages = {"lookup": self._bert.embeddings}
-        if self._bert.dense_step.is_graphed:
+        if self._bert.dense_step.is_graphed or self._bert.dense_step.is_whole:
             stages["encoder and head"] = self._bert.dense_step
         else:
             stages |= {"encoder": self._bert.encoder, "head": self._bert.head}

@@ -170,7 +170,9 @@ def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedM
         hooked = config.sharding.mode == "ddp"
         alone = ranks.world_size == 1 and not hooked
         compiled = config.output.acceleration == "compile"
-        unwrap(model).dense_step.accelerate(compiled, alone, hooked)
+        shard = unwrap(model).table_shard
+        capturable = shard is not None and shard.is_capturable
+        unwrap(model).dense_step.accelerate(compiled, alone, hooked, capturable)
     return model
 
 

@@ -106,9 +106,9 @@ def shard(
     if lookup.own:
         catalog = model.head.catalog if lookup.in_place else None
         optimizer = embedding_optimizer(config, ranks.device)
-        own = own_shard(distributed, catalog, optimizer, ranks)
+        model.table_shard = own_shard(distributed, catalog, optimizer, ranks)
         if lookup.in_place:
-            model.dense_step.score_in_place(own.candidates)
+            model.dense_step.score_in_place(model.table_shard.candidates)
     if lookup.gathered:
         model.dense_step.exchange = gather_rows(distributed, model.head.num_items + 2, ranks)
     if ranks.world_size == 1:
@@ -175,14 +175,16 @@ class Optimizers:
             )
         self._table_ids = tables
         self._graphed_lr: torch.Tensor | None = None  # where a CUDA graph reads it
-        if unwrap(model).dense_step.is_graphed and not tables:
+        step = unwrap(model).dense_step
+        self._whole = step.is_whole
+        if (step.is_graphed or step.is_whole) and not tables:
             self._graphed_lr = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
         # Ranks that take the same steps through graphs average their gradients in one, too.
         wrappers = [AveragingOptimizer] * (sharding.mode == "dmp" and dist.get_world_size() > 1)
-        if self._graphed_lr is not None:
-            wrappers.insert(len(wrappers) * unwrap(model).dense_step.is_alike, GraphedOptimizer)
+        if self._graphed_lr is not None and not step.is_whole:
+            wrappers.insert(len(wrappers) * step.is_alike, GraphedOptimizer)
         for wrap in wrappers:
             stepped = wrap(stepped, list(parameters.values()))
         self._stepped = stepped
@@ -216,7 +218,7 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Forget the last step's gradients; the tables are told their learning rate here."""
         self.tables.zero_grad()
-        self._stepped.zero_grad()
+        self._stepped.zero_grad(set_to_none=self._whole)
 
     def step(self) -> None:
         """Update everything but the tables, which the backward pass has updated."""

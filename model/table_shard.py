@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from model.graphs import AddressGraphs
 from model.head import CatalogSlice, HeadConfig
 from model.kernels.row_sums import add_rows
 from model.kernels.table_update import UPDATES, Step, update, update_some
@@ -119,13 +118,11 @@ class TableShard:
         if catalog is not None:
             self._in_place = self._rows[first : first + catalog.high - catalog.low]
         # Adam's kernels read its rates from the device, so that a graph can be of many steps.
-        self._rates, self._graphs = None, None
+        self._rates: torch.Tensor | None = None
         self._places: tuple[torch.Tensor, ...] = ()
-        self._ids: dict[int, torch.Tensor] = {}
         if optimizer == "adam":
             self._rates = torch.zeros(2, device=self._rows.device)
             self._places = self._rates.unbind()
-            self._graphs = AddressGraphs(self._update)
         # Gives autograd a reason to come by.
         self._reason = torch.zeros((), device=self._rows.device, requires_grad=True)
         self._candidates: torch.Tensor | None = None
@@ -141,10 +138,13 @@ class TableShard:
         assert candidates is not None, "no lookup since"
         return candidates
 
-    def update(
-        self, ids: torch.Tensor, of_items: torch.Tensor | None, gradient: torch.Tensor | None
-    ) -> None:
-        """One step of the optimizer; gradients [T, D] of ``ids`` [T], and [C, D] of candidates."""
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph may hold lookups and updates; ``count`` then precedes a replay."""
+        return self._rates is not None
+
+    def count(self) -> None:
+        """One more step begins, of the learning rate that the table has now."""
         known = self._table.optimizer_args
         self._step = Step(
             lr=self._table.get_learning_rate(),
@@ -156,21 +156,14 @@ class TableShard:
         )
         for place, rate in zip(self._places, self._step.rates, strict=False):
             place.fill_(rate)
-        given = [each for each in (of_items, gradient) if each is not None]
-        if self._graphs is None or len(given) < 1 + (self._in_place is not None):
-            self._update(ids, of_items, gradient)
-            return
-        if len(ids) not in self._ids:
-            self._ids[len(ids)] = torch.empty_like(ids)
-        kept = self._ids[len(ids)].copy_(ids)  # always at the same place, as gradients are
-        self._graphs(kept, *given)
 
-    def _update(
-        self,
-        ids: torch.Tensor,
-        of_items: torch.Tensor | None,
-        gradient: torch.Tensor | None = None,
+    def update(
+        self, ids: torch.Tensor, of_items: torch.Tensor | None, gradient: torch.Tensor | None
     ) -> None:
+        """One step of the optimizer; gradients [T, D] of ``ids`` [T], and [C, D] of candidates."""
+        # What is captured is of many steps, each of which is counted before its replay.
+        if not self.is_capturable or not torch.cuda.is_current_stream_capturing():
+            self.count()
         optimizer, table, states, step = self._optimizer, self._rows, self._states, self._step
         if self._in_place is None:
             if of_items is not None:

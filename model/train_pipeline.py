@@ -6,10 +6,12 @@
 
 Where features stay on their rank, because nothing is sharded (``--mode ddp``) or there is no other
 rank, only the copies run ahead. Where ranks look up for each other (``model/gathered_rows.py``),
-the exchange of features is one call, which needs no rewriting of the model.
+the exchange of features is one call, which needs no rewriting of the model. In both cases nothing
+comes between a step's forward and its backward pass, and it is one call too (:class:`TrainStep`).
 """
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,73 +19,102 @@ from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 
 from model.gathered_rows import GatheredRows
 from model.sharding import unwrap
+from model.train_step import Steps, TrainStep
 from pipeline.batch import TrainBatch
 
 
-class Steps(Protocol):
-    """What a pipeline asks of an optimizer."""
-
-    def zero_grad(self) -> None:
-        """Before a step."""
-
-    def step(self) -> None:
-        """After its backward pass."""
-
-
-class _Pipeline(TrainPipelineSparseDist):
+class _TracedPipeline(TrainPipelineSparseDist):
     """The same pipeline for a loss that is one number: it need not be summed first.
 
     Nor need another thread go through it backward: on CUDA, to wake that and to be woken again
     takes as long as a tenth of a small step.
     """
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._one = torch.ones((), device=self._device)
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Steps, device: torch.device
+    ) -> None:
+        super().__init__(model, optimizer, device, execute_all_batches=True)
+        self._one = torch.ones((), device=device)
 
     def _backward(self, losses: torch.Tensor) -> None:
         with record_function("## backward ##"), set_multithreading_enabled(False):
             losses.backward(self._one)
 
-
-class _UntracedPipeline(_Pipeline):
-    """The same pipeline for a model that has no input distribution to take out of its forward pass.
-
-    So there is nothing to trace; copies to the device still run a batch ahead.
-    """
-
-    def _pipeline_model(self, batch: TrainBatch, context: Any, *_: object, **__: object) -> None:
-        self._pipelined_modules = []
-        self.start_sparse_data_dist(batch, context)  # waits for the copy
+    def release(self) -> None:
+        """Give CUDA graphs up."""
+        unwrap(self._model).dense_step.release()
 
 
-class _CopyingPipeline(_UntracedPipeline):
-    """For features that stay on their rank."""
+class _WholePipeline(TrainPipelineSparseDist):
+    """Copies, and whatever ``_distribute`` does, run ahead of steps that are one call."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        # Nothing would be launched on it but waits: the compute stream waits for the copies itself.
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: Steps, device: torch.device
+    ) -> None:
+        super().__init__(model, optimizer, device, execute_all_batches=True)
+        self._step = TrainStep(model, optimizer, device)
+        # Where nothing would be launched on it but waits, the steps' stream waits for the copies.
         self._data_dist_stream = None
 
+    def release(self) -> None:
+        """Give CUDA graphs up."""
+        self._step.release()
 
-class _GatheringPipeline(_UntracedPipeline):
-    """For ranks that look up for each other: ids are gathered a batch ahead."""
+    def progress(self, batches: Iterator[Any]) -> torch.Tensor:
+        """One step; its report.
 
-    def __init__(self, exchange: GatheredRows, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self._exchange = exchange
+        Raises:
+            StopIteration: there is no batch left.
+        """
+        if not self.batches:  # the first
+            self.enqueue_batch(batches)
+            self.start_sparse_data_dist(*self._next(0))
+            self.enqueue_batch(batches)
+        if not self.batches:
+            raise StopIteration
+        _wait_for_batch(self.batches[0], self._data_dist_stream)
+        report = self._step(self.batches[0])
+        self.start_sparse_data_dist(*self._next(1))
+        self.enqueue_batch(batches)
+        self.batches.popleft()
+        self.contexts.popleft()
+        return report
+
+    def _next(self, number: int) -> tuple[TrainBatch | None, Any]:
+        if len(self.batches) <= number:
+            return None, None
+        return self.batches[number], self.contexts[number]
 
     def start_sparse_data_dist(self, batch: TrainBatch | None, context: Any) -> None:
-        super().start_sparse_data_dist(batch, context)
-        if batch is not None and batch.owned is None:
-            with (
-                record_function(f"## start_sparse_data_dist {context.index} ##"),
-                self._stream_context(self._data_dist_stream),
-            ):
-                self._exchange.distribute(batch)
+        """Wait for the batch's copy, exchange its features if they are."""
+        if batch is None:
+            return
+        with (
+            record_function(f"## start_sparse_data_dist {context.index} ##"),
+            self._stream_context(self._data_dist_stream),
+        ):
+            _wait_for_batch(batch, self._memcpy_stream)
+            self._distribute(batch)
+
+    def _distribute(self, batch: TrainBatch) -> None:
+        """Features stay on their rank."""
+
+
+class _GatheringPipeline(_WholePipeline):
+    """For ranks that look up for each other: ids are gathered a batch ahead."""
+
+    def __init__(self, exchange: GatheredRows, *args: Any) -> None:
+        super().__init__(*args)
+        self._exchange = exchange
+        if self._device.type == "cuda":
+            self._data_dist_stream = torch.cuda.Stream(priority=-1)
+
+    def _distribute(self, batch: TrainBatch) -> None:
+        self._exchange.gather(batch)
 
 
 def train_pipeline(
@@ -92,7 +123,6 @@ def train_pipeline(
     """The pipeline for ``model``; its batches must be drained before ``detach``."""
     given = model, optimizer, device
     if exchange := unwrap(model).dense_step.exchange:
-        return _GatheringPipeline(exchange, *given, execute_all_batches=True)
+        return _GatheringPipeline(exchange, *given)
     distributes = dist.get_world_size() > 1 and any(model.plan.plan.values())
-    pipeline = _Pipeline if distributes else _CopyingPipeline
-    return pipeline(*given, execute_all_batches=True)
+    return (_TracedPipeline if distributes else _WholePipeline)(*given)

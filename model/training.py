@@ -30,7 +30,7 @@ from model.progress import Feed, Interval, Pace, Position, StepNote
 from model.ranks import Ranks, seed_dropout
 from model.run_log import RunLog
 from model.schedule import TrainingConfig, lr_factor
-from model.sharding import Optimizers, set_table_steps, unwrap
+from model.sharding import Optimizers, set_table_steps
 from model.train_pipeline import train_pipeline
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
@@ -103,7 +103,7 @@ class Trainer:
                 raise explained from error
             raise
         finally:
-            unwrap(self.model).dense_step.release()
+            self.pipeline.release()
         if self._is_cut():
             self.log.say(f"ended after step {self.position.step}, as --max_steps says")
         elif not self.position.best_step:

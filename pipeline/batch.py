@@ -23,6 +23,7 @@ TorchRec can copy them on one CUDA stream and use them on another.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ CANDIDATE = "candidate"
 Candidates = tuple[int, int] | Tensor
 # FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
 _CANDIDATES_A_ROW = 64
+_CAPTURES = count(-1, -1)
 
 
 def rounded_up(longest: int) -> int:
@@ -87,8 +89,9 @@ class TrainBatch(Pipelineable):
         log_counts: float32 [K], logarithms of how often each was to be expected among them.
         packed: the memory that all these tensors are views of; None: each has its own.
         alike: this step's batches have equal shapes on all ranks, as far as these ask each other.
-        owned: bool [U], the features are U ids of all ranks, and the marked ones' rows are here;
-            None: they are this rank's own. See :meth:`look_up_for_all`.
+        everyone: int64 [U], the ids of all ranks, gathered; None: not yet, or never.
+        owned: bool [U], the features are these ids, and the marked ones' rows are here; None: they
+            are this rank's own. See :meth:`look_up_for_all`.
     """
 
     features: KeyedJaggedTensor
@@ -104,6 +107,7 @@ class TrainBatch(Pipelineable):
     log_counts: Tensor | None = None
     packed: Packed | None = None
     alike: bool = True
+    everyone: Tensor | None = None
     owned: Tensor | None = None
     _own: KeyedJaggedTensor | None = None
 
@@ -166,7 +170,7 @@ class TrainBatch(Pipelineable):
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
         parts = self._parts()
         if self.packed is not None:
-            made = ("features", "_own", "owned")
+            made = ("features", "everyone")
             parts = {name: part for name, part in parts.items() if name in made}
             parts["words"] = self.packed.words
         for part in parts.values():
@@ -314,4 +318,8 @@ def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id
 
 
 def _stream_id(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():  # a graph makes its own, whenever it runs
+        return next(_CAPTURES)
+    return torch.cuda.current_stream(device).cuda_stream

@@ -47,6 +47,7 @@ def test_ids_of_all_ranks_become_rows_of_the_shard(one_rank: Ranks, two_ranks: R
     exchange = GatheredRows(collection_of(one_rank), NUM_ROWS, two_ranks)
     # Of 23 rows the second of two ranks has those from 12 on.
     batch = batch_of([12, 11, 13], candidate_range=(12, 22))
+    exchange.gather(batch)
     exchange.distribute(batch)
     assert batch.owned.tolist() == [False, False, True, True, False, True]
     assert batch.features.keys() == ["item", "candidate"]
@@ -59,6 +60,7 @@ def test_ids_of_all_ranks_become_rows_of_the_shard(one_rank: Ranks, two_ranks: R
 def test_drawn_candidates_are_gathered_too(one_rank: Ranks, two_ranks: Ranks) -> None:
     exchange = GatheredRows(collection_of(one_rank), NUM_ROWS, two_ranks)
     batch = batch_of([12], negatives=torch.tensor([5, 14]))
+    exchange.gather(batch)
     exchange.distribute(batch)
     assert batch.features["item"].values().tolist() == [-1, -1, 10, 0, -1, 2]
     assert batch.features["candidate"].values().tolist() == []
@@ -70,8 +72,8 @@ class _Alone:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def distribute(self, batch: TrainBatch) -> None:
-        self.events.append("distribute")
+    def gather(self, batch: TrainBatch) -> None:
+        self.events.append("gather")
         items, _ = batch.features.length_per_key()
         batch.look_up_for_all(batch.features, torch.ones(items, dtype=torch.bool))
 
@@ -91,7 +93,7 @@ def test_ids_travel_a_batch_ahead(one_rank: Ranks) -> None:
         batches = train_loader(config, sharded.histories(), one_rank).epoch(0)
         runs.append([pipeline.progress(batches)[0].item() for _ in range(3)])
         runs.append(unwrap(model).embeddings.state_dict())
-    assert exchange.events == ["distribute", "distribute", "step", "distribute", "step", "step"]
+    assert exchange.events == ["gather", "step", "gather", "step", "gather", "step"]
     assert runs[0] == runs[2]
     assert len(runs[0]) == 3
     assert ITEM in next(iter(runs[1]))

@@ -6,7 +6,7 @@ import torch
 from model import graphs
 from model.dense_step import DenseStep
 from model.encoder import Encoder, EncoderConfig
-from model.graphs import AddressGraphs, GraphedOptimizer
+from model.graphs import GraphedOptimizer
 from model.head import CatalogSlice, HeadConfig, ScoringHead
 from model.progress import Pace
 
@@ -209,23 +209,6 @@ def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
     assert graphed._graph is not None
     for one, other in zip(encoder.parameters(), slow.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=2e-4)
-
-
-def test_a_call_with_the_same_tensors_is_replayed() -> None:
-    calls, total = [], torch.zeros(4, device="cuda")
-
-    def add(values: torch.Tensor) -> None:
-        calls.append(len(values))
-        total[: len(values)] += 2 * values
-
-    graphed = AddressGraphs(add)
-    short, long = torch.ones(2, device="cuda"), torch.ones(4, device="cuda")
-    for number in range(6):
-        short.fill_(number)
-        graphed(short)
-        graphed(long)
-    assert total.tolist() == [2 * (15 + 6)] * 2 + [2 * 6] * 2
-    assert calls == [2, 4] * 3  # two as they come, one captured
 
 
 def test_graphs_that_are_given_up_are_captured_again() -> None:

@@ -1,0 +1,90 @@
+"""Where the time of an evaluation goes: flags of eval.py, one evaluation under torch's profiler.
+
+    python benchmarks/evaluation.py --checkpoint runs/ml-1m
+    torchrun --standalone --nproc_per_node 2 benchmarks/evaluation.py --checkpoint runs/ml-1m
+
+Prints the seconds of an evaluation without the profiler, and of one with it the share of the time
+in which the GPU computed, how many operations the host launched, and what took longest.
+"""
+
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import commit, processor, versions
+from model.flags import FlagParser
+from model.profile import covered
+from model.ranks import first_rank_first, run_script, start
+from model.run import evaluator
+from model.trained_run import EvalFlags, TrainedRun
+from pipeline.preparation import prepare
+
+SHOWN = 12
+
+
+def table(events: list[Any], seconds: float) -> str:
+    """What took longest: kernels where there are some, else operations without what they call.
+
+    Args:
+        events: ``torch.profiler.profile.events()`` of an evaluation.
+        seconds: that it took.
+    """
+    host = [event for event in events if event.device_type == DeviceType.CPU]
+    device = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    times, calls = Counter[str](), Counter[str]()
+    for event in device or host:
+        times[event.name] += (
+            event.time_range.end - event.time_range.start if device else event.self_cpu_time_total
+        )
+        calls[event.name] += 1
+    operations = sum(event.name.startswith("aten::") for event in host if event.cpu_parent is None)
+    lines = [f"under the profiler {seconds:.3f} s, {operations} operations"]
+    if device:
+        busy = covered([(event.time_range.start, event.time_range.end) for event in device]) / 1e6
+        lines[0] += f", {len(device)} kernels and copies, the GPU busy for {busy:.3f} s"
+    lines += ["| ms | calls | |", "|---|---|---|"]
+    for name, spent in times.most_common(SHOWN):
+        lines.append(f"| {spent / 1000:.2f} | {calls[name]} | {name[:100]} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Evaluate: once to warm up, once for its time, once under the profiler."""
+    flags: EvalFlags = FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
+    ranks = start()
+    run = TrainedRun(flags)
+    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    run.check_catalog(store)
+    evaluate = evaluator(run.config, run.model(ranks), store, flags.split, ranks)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        evaluate()
+        seconds.append(time.perf_counter() - started)
+    activities = [ProfilerActivity.CPU]
+    if ranks.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        started = time.perf_counter()
+        evaluate()
+        taken = time.perf_counter() - started
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "no GPU"
+    ranks.say(f"{device}; {processor()}; {ranks.world_size} ranks; {commit()}; {versions()}")
+    ranks.say(f"{flags.checkpoint}: first {seconds[0]:.3f} s, then {seconds[1]:.3f} s")
+    ranks.say(table(recorded.events(), taken))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,140 @@
+"""An optimizer step: what is done with a batch that is on its device.
+
+    zero_grad -> lookup -> encoder and head -> backward, which updates the tables -> optimizer
+
+Where every part of it can be captured (``DenseStep.is_whole``), steps of one shape are one CUDA
+graph: a host that launches it once, not some hundred kernels, is no longer what a small step waits
+for.
+
+    first step of a shape      as it comes: compiles kernels, makes the optimizer's state
+    second                     captured, and replayed
+    later ones                 the batch copied to where the graph reads it, replayed
+"""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd import set_multithreading_enabled
+from torch.profiler import record_function
+
+from model.sharding import unwrap
+from pipeline.batch import TrainBatch
+
+# Combinations of shapes; those beyond are trained as they come.
+_MAX_GRAPHS = 48
+
+
+class Steps(Protocol):
+    """What a step asks of an optimizer."""
+
+    def zero_grad(self) -> None:
+        """Before a step."""
+
+    def step(self) -> None:
+        """After its backward pass."""
+
+
+class TrainStep:
+    """Trains ``model`` on one batch a call.
+
+    Args:
+        model: sharded; its loss is one number.
+        optimizer: of ``model``; where steps are captured, its learning rates are on the device.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Steps, device: torch.device) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._one = torch.ones((), device=device)
+        self._seen: dict[Any, _Captured | None] = {}
+        self._pool: Any = None
+
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+        """One step; float32 [2], the batch's sum of losses and its number of positions."""
+        self._optimizer.zero_grad()
+        bert = unwrap(self._model)
+        if not bert.dense_step.is_whole or not batch.alike or not batch.targets.numel():
+            return self._run(batch)
+        key = _key(batch)
+        if key is None or (key not in self._seen and len(self._seen) == _MAX_GRAPHS):
+            return self._run(batch)
+        if key not in self._seen:
+            self._seen[key] = None
+            return self._run(batch)
+        with record_function("## step ##"):
+            assert bert.table_shard is not None
+            bert.table_shard.count()
+            captured = self._seen[key]
+            if captured is None:
+                captured = self._seen[key] = self._capture(batch)
+            return captured(batch)
+
+    def release(self) -> None:
+        """Give all graphs up; communicators cannot be closed while one sends through them."""
+        for captured in self._seen.values():
+            if captured is not None:
+                captured.graph.reset()
+        self._seen.clear()
+        unwrap(self._model).dense_step.release()
+
+    def _run(self, batch: TrainBatch) -> torch.Tensor:
+        with record_function("## forward ##"):
+            loss, report = self._model(batch)
+        # To wake another thread for it, and to be woken again, takes a tenth of a small step.
+        with record_function("## backward ##"), set_multithreading_enabled(False):
+            loss.backward(self._one)
+        with record_function("## optimizer ##"):
+            self._optimizer.step()
+        return report
+
+    def _capture(self, batch: TrainBatch) -> "_Captured":
+        # All share one pool of memory: what one step keeps is gone when another is replayed.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        captured = _Captured(torch.cuda.CUDAGraph(), batch)
+        # Other threads, as the loader's, may go on allocating memory meanwhile.
+        with torch.cuda.graph(captured.graph, self._pool, capture_error_mode="thread_local"):
+            captured.report = self._run(captured.like(batch))
+        self._optimizer.zero_grad()  # gradients are the graph's, not to be held on to
+        return captured
+
+
+def _key(batch: TrainBatch) -> Any:
+    """What two batches have in common that one graph can train; None: of no other."""
+    if batch.packed is None:
+        return None
+    return tuple(batch.packed.names), tuple(batch.packed.sizes), batch.everyone is None
+
+
+class _Captured:
+    """The graph of a step, and the memory that it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: TrainBatch) -> None:
+        self.graph = graph
+        self.report = torch.empty(0)
+        self._read = [given.clone() for given in _given(batch)]
+
+    def like(self, batch: TrainBatch) -> TrainBatch:
+        """A batch of the same shape, of what the graph reads; to be cut while it is captured."""
+        words, *everyone = self._read
+        assert batch.packed is not None
+        made = TrainBatch.unpacked(
+            replace(batch.packed, words=words),
+            num_windows=batch.num_windows,
+            num_rows=batch.num_rows,
+            longest=batch.longest,
+            candidate_range=batch.candidate_range,
+        ).with_candidates()
+        made.everyone = everyone[0] if everyone else None
+        return made
+
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+        torch._foreach_copy_(self._read, _given(batch))
+        self.graph.replay()
+        return self.report.clone()
+
+
+def _given(batch: TrainBatch) -> list[torch.Tensor]:
+    """What of a batch is not in its shape."""
+    assert batch.packed is not None
+    return [batch.packed.words, *([] if batch.everyone is None else [batch.everyone])]
