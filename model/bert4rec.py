@@ -102,7 +102,6 @@ class BERT4Rec(nn.Module):
                 batch.negatives,
                 batch.log_counts,
                 batch.ids,
-                batch.owned,
                 batch.alike,
             )
 

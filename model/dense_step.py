@@ -30,7 +30,7 @@ from model.sharded_softmax import Opinion
 class Exchange(Protocol):
     """What a step asks of ranks that look up for each other: :class:`model.gathered_rows`."""
 
-    def collect(self, rows: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    def collect(self, rows: torch.Tensor) -> torch.Tensor:
         """This rank's rows of those [U, D] that each rank has looked up for all."""
 
 
@@ -122,7 +122,6 @@ class DenseStep(nn.Module):
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
-        owned: torch.Tensor | None = None,
         alike: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's result; arguments as of :class:`Encoder` and :class:`ScoringHead`.
@@ -130,16 +129,16 @@ class DenseStep(nn.Module):
         Args:
             items: [T, D]; or [U, D], in which those of a sampled loss contain the candidates.
             ids: int64 [T + ...], begins with the item ids of the positions: for teachers.
-            owned, alike: as in :class:`~pipeline.batch.TrainBatch`.
+            alike: as in :class:`~pipeline.batch.TrainBatch`.
         """
         encoder, _ = self._parts
         ids = ids if self._teacher_share else None
-        given = (offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids, owned)
+        given = (offsets, masked, left_only, steps_ago, targets, negatives, log_counts, ids)
         graphs = self.training and alike and masked.numel() > 0
         rows: tuple[torch.Tensor, torch.Tensor | None] = items, candidates
         if self._candidates is not None:
             rows = items, self._candidates()
-        elif self._body is not None or (owned is not None and negatives is not None):
+        elif self._body is not None or (self.exchange is not None and negatives is not None):
             rows = _joined(items, candidates), None
         if graphs and self._whole is not None:
             loss, report = self._whole(*rows, *given)
@@ -172,7 +171,6 @@ class DenseStep(nn.Module):
         negatives: torch.Tensor | None,
         log_counts: torch.Tensor | None,
         ids: torch.Tensor | None,
-        owned: torch.Tensor | None,
         encode: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         _, head = self._parts
@@ -180,8 +178,8 @@ class DenseStep(nn.Module):
         if candidates is None and negatives is None:  # looked up for this rank alone
             rows, candidates = _Split.apply(rows, rows.shape[0] - scored)
         sizes = None
-        if owned is not None:
-            rows = self.exchange.collect(rows, owned)
+        if self.exchange is not None:
+            rows = self.exchange.collect(rows)
             sizes = [len(masked)] * dist.get_world_size() if head.catalog.shared else None
         if candidates is None:
             rows, candidates = _Split.apply(rows, rows.shape[0] - scored)

@@ -20,6 +20,7 @@ width, N negatives.
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import nn
 from model.bert4rec import BERT4Rec
 from model.catalog_scores import CatalogScores, Scored
 from model.head import CatalogSlice
-from model.metrics import METRICS, format_table, means, metric_sums
+from model.metrics import format_table, means, metric_sums
 from model.sharded_softmax import all_gather_rows
 from model.sharding import unwrap
 from pipeline.batch import ITEM, EvalBatch
@@ -74,6 +75,7 @@ def evaluate(
     popularity: torch.Tensor | None = None,
     max_scores: int = MAX_SCORES,
     discount: float = 0.0,
+    earlier: Result | None = None,
 ) -> Result:
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
@@ -84,6 +86,7 @@ def evaluate(
         max_scores: bound of users x items held at once.
         discount: logits are lowered by this times the logarithm of the item's count, which needs
             ``popularity``.
+        earlier: what the same users' evaluation gave before: popularity's rows are still the same.
 
     Returns:
         ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
@@ -94,7 +97,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(bert.encoder.parameters()).device
-    sums = torch.zeros(4, len(METRICS) + 1, dtype=torch.float64, device=device)
+    # Of each block of users. What they add up to is asked at the end: a device that has to answer
+    # in between keeps the host from going on.
+    ranks: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -107,10 +113,14 @@ def evaluate(
             for batch in batches:
                 asked = _ask(bert, batch.to(device, non_blocking=True))
                 for block in _blocks(asked, max(1, max_scores // catalog.part_items)):
-                    sums[:2] += _block_sums(block, catalog.scored(block.hidden), catalog.shared)
-                    if counts is not None:
-                        scored = catalog.counted(counts, len(block.hidden))
-                        sums[2:] += _block_sums(block, scored, catalog.shared)
+                    given = [catalog.scored(block.hidden)]
+                    if counts is not None and earlier is None:
+                        given.append(catalog.counted(counts, len(block.hidden)))
+                    each = [target_ranks(block, scored, catalog.shared) for scored in given]
+                    ranks.append(torch.stack([*chain(*each)]))
+                    own.append(block.own)
+            rankings = torch.cat(ranks, dim=1)[:, torch.cat(own)]  # sampled, full, of each scored
+            sums = torch.stack([metric_sums(ranking) for ranking in rankings])
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
@@ -118,7 +128,9 @@ def evaluate(
         dist.all_reduce(sums)
     result: Result = {"users": int(sums[0, -1])}
     result |= {"sampled": means(sums[0]), "full": means(sums[1])}
-    if popularity is not None:
+    if earlier is not None:
+        result["popularity"] = earlier["popularity"]
+    elif popularity is not None:
         result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
     return result
 
@@ -161,12 +173,6 @@ def _blocks(asked: _Questions, step: int) -> Iterator[_Questions]:
     users = asked.targets.numel()
     for start in range(0, users, step):
         yield asked.block(start, min(start + step, users))
-
-
-def _block_sums(asked: _Questions, scored: Scored, shared: bool) -> torch.Tensor:
-    """float64 [2, metrics + 1] of this rank's users: sampled, full."""
-    sampled, full = target_ranks(asked, scored, shared)
-    return torch.stack([metric_sums(sampled[asked.own]), metric_sums(full[asked.own])])
 
 
 def target_ranks(

@@ -46,7 +46,7 @@ class GatheredRows:
     """The exchange of one collection's rows during training; evaluation is left to TorchRec.
 
     Args:
-        collection: sharded row-wise, of one table, whose lookup takes -1 for no row.
+        collection: sharded row-wise, of one table, whose lookup gives zeros for -1.
         num_rows: of the whole table.
     """
 
@@ -84,13 +84,12 @@ class GatheredRows:
             low, high = batch.candidate_range
             candidates = (low - self._low, high - self._low) if high > low else candidates
         local = batch.everyone - self._low
-        owned = local.clamp(0, self._rows - 1) == local
-        local.masked_fill_(~owned, -1)
-        batch.look_up_for_all(self._features(local, candidates), owned)
+        local.masked_fill_((local < 0) | (local >= self._rows), -1)
+        batch.look_up_for_all(self._features(local, candidates))
 
-    def collect(self, rows: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    def collect(self, rows: torch.Tensor) -> torch.Tensor:
         """This rank's rows [n, D], of rows [U, D] that each rank has looked up for all."""
-        return _Collect.apply(rows, owned)
+        return _Collect.apply(rows)
 
     def _features(self, local: torch.Tensor, candidates: tuple[int, int]) -> KeyedJaggedTensor:
         """Ids [U] as one row of items, and a range of candidates."""
@@ -121,7 +120,7 @@ def gather_rows(model: nn.Module, num_rows: int, ranks: Ranks) -> GatheredRows:
 
     def before(module: nn.Module, given: tuple[TrainBatch]) -> None:
         (batch,) = given
-        if not module.training or batch.owned is not None:
+        if not module.training or batch.is_for_all:
             return
         if batch.everyone is None:
             exchange.gather(batch)
@@ -133,15 +132,15 @@ def gather_rows(model: nn.Module, num_rows: int, ranks: Ranks) -> GatheredRows:
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
         own = rows.new_empty(len(rows) // dist.get_world_size(), rows.shape[1])
-        dist.reduce_scatter_tensor(own, rows.masked_fill(~owned[:, None], 0))
+        dist.reduce_scatter_tensor(own, rows)
         return own
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         # Whoever updates a shard leaves out the gradients of others' rows.
         everyone = gradient.new_empty(len(gradient) * dist.get_world_size(), gradient.shape[1])
         dist.all_gather_into_tensor(everyone, gradient.contiguous())
-        return everyone, None
+        return everyone

@@ -74,6 +74,7 @@ class StepGraphs:
             captured.forward.reset()
             captured.backward.reset()
         self._captured.clear()
+        self._pool = None  # gone with the last graph
 
     def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
         if self._shared is not None:

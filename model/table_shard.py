@@ -28,6 +28,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.head import CatalogSlice, HeadConfig
+from model.kernels.row_lookup import rows_or_zeros
 from model.kernels.row_sums import add_rows
 from model.kernels.table_update import UPDATES, Step, update, update_some
 from model.plan import ShardingConfig, embedding_optimizer
@@ -99,7 +100,7 @@ class TableShard:
         catalog: the items that this rank scores in place; None: candidates are looked up.
         first: the shard's row of ``catalog.low``.
         world_size: gradients are divided by it, as TorchRec means it; if there are several ranks,
-            ids may be -1: of rows of others, to be given any rows and no gradients.
+            ids may be -1: of rows of others, to be given zeros and no gradients.
     """
 
     def __init__(
@@ -207,10 +208,8 @@ class _LookUp(torch.autograd.Function):
         ctx.shard = shard
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids)
-        if shard._world_size > 1:
-            ids = ids.clamp(min=0)
         scored = None if shard._in_place is None else shard._in_place.detach()
-        return shard._rows.index_select(0, ids), scored
+        return rows_or_zeros(shard._rows, ids), scored
 
     @staticmethod
     @once_differentiable

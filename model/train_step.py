@@ -76,6 +76,7 @@ class TrainStep:
             if captured is not None:
                 captured.graph.reset()
         self._seen.clear()
+        self._pool = None  # gone with the last graph
         unwrap(self._model).dense_step.release()
 
     def _run(self, batch: TrainBatch) -> torch.Tensor:

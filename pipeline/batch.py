@@ -90,8 +90,6 @@ class TrainBatch(Pipelineable):
         packed: the memory that all these tensors are views of; None: each has its own.
         alike: this step's batches have equal shapes on all ranks, as far as these ask each other.
         everyone: int64 [U], the ids of all ranks, gathered; None: not yet, or never.
-        owned: bool [U], the features are these ids, and the marked ones' rows are here; None: they
-            are this rank's own. See :meth:`look_up_for_all`.
     """
 
     features: KeyedJaggedTensor
@@ -108,7 +106,6 @@ class TrainBatch(Pipelineable):
     packed: Packed | None = None
     alike: bool = True
     everyone: Tensor | None = None
-    owned: Tensor | None = None
     _own: KeyedJaggedTensor | None = None
 
     @property
@@ -121,9 +118,14 @@ class TrainBatch(Pipelineable):
         """int64 [B + 1], where this rank's rows begin in its items."""
         return (self._own or self.features).offsets()[: self.num_rows + 1]
 
-    def look_up_for_all(self, features: KeyedJaggedTensor, owned: Tensor) -> None:
+    @property
+    def is_for_all(self) -> bool:
+        """Whether the features are the ids of all ranks, not of this one."""
+        return self._own is not None
+
+    def look_up_for_all(self, features: KeyedJaggedTensor) -> None:
         """Put other features, of all ranks' ids, in the place of this rank's own."""
-        self._own, self.features, self.owned = self.features, features, owned
+        self._own, self.features = self.features, features
 
     @classmethod
     def unpacked(cls, packed: Packed, **known: Any) -> "TrainBatch":

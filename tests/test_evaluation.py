@@ -119,6 +119,21 @@ def test_nan_never_wins() -> None:
     assert evaluated([-math.inf] * 4 + [math.inf, -math.inf])["full"]["HR@1"] == 1 / 3
 
 
+def test_an_earlier_evaluation_knows_popularity(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(HISTORIES, 6)
+    counts = torch.from_numpy(store.train_item_counts())
+    batches = [*EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))]
+    before = evaluated([0.5] * 6)
+    monkeypatch.setattr(
+        catalog_scores.CatalogScores, "counted", lambda *_: pytest.fail("counted again")
+    )
+    assert evaluate(model_with(SCORES), batches, counts, earlier=before) == {
+        **before,
+        "sampled": pytest.approx(of_ranks(1, 2, 3)),
+        "full": pytest.approx(of_ranks(1, 2, 3)),
+    }
+
+
 def test_popularity_may_be_left_out() -> None:
     batches = EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1))
     assert evaluate(model_with(SCORES), batches).keys() == {"users", "sampled", "full"}

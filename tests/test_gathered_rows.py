@@ -49,7 +49,6 @@ def test_ids_of_all_ranks_become_rows_of_the_shard(one_rank: Ranks, two_ranks: R
     batch = batch_of([12, 11, 13], candidate_range=(12, 22))
     exchange.gather(batch)
     exchange.distribute(batch)
-    assert batch.owned.tolist() == [False, False, True, True, False, True]
     assert batch.features.keys() == ["item", "candidate"]
     assert batch.features["item"].values().tolist() == [-1, -1, 10, 0, -1, 1]
     assert batch.features["candidate"].values().tolist() == [*range(10)]
@@ -74,12 +73,10 @@ class _Alone:
 
     def gather(self, batch: TrainBatch) -> None:
         self.events.append("gather")
-        items, _ = batch.features.length_per_key()
-        batch.look_up_for_all(batch.features, torch.ones(items, dtype=torch.bool))
+        batch.look_up_for_all(batch.features)
 
-    def collect(self, rows: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    def collect(self, rows: torch.Tensor) -> torch.Tensor:
         self.events.append("step")
-        assert len(rows) == len(owned)
         return rows
 
 

@@ -19,7 +19,7 @@ from pipeline.batch import TrainBatch
 from pipeline.loader import TrainLoader
 from tests.workers import sharded
 
-ENCODER = EncoderConfig(64, 2, 1, dropout=0.2, attention_dropout=0.1)
+ENCODER = EncoderConfig(64, 2, 1, dropout=0.2, attention_dropout=0)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_graph_reads_each_batch_anew(
 
 def test_graphs_that_are_given_up_are_captured_again(one_gpu: Ranks) -> None:
     config = sharded.config_of(ShardingConfig("dmp", "row_wise"), one_gpu)
-    config = replace(config, encoder=replace(ENCODER, dropout=0, attention_dropout=0))
+    config = replace(config, encoder=replace(ENCODER, dropout=0))
     model = build_model(config, sharded.NUM_ITEMS, one_gpu).train()
     optimizers = Optimizers(model, config.sharding, config.optimizer, one_gpu.device)
     step = TrainStep(model, optimizers, one_gpu.device)
