@@ -193,8 +193,8 @@ class ScoringHead(nn.Module):
         own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
         positives = (hidden * own).sum(dim=1)
         scores = hidden @ drawn.T
-        hits = targets[:, None] == negatives
+        given = positives, scores, targets, negatives
         if self.config.loss == "sampled_softmax":
-            return sampled_losses.softmax(positives, scores, hits, log_counts)
+            return sampled_losses.softmax(*given, log_counts)
         beta = gbce_beta(self.config.gbce_calibration, negatives.numel(), self.num_items)
-        return sampled_losses.gbce(positives, scores, hits, beta)
+        return sampled_losses.gbce(*given, beta)

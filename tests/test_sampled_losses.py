@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.negatives import SharedNegatives
 
 NUM_ITEMS, WIDTH = 6, 4
-NONE_HIT = torch.zeros(1, 2, dtype=torch.bool)
+ITEM_3, DRAWN = torch.tensor([3]), torch.tensor([1, 2])
 
 
 def sigmoid(score: float) -> float:
@@ -25,7 +25,8 @@ def test_sampled_softmax_by_hand() -> None:
     loss = sampled_losses.softmax(
         torch.tensor([3.0]),
         torch.tensor([[1.0, 0.0]]),
-        NONE_HIT,
+        ITEM_3,
+        DRAWN,
         torch.tensor([math.log(2), math.log(0.5)]),
     )
     total = math.exp(3) + math.exp(1) / 2 + 2
@@ -33,28 +34,29 @@ def test_sampled_softmax_by_hand() -> None:
 
 
 def test_draws_of_the_target_do_not_count() -> None:
-    scores, hits = torch.tensor([[1.0, 9.0]]).requires_grad_(), torch.tensor([[False, True]])
-    loss = sampled_losses.softmax(torch.tensor([2.0]), scores, hits, torch.zeros(2))
+    scores, drawn = torch.tensor([[1.0, 9.0]]).requires_grad_(), torch.tensor([1, 3])
+    loss = sampled_losses.softmax(torch.tensor([2.0]), scores, ITEM_3, drawn, torch.zeros(2))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
     loss.sum().backward()
     assert scores.grad[0, 1] == 0 and scores.grad[0, 0] > 0
 
-    loss = sampled_losses.gbce(torch.tensor([2.0]), scores, hits, beta=1.0)
+    loss = sampled_losses.gbce(torch.tensor([2.0]), scores, ITEM_3, drawn, beta=1.0)
     expected = -math.log(sigmoid(2)) - math.log(1 - sigmoid(1))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_all_draws_are_the_target() -> None:
     positive = torch.tensor([2.0], requires_grad=True)
-    scores, hits = torch.tensor([[1.0, 1.0]]), torch.tensor([[True, True]])
-    loss = sampled_losses.softmax(positive, scores.requires_grad_(), hits, torch.zeros(2))
+    scores, drawn = torch.tensor([[1.0, 1.0]], requires_grad=True), torch.tensor([3, 3])
+    loss = sampled_losses.softmax(positive, scores, ITEM_3, drawn, torch.zeros(2))
     loss.sum().backward()
     assert loss.item() == 0 and positive.grad.item() == 0 and not scores.grad.any()
 
 
 def test_gbce_by_hand() -> None:
     # beta .4: the positive's probability to the power of .4, those of the negatives against.
-    loss = sampled_losses.gbce(torch.tensor([0.5]), torch.tensor([[1.0, -2.0]]), NONE_HIT, beta=0.4)
+    scores = torch.tensor([[1.0, -2.0]])
+    loss = sampled_losses.gbce(torch.tensor([0.5]), scores, ITEM_3, DRAWN, beta=0.4)
     product = sigmoid(0.5) ** 0.4 * (1 - sigmoid(1)) * (1 - sigmoid(-2))
     assert loss.item() == pytest.approx(-math.log(product), abs=1e-6)
 
@@ -156,3 +158,25 @@ def test_flags_out_of_range() -> None:
         HeadConfig(loss="hinge")
     with pytest.raises(UserError, match=r"--gbce_calibration must be in \[0, 1\], not 2"):
         HeadConfig(gbce_calibration=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("positions", "draws"), [(1, 1), (7, 3), (300, 4096), (5, 10_001)])
+def test_the_kernel_sums_what_the_plain_code_does(
+    positions: int, draws: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(draws)
+    scores = 10 * torch.randn(positions, draws, generator=generator)
+    targets, negatives = (
+        torch.randint(1, 50, (count,), generator=generator) for count in (positions, draws)
+    )
+    negatives[: draws // 2] = targets[0]
+    given = scores.to(dtype), targets, negatives, torch.randn(draws, generator=generator)
+    expected = sampled_losses.log_sums(*given)
+    found = sampled_losses.kernel.log_sums(*(each.cuda() for each in given))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(
+            one.cpu(), other, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=1e-5
+        )

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from model.kernels import residual_kernels as kernels
 from model.kernels.dropout_bits import Dropout, dropout_options
 from model.kernels.residual_kernels import triton
+from model.kernels.row_sums import add_rows
 
 # Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024
@@ -177,9 +178,8 @@ class _Enter(torch.autograd.Function):
         )
         of_table = None
         if table is not None:
-            of_table = torch.ops.aten.embedding_dense_backward(
-                gradient, line, len(table), -1, False
-            )
+            of_table = torch.zeros_like(table)
+            add_rows(of_table, line, gradient)
         return gradient, of_table, None, *partial.sum(dim=0).unbind(), None, None, None
 
 

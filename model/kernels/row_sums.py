@@ -22,8 +22,9 @@ try:
 except ImportError:  # torch's CPU builds come without it
     triton = None
 
-# Values of a run, and of each so many columns, that a program adds at a time; values of a chunk.
-_BLOCK, _COLUMNS, _CHUNK = 32, 64, 256
+# Values of a run, and of each so many columns, that a program adds at a time; values of a chunk;
+# warps of a program.
+_BLOCK, _COLUMNS, _CHUNK, _WARPS = 32, 64, 256, 4
 
 
 def add_rows(
@@ -98,7 +99,8 @@ def _sum_runs(
     out = rows, more, len(rows), width, means, squares, rates, *known
     sizes = adam is not None, _CHUNK, _COLUMNS
     count = len(keys)
-    _add_runs[(count, parts)](keys, order, values, edges, count, limit, *out, *sizes, _BLOCK)
+    runs = keys, order, values, edges, count, limit, *out, *sizes, _BLOCK
+    _add_runs[(count, parts)](*runs, num_warps=_WARPS)
     if chunks > 1:
         _add_chunks[(chunks - 1, parts)](keys, edges, count, limit, *out, *sizes)
 

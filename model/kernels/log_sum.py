@@ -1,0 +1,90 @@
+"""Sampled softmax's sum over a position's draws, on CUDA in one pass over the scores.
+
+    scores [M, K], log counts [K], which draws are the target -> logarithm of the sum [M]
+                                                              -> masses [M, K] for the backward pass
+
+Shapes: M positions, K negatives.
+"""
+# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch's CPU builds come without it
+    triton = None
+
+# Scores of a position that a program holds at a time.
+_BLOCK = 4096
+
+
+def takes(scores: torch.Tensor) -> bool:
+    """Whether :func:`log_sums` may be called with them."""
+    return triton is not None and scores.is_cuda and scores.is_contiguous() and scores.numel() > 0
+
+
+def log_sums(
+    scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`model.sampled_losses.log_sums`, whose plain code it is equal to."""
+    count, draws = scores.shape
+    masses = torch.empty_like(scores)
+    tops, totals = torch.empty(2, count, device=scores.device).unbind()
+    block = min(_BLOCK, triton.next_power_of_2(draws))
+    _log_sums[(count,)](
+        scores,
+        targets,
+        negatives,
+        log_counts,
+        masses,
+        tops,
+        totals,
+        draws,
+        torch.finfo(torch.float32).min,
+        block,
+        num_warps=8,
+    )
+    return masses, tops, totals
+
+
+if triton is not None:
+
+    @triton.jit
+    def _log_sums(
+        scores,
+        targets,
+        negatives,
+        log_counts,
+        masses,
+        tops,
+        totals,
+        draws,
+        lowest,
+        block: tl.constexpr,
+    ) -> None:
+        position = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + position)
+        of = position * draws
+        top, total = lowest, 0.0
+        for start in range(0, draws, block):
+            draw = start + tl.arange(0, block)
+            inside = draw < draws
+            value = tl.load(scores + of + draw, mask=inside, other=0.0).to(tl.float32)
+            value -= tl.load(log_counts + draw, mask=inside, other=0.0)
+            hit = tl.load(negatives + draw, mask=inside, other=0) == target
+            value = tl.where(hit, lowest, value)
+            before = top
+            top = tl.maximum(top, tl.max(tl.where(inside, value, lowest), axis=0))
+            mass = tl.where(inside, tl.exp(value - top), 0.0)
+            total = total * tl.exp(before - top) + tl.sum(mass, axis=0)
+        for start in range(0, draws, block):
+            draw = start + tl.arange(0, block)
+            inside = draw < draws
+            value = tl.load(scores + of + draw, mask=inside, other=0.0).to(tl.float32)
+            value -= tl.load(log_counts + draw, mask=inside, other=0.0)
+            hit = tl.load(negatives + draw, mask=inside, other=0) == target
+            value = tl.where(hit, lowest, value)
+            tl.store(masses + of + draw, tl.exp(value - top), mask=inside)
+        tl.store(tops + position, top)
+        tl.store(totals + position, total)
