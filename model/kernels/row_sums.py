@@ -24,7 +24,7 @@ except ImportError:  # torch's CPU builds come without it
 
 # Values of a run, and of each so many columns, that a program adds at a time; values of a chunk;
 # warps of a program.
-_BLOCK, _COLUMNS, _CHUNK, _WARPS = 32, 64, 256, 4
+_BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
 
 
 def add_rows(
