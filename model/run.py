@@ -219,7 +219,7 @@ def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | Non
     if config.head.loss == "softmax":
         return None
     # One more of each: an item that nobody rated in training must be drawn sometimes.
-    weights = store.train_item_counts()[1:-1] + 1 if config.head.loss != "gbce" else None
+    weights = store.train_item_counts[1:-1] + 1 if config.head.loss != "gbce" else None
     count, seed = config.negatives.train_negatives, config.loader.seed
     return SharedNegatives(count, store.num_items, seed, weights)
 
@@ -254,7 +254,7 @@ def evaluator(
         world_size=ranks.world_size,
         candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
     )
-    popularity = torch.from_numpy(store.train_item_counts())
+    popularity = torch.from_numpy(store.train_item_counts)
     earlier: list[Result] = []
 
     def run(around: Callable[..., Any] = iter) -> Result:

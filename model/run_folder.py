@@ -16,6 +16,7 @@ from model.flags import flatten
 from model.ranks import Ranks, from_first_rank
 from model.run import RunConfig
 from model.run_log import read_config, write_config
+from pipeline.catalog import Catalog
 from pipeline.errors import UserError
 from pipeline.store import SequenceStore
 
@@ -38,7 +39,7 @@ class RunFolder:
         self._facts = {
             "num_items": store.num_items,
             "num_ratings": len(store.items),
-            "catalog": store.catalog.fingerprint,
+            "catalog": store.catalog_fingerprint,
         }
         self.path = from_first_rank(ranks, lambda: self._claim(config))
 
@@ -53,7 +54,10 @@ class RunFolder:
     def _record(self, config: RunConfig) -> None:
         try:
             write_config(self.path, flatten(config), self._facts)
-            self._store.catalog.write_to(self.path)
+            if self._store.path is None:
+                self._store.catalog.write_to(self.path)
+            else:
+                Catalog.copy(self._store.path, self.path)
         except OSError as error:
             raise _unwritable("--run_dir", self.path, error) from error
 

@@ -100,7 +100,7 @@ class TrainedRun:
         Raises:
             UserError: they differ.
         """
-        if store.catalog.fingerprint != self._fingerprint:
+        if store.catalog_fingerprint != self._fingerprint:
             raise UserError(
                 f"{self.folder} was trained on {self._num_items} items that are not the "
                 f"{store.num_items} of this data: give the ratings of training by --dataset_path"

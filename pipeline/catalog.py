@@ -9,17 +9,21 @@ Dense item id i is row i - 1; ids are kept as text, exactly as the ratings file 
 """
 
 import hashlib
+import shutil
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.layout import split
 from pipeline.sources import SourceFile
 
+_FILES = ("catalog.parquet", "users.parquet")
+_BLOCK = 1 << 16
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "|": "|"}
 
 
@@ -71,8 +75,19 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write catalog.parquet and users.parquet into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / "catalog.parquet")
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / "users.parquet")
+        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
+        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+
+    @staticmethod
+    def copy(folder: Path, to: Path) -> None:
+        """The copy in ``folder`` to another existing one, without reading it."""
+        for name in _FILES:
+            shutil.copyfile(folder / name, to / name)
+
+    @staticmethod
+    def read_train_counts(folder: Path) -> np.ndarray:
+        """int64 [V]: ``train_counts`` alone of the copy in ``folder``."""
+        return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     @property
     def num_items(self) -> int:
@@ -93,8 +108,11 @@ class Catalog:
         """Hash of the original item ids in dense order: two data sets with equal ones give every
         item the same dense id, so that one's weights serve the other."""
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
-        for ids in (self.items.slice(at, 1 << 16) for at in range(0, len(self.items), 1 << 16)):
-            digest.update("\0".join(ids.to_pylist()).encode() + b"\0")
+        for at in range(0, len(self.items), _BLOCK):
+            ids = self.items.slice(at, _BLOCK)
+            whole = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
+            digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
+            digest.update(b"\0")
         return digest.hexdigest()[:16]
 
 

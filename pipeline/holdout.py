@@ -18,6 +18,7 @@ ranks change nothing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -177,9 +178,14 @@ class EvalLoader:
         per_rank = -(-len(users) // world_size)
         padded = np.append(users, np.full(per_rank * world_size - len(users), -1))
         self.users = padded[rank::world_size]
-        self._sampler = NegativeSampler(store.train_item_counts(), config or HoldoutConfig(), split)
+        self._holdout = config or HoldoutConfig()
         self._negatives: dict[int, np.ndarray] = {}
         self._prefetch_batches = prefetch_batches
+
+    @cached_property
+    def _sampler(self) -> NegativeSampler:
+        """Made when first asked for: of a large catalog it takes seconds."""
+        return NegativeSampler(self.store.train_item_counts, self._holdout, self.split)
 
     def __len__(self) -> int:
         """Batches, the same on every rank."""

@@ -5,7 +5,7 @@ function of (seed, epoch, position in the data order) alone: another number of r
 run, draws the same. Each comes with the logarithm of its expected count in the step, K x its
 probability, by which a sampled softmax corrects its score.
 
-    SharedNegatives(4096, num_items, seed, store.train_item_counts()[1:-1] + 1)    by popularity
+    SharedNegatives(4096, num_items, seed, store.train_item_counts[1:-1] + 1)    by popularity
     SharedNegatives(4096, num_items, seed)                                         uniformly
 
 Draws by popularity take two look-ups each, whatever the number of items (Walker's alias method;

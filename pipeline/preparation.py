@@ -72,7 +72,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     items = encoded.items.take(pa.array(dense.kept_items))
     titles = read_titles(source.titles, items) if source.titles else None
     users = encoded.users.take(pa.array(dense.kept_users))
-    trained = store.train_item_counts()
+    trained = store.train_item_counts
     store.catalog = Catalog(items, titles, trained[1:-1], users)
     store.counts = {"name": source.name, "stages": stages} | _measure(store, trained)
     return store

@@ -113,7 +113,7 @@ class SequenceStore:
             if _size_and_checksum(path / name) != (size, checksum):
                 raise UserError(f"{path / name} is damaged: delete the folder to have it rebuilt")
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
-        return cls(
+        store = cls(
             items,
             offsets,
             manifest["num_items"],
@@ -122,13 +122,16 @@ class SequenceStore:
             fingerprint=manifest["fingerprint"],
             path=path,
         )
+        if "catalog" in manifest:  # stores of earlier versions have to read it
+            store.catalog_fingerprint = manifest["catalog"]
+        return store
 
     @cached_property
     def catalog(self) -> Catalog:
         if self.path is None:
             ids = pa.array(np.arange(1, self.num_items + 1)).cast(pa.string())
             users = pa.array(np.arange(self.num_users)).cast(pa.string())
-            return Catalog(ids, train_counts=self.train_item_counts()[1:-1], users=users)
+            return Catalog(ids, train_counts=self.train_item_counts[1:-1], users=users)
         return Catalog.read(self.path)
 
     def lengths(self) -> np.ndarray:
@@ -149,8 +152,16 @@ class SequenceStore:
         last = self.offsets[self.evaluable_users() + 1]
         return self.items[last - {"validation": 2, "test": 1}[split]]
 
+    @cached_property
+    def catalog_fingerprint(self) -> str:
+        """The catalog's; what is on disk knows it without reading the catalog."""
+        return self.catalog.fingerprint
+
+    @cached_property
     def train_item_counts(self) -> np.ndarray:
         """int64 [V+2]: how often each dense id occurs in the training parts."""
+        if self.path is not None:
+            return np.concatenate([[0], Catalog.read_train_counts(self.path), [0]])
         counts = np.zeros(self.num_items + 2, dtype=np.int64)
         for start in range(0, len(self.items), _BLOCK):
             counts += np.bincount(self.items[start : start + _BLOCK], minlength=len(counts))
@@ -171,6 +182,7 @@ class SequenceStore:
             "counts": self.counts,
             "best_possible": self.best_possible,
             "fingerprint": self.fingerprint,
+            "catalog": self.catalog_fingerprint,
             "files": {file.name: _size_and_checksum(file) for file in sorted(path.iterdir())},
         }
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

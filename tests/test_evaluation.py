@@ -56,7 +56,7 @@ def model_with(scores: list[float]) -> BERT4Rec:
 def evaluated(scores: list[float], split: str = "test") -> Result:
     store = store_of(HISTORIES, 6)
     batches = EvalLoader(store, split, 8, 2, candidate_range=(1, 1))
-    return evaluate(model_with(scores), batches, torch.from_numpy(store.train_item_counts()))
+    return evaluate(model_with(scores), batches, torch.from_numpy(store.train_item_counts))
 
 
 def of_ranks(*ranks: int) -> dict[str, float]:
@@ -92,7 +92,7 @@ def test_validation_split_by_hand() -> None:
 
 def test_a_popularity_discount_lowers_frequent_items() -> None:
     store = store_of(HISTORIES, 6)
-    counts = torch.from_numpy(store.train_item_counts())
+    counts = torch.from_numpy(store.train_item_counts)
     for discount in (0.4, 1.0):
         batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
         found = evaluate(model_with(SCORES), batches, counts, discount=discount)
@@ -121,7 +121,7 @@ def test_nan_never_wins() -> None:
 
 def test_an_earlier_evaluation_knows_popularity(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(HISTORIES, 6)
-    counts = torch.from_numpy(store.train_item_counts())
+    counts = torch.from_numpy(store.train_item_counts)
     batches = [*EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))]
     before = evaluated([0.5] * 6)
     monkeypatch.setattr(
@@ -167,7 +167,7 @@ def test_batch_and_block_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     generator = np.random.default_rng(1)
     histories = [generator.integers(1, 61, size=generator.integers(3, 20)) for _ in range(23)]
     store = store_of(histories, 60)
-    popularity = torch.from_numpy(store.train_item_counts())
+    popularity = torch.from_numpy(store.train_item_counts)
     config = ModelConfig(60, 8, EncoderConfig(emb_dim=8), HeadConfig())
     model = BERT4Rec(config, CatalogSlice(1, 61, shared=False))
     nn.init.normal_(model.embeddings.embeddings["item"].weight)

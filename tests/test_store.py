@@ -1,5 +1,6 @@
 """The sequence store: contract, write and reuse, damage, concurrent builders."""
 
+import json
 import multiprocessing
 import os
 import time
@@ -34,7 +35,23 @@ def test_leave_one_out_parts() -> None:
     assert store.targets("validation").tolist() == [3, 1]
     assert store.targets("test").tolist() == [5, 3]
     # training parts: [1, 2], [2, 2], [], [4]; places 0 (padding) and 6 (mask) stay empty
-    assert store.train_item_counts().tolist() == [0, 1, 3, 0, 1, 0, 0]
+    assert store.train_item_counts.tolist() == [0, 1, 3, 0, 1, 0, 0]
+
+
+def test_what_is_on_disk_need_not_read_its_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = SequenceStore.from_arrays(ITEMS, OFFSETS, 5)
+    built.write(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "read", lambda *_: pytest.fail("read"))
+        opened = SequenceStore.open(tmp_path)
+        assert opened.train_item_counts.tolist() == built.train_item_counts.tolist()
+        assert opened.catalog_fingerprint == built.catalog.fingerprint
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["catalog"]  # as those of earlier versions
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert SequenceStore.open(tmp_path).catalog_fingerprint == built.catalog.fingerprint
 
 
 def test_from_arrays_is_read_only_and_leaves_the_callers_array_alone() -> None:
