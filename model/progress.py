@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader
 from pipeline.steps import Step
+
+# Seconds between two questions to a GPU that is a few steps behind.
+_PAUSE = 5e-5
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,52 @@ class Pace:
 
     Further ahead it gains nothing, and takes the interpreter from the loader's thread, for whose
     batches it waits then; while it waits for the GPU, that thread has its turn.
+
+    A GPU waits for ever for one whose host is gone: to send is a part of the step's graph, which no
+    library watches. So the host does not wait in a call that never returns, but asks now and then.
+
+    Args:
+        timeout: of a step.
     """
 
-    def __init__(self, device: torch.device, ahead: int = 4) -> None:
+    def __init__(self, device: torch.device, timeout: timedelta, ahead: int = 4) -> None:
+        self._timeout = timeout.total_seconds()
         self._free: list[torch.cuda.Event] = []
         if device.type == "cuda":
-            self._free = [torch.cuda.Event(blocking=True) for _ in range(ahead)]
+            self._free = [torch.cuda.Event() for _ in range(ahead)]
         self._running: deque[torch.cuda.Event] = deque()
 
     def keep(self) -> None:
-        """To be called after every step."""
+        """To be called after every step.
+
+        Raises:
+            RuntimeError: the GPU does not get on.
+        """
         if self._free:
             event = self._free.pop()
         elif self._running:
             event = self._running.popleft()
-            event.synchronize()
+            self._wait_for(event)
         else:  # no GPU
             return
         event.record()
         self._running.append(event)
+
+    def catch_up(self) -> None:
+        """Wait for all steps, before something that waits for them without end.
+
+        Raises:
+            RuntimeError: the GPU does not get on.
+        """
+        if self._running:
+            self._wait_for(self._running[-1])
+
+    def _wait_for(self, event: torch.cuda.Event) -> None:
+        begun = time.monotonic()
+        while not event.query():
+            if time.monotonic() - begun > self._timeout:
+                raise RuntimeError("timed out waiting for the GPU")
+            time.sleep(_PAUSE)
 
 
 class StepNote(NamedTuple):

@@ -73,8 +73,8 @@ class Trainer:
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
         self.after_step = after_step
         self.pipeline = train_pipeline(model, optimizers, ranks.device)
-        self.orders = Orders(ranks, timedelta(minutes=config.rank_timeout))
-        self._pace = Pace(ranks.device)
+        timeout = timedelta(minutes=config.rank_timeout)
+        self.orders, self._pace = Orders(ranks, timeout), Pace(ranks.device, timeout)
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
@@ -102,8 +102,8 @@ class Trainer:
             if explained := self.orders.explain(error, self.position.step):
                 raise explained from error
             raise
-        finally:
-            self.pipeline.release()
+        # Not after a failure: a GPU that waits for another one is not done with its graph.
+        self.pipeline.release()
         if self._is_cut():
             self.log.say(f"ended after step {self.position.step}, as --max_steps says")
         elif not self.position.best_step:
@@ -148,6 +148,7 @@ class Trainer:
             self.after_step()
             order = self.orders.exchange(self._wish(interval))
             if left == 0 or self.position.step % self.config.log_every == 0 or order:
+                self._pace.catch_up()
                 values = interval.reduce()
                 values["data_wait_ms"] = 1000 * feed.waited / len(interval.steps)
                 self.log.write(self.position.step, self.position.epoch, values)

@@ -1,5 +1,7 @@
 """The training step's fast path on CUDA against its plain one; skipped where there is no CUDA."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -223,7 +225,7 @@ def test_graphs_that_are_given_up_are_captured_again() -> None:
 
 
 def test_the_host_stays_a_few_steps_ahead() -> None:
-    pace, done = Pace(torch.device("cuda"), ahead=2), []
+    pace, done = Pace(torch.device("cuda"), timedelta(seconds=10), ahead=2), []
     for _ in range(6):
         torch.cuda._sleep(20_000_000)  # some 10 ms
         done.append(torch.cuda.Event())
@@ -231,3 +233,5 @@ def test_the_host_stays_a_few_steps_ahead() -> None:
         pace.keep()
     assert [event.query() for event in done[:3]] == [True] * 3
     assert not done[-1].query()
+    pace.catch_up()
+    assert done[-1].query()

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.orders import NOTHING, SAVE, Orders
+from model.orders import _SILENT, NOTHING, SAVE, Orders
+from model.progress import Pace
 from model.ranks import Ranks
 from model.schedule import TrainingConfig, lr_factor
 from model.sharding import OptimizerConfig, Optimizers
@@ -311,3 +312,29 @@ def test_on_gpus_orders_are_handed_in_at_every_fourth_step(one_rank: Ranks) -> N
         SAVE,
         *[NOTHING] * 4,
     ]
+
+
+class _Steps:
+    """Stands for the GPU's events: steps that are done, as many as ``_Steps.done``."""
+
+    recorded = done = 0
+
+    def record(self) -> None:
+        _Steps.recorded += 1
+        self.number = _Steps.recorded
+
+    def query(self) -> bool:
+        return self.number <= _Steps.done
+
+
+def test_a_host_does_not_wait_for_ever_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", _Steps)
+    pace = Pace(torch.device("cuda"), timedelta(seconds=0.02), ahead=2)
+    pace.keep()
+    pace.keep()
+    for wait in (pace.keep, pace.catch_up):
+        with pytest.raises(RuntimeError, match="timed out") as error:
+            wait()
+        assert _SILENT.search(str(error.value))  # so that the ranks are called up
+    _Steps.done = 2
+    pace.catch_up()
