@@ -130,6 +130,15 @@ class Checkpoints:
 
     # Writing ----------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Get ready to save, which ``save`` does too; every rank must call it.
+
+        To be called before training: the ranks meet, and would wait for a lost one to come, while
+        nobody obeys signals, until all are killed.
+        """
+        if self._writer is None:
+            self._writer = CheckpointWriter(self.folder, self._ranks, self._recorded)
+
     def save(
         self,
         model: DistributedModelParallel,
@@ -150,8 +159,7 @@ class Checkpoints:
             UserError: it, or the one before, cannot be written. Earlier checkpoints are intact.
         """
         self.finish()
-        if self._writer is None:
-            self._writer = CheckpointWriter(self.folder, self._ranks, self._recorded)
+        self.prepare()
         state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
         self._position = position
         if wait:

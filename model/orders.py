@@ -52,6 +52,7 @@ class Orders:
         self._mine = torch.zeros(1, dtype=torch.int32)
         self._underway: dist.Work | None = None
         self._group = self._roll_call = None
+        self._speaks = ranks.is_first and ranks.world_size > 1
         if ranks.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
             # Of its own: a group in which an operation failed is unusable.
@@ -67,8 +68,12 @@ class Orders:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # torchrun tells the others to end as soon as it sees that a rank is gone: the one that says
+        # what happened is to say it first.
+        deaf = signal.SIGTERM if self._speaks and isinstance(error, RuntimeError) else None
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number != deaf:
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = STOP + number

@@ -75,6 +75,7 @@ class Trainer:
         self.pipeline = train_pipeline(model, optimizers, ranks.device)
         timeout = timedelta(minutes=config.rank_timeout)
         self.orders, self._pace = Orders(ranks, timeout), Pace(ranks.device, timeout)
+        self.checkpoints.prepare()
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:

@@ -132,6 +132,14 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert losses(job.run_dir) == losses(whole.run_dir)
 
 
+def test_a_lost_rank_is_told_of_before_torchrun_ends_the_others(start: Start) -> None:
+    job = start("told", script="tests/workers/lost.py")
+    assert job.wait() != 0
+    lines = [line for line in job.err.splitlines() if line.startswith("lost.py: ")]
+    assert len(lines) == 1, job.err
+    assert re.search(r"another rank is gone at step \d+; earlier checkpoints are intact", lines[0])
+
+
 def stop(job: Job, number: signal.Signals) -> None:
     """Tell one rank alone to stop: all must, at the same step, within 10 s and 5 for the write."""
     began = time.monotonic()

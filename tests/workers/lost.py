@@ -1,0 +1,40 @@
+"""Worker: train.py, whose rank 1 is lost at its first checkpoint; rank 0 takes its time to tell.
+
+torchrun --nproc_per_node 2 tests/workers/lost.py [train.py's flags]
+"""
+
+import os
+import signal
+import time
+
+import torch
+
+import train
+from model.checkpoint import Checkpoints
+from model.orders import Orders
+from model.ranks import run_script
+from pipeline.errors import UserError
+
+# Many times what torchrun needs to see that a rank is gone, and to end the others.
+SECONDS = 2
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    save, explain = Checkpoints.save, Orders.explain
+
+    def lost(self: Checkpoints, *arguments: object) -> bool:
+        if self._ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return save(self, *arguments)
+
+    def slow(self: Orders, *arguments: object) -> UserError | None:
+        time.sleep(SECONDS)
+        return explain(self, *arguments)
+
+    Checkpoints.save, Orders.explain = lost, slow
+    run_script(train.main)
+
+
+if __name__ == "__main__":
+    main()
