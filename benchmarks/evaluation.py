@@ -81,7 +81,7 @@ def main() -> None:
         evaluate()
         taken = time.perf_counter() - started
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "no GPU"
-    ranks.say(f"{device}; {processor()}; {ranks.world_size} ranks; {commit()}; {versions()}")
+    ranks.say(f"{device}; {processor()}; {ranks}; {commit()}; {versions()}")
     ranks.say(f"{flags.checkpoint}: first {seconds[0]:.3f} s, then {seconds[1]:.3f} s")
     ranks.say(table(recorded.events(), taken))
 

@@ -5,18 +5,20 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
-from benchmarks import checkpoint, data, quality, rows, throughput
+from benchmarks import checkpoint, data, evaluation, quality, rows, throughput
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.flags import FlagParser
 from model.ranks import Ranks
 from model.recipes import with_recipe
 from model.run import RunConfig
-from tests.conftest import ROOT, TINY, run_process
+from tests.conftest import ROOT, TINY, RunMain, run_process
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -259,3 +261,42 @@ def test_the_cost_of_a_checkpoint_is_measured(one_rank: Ranks, tmp_path: Path) -
     assert (items, width) == ("50", "16")
     size, still, written, waited = (int(number) for number in numbers)
     assert size == 0 and still <= written and waited >= 0
+
+
+def test_the_time_of_an_evaluation_by_hand() -> None:
+    def event(
+        name: str, start: float, end: float, device: DeviceType, parent: object = None
+    ) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name,
+            device_type=device,
+            self_cpu_time_total=end - start,
+            time_range=SimpleNamespace(start=start, end=end),
+            cpu_parent=parent,
+            is_user_annotation=False,
+        )
+
+    host = [
+        event("aten::mm", 0, 3000, DeviceType.CPU),
+        event("aten::add", 3000, 4000, DeviceType.CPU),
+        event("aten::copy_", 3200, 3400, DeviceType.CPU, parent=object()),
+        event("cudaLaunchKernel", 3500, 3600, DeviceType.CPU),
+    ]
+    shown = evaluation.table(host, 1.5)
+    assert shown.startswith("under the profiler 1.500 s, 2 operations\n| ms | calls | |\n")
+    assert "| 3.00 | 1 | aten::mm |" in shown
+    kernels = [event("gemm", start, start + 2000, DeviceType.CUDA) for start in (0, 1000, 9000)]
+    shown = evaluation.table(host + kernels, 1.5)
+    assert "2 operations, 3 kernels and copies, the GPU busy for 0.005 s" in shown
+    assert shown.endswith("| 6.00 | 3 | gemm |")
+
+
+def test_an_evaluation_is_profiled(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"
+    assert run_main("train", *TINY, *folders, "--num_epochs=1").code == 0
+    outcome = run_main("benchmarks.evaluation", f"--checkpoint={tmp_path}")
+    assert outcome.code == 0, outcome.err
+    assert "1 rank on cpu" in outcome.out
+    assert "aten::" in outcome.out
