@@ -41,7 +41,7 @@ from pipeline.windows import CutWindows, WindowConfig, WindowTable
 
 # Enough items a chunk that NumPy's fixed cost a call vanishes, few enough to be made in some
 # milliseconds.
-_CHUNK_ITEMS = 1 << 19
+_CHUNK_ITEMS = 1 << 18
 
 
 @dataclass(frozen=True)
