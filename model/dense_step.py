@@ -42,7 +42,8 @@ class DenseStep(nn.Module):
 
     Attributes:
         exchange: where ranks look up for each other in training; None: they do not.
-        is_whole: the step, from the lookup to the optimizer, may be captured as it is.
+        is_whole: the step, from the lookup to the optimizer, may be captured as it is; somebody who
+            wants to see its parts may make it False for a while.
     """
 
     def __init__(self, encoder: Encoder, head: ScoringHead) -> None:
@@ -153,7 +154,8 @@ class DenseStep(nn.Module):
         ) -> torch.Tensor:
             if graphs and self._encode is not None:
                 return self._encode(rows, offsets, masked, left_only, steps_ago)[0]
-            if graphs and self._body is not None:
+            if graphs and self.is_whole:
+                assert self._body is not None
                 return self._body(rows, offsets, masked, left_only, steps_ago)
             return encoder(rows, offsets, masked, longest, left_only, steps_ago)
 

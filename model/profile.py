@@ -14,7 +14,8 @@ What the stages of a step are called in the trace:
     backward              ## backward ... ##
     optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
     step                  ## step ##: from the lookup to the optimizer, where one CUDA graph holds
-                          it all; ``--acceleration none`` takes it apart
+                          it all; as many steps more are then trained and recorded without it, for
+                          rank0-apart.<time>.pt.trace.json.gz, where its stages are to be seen
 
 Names between ``##`` are those of TorchRec's pipeline, or like them; the other three are put, from
 outside, around the modules while a trace is recorded, so that a run without one does nothing for
@@ -95,7 +96,11 @@ class StepProfiler:
     ) -> None:
         self._recorded, self._say = config.profile, say
         self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        self._to_skip = max(0, min(_SKIPPED, steps - _WARM_UP - config.profile - _RUN_OUT))
+        # As they are trained, then apart.
+        self._cycles = 2 if self._bert.dense_step.is_whole else 1
+        recorded = self._cycles * (_WARM_UP + config.profile)
+        self._to_skip = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT))
+        self._written = 0
         self._profile: profile | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -127,19 +132,19 @@ class StepProfiler:
 
     def _begin(self) -> None:
         stages = {"lookup": self._bert.embeddings}
-        if self._bert.dense_step.is_graphed or self._bert.dense_step.is_whole:
+        if self._bert.dense_step.is_graphed:
             stages["encoder and head"] = self._bert.dense_step
         else:
             stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
         for name, module in stages.items():
             self._hooks += _named(name, module)
-        self._to_record = _WARM_UP + self._recorded
+        self._to_record = self._cycles * (_WARM_UP + self._recorded)
         activities = [ProfilerActivity.CPU]
         if self._ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._recorded, repeat=1),
+            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._recorded, repeat=self._cycles),
             on_trace_ready=self._write,
         )
         self._profile.start()
@@ -150,11 +155,16 @@ class StepProfiler:
         self._profile, self._recorded = None, 0
         for hook in self._hooks:
             hook.remove()
+        self._bert.dense_step.is_whole = self._cycles == 2
 
     def _write(self, recorded: profile) -> None:
-        trace_writer(str(self._folder), f"rank{self._ranks.rank}", use_gzip=True)(recorded)
+        apart = "-apart" * self._written
+        trace_writer(str(self._folder), f"rank{self._ranks.rank}{apart}", use_gzip=True)(recorded)
         if self._ranks.is_first:
-            self._say(f"{self._folder}: {summary(recorded.events())}")
+            how = ", without a graph of the whole step" * self._written
+            self._say(f"{self._folder}{how}: {summary(recorded.events())}")
+        self._written += 1
+        self._bert.dense_step.is_whole = False
 
 
 def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:

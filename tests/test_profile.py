@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 from torch.nn.modules.module import Module
+from torch.profiler import record_function
 
-from model.profile import STAGES, ProfileConfig, covered, summary
+from model.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
+from model.ranks import Ranks
+from model.run import build_plain_model
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun
+from tests.workers import sharded
 
 STEPS = 3
 
@@ -94,6 +98,27 @@ def test_a_short_run_is_recorded_from_its_first_step(
     (trace,) = tmp_path.glob("profile/*.gz")
     # Two of the four steps warm the profiler up.
     assert names_in(trace)["encoder"] == 2
+
+
+def test_steps_of_one_graph_are_recorded_apart_too(one_rank: Ranks, tmp_path: Path) -> None:
+    config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
+    bert = build_plain_model(config, sharded.NUM_ITEMS, one_rank)
+    bert.dense_step.is_whole = True
+    said: list[str] = []
+    profiler = StepProfiler(ProfileConfig(STEPS), bert, tmp_path, one_rank, 14, said.append)
+    whole = []
+    with profiler:
+        for _ in range(14):
+            whole.append(bert.dense_step.is_whole)
+            with record_function("## step ##" if whole[-1] else "## forward ##"):
+                pass
+            profiler.step()
+    # Two steps before, two to warm up and three recorded, twice, and two that run out.
+    assert whole == [*[True] * 7, *[False] * 5, *[True] * 2]
+    apart, as_trained = sorted(tmp_path.glob("profile/*.gz"))
+    assert apart.name.startswith("rank0-apart.")
+    assert names_in(as_trained)["## step ##"] == names_in(apart)["## forward ##"] == STEPS
+    assert [", without a graph of the whole step: " in line for line in said] == [False, True]
 
 
 def event(

@@ -98,7 +98,8 @@ def test_a_graph_reads_each_batch_anew(
     runs, replays = [], 0
     for kind in (TrainStep, _Uncaptured):
         model = build_model(config, sharded.NUM_ITEMS, one_rank).train()
-        unwrap(model).dense_step.is_whole = kind is _Uncaptured
+        dense = unwrap(model).dense_step
+        dense.is_whole, dense._body = kind is _Uncaptured, unwrap(model).encoder.encode
         step, reports = kind(model, sharded.sgd(model), one_rank.device), []
         loader = train_loader(config, sharded.histories(), one_rank)
         for epoch in range(4):
@@ -106,9 +107,10 @@ def test_a_graph_reads_each_batch_anew(
         replays += sum(one is not None for one in step._seen.values())
         runs.append((reports, sharded.weights_of(model)))
     assert replays > 0
-    assert runs[0][0] == runs[1][0]
+    # Not to the bit: a graph pads to the longest that rows may be.
+    torch.testing.assert_close(torch.tensor(runs[1][0]), torch.tensor(runs[0][0]))
     for name, weight in runs[0][1].items():
-        assert weight.equal(runs[1][1][name]), name
+        torch.testing.assert_close(runs[1][1][name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_graphs_that_are_given_up_are_captured_again(one_gpu: Ranks) -> None:
