@@ -32,6 +32,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from model.manifest import DamagedError, read_manifest, verify
+from model.orders import GONE
 from model.progress import Position
 from model.ranks import Ranks, from_first_rank
 from model.safe_reader import SafeReader
@@ -299,6 +300,11 @@ class Checkpoints:
         try:
             dcp.load(state, storage_reader=SafeReader(path))
         except _LOAD_ERRORS as error:
+            if GONE.search(str(error)):
+                raise UserError(
+                    f"another rank is gone while {path} was read: start again; train.py goes on with "
+                    "--resume auto"
+                ) from error
             raise UserError(
                 f"{path} does not fit this model: it was written with other flags, or its files "
                 f"are damaged ({_cause(error)}); use another --run_dir or the run's own flags"

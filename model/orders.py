@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _EVERY = 4
 _ROLL_CALL = timedelta(seconds=10)
 _SILENT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
-_GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
+GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
 
 
 class Orders:
@@ -106,11 +106,11 @@ class Orders:
         text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
         if self._roll_call is None:
             return None
-        if not (_GONE.search(text) or _SILENT.search(text)):
+        if not (GONE.search(text) or _SILENT.search(text)):
             return None
         when = f"for {self._timeout.total_seconds():g} s at step {step}"
         if silent := self._silent_ranks():
-            if _GONE.search(text):
+            if GONE.search(text):
                 return UserError(f"another rank is gone at step {step}; {advice}")
             return UserError(f"no answer from {silent} {when}: it is stuck; {advice}")
         # All are there: who gave up waiting has closed its connections to the others.

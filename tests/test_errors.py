@@ -137,6 +137,21 @@ def test_a_checkpoint_of_another_shape(
     assert_one_line(outcome, script, "does not fit this model")
 
 
+def test_a_rank_that_is_gone_while_a_checkpoint_is_read(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"
+    assert run_main("train", *TINY, *folders, "--num_epochs=1").code == 0
+    shutil.rmtree(tmp_path / "model")  # eval.py would rather take that
+
+    def lost(*_: object, **__: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80")
+
+    monkeypatch.setattr("model.checkpoint.dcp.load", lost)
+    outcome = run_main("eval", f"--checkpoint={tmp_path}")
+    assert_one_line(outcome, "eval", "another rank is gone while")
+
+
 def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> None:
     flags = ["--checkpoint", copied, f"--cache_dir={copied / 'cache'}"]
     edit_config(copied, min_user_count=0)
