@@ -302,8 +302,8 @@ class Checkpoints:
         except _LOAD_ERRORS as error:
             if GONE.search(str(error)):
                 raise UserError(
-                    f"another rank is gone while {path} was read: start again; train.py goes on with "
-                    "--resume auto"
+                    f"another rank is gone while {path} was read: start again; train.py goes on "
+                    "with --resume auto"
                 ) from error
             raise UserError(
                 f"{path} does not fit this model: it was written with other flags, or its files "
