@@ -67,7 +67,8 @@ def main() -> None:
     run = TrainedRun(flags)
     store = first_rank_first(ranks, lambda: prepare(run.config.data))
     run.check_catalog(store)
-    evaluate = evaluator(run.config, run.model(ranks), store, flags.split, ranks)
+    discount = flags.popularity_discount
+    evaluate = evaluator(run.config, run.model(ranks), store, flags.split, ranks, discount)
     seconds = []
     for _ in range(2):
         started = time.perf_counter()

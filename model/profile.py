@@ -66,7 +66,8 @@ class ProfileConfig:
     profile: int = field(
         default=0,
         metadata={
-            "help": "steady steps to record for TensorBoard or Perfetto, in <run folder>/profile"
+            "help": "steady steps to record for TensorBoard or Perfetto, in <run folder>/profile; "
+            "where a step is one CUDA graph, as many more without it"
         },
     )
 

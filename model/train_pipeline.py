@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -23,16 +22,12 @@ from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 
 from model.gathered_rows import GatheredRows
 from model.sharding import unwrap
-from model.train_step import Steps, TrainStep
+from model.train_step import Steps, TrainStep, backward
 from pipeline.batch import TrainBatch
 
 
 class _TracedPipeline(TrainPipelineSparseDist):
-    """The same pipeline for a loss that is one number: it need not be summed first.
-
-    Nor need another thread go through it backward: on CUDA, to wake that and to be woken again
-    takes as long as a tenth of a small step.
-    """
+    """The same pipeline for a loss that is one number: it need not be summed first."""
 
     def __init__(
         self, model: DistributedModelParallel, optimizer: Steps, device: torch.device
@@ -41,8 +36,7 @@ class _TracedPipeline(TrainPipelineSparseDist):
         self._one = torch.ones((), device=device)
 
     def _backward(self, losses: torch.Tensor) -> None:
-        with record_function("## backward ##"), set_multithreading_enabled(False):
-            losses.backward(self._one)
+        backward(losses, self._one)
 
     def release(self) -> None:
         """Give CUDA graphs up."""

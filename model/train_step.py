@@ -36,6 +36,15 @@ class Steps(Protocol):
         """After its backward pass."""
 
 
+def backward(loss: torch.Tensor, one: torch.Tensor) -> None:
+    """The backward pass of a loss that is one number, in this thread; ``one`` is its gradient.
+
+    To wake another thread for it, and to be woken again, takes a tenth of a small step.
+    """
+    with record_function("## backward ##"), set_multithreading_enabled(False):
+        loss.backward(one)
+
+
 class TrainStep:
     """Trains ``model`` on one batch a call.
 
@@ -82,9 +91,7 @@ class TrainStep:
     def _run(self, batch: TrainBatch) -> torch.Tensor:
         with record_function("## forward ##"):
             loss, report = self._model(batch)
-        # To wake another thread for it, and to be woken again, takes a tenth of a small step.
-        with record_function("## backward ##"), set_multithreading_enabled(False):
-            loss.backward(self._one)
+        backward(loss, self._one)
         with record_function("## optimizer ##"):
             self._optimizer.step()
         return report

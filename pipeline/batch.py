@@ -38,6 +38,7 @@ CANDIDATE = "candidate"
 Candidates = tuple[int, int] | Tensor
 # FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
 _CANDIDATES_A_ROW = 64
+# Names of streams under capture, none of which comes again.
 _CAPTURES = count(-1, -1)
 
 

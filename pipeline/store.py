@@ -1,7 +1,7 @@
 """The sequence store: every user's history on disk, memory-mapped by every rank.
 
     ml-1m-5f0c2a9b7d41/
-        manifest.json     format version, fingerprint, counts, checksum of every other file
+        manifest.json     format version, fingerprints, counts, checksum of every other file
         items.npy         int32 [R]    dense item ids, user by user, in time order
         offsets.npy       int64 [U+1]  user u's history is items[offsets[u]:offsets[u+1]]
         catalog.parquet   original id, title and training count of item 1, 2, ..., V
