@@ -88,7 +88,7 @@ _ML_1M = (
 _SMALL = _random(500, 20_000, 400_000, dim=64)
 
 GPU = (
-    Row("exact-8", "500k items, exact", _EXAMPLE, 8, 2400, goal=3500),
+    Row("exact-8", "500k items, exact", _EXAMPLE, 8, 1200, goal=3500),
     Row("exact-128", "500k items, exact", _EXAMPLE, 128, 600, goal=30_000, memory_goal=3),
     Row("exact-1024", "500k items, exact", _EXAMPLE, 1024, 240, goal=100_000),
     Row("sampled-1024", "500k items, sampled", _EXAMPLE + _SAMPLED, 1024, 600, goal=250_000),
@@ -108,8 +108,8 @@ GPU = (
 )
 # Rows that one GPU is not asked for.
 SEVERAL_GPUS = (
-    Row("sampled-8", "500k items, sampled", _EXAMPLE + _SAMPLED, 8, 2400),
-    Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 1200),
+    Row("sampled-8", "500k items, sampled", _EXAMPLE + _SAMPLED, 8, 1200),
+    Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 600),
     Row("100m-4096", "100M items, sampled", _HUNDRED_MILLION + _SAMPLED, 4096, 240, modes=("dmp",)),
     Row(
         "100m-4096-fp16",

@@ -26,7 +26,7 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.lone_rank import Home
-from model.ranks import Ranks
+from model.ranks import Ranks, narrow_group
 from pipeline.batch import TrainBatch, jagged_items, with_candidates
 
 
@@ -56,7 +56,7 @@ class GatheredRows:
         self._low = ranks.rank * block
         self._rows = min(block, num_rows - self._low)
         # Its own, so that it need not wait for what a step exchanges meanwhile.
-        self._group = dist.new_group(timeout=ranks.timeout)
+        self._group = narrow_group(ranks)
         self._layouts: dict[tuple[int, tuple[int, int]], KeyedJaggedTensor] = {}
         (lookup,) = collection._lookups
         (names,) = collection._embedding_names_per_sharding

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.kernels.row_sums import add_rows
+from model.kernels import aside
+from model.kernels.row_sums import add_rows, sort_index
 from model.kernels.unit_rows import unit_rows, unit_rows_gradient
 from model.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
 
@@ -148,6 +149,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         means, log_sums = softmax_means(hidden, unit, bound)
         column = targets - low
         owned = (column >= 0) & (column < unit.shape[0])
+        # Positions without a row here add nothing, to none: many zeros for one row take time.
+        nowhere = unit.shape[0]
+        index = column.masked_fill(~owned, nowhere)
+        ctx.index = aside.begin(lambda: sort_index(index, nowhere))
         column = column.clamp(0, max(0, unit.shape[0] - 1))
         target_rows = torch.zeros_like(means)
         if unit.shape[0]:
@@ -191,9 +196,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if unit.shape[0]:
             if inverse is not None:
                 at_targets = unit_rows_gradient(at_targets, inverse[column], unit[column])
-            # Positions without a row here add nothing, to none: many zeros for one row take time.
-            index = column.masked_fill(~owned, unit.shape[0])
-            add_rows(grad_rows, index, at_targets.to(grad_rows.dtype))
+            add_rows(grad_rows, ctx.index.result(), at_targets.to(grad_rows.dtype))
         return grad_hidden, grad_rows, *([None] * 8)
 
 

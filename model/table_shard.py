@@ -28,8 +28,10 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from model.head import CatalogSlice, HeadConfig
+from model.kernels import aside
+from model.kernels.aside import Ahead
 from model.kernels.row_lookup import rows_or_zeros
-from model.kernels.row_sums import add_rows
+from model.kernels.row_sums import SortedIndex, add_rows, sort_index
 from model.kernels.table_update import UPDATES, Step, update, update_some
 from model.plan import ShardingConfig, embedding_optimizer
 from model.ranks import Ranks
@@ -158,19 +160,46 @@ class TableShard:
         for place, rate in zip(self._places, self._step.rates, strict=False):
             place.fill_(rate)
 
+    def index(self, ids: torch.Tensor) -> SortedIndex:
+        """Rows of the shard to which gradients of ``ids`` [T] go, R for -1: nowhere.
+
+        Where candidates are scored in place they come first, rows before them after those behind.
+        """
+        table, index = self._rows, ids
+        if self._in_place is not None:
+            index = (ids - self._first).remainder_(len(table))
+        if self._world_size > 1:
+            index = index.masked_fill(ids < 0, len(table))
+        return sort_index(index, len(table))
+
     def update(
-        self, ids: torch.Tensor, of_items: torch.Tensor | None, gradient: torch.Tensor | None
+        self,
+        index: Ahead[SortedIndex],
+        of_items: torch.Tensor | None,
+        gradient: torch.Tensor | None,
     ) -> None:
-        """One step of the optimizer; gradients [T, D] of ``ids`` [T], and [C, D] of candidates."""
+        """One step of the optimizer, which ends before the next begins.
+
+        Args:
+            index: [T], as :meth:`index` says.
+            of_items: [T, D], gradients of the index's rows.
+            gradient: [C, D], of candidates in place.
+        """
         # What is captured is of many steps, each of which is counted before its replay.
         if not self.is_capturable or not torch.cuda.is_current_stream_capturing():
             self.count()
+        aside.leave(lambda: self._update(index, of_items, gradient))
+
+    def _update(
+        self,
+        index: Ahead[SortedIndex],
+        of_items: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
         optimizer, table, states, step = self._optimizer, self._rows, self._states, self._step
         if self._in_place is None:
             if of_items is not None:
-                if self._world_size > 1:
-                    ids = ids.masked_fill(ids < 0, len(table))  # nowhere
-                update_some(optimizer, table, states, ids, of_items, step, self._rates)
+                update_some(optimizer, table, states, index.result(), of_items, step, self._rates)
             return
         count = len(self._in_place)
         if gradient is None:
@@ -178,11 +207,7 @@ class TableShard:
         gradient = gradient.contiguous()
         outer = gradient.new_zeros(len(table) - count, gradient.shape[1])
         if of_items is not None:
-            # Rows before the candidates come after those behind them.
-            index = (ids - self._first).remainder_(len(table))
-            if self._world_size > 1:
-                index.masked_fill_(ids < 0, len(table))
-            add_rows(gradient, index, of_items, outer)
+            add_rows(gradient, index.result(), of_items, outer)
         update(optimizer, table, states, gradient, outer, self._first, step, self._rates)
 
 
@@ -205,9 +230,8 @@ class _LookUp(torch.autograd.Function):
     def forward(
         ctx: Any, reason: torch.Tensor, shard: TableShard, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ctx.shard = shard
+        ctx.shard, ctx.index = shard, aside.begin(lambda: shard.index(ids))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(ids)
         scored = None if shard._in_place is None else shard._in_place.detach()
         return rows_or_zeros(shard._rows, ids), scored
 
@@ -216,6 +240,5 @@ class _LookUp(torch.autograd.Function):
     def backward(
         ctx: Any, of_items: torch.Tensor | None, gradient: torch.Tensor | None
     ) -> tuple[None, None, None]:
-        (ids,) = ctx.saved_tensors
-        ctx.shard.update(ids, of_items, gradient)
+        ctx.shard.update(ctx.index, of_items, gradient)
         return None, None, None

@@ -105,7 +105,8 @@ class _GatheringPipeline(_WholePipeline):
         super().__init__(*args)
         self._exchange = exchange
         if self._device.type == "cuda":
-            self._data_dist_stream = torch.cuda.Stream(priority=-1)
+            # Before the steps' own kernels: other ranks wait for it.
+            self._data_dist_stream = torch.cuda.Stream(priority=-2)
 
     def _distribute(self, batch: TrainBatch) -> None:
         self._exchange.gather(batch)

@@ -9,6 +9,8 @@ for.
     first step of a shape      as it comes: compiles kernels, makes the optimizer's state
     second                     captured, and replayed
     later ones                 the batch copied to where the graph reads it, replayed
+
+In a graph, what nothing waits for runs beside the rest (:mod:`model.kernels.aside`).
 """
 
 from dataclasses import replace
@@ -19,6 +21,7 @@ from torch import nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 
+from model.kernels import aside
 from model.sharding import unwrap
 from pipeline.batch import TrainBatch
 
@@ -58,6 +61,7 @@ class TrainStep:
         self._one = torch.ones((), device=device)
         self._seen: dict[Any, _Captured | None] = {}
         self._pool: Any = None
+        self._streams: Any = None
 
     def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions."""
@@ -99,9 +103,15 @@ class TrainStep:
     def _capture(self, batch: TrainBatch) -> "_Captured":
         # All share one pool of memory: what one step keeps is gone when another is replayed.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # What is left aside, as an update of a whole table, would keep the chain from the GPU.
+        self._streams = self._streams or (torch.cuda.Stream(priority=-1), torch.cuda.Stream())
+        chain, beside = self._streams
         captured = _Captured(torch.cuda.CUDAGraph(), batch)
         # Other threads, as the loader's, may go on allocating memory meanwhile.
-        with torch.cuda.graph(captured.graph, self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.graph(captured.graph, self._pool, chain, capture_error_mode="thread_local"),
+            aside.opened(beside),
+        ):
             captured.report = self._run(captured.like(batch))
         self._optimizer.zero_grad()  # gradients are the graph's, not to be held on to
         return captured

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from model.kernels import aside
 from model.kernels import residual_kernels as kernels
 from model.kernels.dropout_bits import Dropout, dropout_options
 from model.kernels.residual_kernels import triton
-from model.kernels.row_sums import add_rows
+from model.kernels.row_sums import add_rows, sort_index
 
 # Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024
@@ -146,6 +147,9 @@ class _Enter(torch.autograd.Function):
             )
         ctx.save_for_backward(items, table, line, outer_weight, outer_bias, inner_weight)
         ctx.epsilons, ctx.dropout = epsilons, dropout
+        if table is not None:
+            lines = len(table)
+            ctx.line = aside.begin(lambda: sort_index(line, lines))
         ctx.set_materialize_grads(False)
         return stream, normed
 
@@ -179,7 +183,7 @@ class _Enter(torch.autograd.Function):
         of_table = None
         if table is not None:
             of_table = torch.zeros_like(table)
-            add_rows(of_table, line, gradient)
+            add_rows(of_table, ctx.line.result(), gradient)
         return gradient, of_table, None, *partial.sum(dim=0).unbind(), None, None, None
 
 

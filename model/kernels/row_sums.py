@@ -7,11 +7,13 @@ a second kernel adds up these sums: the mask token's are a fifth of all. What be
 is the caller's: it is added, or it is the gradient of a step of Adam.
 
 ``index_put_(accumulate=True)`` of torch sorts likewise, and then takes the duplicates one by one.
+An index may be sorted long before its values are there.
 
 Shapes: M values, C rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,9 +29,34 @@ except ImportError:  # torch's CPU builds come without it
 _BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
 
 
+@dataclass(frozen=True)
+class SortedIndex:
+    """An index int64 [M] of so many rows, its entries ascending, and where these were.
+
+    The latter two are None where no kernel would want them.
+    """
+
+    index: torch.Tensor
+    keys: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def sort_index(index: torch.Tensor, count: int) -> SortedIndex:
+    """Sort an index of ``count`` rows: int64 [M], not negative; ``count`` and more: nowhere."""
+    if triton is None or not index.is_cuda:
+        return SortedIndex(index)
+    # A sort passes over the keys once for every few of their bits.
+    short = count < torch.iinfo(torch.int16).max
+    keys = index.clamp(max=count).to(torch.int16 if short else torch.int32)
+    return SortedIndex(index, *keys.sort(stable=True))
+
+
 def add_rows(
     rows: torch.Tensor,
-    index: torch.Tensor,
+    index: torch.Tensor | SortedIndex,
     values: torch.Tensor,
     more: torch.Tensor | None = None,
 ) -> None:
@@ -37,7 +64,7 @@ def add_rows(
 
     Args:
         rows: float [C, D], contiguous.
-        index: int64 [M], not negative; C and more: nowhere.
+        index: int64 [M], not negative; C + S and more: nowhere; may be sorted, of C + S rows.
         values: [M, D] of the same dtype.
         more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, which lie elsewhere.
     """
@@ -46,6 +73,7 @@ def add_rows(
     if not len(index) or not count:
         return
     if not _has_kernel(rows, count):
+        index = index.index if isinstance(index, SortedIndex) else index
         for part, begin in ((rows, 0), (more, len(rows))):
             if len(part):
                 _add(part, index - begin if begin else index, values)
@@ -57,7 +85,7 @@ def adam_rows(
     rows: torch.Tensor,
     means: torch.Tensor,
     squares: torch.Tensor,
-    index: torch.Tensor,
+    index: torch.Tensor | SortedIndex,
     values: torch.Tensor,
     rates: torch.Tensor,
     scale: float,
@@ -70,7 +98,7 @@ def adam_rows(
     Args:
         rows: float32 [C, D] on CUDA, contiguous.
         means, squares: float32 [C, D], of the gradients so far.
-        index: int64 [M], not negative; C: nowhere.
+        index: int64 [M], not negative; C: nowhere; may be sorted, of C rows.
         values: float32 [M, D].
         rates: float32 [2], see :class:`~model.kernels.table_update.Step`.
         scale: what gradients are multiplied with.
@@ -83,15 +111,15 @@ def adam_rows(
 def _sum_runs(
     rows: torch.Tensor,
     more: torch.Tensor,
-    index: torch.Tensor,
+    index: torch.Tensor | SortedIndex,
     values: torch.Tensor,
     limit: int,
     adam: tuple[Any, ...] | None = None,
 ) -> None:
-    # A sort passes over the keys once for every few of their bits.
-    short = limit < torch.iinfo(torch.int16).max
-    keys = index.clamp(max=limit).to(torch.int16 if short else torch.int32)
-    keys, order = keys.sort(stable=True)
+    if not isinstance(index, SortedIndex):
+        index = sort_index(index, limit)
+    keys, order = index.keys, index.order
+    assert keys is not None
     width, values = rows.shape[1], values.contiguous()
     chunks, parts = triton.cdiv(len(keys), _CHUNK), triton.cdiv(width, _COLUMNS)
     edges = values.new_empty(chunks, 2, width)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.kernels.row_sums import adam_rows
+from model.kernels.row_sums import SortedIndex, adam_rows
 
 try:
     import triton
@@ -102,7 +102,7 @@ def update_some(
     optimizer: str,
     table: torch.Tensor,
     states: Sequence[torch.Tensor],
-    index: torch.Tensor,
+    index: SortedIndex,
     gradients: torch.Tensor,
     step: Step,
     rates: torch.Tensor | None = None,
@@ -111,7 +111,7 @@ def update_some(
 
     Args:
         table, states, rates: as of :func:`update`.
-        index: int64 [M], rows that may occur repeatedly; R: nowhere.
+        index: [M], rows that may occur repeatedly; R: nowhere.
         gradients: float32 [M, D], of a row the sum of its own.
     """
     if optimizer == "adam":
@@ -120,7 +120,7 @@ def update_some(
         known = step.scale, step.beta1, step.beta2, step.eps
         adam_rows(table, *states, index, gradients, rates, *known)
         return
-    rows, place = index.unique(return_inverse=True)
+    rows, place = index.index.unique(return_inverse=True)
     sums = gradients.new_zeros(len(rows), gradients.shape[1])
     sums.index_put_((place,), gradients, accumulate=True)
     if len(rows) and rows[-1] == len(table):
