@@ -3,19 +3,21 @@
     python benchmarks/communication.py                            500k items, 2 and 4 ranks on CPU
     python benchmarks/communication.py --ranks 2 4 8 --ways ddp row_wise
     python benchmarks/communication.py --show --latency_us 15     counted before, another machine
-    python benchmarks/communication.py -- --loss sampled_softmax
+    python benchmarks/communication.py -- --loss=sampled_softmax --train_negatives=4096
 
 Bytes do not depend on the hardware: benchmarks/collectives.py counts every collective of real
 training steps over gloo. The second table models the step on GPUs:
 
     communication = calls x latency + bytes of the busiest rank / (bandwidth x efficiency)
+    compute       of one GPU, less what row-wise sharding leaves of its passes over the table
     step          between max(compute, communication), all of it hidden, and their sum, nothing
 
 Bytes grow linearly with the batch, so two batch sizes are counted and others follow from them.
-``compute`` is the step on one GPU as benchmarks/throughput.py measured it (rows exact-8,
-exact-128, exact-1024 of ``--throughput``, in the same mode) or as ``--compute_ms`` says. For the
-GPU that is an upper bound: one GPU's DMP step updates the whole table, N GPUs' a part each. The
-host has more to do on N of them, of which this knows nothing: one leaves out the exchange.
+One GPU's step is as benchmarks/throughput.py measured it (rows exact-8, exact-128, exact-1024 of
+``--throughput``, or sampled-..., in the same mode) or as ``--compute_ms`` says. With the exact
+softmax it passes over the whole table, for as long as benchmarks/limits.py says; of N GPUs, each
+over an N-th. Of what the host has to do besides, as DDP's hooks and TorchRec's exchange, which
+table-wise and column-wise sharding use, this knows nothing: that counts where steps are short.
 
 The default bandwidth is one direction of an H100's NVLink (900 GB/s both), the efficiency what
 NCCL's own tests usually reach of it, the latency that of a small collective among 8 GPUs: all three
@@ -33,6 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.limits import table_ms
 from benchmarks.machine import ROOT, commit, versions
 
 WAYS = {
@@ -152,7 +155,7 @@ def model_table(counts: list[Count], options: argparse.Namespace) -> str:
         for batch in MODELLED:
             bounds: dict[str, tuple[float, float]] = {}
             for way in ways:
-                compute = options.compute.get(("ddp" if way == "ddp" else "dmp", batch))
+                compute = compute_at(way, ranks, batch, options)
                 sends = at_batch(counts, way, ranks, batch)
                 if sends is None:
                     continue
@@ -169,6 +172,18 @@ def model_table(counts: list[Count], options: argparse.Namespace) -> str:
 def communication_ms(calls: float, sent: float, options: argparse.Namespace) -> float:
     """Milliseconds of ``calls`` collectives in which the busiest rank sends ``sent`` bytes."""
     return calls * options.latency_us / 1e3 + sent / (options.bandwidth * options.efficiency * 1e6)
+
+
+def compute_at(way: str, ranks: int, batch: int, options: argparse.Namespace) -> float | None:
+    """Milliseconds that a GPU computes in a step, one of ``ranks``; None: not known."""
+    compute = options.compute.get(("ddp" if way == "ddp" else "dmp", batch))
+    if compute is None or way != "row_wise" or _is_sampled(options.flags):
+        return compute
+    return compute - (1 - 1 / ranks) * table_ms(options.items, options.emb_dim)
+
+
+def _is_sampled(flags: list[str]) -> bool:
+    return "--loss=sampled_softmax" in flags
 
 
 def _bounds(compute: float, step: tuple[float, float], records: int) -> list[str]:
@@ -190,7 +205,8 @@ def compute_ms(options: argparse.Namespace) -> dict[tuple[str, int], float]:
     found = {}
     if options.throughput and options.throughput.exists():
         for result in json.loads(options.throughput.read_text()):
-            plain = result["row"].startswith("exact-") and not result["more"]
+            loss = "sampled-" if _is_sampled(options.flags) else "exact-"
+            plain = result["row"].startswith(loss) and not result["more"]
             if plain and result["ranks"] == 1 and "step_ms" in result:
                 found[result["mode"], result["batch"]] = result["step_ms"]
     for given in options.compute_ms:

@@ -31,6 +31,9 @@ def least_ms(row: Row, items: int) -> float:
         scored, touched = negatives, min(items, positions + masked + negatives)
     encoder = layers * positions * (24 * width**2 + 4 * length * width)
     operations = 3 * (encoder + 2 * masked * scored * width)
-    bytes_moved = 40 * width * touched
-    seconds = max(operations / OPERATIONS_PER_SECOND, bytes_moved / BYTES_PER_SECOND)
-    return 1e3 * seconds
+    return max(1e3 * operations / OPERATIONS_PER_SECOND, table_ms(touched, width))
+
+
+def table_ms(touched: float, width: int) -> float:
+    """Milliseconds of a step's passes over so many rows of the table."""
+    return 1e3 * 40 * width * touched / BYTES_PER_SECOND
