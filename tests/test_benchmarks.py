@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,20 @@ def test_the_plain_loop_trains_what_the_pipeline_does(tmp_path: Path, cache_dir:
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 7
+
+
+@pytest.mark.parametrize(("rank", "gpu"), [(0, 0), (3, 0), (4, 1), (7, 1)])
+def test_ranks_that_share_gpus(rank: int, gpu: int) -> None:
+    show = "import os; print(*map(os.environ.get, ['CUDA_VISIBLE_DEVICES', 'LOCAL_RANK']))"
+    given = {
+        "GPUS": "2",
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "8",
+        "PYTHON": sys.executable,
+    }
+    command = ["bash", str(ROOT / "benchmarks/shared_gpus.sh"), "-c", show]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{gpu} 0\n"), done.stderr
 
 
 def test_a_row_without_the_pipeline_stands_beside_the_other() -> None:
