@@ -16,18 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from model import training
 from model.ranks import run_script
-from model.train_step import Steps, TrainStep
+from model.train_step import Stepper, TrainStep
 
 
 class PlainLoop:
     """What :class:`model.training.Trainer` asks of a pipeline, with nothing done ahead."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: Steps, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: Stepper, device: torch.device) -> None:
         self._step, self._device = TrainStep(model, optimizer, device), device
 
     def progress(self, batches: Iterator[Any]) -> torch.Tensor:
         """One step on the next batch; its report."""
-        return self._step(next(batches).to(self._device, non_blocking=True))
+        return self._step(next(batches).copied(self._device, non_blocking=True))
 
     def release(self) -> None:
         """Give CUDA graphs up."""

@@ -28,6 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from model.lone_rank import Home
 from model.ranks import Ranks, narrow_group
 from pipeline.batch import TrainBatch, jagged_items, with_candidates
+from pipeline.steps import Step
 
 
 def agreement(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
@@ -64,15 +65,13 @@ class GatheredRows:
         at_large = collection.forward
         collection.forward = lambda *given: (home if collection.training else at_large)(*given)
 
-    def gather(self, batch: TrainBatch) -> None:
+    def gather(self, batch: Step) -> None:
         """Tell the batch the ids of all ranks; every rank must call it, of as many ids.
 
         Drawn candidates are ids like the items; those of a range, which are rows of this shard,
         are the rank's own.
         """
-        own = batch.features.values()
-        if batch.negatives is None:
-            own = own[: batch.features.length_per_key()[0]]
+        own = batch.drawn_ids
         batch.everyone = own.new_empty(self._world_size * len(own))
         dist.all_gather_into_tensor(batch.everyone, own, group=self._group)
 

@@ -22,15 +22,15 @@ from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 
 from model.gathered_rows import GatheredRows
 from model.sharding import unwrap
-from model.train_step import Steps, TrainStep, backward
-from pipeline.batch import TrainBatch
+from model.train_step import Stepper, TrainStep, backward
+from pipeline.steps import Step
 
 
 class _TracedPipeline(TrainPipelineSparseDist):
     """The same pipeline for a loss that is one number: it need not be summed first."""
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: Steps, device: torch.device
+        self, model: DistributedModelParallel, optimizer: Stepper, device: torch.device
     ) -> None:
         super().__init__(model, optimizer, device, execute_all_batches=True)
         self._one = torch.ones((), device=device)
@@ -47,7 +47,7 @@ class _WholePipeline(TrainPipelineSparseDist):
     """Copies, and whatever ``_distribute`` does, run ahead of steps that are one call."""
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: Steps, device: torch.device
+        self, model: DistributedModelParallel, optimizer: Stepper, device: torch.device
     ) -> None:
         super().__init__(model, optimizer, device, execute_all_batches=True)
         self._step = TrainStep(model, optimizer, device)
@@ -58,7 +58,7 @@ class _WholePipeline(TrainPipelineSparseDist):
         """Give CUDA graphs up."""
         self._step.release()
 
-    def progress(self, batches: Iterator[Any]) -> torch.Tensor:
+    def progress(self, batches: Iterator[Step]) -> torch.Tensor:
         """One step; its report.
 
         Raises:
@@ -78,12 +78,26 @@ class _WholePipeline(TrainPipelineSparseDist):
         self.contexts.popleft()
         return report
 
-    def _next(self, number: int) -> tuple[TrainBatch | None, Any]:
+    def copy_batch_to_gpu(self, batches: Iterator[Step]) -> tuple[Step | None, Any]:
+        """The next batch; of a step that is a graph, which cuts it by itself, still packed."""
+        context = self._create_context()
+        with (
+            record_function(f"## copy_batch_to_gpu {context.index} ##"),
+            self._stream_context(self._memcpy_stream),
+        ):
+            batch = self._next_batch(batches)
+            if batch is not None:
+                whole = unwrap(self._model).dense_step.is_whole
+                move = batch.copied if whole else batch.to
+                batch = move(self._device, non_blocking=True)
+            return batch, context
+
+    def _next(self, number: int) -> tuple[Step | None, Any]:
         if len(self.batches) <= number:
             return None, None
         return self.batches[number], self.contexts[number]
 
-    def start_sparse_data_dist(self, batch: TrainBatch | None, context: Any) -> None:
+    def start_sparse_data_dist(self, batch: Step | None, context: Any) -> None:
         """Wait for the batch's copy, exchange its features if they are."""
         if batch is None:
             return
@@ -94,7 +108,7 @@ class _WholePipeline(TrainPipelineSparseDist):
             _wait_for_batch(batch, self._memcpy_stream)
             self._distribute(batch)
 
-    def _distribute(self, batch: TrainBatch) -> None:
+    def _distribute(self, batch: Step) -> None:
         """Features stay on their rank."""
 
 
@@ -108,12 +122,12 @@ class _GatheringPipeline(_WholePipeline):
             # Before the steps' own kernels: other ranks wait for it.
             self._data_dist_stream = torch.cuda.Stream(priority=-2)
 
-    def _distribute(self, batch: TrainBatch) -> None:
+    def _distribute(self, batch: Step) -> None:
         self._exchange.gather(batch)
 
 
 def train_pipeline(
-    model: DistributedModelParallel, optimizer: Steps, device: torch.device
+    model: DistributedModelParallel, optimizer: Stepper, device: torch.device
 ) -> TrainPipelineSparseDist:
     """The pipeline for ``model``; its batches must be drained before ``detach``."""
     given = model, optimizer, device

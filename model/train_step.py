@@ -24,12 +24,13 @@ from torch.profiler import record_function
 from model.kernels import aside
 from model.sharding import unwrap
 from pipeline.batch import TrainBatch
+from pipeline.steps import PackedBatch, Step
 
 # Combinations of shapes; those beyond are trained as they come.
 _MAX_GRAPHS = 48
 
 
-class Steps(Protocol):
+class Stepper(Protocol):
     """What a step asks of an optimizer."""
 
     def zero_grad(self) -> None:
@@ -56,25 +57,23 @@ class TrainStep:
         optimizer: of ``model``; where steps are captured, its learning rates are on the device.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Steps, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, optimizer: Stepper, device: torch.device) -> None:
         self._model, self._optimizer = model, optimizer
         self._one = torch.ones((), device=device)
         self._seen: dict[Any, _Captured | None] = {}
         self._pool: Any = None
         self._streams: Any = None
 
-    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+    def __call__(self, batch: Step) -> torch.Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions."""
         self._optimizer.zero_grad()
         bert = unwrap(self._model)
-        if not bert.dense_step.is_whole or not batch.alike or not batch.targets.numel():
-            return self._run(batch)
-        key = _key(batch)
+        key = _key(batch) if bert.dense_step.is_whole else None
         if key is None or (key not in self._seen and len(self._seen) == _MAX_GRAPHS):
-            return self._run(batch)
+            return self._run(batch.ready())
         if key not in self._seen:
             self._seen[key] = None
-            return self._run(batch)
+            return self._run(batch.ready())
         with record_function("## step ##"):
             assert bert.table_shard is not None
             bert.table_shard.count()
@@ -100,7 +99,7 @@ class TrainStep:
             self._optimizer.step()
         return report
 
-    def _capture(self, batch: TrainBatch) -> "_Captured":
+    def _capture(self, batch: PackedBatch) -> "_Captured":
         # All share one pool of memory: what one step keeps is gone when another is replayed.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # What is left aside, as an update of a whole table, would keep the chain from the GPU.
@@ -117,42 +116,34 @@ class TrainStep:
         return captured
 
 
-def _key(batch: TrainBatch) -> Any:
+def _key(batch: Step) -> Any:
     """What two batches have in common that one graph can train; None: of no other."""
-    if batch.packed is None:
+    if not isinstance(batch, PackedBatch) or not batch.alike:
         return None
-    return tuple(batch.packed.names), tuple(batch.packed.sizes), batch.everyone is None
+    names, sizes = batch.packed.names, tuple(batch.packed.sizes)
+    return (names, sizes, batch.everyone is None) if sizes[names.index("targets")] else None
 
 
 class _Captured:
     """The graph of a step, and the memory that it reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: TrainBatch) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: PackedBatch) -> None:
         self.graph = graph
         self.report = torch.empty(0)
         self._read = [given.clone() for given in _given(batch)]
 
-    def like(self, batch: TrainBatch) -> TrainBatch:
+    def like(self, batch: PackedBatch) -> TrainBatch:
         """A batch of the same shape, of what the graph reads; to be cut while it is captured."""
         words, *everyone = self._read
-        assert batch.packed is not None
-        made = TrainBatch.unpacked(
-            replace(batch.packed, words=words),
-            num_windows=batch.num_windows,
-            num_rows=batch.num_rows,
-            longest=batch.longest,
-            candidate_range=batch.candidate_range,
-        ).with_candidates()
-        made.everyone = everyone[0] if everyone else None
-        return made
+        packed = replace(batch.packed, words=words)
+        return replace(batch, packed=packed, everyone=everyone[0] if everyone else None).ready()
 
-    def __call__(self, batch: TrainBatch) -> torch.Tensor:
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
         torch._foreach_copy_(self._read, _given(batch))
         self.graph.replay()
         return self.report.clone()
 
 
-def _given(batch: TrainBatch) -> list[torch.Tensor]:
+def _given(batch: PackedBatch) -> list[torch.Tensor]:
     """What of a batch is not in its shape."""
-    assert batch.packed is not None
     return [batch.packed.words, *([] if batch.everyone is None else [batch.everyone])]

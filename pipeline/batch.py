@@ -115,6 +115,12 @@ class TrainBatch(Pipelineable):
         return (self._own or self.features).values()
 
     @property
+    def drawn_ids(self) -> Tensor:
+        """int64 [n], this rank's items, and candidates if they were drawn: not those of a range."""
+        ids = self.features.values()
+        return ids if self.negatives is not None else ids[: self.features.length_per_key()[0]]
+
+    @property
     def row_offsets(self) -> Tensor:
         """int64 [B + 1], where this rank's rows begin in its items."""
         return (self._own or self.features).offsets()[: self.num_rows + 1]
@@ -155,6 +161,9 @@ class TrainBatch(Pipelineable):
     def unpack(self) -> "TrainBatch":
         """Itself; what is still packed is a :class:`~pipeline.steps.PackedBatch`."""
         return self
+
+    # As a packed one is asked for a copy, and for its tensors.
+    copied, ready = to, unpack
 
     def with_candidates(self) -> "TrainBatch":
         """This batch, the candidates appended to its features where they are."""

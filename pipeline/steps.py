@@ -5,7 +5,8 @@ Chunk    values [..step 0..|..step 1..|..step 2..]    one array each, NumPy
 ChunkTensors
   batches: a slice each, without a copy
 PackedBatch, PackedBatch, PackedBatch
-  to a device: one copy, then views
+  copied to a device: one copy
+  ready: views
 TrainBatch
 """
 
@@ -26,11 +27,12 @@ from pipeline.samples import Chunk, ChunkStage
 
 @dataclass(eq=False)
 class PackedBatch(Pipelineable):
-    """A step before it is cut into tensors, which is done once, on the device that trains it.
+    """A step before it is cut into tensors, which whoever trains it does, on its device.
 
     Attributes:
         packed: the memory of all its tensors.
-        num_windows, num_rows, longest, candidate_range, alike: as in :class:`TrainBatch`.
+        num_windows, num_rows, longest, candidate_range, alike, everyone: as in
+            :class:`TrainBatch`.
     """
 
     packed: Packed
@@ -39,29 +41,44 @@ class PackedBatch(Pipelineable):
     longest: int
     candidate_range: tuple[int, int] | None = None
     alike: bool = True
+    everyone: Tensor | None = None
+
+    @property
+    def drawn_ids(self) -> Tensor:
+        """As of :class:`TrainBatch`: they come first."""
+        names, sizes = self.packed.names, self.packed.sizes
+        return self.packed.words[: sum(sizes[:3]) if "negatives" in names else sizes[0]]
+
+    def copied(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+        """The step on ``device``, still packed."""
+        words = self.packed.words.to(device, non_blocking=non_blocking)
+        return replace(self, packed=replace(self.packed, words=words))
+
+    def ready(self) -> TrainBatch:
+        """The batch where it is, with the candidates appended."""
+        return self.unpack().with_candidates()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
         """The batch on ``device``, with the candidates appended."""
-        words = self.packed.words.to(device, non_blocking=non_blocking)
-        return self._unpacked(words).with_candidates()
+        return self.copied(device, non_blocking).ready()
 
     def unpack(self) -> TrainBatch:
         """The batch where it is, without candidates."""
-        return self._unpacked(self.packed.words)
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory until ``stream`` is done with it (CUDA only)."""
-        self.packed.words.record_stream(stream)
-
-    def _unpacked(self, words: Tensor) -> TrainBatch:
         return TrainBatch.unpacked(
-            Packed(words, self.packed.names, self.packed.sizes),
+            self.packed,
             num_windows=self.num_windows,
             num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
             alike=self.alike,
+            everyone=self.everyone,
         )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until ``stream`` is done with it (CUDA only)."""
+        for memory in (self.packed.words, self.everyone):
+            if memory is not None:
+                memory.record_stream(stream)
 
 
 # A step as the loader hands it over: packed, but for a rank that has no share of it.

@@ -67,7 +67,10 @@ def test_one_rank_is_the_unsharded_reference(one: Answers, way: str) -> None:
     assert_same(one["every_way"][way], one["unsharded"]["tied"])
 
 
-@pytest.mark.parametrize("way", [*WAYS, "row_wise, looked up", "row_wise, sent"])
+OTHERWISE = ["row_wise, replayed", "row_wise, looked up", "row_wise, sent"]
+
+
+@pytest.mark.parametrize("way", [*WAYS, *OTHERWISE])
 def test_two_ranks_are_the_unsharded_reference(one: Answers, two: Answers, way: str) -> None:
     assert_same(two["every_way"][way], one["unsharded"]["tied"])
 
@@ -82,7 +85,7 @@ def test_the_untied_head_too(one: Answers, two: Answers, way: str) -> None:
     assert different.abs().max() > 100 * WEIGHT
 
 
-@pytest.mark.parametrize("way", ["row_wise", "row_wise, sent", "ddp"])
+@pytest.mark.parametrize("way", ["row_wise", "row_wise, replayed", "row_wise, sent", "ddp"])
 def test_a_sampled_loss_too(one: Answers, two: Answers, way: str) -> None:
     # The negatives of a step are those of its place in the data order, on any number of ranks.
     for answers in (one, two):
@@ -97,6 +100,14 @@ def test_the_sharded_tables_really_are_pipelined(one: Answers, two: Answers, way
     # Where ranks look up for each other TorchRec has nothing to rewrite.
     assert two["every_way"][way].pipelined == (0 if way in ("ddp", "row_wise") else 1)
     assert one["every_way"][way].pipelined == 0  # one rank has nothing to distribute
+
+
+@pytest.mark.parametrize("loss", ["", ", sampled"])
+def test_steps_of_one_shape_really_are_replayed(one: Answers, two: Answers, loss: str) -> None:
+    for answers in (one, two):
+        assert answers["every_way"][f"row_wise, replayed{loss}"].replayable > 2
+        assert answers["every_way"][f"row_wise{loss}"].replayable == 0
+    assert_same(one["every_way"][f"row_wise, replayed{loss}"], one["every_way"][f"row_wise{loss}"])
 
 
 @pytest.mark.parametrize("way", ["row_wise", "ddp"])

@@ -73,6 +73,26 @@ def test_packed_is_unpacked(candidates: tuple[int, int] | None, sampled: bool) -
     assert_equal(packed(batch).to(CPU).to(CPU), batch.to(CPU))
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_copy_is_still_packed(sampled: bool) -> None:
+    batch = plain(None if sampled else (1, 11), sampled)
+    copy = packed(batch).copied(CPU)
+    assert isinstance(copy, PackedBatch)
+    copy.everyone = torch.tensor([4, 4])
+    assert_equal(copy.ready(), batch.to(CPU))
+    assert copy.ready().everyone is copy.everyone
+    assert batch.copied(CPU).ready().features.keys() == ["item", "candidate"]
+
+
+def test_ids_that_are_looked_up_come_first() -> None:
+    for batch, ids in (
+        (plain((1, 11)), [7, 11, 9, 4, 11]),
+        (plain(sampled=True), [7, 11, 9, 4, 11, 3, 2, 5, 5, 8]),
+    ):
+        assert packed(batch).drawn_ids.tolist() == ids
+        assert packed(batch).ready().drawn_ids.tolist() == ids
+
+
 def test_one_copy_takes_all_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     real = torch.Tensor.to
@@ -93,6 +113,11 @@ def test_record_stream_covers_all_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         "record_stream",
         lambda tensor, _: recorded.add(tensor.untyped_storage().data_ptr()),
     )
+    step = packed(plain(sampled=True))
+    step.everyone = torch.tensor([4, 4])
+    step.record_stream(torch.Stream(CPU))
+    memory = step.packed.words, step.everyone
+    assert recorded == {part.untyped_storage().data_ptr() for part in memory}
     for batch in (packed(plain((1, 11))).to(CPU), packed(plain(sampled=True)).to(CPU)):
         recorded.clear()
         batch.record_stream(torch.Stream(CPU))

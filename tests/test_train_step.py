@@ -1,6 +1,6 @@
 """A step as one CUDA graph is the step that launches its kernels one by one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -14,10 +14,10 @@ from model.plan import ShardingConfig
 from model.ranks import Ranks, seed_dropout, start
 from model.run import build_model, train_loader
 from model.sharding import Optimizers, unwrap
-from model.train_step import TrainStep, _Captured
-from pipeline.batch import TrainBatch
+from model.train_step import TrainStep
 from pipeline.loader import TrainLoader
 from tests.workers import sharded
+from tests.workers.replayed import Replayed, let_be_whole
 
 ENCODER = EncoderConfig(64, 2, 1, dropout=0.2, attention_dropout=0)
 
@@ -46,7 +46,7 @@ def trained(
         for batch in loader.epoch(epoch):
             optimizers.set_lr(1 / (1 + len(reports)))
             seed_dropout(ranks.device, len(reports))
-            reports.append(step(batch.to(ranks.device)).tolist())
+            reports.append(step(batch.copied(ranks.device)).tolist())
     graphs = sum(one is not None for one in step._seen.values())
     weights = {name: value.clone() for name, value in model.named_parameters()}
     table = unwrap(model).table_shard._rows.clone()
@@ -71,24 +71,6 @@ def test_a_graph_trains_what_the_launched_kernels_do(
         torch.testing.assert_close(captured[name], weight, rtol=1e-4, atol=1e-5)
 
 
-class _Again:
-    """Stands for a graph where there is no CUDA: runs what it would have captured."""
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.replay = run
-
-
-class _Uncaptured(TrainStep):
-    """Steps that would be replayed, from the memory that a graph would read."""
-
-    def _capture(self, batch: TrainBatch) -> _Captured:
-        def run() -> None:
-            captured.report = self._run(captured.like(batch))
-
-        captured = _Captured(_Again(run), batch)
-        return captured
-
-
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
 def test_a_graph_reads_each_batch_anew(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str
@@ -99,13 +81,12 @@ def test_a_graph_reads_each_batch_anew(
     for most in (0, 48):
         monkeypatch.setattr(train_step, "_MAX_GRAPHS", most)
         model = build_model(config, sharded.NUM_ITEMS, one_rank).train()
-        dense = unwrap(model).dense_step
-        dense.is_whole, dense._body = True, unwrap(model).encoder.encode
-        step, reports = _Uncaptured(model, sharded.sgd(model), one_rank.device), []
+        let_be_whole(model)
+        step, reports = Replayed(model, sharded.sgd(model), one_rank.device), []
         loader = train_loader(config, sharded.histories(), one_rank)
         for epoch in range(4):
-            reports += [step(b.to(one_rank.device)).tolist() for b in loader.epoch(epoch)]
-        replays.append(sum(one is not None for one in step._seen.values()))
+            reports += [step(b.copied(one_rank.device)).tolist() for b in loader.epoch(epoch)]
+        replays.append(step.replayable)
         runs.append((reports, sharded.weights_of(model)))
     assert replays[0] == 0 < replays[1]
     assert runs[0][0] == runs[1][0]
@@ -119,7 +100,8 @@ def test_graphs_that_are_given_up_are_captured_again(one_gpu: Ranks) -> None:
     model = build_model(config, sharded.NUM_ITEMS, one_gpu).train()
     optimizers = Optimizers(model, config.sharding, config.optimizer, one_gpu.device)
     step = TrainStep(model, optimizers, one_gpu.device)
-    batch = next(train_loader(config, sharded.histories(), one_gpu).epoch(0)).to(one_gpu.device)
+    batch = next(train_loader(config, sharded.histories(), one_gpu).epoch(0))
+    batch = batch.copied(one_gpu.device)
     losses = []
     for _ in range(2):
         losses += [step(batch)[0].item() for _ in range(3)]

@@ -43,6 +43,7 @@ from pipeline.loader import LoaderConfig
 from pipeline.negatives import NegativesConfig
 from pipeline.store import SequenceStore
 from pipeline.windows import WindowConfig
+from tests.workers.replayed import as_on_cuda, let_be_whole
 
 NUM_ITEMS, MAX_LEN, GLOBAL_BATCH, LR = 21, 6, 8, 0.1
 EPOCHS = 7
@@ -61,6 +62,7 @@ class Run:
     losses: list[float]
     weights: dict[str, torch.Tensor]
     pipelined: int = 0
+    replayable: int = 0
 
 
 def histories() -> SequenceStore:
@@ -133,7 +135,8 @@ def pipelined(
             reports.append(pipeline.progress(batches))
         modules = len(pipeline._pipelined_modules)
         pipeline.detach()
-    return Run(mean_losses(reports), weights_of(model), modules)
+    shapes = getattr(getattr(pipeline, "_step", None), "replayable", 0)
+    return Run(mean_losses(reports), weights_of(model), modules, shapes)
 
 
 def plain_loop(config: RunConfig, model: nn.Module, optimizer: Any, ranks: Ranks) -> Run:
@@ -175,8 +178,15 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
 
 
 def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
-    """Candidates looked up, too; and all by TorchRec and FBGEMM."""
-    config, runs = config_of(WAYS["row_wise"], ranks), {}
+    """As by CUDA graphs; candidates looked up, too; and all by TorchRec and FBGEMM."""
+    runs = {}
+    for name, loss in (("", "softmax"), (", sampled", "sampled_softmax")):
+        config = config_of(WAYS["row_wise"], ranks, loss=loss)
+        with as_on_cuda():
+            model = build_model(config, NUM_ITEMS, ranks)
+            let_be_whole(model)
+            runs[f"row_wise, replayed{name}"] = pipelined(config, model, sgd(model), ranks)
+    config = config_of(WAYS["row_wise"], ranks)
     with patch("model.table_shard.ITEMS_A_POSITION", 1000):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)

@@ -1,0 +1,57 @@
+"""Stands for CUDA graphs where there is no CUDA: steps run from the memory that a graph would read.
+
+What would be captured is kept, and runs anew whenever it would be replayed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import torch
+
+from model.sharding import unwrap
+from model.train_step import TrainStep, _Captured
+from pipeline.loader import TrainLoader
+from pipeline.steps import PackedBatch
+
+
+class _Again:
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.replay = run
+
+    def reset(self) -> None:
+        """As of a graph."""
+
+
+class Replayed(TrainStep):
+    """A training step as TrainStep makes it on CUDA, its graphs aside."""
+
+    def _capture(self, batch: PackedBatch) -> _Captured:
+        def run() -> None:
+            captured.report = self._run(captured.like(batch))
+
+        captured = _Captured(_Again(run), batch)
+        return captured
+
+    @property
+    def replayable(self) -> int:
+        """Shapes that were met again."""
+        return sum(one is not None for one in self._seen.values())
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Pipelines that are made in here take such steps, and loaders round sizes up."""
+    with (
+        patch("model.train_pipeline.TrainStep", Replayed),
+        patch("model.run.TrainLoader", partial(TrainLoader, few_shapes=True)),
+    ):
+        yield
+
+
+def let_be_whole(model: torch.nn.Module) -> None:
+    """Let steps of a model with a shard of its own be captured, whatever its optimizer."""
+    bert = unwrap(model)
+    assert bert.table_shard is not None
+    bert.dense_step.is_whole, bert.dense_step._body = True, bert.encoder.encode
