@@ -9,7 +9,7 @@ Bytes do not depend on the hardware: benchmarks/collectives.py counts every coll
 training steps over gloo. The second table models the step on GPUs:
 
     communication = calls x latency + bytes of the busiest rank / (bandwidth x efficiency)
-    compute       of one GPU, less what row-wise sharding leaves of its passes over the table
+    compute       of one GPU, less what row-wise sharding spares it of the passes over the table
     step          between max(compute, communication), all of it hidden, and their sum, nothing
 
 Bytes grow linearly with the batch, so two batch sizes are counted and others follow from them.
@@ -183,7 +183,7 @@ def compute_at(way: str, ranks: int, batch: int, options: argparse.Namespace) ->
 
 
 def _is_sampled(flags: list[str]) -> bool:
-    return "--loss=sampled_softmax" in flags
+    return any("sampled_softmax" in flag for flag in flags)
 
 
 def _bounds(compute: float, step: tuple[float, float], records: int) -> list[str]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from model.ranks import Ranks
 from model.recipes import with_recipe
 from model.run import RunConfig
 from tests.conftest import ROOT, TINY, RunMain, run_process
+from tests.test_profile import event
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -279,18 +279,6 @@ def test_the_cost_of_a_checkpoint_is_measured(one_rank: Ranks, tmp_path: Path) -
 
 
 def test_the_time_of_an_evaluation_by_hand() -> None:
-    def event(
-        name: str, start: float, end: float, device: DeviceType, parent: object = None
-    ) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=name,
-            device_type=device,
-            self_cpu_time_total=end - start,
-            time_range=SimpleNamespace(start=start, end=end),
-            cpu_parent=parent,
-            is_user_annotation=False,
-        )
-
     host = [
         event("aten::mm", 0, 3000, DeviceType.CPU),
         event("aten::add", 3000, 4000, DeviceType.CPU),

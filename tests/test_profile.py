@@ -122,14 +122,22 @@ def test_steps_of_one_graph_are_recorded_apart_too(one_rank: Ranks, tmp_path: Pa
 
 
 def event(
-    name: str, start: float, end: float, device: DeviceType, annotation: bool = False
+    name: str,
+    start: float,
+    end: float,
+    device: DeviceType,
+    annotation: bool = False,
+    parent: object = None,
 ) -> SimpleNamespace:
+    """As torch's profiler hands them over."""
     return SimpleNamespace(
         name=name,
         device_type=device,
         cpu_time_total=end - start if device == DeviceType.CPU else 0,
+        self_cpu_time_total=end - start,
         time_range=SimpleNamespace(start=start, end=end),
         is_user_annotation=annotation,
+        cpu_parent=parent,
     )
 
 

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from model.kernels.row_sums import add_rows
+from model.kernels.row_sums import add_rows, sort_index
 
 
 def test_by_hand() -> None:
     rows = torch.tensor([[1.0], [2.0], [3.0]])
-    index = torch.tensor([2, 0, 2, 3, 5])  # 3 and 5: nowhere
+    index = sort_index(torch.tensor([2, 0, 2, 3, 5]), 3)  # 3 and 5: nowhere
     add_rows(rows, index, torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]))
     assert rows.tolist() == [[21.0], [2.0], [43.0]]
 
 
 def test_nothing_to_add_and_nowhere() -> None:
     rows = torch.ones(2, 3)
-    add_rows(rows, torch.tensor([], dtype=torch.int64), torch.empty(0, 3))
+    add_rows(rows, sort_index(torch.tensor([], dtype=torch.int64), 2), torch.empty(0, 3))
     assert rows.equal(torch.ones(2, 3))
-    add_rows(rows[:0], torch.tensor([0, 1]), torch.ones(2, 3))
+    add_rows(rows[:0], sort_index(torch.tensor([0, 1]), 0), torch.ones(2, 3))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -33,8 +33,8 @@ def test_the_kernel_is_exact_and_repeats_itself(count: int, values: int, width: 
     index = (torch.rand(values, device="cuda") ** 3 * (count + 2)).long()
     added = torch.randn(values, width, device="cuda")
     found, again = rows.clone(), rows.clone()
-    add_rows(found, index, added)
-    add_rows(again, index, added)
+    add_rows(found, sort_index(index, count), added)
+    add_rows(again, sort_index(index, count), added)
     assert found.equal(again)
     inside = index < count
     expected = rows.double().index_add_(0, index[inside], added[inside].double())

@@ -51,6 +51,13 @@ def log_sums(
 if triton is not None:
 
     @triton.jit
+    def _exponent(scores, negatives, log_counts, draw, inside, target, lowest):  # noqa: ANN202
+        value = tl.load(scores + draw, mask=inside, other=0.0).to(tl.float32)
+        value -= tl.load(log_counts + draw, mask=inside, other=0.0)
+        hit = tl.load(negatives + draw, mask=inside, other=0) == target
+        return tl.where(hit, lowest, value)
+
+    @triton.jit
     def _log_sums(
         scores,
         targets,
@@ -70,10 +77,7 @@ if triton is not None:
         for start in range(0, draws, block):
             draw = start + tl.arange(0, block)
             inside = draw < draws
-            value = tl.load(scores + of + draw, mask=inside, other=0.0).to(tl.float32)
-            value -= tl.load(log_counts + draw, mask=inside, other=0.0)
-            hit = tl.load(negatives + draw, mask=inside, other=0) == target
-            value = tl.where(hit, lowest, value)
+            value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
             before = top
             top = tl.maximum(top, tl.max(tl.where(inside, value, lowest), axis=0))
             mass = tl.where(inside, tl.exp(value - top), 0.0)
@@ -81,10 +85,7 @@ if triton is not None:
         for start in range(0, draws, block):
             draw = start + tl.arange(0, block)
             inside = draw < draws
-            value = tl.load(scores + of + draw, mask=inside, other=0.0).to(tl.float32)
-            value -= tl.load(log_counts + draw, mask=inside, other=0.0)
-            hit = tl.load(negatives + draw, mask=inside, other=0) == target
-            value = tl.where(hit, lowest, value)
+            value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
             tl.store(masses + of + draw, tl.exp(value - top), mask=inside)
         tl.store(tops + position, top)
         tl.store(totals + position, total)

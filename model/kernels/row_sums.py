@@ -31,12 +31,13 @@ _BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
 
 @dataclass(frozen=True)
 class SortedIndex:
-    """An index int64 [M] of so many rows, its entries ascending, and where these were.
+    """An index int64 [M] of ``count`` rows, its entries ascending, and where these were.
 
     The latter two are None where no kernel would want them.
     """
 
     index: torch.Tensor
+    count: int
     keys: torch.Tensor | None = None
     order: torch.Tensor | None = None
 
@@ -47,45 +48,45 @@ class SortedIndex:
 def sort_index(index: torch.Tensor, count: int) -> SortedIndex:
     """Sort an index of ``count`` rows: int64 [M], not negative; ``count`` and more: nowhere."""
     if triton is None or not index.is_cuda:
-        return SortedIndex(index)
+        return SortedIndex(index, count)
     # A sort passes over the keys once for every few of their bits.
     short = count < torch.iinfo(torch.int16).max
     keys = index.clamp(max=count).to(torch.int16 if short else torch.int32)
-    return SortedIndex(index, *keys.sort(stable=True))
+    return SortedIndex(index, count, *keys.sort(stable=True))
 
 
 def add_rows(
     rows: torch.Tensor,
-    index: torch.Tensor | SortedIndex,
+    index: SortedIndex,
     values: torch.Tensor,
     more: torch.Tensor | None = None,
 ) -> None:
-    """rows[index[i]] += values[i], in place, for every i whose index is below C.
+    """rows[index[i]] += values[i], in place, for every i whose index is somewhere.
 
     Args:
         rows: float [C, D], contiguous.
-        index: int64 [M], not negative; C + S and more: nowhere; may be sorted, of C + S rows.
+        index: [M], of C + S rows.
         values: [M, D] of the same dtype.
         more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, which lie elsewhere.
     """
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
+    assert index.count == count
     if not len(index) or not count:
         return
     if not _has_kernel(rows, count):
-        index = index.index if isinstance(index, SortedIndex) else index
         for part, begin in ((rows, 0), (more, len(rows))):
             if len(part):
-                _add(part, index - begin if begin else index, values)
+                _add(part, index.index - begin if begin else index.index, values)
         return
-    _sum_runs(rows, more, index, values, count)
+    _sum_runs(rows, more, index, values)
 
 
 def adam_rows(
     rows: torch.Tensor,
     means: torch.Tensor,
     squares: torch.Tensor,
-    index: torch.Tensor | SortedIndex,
+    index: SortedIndex,
     values: torch.Tensor,
     rates: torch.Tensor,
     scale: float,
@@ -98,27 +99,24 @@ def adam_rows(
     Args:
         rows: float32 [C, D] on CUDA, contiguous.
         means, squares: float32 [C, D], of the gradients so far.
-        index: int64 [M], not negative; C: nowhere; may be sorted, of C rows.
+        index: [M], of C rows.
         values: float32 [M, D].
         rates: float32 [2], see :class:`~model.kernels.table_update.Step`.
         scale: what gradients are multiplied with.
     """
     if len(index):
         adam = means, squares, rates, scale, beta1, beta2, eps
-        _sum_runs(rows, rows[:0], index, values, len(rows), adam)
+        _sum_runs(rows, rows[:0], index, values, adam)
 
 
 def _sum_runs(
     rows: torch.Tensor,
     more: torch.Tensor,
-    index: torch.Tensor | SortedIndex,
+    index: SortedIndex,
     values: torch.Tensor,
-    limit: int,
     adam: tuple[Any, ...] | None = None,
 ) -> None:
-    if not isinstance(index, SortedIndex):
-        index = sort_index(index, limit)
-    keys, order = index.keys, index.order
+    keys, order, limit = index.keys, index.order, index.count
     assert keys is not None
     width, values = rows.shape[1], values.contiguous()
     chunks, parts = triton.cdiv(len(keys), _CHUNK), triton.cdiv(width, _COLUMNS)
