@@ -12,12 +12,12 @@ eval_<split>-discount-<discount>.json).
 import sys
 from pathlib import Path
 
-from model.evaluation import report, write_result
-from model.flags import FlagParser
-from model.ranks import first_rank_first, run_script, start
-from model.run import evaluator
-from model.trained_run import EvalFlags, TrainedRun
-from pipeline.preparation import prepare
+from model.distributed import first_rank_first, run_script, start
+from model.evaluation.evaluate import report, write_result
+from model.run.config import evaluator
+from model.run.flags import FlagParser
+from model.run.trained import EvalFlags, TrainedRun
+from pipeline.preparation.prepare import prepare
 
 
 def main() -> None:

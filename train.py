@@ -10,20 +10,20 @@ from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
-from model.checkpoint import PORTABLE, Checkpoints
-from model.export import export
-from model.flags import FlagParser, build, flatten
-from model.plan import describe_plan
-from model.profile import StepProfiler
-from model.ranks import alone, first_rank_first, run_script, start
-from model.recipes import with_recipe
-from model.run import RunConfig, build_model, build_plain_model, evaluator, train_loader
-from model.run_folder import RunFolder
-from model.run_log import RunLog, versions
-from model.sharding import Optimizers, unwrap
-from model.trained_run import load_teachers
-from model.training import Trainer
-from pipeline.preparation import describe, prepare
+from model.checkpoints.checkpoints import PORTABLE, Checkpoints
+from model.checkpoints.export import export
+from model.distributed import alone, first_rank_first, run_script, start
+from model.run.config import RunConfig, build_model, build_plain_model, evaluator, train_loader
+from model.run.flags import FlagParser, build, flatten
+from model.run.folder import RunFolder
+from model.run.recipes import with_recipe
+from model.run.trained import load_teachers
+from model.step.optimizers import Optimizers, unwrap
+from model.tables.sharding_plan import describe_plan
+from model.training.profile import StepProfiler
+from model.training.run_log import RunLog, versions
+from model.training.trainer import Trainer
+from pipeline.preparation.prepare import describe, prepare
 
 
 def main() -> None:

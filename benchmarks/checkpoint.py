@@ -23,12 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor, versions
-from model.checkpoint import Checkpoints
-from model.flags import FlagParser
-from model.progress import Position
-from model.ranks import Ranks, from_first_rank, leave, start
-from model.run import RunConfig, build_model
-from model.sharding import Optimizers
+from model.checkpoints.checkpoints import Checkpoints
+from model.distributed import Ranks, from_first_rank, leave, start
+from model.run.config import RunConfig, build_model
+from model.run.flags import FlagParser
+from model.step.optimizers import Optimizers
+from model.training.progress import Position
 
 REPEATS = 5
 

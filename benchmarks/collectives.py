@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.flags import FlagParser
-from model.ranks import Ranks, first_rank_first, leave, start
-from model.run import RunConfig, build_model, train_loader
-from model.sharding import Optimizers
-from model.train_pipeline import train_pipeline
-from pipeline.preparation import prepare
+from model.distributed import Ranks, first_rank_first, leave, start
+from model.run.config import RunConfig, build_model, train_loader
+from model.run.flags import FlagParser
+from model.step.optimizers import Optimizers
+from model.step.pipelines import train_pipeline
+from pipeline.preparation.prepare import prepare
 
 # Steps before the counted ones: the pipeline fills, DDP arranges its buckets.
 WARM_UP = 3

@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor, versions
-from model.flags import FlagParser
-from model.profile import covered
-from model.ranks import first_rank_first, run_script, start
-from model.run import evaluator
-from model.trained_run import EvalFlags, TrainedRun
-from pipeline.preparation import prepare
+from model.distributed import first_rank_first, run_script, start
+from model.run.config import evaluator
+from model.run.flags import FlagParser
+from model.run.trained import EvalFlags, TrainedRun
+from model.training.profile import covered
+from pipeline.preparation.prepare import prepare
 
 SHOWN = 12
 

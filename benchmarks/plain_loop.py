@@ -14,13 +14,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from model import training
-from model.ranks import run_script
-from model.train_step import Stepper, TrainStep
+from model.distributed import run_script
+from model.step.train_step import Stepper, TrainStep
+from model.training import trainer as training
 
 
 class PlainLoop:
-    """What :class:`model.training.Trainer` asks of a pipeline, with nothing done ahead."""
+    """What :class:`model.training.trainer.Trainer` asks of a pipeline, with nothing done ahead."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Stepper, device: torch.device) -> None:
         self._step, self._device = TrainStep(model, optimizer, device), device

@@ -18,17 +18,17 @@ from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
-from model.dense_step import DenseStep
-from model.encoder import Encoder, EncoderConfig
-from model.head import CatalogSlice, HeadConfig, ScoringHead
-from pipeline.batch import CANDIDATE, ITEM, TrainBatch
+from model.network.dense_step import DenseStep
+from model.network.encoder import Encoder, EncoderConfig
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from pipeline.batches.batch import CANDIDATE, ITEM, TrainBatch
 
 # FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 class Shard(Protocol):
-    """What a training step asks of a shard of its own: :mod:`model.table_shard`."""
+    """What a training step asks of a shard of its own: :mod:`model.tables.table_shard`."""
 
     @property
     def is_capturable(self) -> bool:

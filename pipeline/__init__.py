@@ -22,8 +22,8 @@ each can be used alone:
 
 A worked example, of a file ``clicks.csv`` with the columns user, item and time:
 
-    from pipeline.datasets import DataConfig
-    from pipeline.preparation import describe, prepare
+    from pipeline.sources.datasets import DataConfig
+    from pipeline.preparation.prepare import describe, prepare
 
     store = prepare(DataConfig(dataset_path="clicks.csv", min_user_count=3))
     print(describe(store))                                   # what each stage kept

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from model.ranks import Ranks, run_script, start
+from model.distributed import Ranks, run_script, start
 
 ROOT = Path(__file__).parent.parent
 

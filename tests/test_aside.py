@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from model.kernels import aside
+from model.kernels import side_stream as aside
 
 
 class _Stream:

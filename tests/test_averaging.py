@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from model.averaging import AveragingOptimizer
+from model.step.averaging import AveragingOptimizer
 
 
 def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

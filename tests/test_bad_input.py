@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import sources
-from pipeline.store import SequenceStore
+from pipeline.preparation.store import SequenceStore
+from pipeline.sources import files as sources
 from tests.conftest import TINY, RunMain, assert_one_line, assert_refused
 
 HEAD = b"user,item,rating,timestamp\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model import manifest
+from model.checkpoints import manifest
 from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, torchrun
 
 HEAD = "user,item,time\n"

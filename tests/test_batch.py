@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.batch import EvalBatch, TrainBatch, jagged_items
+from pipeline.batches.batch import EvalBatch, TrainBatch, jagged_items
 
 CPU = torch.device("cpu")
 

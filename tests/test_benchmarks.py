@@ -14,10 +14,10 @@ from torch.autograd import DeviceType
 from benchmarks import checkpoint, data, evaluation, quality, rows, throughput
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
-from model.flags import FlagParser
-from model.ranks import Ranks
-from model.recipes import with_recipe
-from model.run import RunConfig
+from model.distributed import Ranks
+from model.run.config import RunConfig
+from model.run.flags import FlagParser
+from model.run.recipes import with_recipe
 from tests.conftest import ROOT, TINY, RunMain, run_process
 from tests.test_profile import event
 

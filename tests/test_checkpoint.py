@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from model.manifest import DamagedError, describe_files, read_manifest, verify, write_manifest
-from model.training import Trainer
-from model.writer import CheckpointWriter
+from model.checkpoints.manifest import (
+    DamagedError,
+    describe_files,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from model.checkpoints.writer import CheckpointWriter
+from model.training.trainer import Trainer
 from pipeline.errors import UserError
 from tests.conftest import TINY, Outcome, RunMain
 
@@ -73,7 +79,7 @@ def test_damage_is_found(
 
 def test_a_newer_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("model.manifest.FORMAT", 2)
+        patch.setattr("model.checkpoints.manifest.FORMAT", 2)
         folder = checkpoint(tmp_path / "newer")
     with pytest.raises(UserError, match="has format 2, this version reads 1"):
         read_manifest(folder)
@@ -124,7 +130,7 @@ def interrupted(
     made = template / "interrupted"
     if not made.exists():
         with monkeypatch.context() as patch:
-            patch.setattr("model.checkpoint.Checkpoints.is_due", True)
+            patch.setattr("model.checkpoints.checkpoints.Checkpoints.is_due", True)
             at_step(patch, 7, lambda _: signal.raise_signal(signal.SIGTERM))
             outcome = train(made)
         assert outcome.code == 143, outcome.err
@@ -202,7 +208,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(state, checkpoint_id=checkpoint_id, **more)
 
-    monkeypatch.setattr("model.writer.dcp.save", full)
+    monkeypatch.setattr("model.checkpoints.writer.dcp.save", full)
 
 
 def test_a_full_disk_stops_the_run(

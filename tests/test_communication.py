@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import communication
 from benchmarks.collectives import WARM_UP, per_step
-from model.flags import FlagParser
-from model.ranks import Ranks
-from model.run import RunConfig, build_plain_model, train_loader
-from pipeline.preparation import prepare
+from model.distributed import Ranks
+from model.run.config import RunConfig, build_plain_model, train_loader
+from model.run.flags import FlagParser
+from pipeline.preparation.prepare import prepare
 from tests.conftest import torchrun
 from tests.workers.collectives import FLAGS, STEPS
 
@@ -82,7 +82,7 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
     assert found["all-reduce, float32"]["mean"] == pytest.approx(4 * dense + 4)
 
     # Sizes on which nobody has agreed: of two ranks the larger counts.
-    monkeypatch.setattr("model.run.agreement", lambda _: lambda sizes: sizes)
+    monkeypatch.setattr("model.run.config.agreement", lambda _: lambda sizes: sizes)
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
     store, sizes = prepare(config.data), []
     for rank in (0, 1):

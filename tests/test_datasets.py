@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import download as download_module
-from pipeline.datasets import DataConfig, RandomRatings, find_ratings, resolve
-from pipeline.download import download
 from pipeline.errors import UserError
-from pipeline.preparation import prepare
+from pipeline.preparation.prepare import prepare
+from pipeline.sources import download as download_module
+from pipeline.sources.datasets import DataConfig, RandomRatings, find_ratings, resolve
+from pipeline.sources.download import download
 
 REAL_DATA = Path(os.environ.get("BERT4REC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RATINGS = "".join(f"{user}::{item}::5::{item}\n" for user in (1, 2) for item in range(1, 6))

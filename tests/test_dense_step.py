@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model.dense_step import _Split
-from model.graphs import replaced
-from model.head import CatalogSlice, HeadConfig, ScoringHead
-from model.kernels import unit_rows
+from model.kernels import l2_normalize as unit_rows
+from model.network.dense_step import _Split
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.step.graphs import replaced
 
 POSITIONS, ITEMS, WIDTH = 6, 40, 8
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.ranks import start
+from model.distributed import start
 from tests.conftest import torchrun
 from tests.workers import sharded
 from tests.workers.sharded import EPOCHS, WAYS, Run

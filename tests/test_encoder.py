@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.encoder import Encoder, EncoderConfig, EncoderLayer
-from pipeline.batch import rounded_up
+from model.network.encoder import Encoder, EncoderConfig, EncoderLayer
+from pipeline.batches.batch import rounded_up
 
 MAX_LEN = 6
 LENGTHS = [3, 1, 6, 2]

@@ -147,7 +147,7 @@ def test_a_rank_that_is_gone_while_a_checkpoint_is_read(
     def lost(*_: object, **__: object) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80")
 
-    monkeypatch.setattr("model.checkpoint.dcp.load", lost)
+    monkeypatch.setattr("model.checkpoints.checkpoints.dcp.load", lost)
     outcome = run_main("eval", f"--checkpoint={tmp_path}")
     assert_one_line(outcome, "eval", "another rank is gone while")
 

@@ -10,15 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from model import catalog_scores
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.encoder import EncoderConfig
-from model.evaluation import Result, _Questions, evaluate, report, target_ranks, write_result
-from model.head import CatalogSlice, HeadConfig
-from model.metrics import METRICS
+from model.evaluation import catalog_scores
+from model.evaluation.evaluate import (
+    Result,
+    _Questions,
+    evaluate,
+    report,
+    target_ranks,
+    write_result,
+)
+from model.evaluation.metrics import METRICS
+from model.network.encoder import EncoderConfig
+from model.network.head import CatalogSlice, HeadConfig
 from pipeline.errors import UserError
-from pipeline.holdout import EvalLoader
-from pipeline.store import SequenceStore
+from pipeline.evaluation.holdout import EvalLoader
+from pipeline.preparation.store import SequenceStore
 
 # Leave-one-out: training parts 1 2 3, 2 and 4 2; test targets 5, 3 and 2 (which user 2 had before).
 HISTORIES = [[1, 2, 3, 4, 5], [2, 6, 3], [4, 2, 6, 2]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from model.manifest import verify
+from model.checkpoints.manifest import verify
 from tests.conftest import ROOT, TINY, RunMain, environment
 
 FLAGS = (*TINY, "--num_epochs=20", "--eval_every=5", "--lr=0.003", "--checkpoint_every=0.002")

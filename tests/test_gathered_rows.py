@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
-from model.gathered_rows import GatheredRows
-from model.plan import ShardingConfig
-from model.ranks import Ranks
-from model.run import build_model, train_loader
-from model.sharding import unwrap
-from model.train_pipeline import train_pipeline
-from pipeline.batch import ITEM, TrainBatch, jagged_items
+from model.distributed import Ranks
+from model.run.config import build_model, train_loader
+from model.step.optimizers import unwrap
+from model.step.pipelines import train_pipeline
+from model.tables.gathered_rows import GatheredRows
+from model.tables.sharding_plan import ShardingConfig
+from pipeline.batches.batch import ITEM, TrainBatch, jagged_items
 from tests.workers import sharded
 
 NUM_ROWS = sharded.NUM_ITEMS + 2

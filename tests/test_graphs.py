@@ -5,12 +5,12 @@ from datetime import timedelta
 import pytest
 import torch
 
-from model import graphs
-from model.dense_step import DenseStep
-from model.encoder import Encoder, EncoderConfig
-from model.graphs import GraphedOptimizer
-from model.head import CatalogSlice, HeadConfig, ScoringHead
-from model.progress import Pace
+from model.network.dense_step import DenseStep
+from model.network.encoder import Encoder, EncoderConfig
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.step import graphs
+from model.step.graphs import GraphedOptimizer
+from model.training.progress import Pace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 

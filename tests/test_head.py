@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.encoder import EncoderConfig
-from model.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
-from pipeline.batch import TrainBatch, jagged_items
+from model.network.encoder import EncoderConfig
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
+from pipeline.batches.batch import TrainBatch, jagged_items
 from pipeline.errors import UserError
 from tests.workers.softmax import SIZES, SLICES, problem, teachers, work
 

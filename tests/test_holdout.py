@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batch import EvalBatch
+from pipeline.batches.batch import EvalBatch
 from pipeline.errors import UserError
-from pipeline.holdout import EvalLoader, HoldoutConfig, NegativeSampler
-from pipeline.store import SequenceStore
+from pipeline.evaluation.holdout import EvalLoader, HoldoutConfig, NegativeSampler
+from pipeline.preparation.store import SequenceStore
 
 # User 1 has too few items; user 2's target 5 was seen before; item 9 is in no training part.
 HISTORIES = [[1, 2, 3, 4, 6], [7, 8], [5, 1, 5, 2, 5], [3, 3, 9]]
@@ -123,7 +123,7 @@ def first_draws(counts: list[int], num_users: int, draws: tuple[int, ...]) -> np
     sampler = NegativeSampler(np.array([0, *counts, 0]), HoldoutConfig(num_negatives=2))
     nothing = np.empty(0, dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.holdout._DRAWS", draws)
+        patch.setattr("pipeline.evaluation.holdout._DRAWS", draws)
         return sampler(np.arange(num_users), nothing)
 
 

@@ -50,7 +50,7 @@ def test_torchrec_and_fbgemm_are_of_one_release() -> None:
 def test_every_import_of_the_project_is_required() -> None:
     known = {package.replace("-", "_") for package in requirements("requirements-cpu.txt")}
     known |= {"fbgemm_gpu", "torchrec", "pipeline", "model", "tests", "benchmarks", "train"}
-    files = [file for part in ("pipeline", "model") for file in (ROOT / part).glob("*.py")]
+    files = [file for part in ("pipeline", "model") for file in (ROOT / part).rglob("*.py")]
     assert len(files) > 20
     for file in [*files, ROOT / "train.py", ROOT / "eval.py"]:
         for module in re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE):

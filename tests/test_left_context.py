@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.encoder import POSITIONS, Encoder, EncoderConfig
+from model.network.encoder import POSITIONS, Encoder, EncoderConfig
 from pipeline.errors import UserError
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import ClozeMask, MaskConfig
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.cloze import ClozeMask, MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.windows import WindowConfig
 
 
 def test_their_share_is_kept_and_keyed_by_window() -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import linear_cross_entropy as core
-from model.sharded_softmax import linear_cross_entropy
+from model.losses import linear_cross_entropy as core
+from model.losses.sharded_softmax import linear_cross_entropy
 
 SCALE = 1 / 0.07
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batch import TrainBatch
+from pipeline.batches.batch import TrainBatch
 from pipeline.errors import UserError
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import MaskConfig
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.cloze import MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS = 400
 MASK_TOKEN = NUM_ITEMS + 1
@@ -150,7 +150,7 @@ def test_how_many_steps_are_made_at_once_changes_nothing(
     chunk_items: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = rows_of(loader(batch_size=4).epoch(0))
-    monkeypatch.setattr("pipeline.loader._CHUNK_ITEMS", chunk_items)
+    monkeypatch.setattr("pipeline.training.loader._CHUNK_ITEMS", chunk_items)
     assert rows_of(loader(batch_size=4).epoch(0)) == expected
 
 

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
-from model.lone_rank import look_up_at_home
-from model.ranks import Ranks
-from model.run import build_model, train_loader
-from model.sharding import unwrap
+from model.distributed import Ranks
+from model.run.config import build_model, train_loader
+from model.step.optimizers import unwrap
+from model.tables.lone_rank import look_up_at_home
 from tests.workers import sharded
 from tests.workers.sharded import NUM_ITEMS, WAYS, histories, sgd
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.masking import ClozeMask, MaskConfig
+from pipeline.training.cloze import ClozeMask, MaskConfig
 
 NUM_ITEMS = 50
 MASK = NUM_ITEMS + 1

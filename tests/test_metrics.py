@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.metrics import METRICS, format_table, means, metric_sums
+from model.evaluation.metrics import METRICS, format_table, means, metric_sums
 
 
 def of_ranks(*ranks: int) -> dict[str, float]:

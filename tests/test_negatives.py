@@ -6,13 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batch import TrainBatch
+from pipeline.batches.batch import TrainBatch
 from pipeline.errors import UserError
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import MaskConfig
-from pipeline.negatives import AliasTable, NegativesConfig, SharedNegatives
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.cloze import MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.negatives import AliasTable, NegativesConfig, SharedNegatives
+from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS, DRAWS = 9, 5
 WEIGHTS = np.array([1, 5, 1, 1, 20, 2, 1, 1, 3])

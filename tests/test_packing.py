@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batch import TrainBatch, jagged_items
-from pipeline.packing import as_bools, as_floats, float_pairs, pack
-from pipeline.steps import PackedBatch
+from pipeline.batches.batch import TrainBatch, jagged_items
+from pipeline.batches.packing import as_bools, as_floats, float_pairs, pack
+from pipeline.training.to_tensors import PackedBatch
 
 CPU = torch.device("cpu")
 TENSORS = ("masked", "targets", "left_only", "steps_ago", "negatives", "log_counts")

@@ -5,10 +5,10 @@ import torch
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.encoder import EncoderConfig
-from model.head import HeadConfig, catalog_slice
-from model.plan import ShardingConfig, column_width, plan_tables
-from model.ranks import Ranks
+from model.distributed import Ranks
+from model.network.encoder import EncoderConfig
+from model.network.head import HeadConfig, catalog_slice
+from model.tables.sharding_plan import ShardingConfig, column_width, plan_tables
 
 NUM_ITEMS, WIDTH = 98, 32
 

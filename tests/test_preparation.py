@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.nodes import BaseNode, IterableWrapper
 
-from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
-from pipeline.preparation import describe, prepare
-from pipeline.stages import (
+from pipeline.preparation.prepare import describe, prepare
+from pipeline.preparation.stages import (
     Densify,
     EncodeIds,
     FilterItems,
@@ -21,7 +20,8 @@ from pipeline.stages import (
     GroupByUser,
     RatingChunk,
 )
-from pipeline.store import SequenceStore
+from pipeline.preparation.store import SequenceStore
+from pipeline.sources.datasets import DataConfig
 
 
 def chunk(user: list[int], item: list[int], rating: list[float] | None = None) -> RatingChunk:

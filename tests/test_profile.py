@@ -12,9 +12,9 @@ from torch.autograd import DeviceType
 from torch.nn.modules.module import Module
 from torch.profiler import record_function
 
-from model.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
-from model.ranks import Ranks
-from model.run import build_plain_model
+from model.distributed import Ranks
+from model.run.config import build_plain_model
+from model.training.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun
 from tests.workers import sharded

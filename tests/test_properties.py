@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import readers
-from pipeline.batch import ITEM
-from pipeline.datasets import DataConfig, resolve
+from pipeline.batches.batch import ITEM
 from pipeline.errors import UserError
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import MaskConfig
-from pipeline.preparation import prepare
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from pipeline.preparation.prepare import prepare
+from pipeline.preparation.store import SequenceStore
+from pipeline.sources import readers
+from pipeline.sources.datasets import DataConfig, resolve
+from pipeline.training.cloze import MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.windows import WindowConfig
 
 # Ids that a careless reader merges, cuts or reorders.
 IDS = st.sampled_from(["1", "2", "10", "007", "7", "-3", "a", "A", "b c", "é", "1e3", "NaN"])

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import readers
 from pipeline.errors import UserError
-from pipeline.readers import ReadRatings
-from pipeline.sources import SourceFile
+from pipeline.sources import readers
+from pipeline.sources.files import SourceFile
+from pipeline.sources.readers import ReadRatings
 
 ROWS = {
     "user": ["1", "1", "2"],

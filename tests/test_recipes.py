@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.flags import build, flags_of
-from model.recipes import RECIPES, with_recipe
-from model.run import RunConfig
+from model.run.config import RunConfig
+from model.run.flags import build, flags_of
+from model.run.recipes import RECIPES, with_recipe
 from pipeline.errors import UserError
 
 

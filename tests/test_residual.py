@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.encoder import Encoder, EncoderConfig
 from model.kernels import residual
 from model.kernels.dropout_bits import Dropout, new_dropouts
+from model.network.encoder import Encoder, EncoderConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need CUDA")
 

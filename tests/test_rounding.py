@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 from torchdata.nodes import IterableWrapper
 
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import MaskConfig
-from pipeline.rounding import RoundUp, rounding_unit
-from pipeline.samples import Chunk
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.cloze import MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.sampler import Chunk
+from pipeline.training.shape_buckets import RoundUp, rounding_unit
+from pipeline.training.windows import WindowConfig
 
 
 def test_units_are_a_sixteenth_of_the_next_power_of_two() -> None:

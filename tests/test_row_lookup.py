@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels.row_lookup import rows_or_zeros
+from model.tables.row_lookup import rows_or_zeros
 
 CUDA = torch.cuda.is_available()
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs CUDA"))]

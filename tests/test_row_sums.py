@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels.row_sums import add_rows, sort_index
+from model.kernels.segment_sum import add_rows, sort_index
 
 
 def test_by_hand() -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import sampled_losses
-from model.head import CatalogSlice, HeadConfig, ScoringHead
-from model.sampled_losses import gbce_beta
+from model.losses import sampled as sampled_losses
+from model.losses.sampled import gbce_beta
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead
 from pipeline.errors import UserError
-from pipeline.negatives import SharedNegatives
+from pipeline.training.negatives import SharedNegatives
 
 NUM_ITEMS, WIDTH = 6, 4
 ITEM_3, DRAWN = torch.tensor([3]), torch.tensor([1, 2])

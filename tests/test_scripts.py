@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model.metrics import METRICS
+from model.evaluation.metrics import METRICS
 from tests.conftest import ROOT, TINY, RunMain, environment, run_process, torchrun
 
 DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data"))

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.catalog import Catalog
 from pipeline.errors import UserError
-from pipeline.store import SequenceStore, open_or_build
+from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.store import SequenceStore, open_or_build
 
 # Users with 4, 2, 0 and 3 items; item 5 occurs as the test target of user 0 only.
 ITEMS = [1, 2, 3, 5, 2, 2, 4, 1, 3]

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.datasets import DataConfig
 from pipeline.errors import UserError
-from pipeline.preparation import describe, prepare
-from pipeline.synthetic import Process, SyntheticConfig, SyntheticRatings, metrics
+from pipeline.preparation.prepare import describe, prepare
+from pipeline.sources.datasets import DataConfig
+from pipeline.sources.synthetic import Process, SyntheticConfig, SyntheticRatings, metrics
 
 SMALL = SyntheticConfig(num_users=60, num_items=40, min_length=5, max_length=9, seed=3)
 
@@ -38,7 +38,7 @@ def test_nothing_repeats_and_lengths_are_in_range() -> None:
 def test_blocks_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = SyntheticRatings(SMALL)
     expected = next(whole)
-    monkeypatch.setattr("pipeline.synthetic._SCORES_AT_ONCE", 40 * 7)
+    monkeypatch.setattr("pipeline.sources.synthetic._SCORES_AT_ONCE", 40 * 7)
     parts = SyntheticRatings(SMALL)
     assert next(parts).equals(expected)
     assert parts.best_possible == whole.best_possible

@@ -9,10 +9,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from model import run as model_run
-from model.plan import ShardingConfig, embedding_optimizer
-from model.ranks import Ranks, alone
-from model.sharding import OptimizerConfig, set_table_steps, shard
+from model.distributed import Ranks, alone
+from model.run import config as model_run
+from model.step.optimizers import OptimizerConfig, set_table_steps, shard
+from model.tables.sharding_plan import ShardingConfig, embedding_optimizer
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, whole_and_in_parts
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import linear_cross_entropy as core
-from model import run
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.dense_step import DenseStep
-from model.encoder import EncoderConfig
-from model.head import CatalogSlice, HeadConfig
-from model.run import RunConfig
-from model.sharded_softmax import Opinion, linear_cross_entropy
-from model.teachers import Teacher, Teachers, TeachersConfig
+from model.losses import linear_cross_entropy as core
+from model.losses.sharded_softmax import Opinion, linear_cross_entropy
+from model.network.dense_step import DenseStep
+from model.network.distillation import Teacher, Teachers, TeachersConfig
+from model.network.encoder import EncoderConfig
+from model.network.head import CatalogSlice, HeadConfig
+from model.run import config as run
+from model.run.config import RunConfig
 from pipeline.errors import UserError
 from tests.conftest import ROOT, TINY, RunMain, torchrun
 

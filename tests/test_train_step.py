@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import table_shard, train_step
-from model.encoder import EncoderConfig
-from model.plan import ShardingConfig
-from model.ranks import Ranks, seed_dropout, start
-from model.run import build_model, train_loader
-from model.sharding import Optimizers, unwrap
-from model.train_step import TrainStep
-from pipeline.loader import TrainLoader
+from model.distributed import Ranks, seed_dropout, start
+from model.network.encoder import EncoderConfig
+from model.run.config import build_model, train_loader
+from model.step import train_step
+from model.step.optimizers import Optimizers, unwrap
+from model.step.train_step import TrainStep
+from model.tables import table_shard
+from model.tables.sharding_plan import ShardingConfig
+from pipeline.training.loader import TrainLoader
 from tests.workers import sharded
 from tests.workers.replayed import Replayed, let_be_whole
 
@@ -75,7 +76,7 @@ def test_a_graph_trains_what_the_launched_kernels_do(
 def test_a_graph_reads_each_batch_anew(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    monkeypatch.setattr("model.run.TrainLoader", partial(TrainLoader, few_shapes=True))
+    monkeypatch.setattr("model.run.config.TrainLoader", partial(TrainLoader, few_shapes=True))
     config = sharded.config_of(sharded.WAYS["row_wise"], one_rank, loss=loss)
     runs, replays = [], []
     for most in (0, 48):

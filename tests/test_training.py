@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.orders import _SILENT, NOTHING, SAVE, Orders
-from model.progress import Pace
-from model.ranks import Ranks
-from model.schedule import TrainingConfig, lr_factor
-from model.sharding import OptimizerConfig, Optimizers
+from model.distributed import Ranks
+from model.step.optimizers import OptimizerConfig, Optimizers
+from model.training.agreement import _SILENT, NOTHING, SAVE, Orders
+from model.training.progress import Pace
+from model.training.schedule import TrainingConfig, lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torchdata.nodes import IterableWrapper
 
-from model.encoder import Encoder, EncoderConfig
-from model.run import RunConfig
-from pipeline.batch import TrainBatch
+from model.network.encoder import Encoder, EncoderConfig
+from model.run.config import RunConfig
+from pipeline.batches.batch import TrainBatch
 from pipeline.errors import UserError
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.masking import ClozeMask, MaskConfig
-from pipeline.rounding import RoundUp
-from pipeline.samples import Chunk
-from pipeline.store import SequenceStore
-from pipeline.two_stream import TwoStreams
-from pipeline.windows import WindowConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.cloze import ClozeMask, MaskConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.sampler import Chunk
+from pipeline.training.shape_buckets import RoundUp
+from pipeline.training.two_stream import TwoStreams
+from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS = 50
 M = NUM_ITEMS + 1

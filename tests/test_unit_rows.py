@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels.unit_rows import gradient_of_split, unit_rows, unit_rows_gradient
+from model.kernels.l2_normalize import gradient_of_split, unit_rows, unit_rows_gradient
 
 
 def test_by_hand() -> None:

@@ -27,7 +27,7 @@ def takes(scores: torch.Tensor) -> bool:
 def log_sums(
     scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`model.sampled_losses.log_sums`, whose plain code it is equal to."""
+    """As :func:`model.losses.sampled.log_sums`, whose plain code it is equal to."""
     count, draws = scores.shape
     masses = torch.empty_like(scores)
     tops, totals = torch.empty(2, count, device=scores.device).unbind()

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model.kernels import aside
 from model.kernels import residual_kernels as kernels
+from model.kernels import side_stream as aside
 from model.kernels.dropout_bits import Dropout, dropout_options
 from model.kernels.residual_kernels import triton
-from model.kernels.row_sums import add_rows, sort_index
+from model.kernels.segment_sum import add_rows, sort_index
 
 # Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 
 import train
-from model import ranks
+from model import distributed as ranks
 
 TINY = (
     *("--recipe=none", "--max_len=8", "--emb_dim=16", "--num_layers=1", "--train_batch_size=8"),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.collectives import CollectiveCounter, count_steps
-from model.ranks import leave, start
+from model.distributed import leave, start
 
 FLAGS = (
     "--dataset_name=random",

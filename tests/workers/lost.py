@@ -10,9 +10,9 @@ import time
 import torch
 
 import train
-from model.checkpoint import Checkpoints
-from model.orders import Orders
-from model.ranks import run_script
+from model.checkpoints.checkpoints import Checkpoints
+from model.distributed import run_script
+from model.training.agreement import Orders
 from pipeline.errors import UserError
 
 # Many times what torchrun needs to see that a rank is gone, and to end the others.

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 import train
-from model.ranks import run_script
-from model.training import Trainer
+from model.distributed import run_script
+from model.training.trainer import Trainer
 
 AT_STEP = 10
 

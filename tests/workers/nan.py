@@ -6,9 +6,9 @@ torchrun --nproc_per_node 2 tests/workers/nan.py <flags of train.py>
 import torch
 
 import train
-from model.ranks import run_script
-from model.sharding import unwrap
-from model.training import Trainer
+from model.distributed import run_script
+from model.step.optimizers import unwrap
+from model.training.trainer import Trainer
 
 AT_STEP = 10
 

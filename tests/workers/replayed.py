@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import torch
 
-from model.sharding import unwrap
-from model.train_step import TrainStep, _Captured
-from pipeline.loader import TrainLoader
-from pipeline.steps import PackedBatch
+from model.step.optimizers import unwrap
+from model.step.train_step import TrainStep, _Captured
+from pipeline.training.loader import TrainLoader
+from pipeline.training.to_tensors import PackedBatch
 
 
 class _Again:
@@ -44,8 +44,8 @@ class Replayed(TrainStep):
 def as_on_cuda() -> Iterator[None]:
     """Pipelines that are made in here take such steps, and loaders round sizes up."""
     with (
-        patch("model.train_pipeline.TrainStep", Replayed),
-        patch("model.run.TrainLoader", partial(TrainLoader, few_shapes=True)),
+        patch("model.step.pipelines.TrainStep", Replayed),
+        patch("model.run.config.TrainLoader", partial(TrainLoader, few_shapes=True)),
     ):
         yield
 

@@ -21,13 +21,11 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from model import catalog_scores
-from model.averaging import AveragingOptimizer
-from model.encoder import EncoderConfig
-from model.head import HeadConfig
-from model.plan import ShardingConfig
-from model.ranks import Ranks, leave, start
-from model.run import (
+from model.distributed import Ranks, leave, start
+from model.evaluation import catalog_scores
+from model.network.encoder import EncoderConfig
+from model.network.head import HeadConfig
+from model.run.config import (
     OutputConfig,
     RunConfig,
     build_model,
@@ -35,14 +33,16 @@ from model.run import (
     evaluator,
     train_loader,
 )
-from model.sharding import OptimizerConfig, Optimizers, replicated, unwrap
-from model.table_shard import Lookup
-from model.train_pipeline import train_pipeline
-from pipeline.batch import ITEM, jagged_items, with_candidates
-from pipeline.loader import LoaderConfig
-from pipeline.negatives import NegativesConfig
-from pipeline.store import SequenceStore
-from pipeline.windows import WindowConfig
+from model.step.averaging import AveragingOptimizer
+from model.step.optimizers import OptimizerConfig, Optimizers, replicated, unwrap
+from model.step.pipelines import train_pipeline
+from model.tables.sharding_plan import ShardingConfig
+from model.tables.table_shard import Lookup
+from pipeline.batches.batch import ITEM, jagged_items, with_candidates
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.loader import LoaderConfig
+from pipeline.training.negatives import NegativesConfig
+from pipeline.training.windows import WindowConfig
 from tests.workers.replayed import as_on_cuda, let_be_whole
 
 NUM_ITEMS, MAX_LEN, GLOBAL_BATCH, LR = 21, 6, 8, 0.1
@@ -187,10 +187,10 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
             let_be_whole(model)
             runs[f"row_wise, replayed{name}"] = pipelined(config, model, sgd(model), ranks)
     config = config_of(WAYS["row_wise"], ranks)
-    with patch("model.table_shard.ITEMS_A_POSITION", 1000):
+    with patch("model.tables.table_shard.ITEMS_A_POSITION", 1000):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
-    with patch("model.run.choose_lookup", lambda *_: Lookup()):
+    with patch("model.run.config.choose_lookup", lambda *_: Lookup()):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, sent"] = pipelined(config, model, sgd(model), ranks)
         config = config_of(WAYS["row_wise"], ranks, loss="sampled_softmax")
@@ -268,7 +268,7 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 # 21 items are few even for these batches.
-@patch("model.table_shard.ITEMS_A_POSITION", 0)
+@patch("model.tables.table_shard.ITEMS_A_POSITION", 0)
 def answers(ranks: Ranks) -> dict[str, Any]:
     return {
         "every_way": every_way(ranks),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.ranks import leave
-from model.sharded_softmax import Opinion, linear_cross_entropy
+from model.distributed import leave
+from model.losses.sharded_softmax import Opinion, linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
 SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}

@@ -1,0 +1,115 @@
+"""The portable form of a trained model: no pickle, no sharding, no optimizer.
+
+exported/
+    model.safetensors    all weights, under the names of the plain BERT4Rec
+    config.json          flags, number of items, catalog fingerprint, metrics
+    catalog.parquet      original id and title of each item
+
+Any program that reads safetensors can load it, without this one and without TorchRec.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from model.checkpoints.manifest import sync_folder
+from model.checkpoints.safe_reader import SafeReader
+from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog
+
+WEIGHTS = "model.safetensors"
+
+
+def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[Path]) -> None:
+    """Write the portable form of a checkpoint into each of some folders; call it on one rank.
+
+    A folder appears complete; in one that exists already, the weights are replaced last.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        plain: an unsharded BERT4Rec on CPU; gets the weights of the checkpoint.
+        run_dir: the run folder, for its config and catalog.
+
+    Raises:
+        UserError: a folder cannot be written.
+    """
+    state = {
+        "model": {
+            name: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+            for name, tensor in plain.state_dict().items()
+        }
+    }
+    dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
+    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
+    for folder in folders:
+        aside = folder.with_name(f".{folder.name}.part")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            Catalog.read(run_dir).write_to(aside)
+            shutil.copyfile(run_dir / "config.json", aside / "config.json")
+            save_file(weights, aside / WEIGHTS)
+            _move(aside, folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
+                f"{checkpoint}: make room and run again with --resume auto"
+            ) from error
+
+
+def _move(aside: Path, folder: Path) -> None:
+    """Make ``aside`` be ``folder``, durably."""
+    files = sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS)
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        for path in files:
+            path.replace(folder / path.name)
+        aside.rmdir()
+    else:
+        aside.rename(folder)
+    sync_folder(folder.parent)
+
+
+def load_exported(folder: Path, model: nn.Module) -> None:
+    """Load exported weights into a model, plain or sharded: a rank reads no rows but its own.
+
+    Raises:
+        UserError: the weights are damaged or of another shape.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
+            wanted = model.state_dict()
+            if different := wanted.keys() ^ set(weights.keys()):
+                raise ValueError(f"size mismatch: {min(different)} is only in one of both")
+            for name, tensor in wanted.items():
+                _read(weights.get_slice(name), tensor, name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be loaded ({reason}): its config.json belongs to another "
+            "model, or it is damaged; export it again"
+        ) from error
+
+
+def _read(stored: Any, tensor: torch.Tensor | ShardedTensor, name: str) -> None:
+    """Copy a slice of a safetensors file, or this rank's shards of it."""
+    if (found := stored.get_shape()) != list(tensor.shape):
+        raise ValueError(f"size mismatch of {name}: {found}, not {list(tensor.shape)}")
+    if not isinstance(tensor, ShardedTensor):
+        tensor.copy_(stored[...])
+        return
+    for shard in tensor.local_shards():
+        ranges = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
+        shard.tensor.copy_(stored[tuple(slice(start, start + size) for start, size in ranges)])

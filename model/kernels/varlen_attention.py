@@ -1,0 +1,163 @@
+"""FlashAttention over rows as they lie one after the other, several kinds of them in one batch.
+
+    projected [T, 3, H, W]  q k v of all positions -> rotate
+      call 0   causal, over the rows with left context alone, which stand first
+      call 1   both ways, over the other rows
+      call 2   causal, second streams (queries) over the rows with left context alone (keys), each
+               query row one longer than its key row: strictly before
+    -> choose -> attended [T, H, W]
+
+To each call the rows of the others are empty. Backward likewise: the calls, then ``join``. That
+second streams see themselves too is put together outside of FlashAttention: its backward pass takes
+the output and the log-sum-exp of everything seen and yields what is right for the part it knows.
+After ``torch.nn.attention.varlen``, which calls the same operators for rows of one kind.
+
+Shapes: B rows, T positions of all rows, H heads, W width of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from model.kernels.varlen_kernels import choose, is_available, join, rotate
+
+# Head widths that FlashAttention has kernels for.
+_WIDEST, _STEP = 256, 8
+
+
+def takes(width: int) -> bool:
+    """Whether heads of this width can be attended so."""
+    return is_available() and width <= _WIDEST and width % _STEP == 0
+
+
+@dataclass(frozen=True)
+class JaggedRows:
+    """Where rows of which kind lie.
+
+    Attributes:
+        starts: int32 [B + 1], where rows begin, and T.
+        longest: no row is longer.
+        left_only: bool [V], of the first V rows those with left context alone, which come first;
+            None: there are none.
+        windows: V if rows V ... 2 V - 1 are second streams, else 0.
+    """
+
+    starts: torch.Tensor
+    longest: int
+    left_only: torch.Tensor | None = None
+    windows: int = 0
+
+    def bounds(self) -> torch.Tensor:
+        """int32 [3]: where call 1, call 2 and fillers begin."""
+        ends = [-1, -1] if not self.windows else [self.windows, 2 * self.windows]
+        left = self.starts.new_zeros(1, dtype=torch.int64)
+        if self.left_only is not None:
+            left = self.left_only.sum()[None]
+        return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
+
+    def calls(self, bounds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool] | None]:
+        """Rows of queries, rows of keys, and whether it is causal, of the calls that are needed."""
+        left, others = bounds[0], bounds[1]
+        both = self.starts.clamp(min=left, max=others)
+        first = second = None
+        if self.left_only is not None:
+            rows = self.starts.clamp(max=left)
+            first = (rows, rows, True)
+        if self.windows:
+            queries = self.starts[self.windows : 2 * self.windows + 1].contiguous()
+            second = (queries, self.starts[: self.windows + 1].clamp(max=left), True)
+        return [first, (both, both, False), second]
+
+
+def attend(
+    projected: torch.Tensor,
+    rows: JaggedRows,
+    rotation: torch.Tensor | None,
+    steps_ago: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of every position to the positions that it may see.
+
+    Args:
+        projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
+        rows: where they lie.
+        rotation: float32 [R, 2, W / 2], cosines and sines that queries and keys are rotated by;
+            None: they are not.
+        steps_ago: int64 [T], each position's line of ``rotation``.
+
+    Returns:
+        [T, H, W]; zeros behind second streams.
+    """
+    # Tensors and numbers alone: torch.compile looks into what a function of autograd is given.
+    return _Attend.apply(
+        projected, rows.starts, rows.left_only, rows.windows, rows.longest, rotation, steps_ago
+    )
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: torch.Tensor,
+        starts: torch.Tensor,
+        left_only: torch.Tensor | None,
+        windows: int,
+        longest: int,
+        rotation: torch.Tensor | None,
+        steps_ago: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = JaggedRows(starts, longest, left_only, windows)
+        rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
+        query, key, value = rotated.unbind(1)
+        bounds = rows.bounds()
+        outputs, sums, ctx.states = [None] * 3, [None] * 3, [None] * 3
+        for number, call in enumerate(rows.calls(bounds)):
+            if call is not None:
+                outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
+                    query,
+                    key,
+                    value,
+                    *call[:2],
+                    rows.longest,
+                    rows.longest,
+                    0.0,
+                    call[2],
+                    False,
+                )
+                ctx.states[number] = states
+        output, log_sums = outputs[1], sums[1]
+        if left_only is not None:
+            output, log_sums = choose(rotated, outputs, sums, bounds)
+        ctx.save_for_backward(rotated, rotation, steps_ago, bounds, output, log_sums)
+        ctx.rows = rows
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rotated, rotation, steps_ago, bounds, output, log_sums = ctx.saved_tensors
+        query, key, value = rotated.unbind(1)
+        grad, longest = grad.contiguous(), ctx.rows.longest
+        found: list[torch.Tensor | None] = []
+        for call, states in zip(ctx.rows.calls(bounds), ctx.states, strict=True):
+            if call is None:
+                found += [None] * 3
+                continue
+            found += torch.ops.aten._flash_attention_backward(
+                grad,
+                query,
+                key,
+                value,
+                output,
+                log_sums,
+                *call[:2],
+                longest,
+                longest,
+                0.0,
+                call[2],
+                *states,
+            )
+        found = [None if each is None else each.contiguous() for each in found]
+        gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
+        return gradient, None, None, None, None, None, None

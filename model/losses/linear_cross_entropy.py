@@ -1,0 +1,146 @@
+"""Softmax cross-entropy over a catalog, without a value for every position and item.
+
+    loss = log sum_j exp(h . c_j) - h . c_target
+
+The gradient of the first term for h is the mean of the c_j weighted by the softmax, and the one for
+c_j the sum of the h weighted likewise. Both are what attention computes, tile by tile in registers:
+
+    forward     attention(queries h, keys c, values c)  -> weighted means [M, D], log-sum-exp [M]
+    backward    attention(queries c, keys h, values v)  -> the candidates' gradient [C, D]
+                v = weight x h / exp(log-sum-exp), and the mean undone by attention's own sums
+
+so FlashAttention does the work in two launches, and memory is that of the vectors. The second trick
+needs logits that cannot overflow an exponential: cosines divided by a temperature. Where there is
+no such bound, or no kernel for the width or dtype, blocks of candidates are scored by plain matrix
+products within ``BLOCK_BYTES``, twice. ``torch.nn.functional.linear_cross_entropy`` (torch 2.13)
+has no place for the exchange between slices of a sharded catalog that ``sharded_softmax`` makes.
+
+Shapes: M positions, C candidates, D width. Vectors are float32 (float64 in tests), or bfloat16
+inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate is right
+to 1/256 of its length, and so is the gradient, however small, of a position already learned.
+"""
+
+import torch
+
+from model.kernels.l2_normalize import sum_dtype
+
+# Exponentials of logits within this, their sums over 1e9 rows, and their inverses are float32.
+MAX_BOUND = 60.0
+# What a block of logits may take where there is no fused kernel.
+BLOCK_BYTES = 128 << 20
+# Head dimensions of FlashAttention on CUDA.
+_FLASH_WIDTH, _FLASH_STEP = 256, 8
+
+
+def softmax_means(
+    hidden: torch.Tensor,
+    candidates: torch.Tensor,
+    bound: float,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each position's mean candidate under its softmax, and its log-sum-exp.
+
+    Args:
+        hidden: [M, D].
+        candidates: [C, D] of the same dtype; C may be 0.
+        bound: no logit is further from 0; infinity if nobody knows.
+        values: [C, E] of the same dtype, to be averaged instead of the candidates.
+
+    Returns:
+        [M, D] or [M, E], and [M], float32 at least; zeros and -infinity without candidates.
+    """
+    values = candidates if values is None else values
+    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
+        means, sums = _attend(hidden, candidates, values)
+        return means.to(sums.dtype), sums
+    dtype = sum_dtype(hidden)
+    means = hidden.new_zeros(hidden.shape[0], values.shape[1], dtype=dtype)
+    if not candidates.shape[0]:
+        return means, means.new_full((hidden.shape[0],), -torch.inf)
+    top = means.new_full((hidden.shape[0],), torch.finfo(dtype).min)
+    total = torch.zeros_like(top)
+    blocks = _blocks(candidates, hidden.shape[0])
+    for block, valued in zip(blocks, values.split(blocks[0].shape[0]), strict=True):
+        logits = (hidden @ block.T).to(dtype)  # [M, a block]
+        higher = torch.maximum(top, logits.amax(dim=1))
+        weights = logits.sub_(higher[:, None]).exp_()
+        shrink = (top - higher).exp_()
+        total = total * shrink + weights.sum(dim=1)
+        means = means * shrink[:, None] + (weights.to(valued.dtype) @ valued).to(dtype)
+        top = higher
+    return means.div_(total[:, None]), top + total.log()
+
+
+def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float) -> torch.Tensor:
+    """Each position's logit [M] of its own row [M, D], rounded as :func:`softmax_means` rounds."""
+    logits = (hidden * target_rows.to(sum_dtype(hidden))).sum(dim=1)
+    fused = _is_fused(hidden, bound, target_rows)
+    return logits if fused else logits.to(hidden.dtype).to(logits.dtype)
+
+
+def weighted_hidden(
+    hidden: torch.Tensor,
+    candidates: torch.Tensor,
+    log_sums: torch.Tensor,
+    weights: torch.Tensor,
+    bound: float,
+    values: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each candidate, the sum of weight x probability x hidden vector over all positions.
+
+    Args:
+        hidden: [M, D].
+        candidates: [C, D] of the same dtype.
+        log_sums: [M], of all candidates, here or elsewhere.
+        weights: [M], of the positions' losses.
+        bound: as for :func:`softmax_means`.
+        values: [M, E] of the same dtype, to be summed instead of the hidden vectors.
+
+    Returns:
+        [C, D] or [C, E], and [C], whose product is the sum: it is left to the caller, who passes
+        over the first anyway.
+    """
+    values = hidden if values is None else values
+    if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
+        scaled = values * (weights * (-log_sums).exp())[:, None]
+        means, sums = _attend(candidates, hidden, scaled.to(hidden.dtype))
+        return means, sums.exp_()
+    weighted = (values * weights[:, None]).to(hidden.dtype)
+    mixed = candidates.new_zeros(len(candidates), values.shape[1], dtype=sum_dtype(hidden))
+    blocks = _blocks(candidates, hidden.shape[0])
+    for block, target in zip(blocks, mixed.split(blocks[0].shape[0] or 1), strict=False):
+        logits = (block @ hidden.T).to(mixed.dtype)  # [a block, M]
+        probabilities = logits.sub_(log_sums).exp_()
+        target.copy_(probabilities.to(hidden.dtype) @ weighted)
+    return mixed, mixed.new_ones(mixed.shape[0])
+
+
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits.
+
+    The operator behind ``scaled_dot_product_attention``, which keeps the second result to itself.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention
+    if not queries.is_cuda:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads = (part[None, None] for part in (queries, keys, values))  # [1, 1, N, D]
+    means, sums, *_ = fused(*heads, scale=1.0)
+    return means[0, 0], sums[0, 0]
+
+
+def _is_fused(hidden: torch.Tensor, bound: float, values: torch.Tensor) -> bool:
+    if bound > MAX_BOUND or values.shape[1] != hidden.shape[1]:
+        return False
+    if not hidden.is_cuda:
+        return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    width = hidden.shape[1]
+    # Not float16: inverse sums of exponentials are no float16 numbers.
+    fits = width <= _FLASH_WIDTH and width % _FLASH_STEP == 0
+    return hidden.dtype == torch.bfloat16 and fits
+
+
+def _blocks(candidates: torch.Tensor, positions: int) -> tuple[torch.Tensor, ...]:
+    """Candidates in parts whose float32 logits take ``BLOCK_BYTES`` at most."""
+    return candidates.split(max(1, BLOCK_BYTES // (4 * max(1, positions))))

@@ -1,0 +1,251 @@
+"""Softmax cross-entropy over a catalog, held by this rank or spread over the ranks.
+
+Where it is spread, each rank holds the scoring rows of its own slice of the catalog and scores the
+hidden vectors of all ranks against them. What is exchanged makes the softmax exact:
+
+    gather    hidden vectors, targets [W * M]    -> means and log-sum-exp over each slice
+    gather    log-sum-exp, target logits         -> losses of all positions
+    scatter   gradients of hidden vectors, summed over slices
+    backward  gather the losses' weights         -> gradients of the slice's own rows
+
+Communicated per rank and step: about 2 x M x D values, whatever the size of the catalog. No rank
+waits for its device.
+
+Teachers, models that were trained before, may have a say. With q, the mean of their probabilities,
+the loss is
+
+    log sum_j exp(h . c_j) - h . ((1 - share) c_target + share sum_j q_j c_j)
+
+where the last sum is an average of rows under somebody else's softmax: the same kernels compute it,
+and its gradient, for catalogs of any size.
+
+Shapes: W ranks, M hidden vectors of the rank that has most, m of this rank, C candidates of this
+rank, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.kernels import side_stream as aside
+from model.kernels.l2_normalize import unit_rows, unit_rows_gradient
+from model.kernels.segment_sum import add_rows, sort_index
+from model.losses.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
+
+
+def gather_sizes(size: int) -> list[int]:
+    """``size`` of every rank; between hosts, so that no device is waited for."""
+    sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
+    dist.all_gather_into_tensor(sizes, torch.tensor([size]))
+    return sizes.tolist()
+
+
+def all_gather_rows(
+    rows: torch.Tensor, sizes: list[int] | None = None
+) -> tuple[torch.Tensor, list[int]]:
+    """Rows of all ranks, each rank's part zero-padded to the longest.
+
+    Args:
+        rows: [m, ...], with its own m on every rank.
+        sizes: the m of every rank, if known.
+
+    Returns:
+        [W * M, ...] with rank r's rows from r * M on, and the m of every rank.
+    """
+    sizes = sizes or gather_sizes(rows.shape[0])
+    padded = rows.contiguous()
+    if rows.shape[0] < max(sizes):
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+    gathered = rows.new_empty(len(sizes) * max(sizes), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    return gathered, sizes
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a teacher thinks of this rank's positions: logits, as hidden vectors and rows.
+
+    Attributes:
+        hidden: [m, E], scaled.
+        rows: [C, E] of the items that this rank scores.
+        bound: no logit is further from 0.
+        log_sums: [m] over the whole catalog; found out on the way.
+    """
+
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    bound: float
+    log_sums: torch.Tensor | None = None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    low: int,
+    scale: float = 1.0,
+    cosine: bool = False,
+    shared: bool = False,
+    opinions: Sequence[Opinion] = (),
+    share: float = 0.0,
+    sizes: list[int] | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of each of this rank's positions over the whole catalog.
+
+    Args:
+        hidden: float [m, D]; m may differ between ranks and be 0.
+        rows: float [C, D] of the items ``low`` ... ``low + C - 1``; where shared, C may be 0.
+        targets: int64 [m] item ids, or ids of no slice: the loss of such a position means nothing,
+            its gradient must be zero.
+        low: first item of the rows.
+        scale: what scores are multiplied with.
+        cosine: score by cosines, not dot products.
+        shared: the rows are this rank's slice of the catalog, not all of it.
+        opinions: the teachers'; as many on every rank.
+        share: of the aim that is theirs together; the rest is the target's.
+        sizes: m of every rank, if known.
+
+    Returns:
+        float32 [m]. Its gradient for ``rows`` sums the losses of all ranks where shared, as their
+        owner needs it; every rank must then call ``backward``. Inside autocast, products are
+        bfloat16 and sums float32.
+    """
+    hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
+    bound = abs(scale) if cosine else torch.inf
+    return _LinearCrossEntropy.apply(
+        hidden * scale, rows, targets, low, bound, cosine, shared, opinions, share, sizes
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        low: int,
+        bound: float,
+        cosine: bool,
+        shared: bool,
+        opinions: Sequence[Opinion],
+        share: float,
+        sizes: list[int] | None,
+    ) -> torch.Tensor:
+        kind, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        unit, inverse = unit_rows(rows, dtype) if cosine else (rows.to(dtype), None)
+        hidden = hidden.to(dtype)
+        if shared:
+            hidden, sizes = all_gather_rows(hidden, sizes)
+            targets, _ = all_gather_rows(targets, sizes)
+        else:
+            sizes = []
+        means, log_sums = softmax_means(hidden, unit, bound)
+        column = targets - low
+        owned = (column >= 0) & (column < unit.shape[0])
+        # Positions without a row here add nothing, to none: many zeros for one row take time.
+        nowhere = unit.shape[0]
+        index = column.masked_fill(~owned, nowhere)
+        ctx.index = aside.begin(lambda: sort_index(index, nowhere))
+        column = column.clamp(0, max(0, unit.shape[0] - 1))
+        target_rows = torch.zeros_like(means)
+        if unit.shape[0]:
+            target_rows = unit[column] * owned[:, None]
+        wanted = target_logits(hidden, target_rows, bound)
+        aims = target_rows
+        if opinions:
+            taught, opinions = _taught(opinions, unit, sizes)
+            aims = torch.lerp(target_rows.to(taught.dtype), taught, share)
+            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), share)
+        slice_sums = log_sums
+        if shared:
+            log_sums, wanted = _over_slices(log_sums, wanted, len(sizes))
+            means *= (slice_sums - log_sums).exp()[:, None]
+        direction = means - aims
+        if shared:
+            direction = _sum_scatter(direction, sizes)
+        ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
+        ctx.sizes, ctx.bound, ctx.opinions, ctx.share = sizes, bound, opinions, share
+        return _own(log_sums - wanted, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, unit, inverse, log_sums, column, owned, direction = ctx.saved_tensors
+        grad_hidden = direction * weights[:, None]
+        if ctx.sizes:
+            weights, _ = all_gather_rows(weights, ctx.sizes)
+        mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
+        if ctx.opinions:
+            mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
+        for opinion in ctx.opinions:
+            less, times = weighted_hidden(
+                opinion.hidden, opinion.rows, opinion.log_sums, weights, opinion.bound, hidden
+            )
+            mixed.addcmul_(less, times[:, None], value=-ctx.share / len(ctx.opinions))
+        at_targets = hidden * (-weights * owned * (1 - ctx.share))[:, None]
+        if inverse is None:
+            grad_rows = mixed * factor[:, None]
+        else:
+            grad_rows = unit_rows_gradient(mixed, factor * inverse, unit)
+        if unit.shape[0]:
+            if inverse is not None:
+                at_targets = unit_rows_gradient(at_targets, inverse[column], unit[column])
+            add_rows(grad_rows, ctx.index.result(), at_targets.to(grad_rows.dtype))
+        return grad_hidden, grad_rows, *([None] * 8)
+
+
+def _taught(
+    opinions: Sequence[Opinion], unit: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, list[Opinion]]:
+    """The mean row [W * M, D] under the teachers' probabilities, as far as this slice makes it up.
+
+    And their opinions of the positions of all ranks, with log-sum-exp over the whole catalog.
+    """
+    total, gathered = torch.zeros((), device=unit.device), []
+    for opinion in opinions:
+        hidden = opinion.hidden
+        if sizes:
+            hidden, _ = all_gather_rows(hidden, sizes)
+        means, log_sums = softmax_means(hidden, opinion.rows, opinion.bound, unit)
+        if sizes:
+            slice_sums, log_sums = log_sums, _gathered(log_sums, len(sizes)).logsumexp(dim=0)
+            means *= (slice_sums - log_sums).exp()[:, None]
+        total = total + means / len(opinions)
+        gathered.append(Opinion(hidden, opinion.rows, opinion.bound, log_sums))
+    return total, gathered
+
+
+def _over_slices(
+    log_sums: torch.Tensor, wanted: torch.Tensor, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp and target logits [W * M] of the whole catalog from those of this slice."""
+    parts = _gathered(torch.stack([log_sums, wanted]), world_size)
+    return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
+
+
+def _gathered(mine: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Every rank's tensor of this shape: [W, ...]."""
+    parts = mine.new_empty(world_size, *mine.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1) if mine.ndim > 1 else parts.flatten(), mine)
+    return parts
+
+
+def _sum_scatter(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """This rank's rows [m, D] of the sum over ranks of [W * M, D]."""
+    own = rows.new_empty(max(sizes), rows.shape[1])
+    dist.reduce_scatter_tensor(own, rows)
+    return own[: sizes[dist.get_rank()]]
+
+
+def _own(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """This rank's part of what :func:`all_gather_rows` made; all of it where nothing is shared."""
+    if not sizes:
+        return rows
+    start = dist.get_rank() * max(sizes)
+    return rows[start : start + sizes[dist.get_rank()]]

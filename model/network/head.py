@@ -1,0 +1,200 @@
+"""The output layer: scores of items, and the loss of the masked positions' targets.
+
+The rows that score items come from an embedding table, looked up as the feature "candidate":
+the item table itself (head "tied") or a table of its own (head "linear"). On one rank, or with
+replicated tables, the candidates are the whole catalog. With sharded tables each rank looks up
+only its own part of it, and the softmax is computed over the parts:
+
+    hidden of all ranks [M, D] x candidates of this rank [C, D] -> partial logits [M, C]
+    all-reduce of row maxima and sums of exponentials -> exact softmax over V = sum of C
+
+so that no rank ever holds V x D values. A sampled loss has other candidates: each position's target
+and the negatives drawn for the step.
+
+Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from model.losses import sampled as sampled_losses
+from model.losses.sampled import gbce_beta
+from model.losses.sharded_softmax import Opinion, linear_cross_entropy
+from pipeline.errors import UserError
+
+NO_TARGET = 0  # the padding item
+LOSSES = ("softmax", "sampled_softmax", "gbce")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """How a hidden vector turns into scores."""
+
+    head: str = field(
+        default="tied",
+        metadata={
+            "help": "tied: the item table scores items; linear: a table of its own does",
+            "choices": ("tied", "linear"),
+        },
+    )
+    logit_temperature: float = field(
+        default=0.07,
+        metadata={"help": "scores are cosines divided by this; 0 means plain dot products"},
+    )
+    loss: str = field(
+        default="softmax",
+        metadata={
+            "help": "softmax: exact, over all items; sampled_softmax: over --train_negatives "
+            "drawn by popularity, corrected; gbce: binary, over as many drawn uniformly",
+            "choices": LOSSES,
+        },
+    )
+    gbce_calibration: float = field(
+        default=0.75,
+        metadata={"help": "of --loss gbce: 0 is plain binary cross-entropy, 1 fully calibrated"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UserError(f"--loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
+        if not 0 <= self.gbce_calibration <= 1:
+            raise UserError(f"--gbce_calibration must be in [0, 1], not {self.gbce_calibration}")
+        if self.head not in ("tied", "linear"):
+            raise UserError(f"--head must be tied or linear, not {self.head!r}")
+        if self.logit_temperature < 0:
+            raise UserError(f"--logit_temperature must not be negative: {self.logit_temperature}")
+
+
+@dataclass(frozen=True)
+class CatalogSlice:
+    """The half-open range of item ids that this rank scores, and how many ranks share the rest.
+
+    ``shared`` is False where every rank scores the whole catalog (one rank, or replicas).
+    """
+
+    low: int
+    high: int
+    shared: bool
+
+
+def catalog_slice(num_items: int, rank: int, world_size: int, sharded: bool) -> CatalogSlice:
+    """This rank's candidates: its row-wise block of the table without padding and mask rows.
+
+    TorchRec's row-wise sharding gives rank r the rows [r * k, (r + 1) * k), k = ceil(rows / ranks);
+    cutting the catalog the same way makes the lookup of candidates local to each rank.
+    """
+    if not sharded or world_size == 1:
+        return CatalogSlice(1, num_items + 1, shared=False)
+    block = -(-(num_items + 2) // world_size)
+    low = min(max(rank * block, 1), num_items + 1)
+    high = min(max((rank + 1) * block, 1), num_items + 1)
+    return CatalogSlice(low, high, shared=True)
+
+
+class ScoringHead(nn.Module):
+    """Scores of candidates and the loss of masked positions.
+
+    Args:
+        config: which scores, which loss.
+        catalog: the slice of items that this rank scores.
+        num_items: V; None: the slice is all of them.
+    """
+
+    def __init__(
+        self, config: HeadConfig, catalog: CatalogSlice, num_items: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.catalog = config, catalog
+        self.num_items = num_items or catalog.high - catalog.low
+
+    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Unit length for cosine scores, unchanged for dot products; float32 [*, D]."""
+        vectors = vectors.float()
+        return F.normalize(vectors, dim=-1) if self.config.logit_temperature else vectors
+
+    def num_candidates(self, targets: torch.Tensor, negatives: torch.Tensor | None) -> int:
+        """C of :meth:`forward`."""
+        if negatives is None:
+            return self.catalog.high - self.catalog.low
+        return targets.numel() + negatives.numel()
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return 1 / (self.config.logit_temperature or 1.0)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        candidates: torch.Tensor,
+        targets: torch.Tensor,
+        negatives: torch.Tensor | None = None,
+        log_counts: torch.Tensor | None = None,
+        opinions: Sequence[Opinion] = (),
+        share: float = 0.0,
+        sizes: list[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss over the masked positions of all ranks.
+
+        Args:
+            hidden: [M, D] vectors of this rank's masked positions.
+            candidates: [C, D] rows of the items ``catalog.low`` … ``catalog.high - 1``; of a
+                sampled loss [M + K, D] rows of the targets and the negatives.
+            targets: int64 [M] item ids; 0 where nothing is to be predicted.
+            negatives: int64 [K] item ids.
+            log_counts: float32 [K], logarithms of how often each was to be expected.
+            opinions, share: what teachers think, and how much it counts, in the exact softmax.
+            sizes: M of every rank, where the exact softmax is shared; None: they ask each other.
+
+        Returns:
+            The loss to call ``backward()`` on (float32 scalar), scaled so that the mean over
+            ranks of its gradients is the gradient of the global mean; and float32 [2], the sum of
+            this rank's losses and their number, detached, for the log.
+        """
+        if self.config.loss == "softmax":
+            losses = linear_cross_entropy(
+                hidden.float(),
+                candidates,
+                targets,
+                self.catalog.low,
+                scale=self.scale,
+                cosine=self.config.logit_temperature > 0,
+                shared=self.catalog.shared,
+                opinions=opinions,
+                share=share,
+                sizes=sizes,
+            )
+        else:
+            losses = self._sampled(hidden, candidates, targets, negatives, log_counts)
+        counted = targets != NO_TARGET
+        total = torch.where(counted, losses, 0.0).sum()
+        count = counted.sum().to(total.dtype)
+        report = torch.stack([total.detach(), count])
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        if world_size > 1:
+            dist.all_reduce(count)
+        return total * world_size / count.clamp(min=1), report
+
+    def _sampled(
+        self,
+        hidden: torch.Tensor,
+        candidates: torch.Tensor,
+        targets: torch.Tensor,
+        negatives: torch.Tensor,
+        log_counts: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each position's loss [M] over the negatives."""
+        hidden = self.project(hidden) * self.scale
+        own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
+        positives = (hidden * own).sum(dim=1)
+        scores = hidden @ drawn.T
+        given = positives, scores, targets, negatives
+        if self.config.loss == "sampled_softmax":
+            return sampled_losses.softmax(*given, log_counts)
+        beta = gbce_beta(self.config.gbce_calibration, negatives.numel(), self.num_items)
+        return sampled_losses.gbce(*given, beta)

@@ -1,0 +1,277 @@
+"""CUDA graphs of a training step: hundreds of kernel launches become three.
+
+    first call with these shapes      warm up, capture forward and backward
+    every call                        copy inputs -> replay forward -> outputs
+    backward                          copy the output's gradient -> replay backward -> gradients
+    optimizer                         replay clipping and update
+
+Launching a small kernel costs the host about 5 us, which is more than many of them run; a replayed
+graph is launched once. The loader's few batch shapes (``pipeline/training/shape_buckets.py``) are what makes few
+graphs do. After ``torch.cuda.make_graphed_callables``, which captures one shape and, with a thread
+that pins memory beside it, fails: its capture forbids CUDA calls to all threads.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
+
+_WARM_UP = 2  # libraries choose their kernels, compilers compile, before the capture
+_MAX_GRAPHS = 48
+# Inputs above this are not copied: a graph is captured for the address at which they lie.
+_COPIED_BYTES = 64 << 20
+
+
+class StepGraphs:
+    """Calls ``body`` through CUDA graphs, one pair of them for each combination of shapes.
+
+    Args:
+        body: a function of tensors, some of them None, to one tensor, or to several of which the
+            first alone is differentiable; without host synchronisation. Random numbers continue
+            from the device's generator as they would without graphs.
+        module: whose parameters its output depends on and is to be differentiated by.
+        hooked: somebody waits for autograd to hand over the parameters' gradients, as DDP does.
+            Else they are put into ``.grad`` without it, the same tensors after every call, which
+            saves the host half of the work and lets :class:`GraphedOptimizer` follow.
+        is_loss: the output is what ``backward()`` is called on: its gradient is 1, and not looked
+            at. Not if hooked.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+        module: nn.Module,
+        hooked: bool = True,
+        is_loss: bool = False,
+    ) -> None:
+        self._body, self._module, self._is_loss = body, module, is_loss
+        self._parameters = list(module.parameters())
+        self._shared = None if hooked else [torch.zeros_like(p) for p in self._parameters]
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._pool: Any = None
+
+    def __call__(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """``body(*inputs)``; shapes beyond the first so many combinations are run as they come.
+
+        All outputs but the first lie in memory that the next call overwrites.
+        """
+        key = tuple(None if t is None else (*t.shape, _address(t)) for t in inputs)
+        captured = self._captured.get(key)
+        if captured is None:
+            if len(self._captured) == _MAX_GRAPHS:
+                return _several(self._body(*inputs))
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            captured = self._captured[key] = self._capture(inputs)
+        return _Replay.apply(captured, *inputs, *(self._parameters if self._shared is None else ()))
+
+    def release(self) -> None:
+        """Forget all graphs, and the memory that they hold."""
+        for captured in self._captured.values():
+            captured.forward.reset()
+            captured.backward.reset()
+        self._captured.clear()
+        self._pool = None  # gone with the last graph
+
+    def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
+        if self._shared is not None:
+            return _Captured(
+                self._body, self._parameters, self._shared, inputs, self._pool, self._is_loss
+            )
+        # Who hooks into a parameter's gradient ties it to another stream than the captured one:
+        # what is captured computes with the same memory under other names.
+        others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
+        with replaced(self._module, others):
+            return _Captured(self._body, list(others.values()), None, inputs, self._pool)
+
+
+@contextmanager
+def replaced(module: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Inside, ``module`` computes with ``others`` instead of its parameters."""
+    places = [
+        (part._parameters, name, own)
+        for part in module.modules()
+        for name, own in part._parameters.items()
+        if own is not None
+    ]
+    try:
+        for parameters, name, own in places:
+            parameters[name] = others[own]
+        yield
+    finally:
+        for parameters, name, own in places:
+            parameters[name] = own
+
+
+def _several(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where a tensor lies that is too large to copy, else 0."""
+    return tensor.data_ptr() if tensor.nbytes > _COPIED_BYTES else 0
+
+
+class _Captured:
+    """Forward and backward of one combination of shapes, with the memory they read and write.
+
+    All share one memory pool: the activations of one are gone when another is replayed.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+        parameters: list[torch.nn.Parameter],
+        shared: list[torch.Tensor] | None,
+        inputs: tuple[torch.Tensor | None, ...],
+        pool: Any,
+        is_loss: bool = False,
+    ) -> None:
+        self.parameters, self.shared, self.is_loss = parameters, shared, is_loss
+        static = [_static(given) for given in inputs]
+        wanted = [t for t in static if t is not None and t.requires_grad] + parameters
+        # Warming up must not use up random numbers: when it happens is chance after a resume.
+        generator = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                output, *_rest = _several(body(*static))
+                torch.autograd.grad(output, wanted, torch.zeros_like(output))
+                del output, _rest
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.set_rng_state(generator)
+
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, as the loader's, may go on allocating memory meanwhile.
+        capture = {"pool": pool, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward, **capture):
+            output, *rest = _several(body(*static))
+        self.output_grad = torch.ones_like(output)
+        with torch.cuda.graph(self.backward, **capture):
+            gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
+            self.input_grads = [
+                None if t is None or not t.requires_grad else next(gradients) for t in static
+            ]
+            self.parameter_grads = list(gradients)
+            if shared:
+                torch._foreach_copy_(shared, self.parameter_grads)
+                self.parameter_grads = []
+        self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
+        self.input_grads = [None if grad is None else _unowned(grad) for grad in self.input_grads]
+        # What is not copied is not kept alive either: its owner may put other rows there.
+        self.inputs = [None if t is None or _address(t) else t.detach() for t in static]
+
+
+def _static(given: torch.Tensor | None) -> torch.Tensor | None:
+    """What a graph reads instead of an input: a copy, or the input where it lies."""
+    if given is None:
+        return None
+    kept = given.detach() if _address(given) else given.detach().clone()
+    return kept.requires_grad_(given.requires_grad)
+
+
+class _Memory:
+    """Device memory that somebody else owns, for ``torch.as_tensor``."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": "<f4",
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
+
+
+def _unowned(grad: torch.Tensor) -> torch.Tensor:
+    """A large gradient without a hold on its memory, so that all graphs use the same.
+
+    It is read right after the replay that writes it, before any other graph is replayed.
+    """
+    if not _address(grad) or grad.dtype != torch.float32 or not grad.is_contiguous():
+        return grad
+    return torch.as_tensor(_Memory(grad), device=grad.device)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, captured: _Captured, *inputs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        pairs = zip(captured.inputs, inputs, strict=False)  # parameters come after
+        pairs = [(to, given.detach()) for to, given in pairs if to is not None]
+        for dtype in {to.dtype for to, _ in pairs}:  # one kernel each
+            torch._foreach_copy_(
+                *zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
+            )
+        captured.forward.replay()
+        ctx.set_materialize_grads(False)
+        ctx.captured = captured
+        # The backward pass reads them again where they lie.
+        ctx.held = [given for given in inputs if given is not None and _address(given)]
+        first, *rest = (tensor.detach() for tensor in captured.outputs)
+        ctx.mark_non_differentiable(*rest)
+        return first, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, output_grad: torch.Tensor, *_: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        captured: _Captured = ctx.captured
+        if not captured.is_loss:
+            captured.output_grad.copy_(output_grad)
+        captured.backward.replay()
+        ctx.held = []
+        inputs = (None if grad is None else grad.detach() for grad in captured.input_grads)
+        if captured.shared is None:
+            return (None, *inputs, *(grad.detach() for grad in captured.parameter_grads))
+        for parameter, grad in zip(captured.parameters, captured.shared, strict=True):
+            assert parameter.grad is None or parameter.grad is grad, "gradients do not add up here"
+            parameter.grad = grad
+        return (None, *inputs)
+
+
+class GraphedOptimizer(OptimizerWrapper):
+    """Steps through a CUDA graph once the gradients stay at the same addresses.
+
+    Args:
+        optimizer: whose step does the same kernels every time; its learning rates are tensors on
+            the device, its state is made by the first step.
+        parameters: that it updates.
+    """
+
+    def __init__(self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(optimizer)
+        self._parameters = parameters
+        self._gradients: list[torch.Tensor | None] = []
+        self._steady = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Forget the gradients: every step writes them anew."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def step(self, closure: Any = None) -> None:
+        gradients = [parameter.grad for parameter in self._parameters]
+        same = len(gradients) == len(self._gradients) and all(
+            one is other for one, other in zip(gradients, self._gradients, strict=True)
+        )
+        if not same:  # a step that was not replayed
+            if self._graph is None:
+                self._gradients, self._steady = gradients, 0
+            super().step(closure)
+            return
+        self._steady += 1
+        if self._graph is None and self._steady > _WARM_UP:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                super().step(closure)
+        if self._graph is None:
+            super().step(closure)
+        else:
+            self._graph.replay()

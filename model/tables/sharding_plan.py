@@ -1,0 +1,194 @@
+"""How the tables are cut and kept: the flags, and TorchRec's sharding plan that follows from them.
+
+row_wise      rank r holds rows [r * k, (r + 1) * k); the softmax is cut the same way
+column_wise   every rank holds a part of each row's width
+table_wise    one rank holds a whole table
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ShardingPlan
+
+from model.bert4rec import TABLE_PRECISIONS, BERT4Rec
+from model.distributed import Ranks
+from pipeline.errors import UserError
+
+SHARDINGS = ("row_wise", "table_wise", "column_wise")
+COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
+FUSED_OPTIMIZERS = {
+    "adam": EmbOptimType.ADAM,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+}
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How tables are spread over ranks and how they are updated."""
+
+    mode: str = field(
+        default="dmp",
+        metadata={"help": "dmp: sharded tables; ddp: replicated", "choices": ("dmp", "ddp")},
+    )
+    sharding: str = field(
+        default="row_wise",
+        metadata={
+            "help": "how dmp cuts the tables; auto leaves it to TorchRec's planner",
+            "choices": (*SHARDINGS, "auto"),
+        },
+    )
+    embedding_optimizer: str = field(
+        default="auto",
+        metadata={
+            "help": "of the tables in dmp; auto: adam on CUDA, rowwise_adagrad on CPU and for "
+            "tables in half precision (ddp: the tables share the encoder's Adam)",
+            "choices": ("auto", *FUSED_OPTIMIZERS),
+        },
+    )
+    embedding_lr: float | None = field(
+        default=None,
+        metadata={"help": "learning rate of the tables; default: --lr, 20 times it for Adagrad"},
+    )
+    table_precision: str = field(
+        default="fp32",
+        metadata={
+            "help": "of the tables in dmp; half precision halves them, updates are rounded at "
+            "random on CUDA",
+            "choices": tuple(TABLE_PRECISIONS),
+        },
+    )
+    compute_kernel: str = field(
+        default="fused",
+        metadata={
+            "help": "where dmp keeps tables: fused in GPU memory, fused_uvm in the host's, "
+            "fused_uvm_caching in the host's behind a cache on the GPU",
+            "choices": COMPUTE_KERNELS,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mode", ("dmp", "ddp")),
+            ("sharding", (*SHARDINGS, "auto")),
+            ("embedding_optimizer", ("auto", *FUSED_OPTIMIZERS)),
+            ("table_precision", TABLE_PRECISIONS),
+            ("compute_kernel", COMPUTE_KERNELS),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} must be one of {', '.join(choices)}")
+        for name, plain in (("table_precision", "fp32"), ("compute_kernel", "fused")):
+            if self.mode == "ddp" and getattr(self, name) != plain:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
+                    "as ordinary weights"
+                )
+        if self.embedding_lr is not None and self.embedding_lr < 0:
+            raise UserError(f"--embedding_lr must not be negative: {self.embedding_lr}")
+
+
+def plan_tables(
+    model: BERT4Rec,
+    config: ShardingConfig,
+    sharder: EmbeddingCollectionSharder,
+    rows: int,
+    ranks: Ranks,
+) -> ShardingPlan:
+    """The planner's choice within ``--sharding``; every rank computes the same one by itself."""
+    allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
+    if ranks.world_size == 1:
+        # Row by row or column by column, the one rank has all of it: whole, it is not sorted into
+        # shards and back.
+        allowed = ["table_wise"]
+    # Without a word on kernels the planner may choose "dense", which is broken on CPU.
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=allowed,
+            compute_kernels=[config.compute_kernel],
+            pooling_factors=[float(model.encoder.max_len)] * len(table.feature_names),
+            min_partition=column_width(table.embedding_dim, ranks.world_size),
+        )
+        for table in model.embeddings.embedding_configs()
+    }
+    planner = EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(
+            trainer_config=TrainerConfig(
+                world_size=ranks.world_size, local_world_size=ranks.local_world_size
+            ),
+            kernel_config=KernelConfig(compute_device=ranks.device.type),
+        ),
+        batch_size=rows,
+        storage_reservation=FixedPercentageStorageReservation(0.15),
+        constraints=constraints,
+    )
+    try:
+        return planner.plan(model, [sharder])
+    except PlannerError as error:
+        raise UserError(
+            f"--sharding {config.sharding} does not fit on {ranks.world_size} ranks: use more "
+            f"ranks, a smaller --emb_dim or --sharding auto ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def column_width(width: int, world_size: int) -> int:
+    """Width of a column-wise shard: an equal part for as many ranks as the kernels allow.
+
+    They read rows in groups of four values. Left to itself the planner makes no shard narrower
+    than 128, so that one rank would hold most tables whole.
+    """
+    return next(
+        part for part in range(4, width + 1, 4) if width % part == 0 and part * world_size >= width
+    )
+
+
+def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
+    """The tables' optimizer in dmp. FBGEMM's fused Adam is one of float32 tables on CUDA.
+
+    Raises:
+        UserError: Adam was asked for elsewhere.
+    """
+    whole = config.table_precision == "fp32"
+    if config.embedding_optimizer == "auto":
+        return "adam" if device.type == "cuda" and whole else "rowwise_adagrad"
+    if config.embedding_optimizer == "adam" and not whole:
+        raise UserError(
+            f"--embedding_optimizer adam needs --table_precision fp32, not "
+            f"{config.table_precision}: use rowwise_adagrad"
+        )
+    if config.embedding_optimizer == "adam" and device.type == "cpu" and config.mode == "dmp":
+        raise UserError(
+            "--embedding_optimizer adam needs CUDA with --mode dmp: FBGEMM has no fused Adam on "
+            "CPU; use rowwise_adagrad, or --mode ddp"
+        )
+    return config.embedding_optimizer
+
+
+def check_device(config: ShardingConfig, device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+    if config.compute_kernel != "fused":
+        raise UserError(
+            f"--compute_kernel {config.compute_kernel} needs CUDA: on CPU, tables are in the "
+            "host's memory anyway"
+        )
+
+
+def describe_plan(model: DistributedModelParallel) -> str:
+    """One line: what the plan did with each table."""
+    lines = []
+    for module in model.plan.plan.values():
+        for table, sharding in module.items():
+            lines.append(f"{table}: {sharding.sharding_type} {sharding.compute_kernel}")
+    return ", ".join(lines) or "replicated"

@@ -1,0 +1,75 @@
+"""A step's tensors in one piece of memory, so that one copy takes them all to the device.
+
+Parts of 8-byte words lie one behind the other; the two rows of ``pipeline/batches/batch.py``::
+
+    words     7 11 9 4 11 | 3 2     | 3 2     | 0 3 5   | 1 4
+    sizes     values 5      targets 2 lengths 2 offsets 3 masked 2
+
+Copying each part by itself would cost the host a launch a part, which for small batches is more
+than the copies take. What is not made of 8-byte integers is stored so that it can be seen where it
+lies: a bool is a word of 0 or 1, floats come in pairs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Packed:
+    """The parts of one step.
+
+    Attributes:
+        words: int64 [the sum of sizes].
+        names, sizes: of the parts, in the order in which they lie there; sizes in words.
+    """
+
+    words: Tensor
+    names: tuple[str, ...]
+    sizes: list[int]
+
+    def parts(self) -> dict[str, Tensor]:
+        """Each part, int64, where it lies."""
+        return dict(zip(self.names, torch.split_with_sizes(self.words, self.sizes), strict=True))
+
+
+def pack(
+    parts: dict[str, tuple[np.ndarray, np.ndarray]], pin_memory: bool = False
+) -> Iterator[Packed]:
+    """Pack the same parts of S steps, all into one allocation.
+
+    Args:
+        parts: of each part all steps' integers or bools, or what :func:`float_pairs` made, and
+            int64 [S + 1], where those of a step begin.
+        pin_memory: into page-locked memory.
+    """
+    sizes = np.stack([np.diff(splits) for _, splits in parts.values()], axis=1)
+    pieces = [
+        [array[first:after] for first, after in pairwise(splits.tolist())]
+        for array, splits in parts.values()
+    ]
+    words = torch.empty(int(sizes.sum()), dtype=torch.int64, pin_memory=pin_memory)
+    np.concatenate([*chain.from_iterable(zip(*pieces, strict=True))], out=words.numpy())
+    steps = words.split(sizes.sum(axis=1).tolist())
+    return map(Packed, steps, repeat(tuple(parts)), sizes.tolist())
+
+
+def float_pairs(rows: np.ndarray) -> np.ndarray:
+    """Float32 [S, K] as words [S, K / 2 rounded up], for :func:`pack`."""
+    padded = np.zeros((len(rows), rows.shape[1] + rows.shape[1] % 2), dtype=np.float32)
+    padded[:, : rows.shape[1]] = rows
+    return padded.view(np.int64)
+
+
+def as_floats(words: Tensor, count: int) -> Tensor:
+    """The ``count`` float32 that :func:`float_pairs` put there."""
+    return words.view(torch.float32)[:count]
+
+
+def as_bools(words: Tensor) -> Tensor:
+    """The bools that were packed: the lowest byte of each word."""
+    return words.view(torch.bool)[::8]

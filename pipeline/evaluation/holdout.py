@@ -1,0 +1,255 @@
+"""Evaluation batches: what was held out, what was known before it, and what it is ranked against.
+
+One user's history, leave-one-out::
+
+    items            a b c d e f                train    validation   test
+    validation       a b c d [mask]             a..d     e
+    test             a b c d  e  [mask]         a..d     e            f
+
+At test time the validation item is part of the input: it lies before the test item. Inputs are cut
+to the newest ``max_len - 1`` items, to leave room for the mask token. ``seen`` (what a full ranking
+leaves out) covers the whole history before the target, not only that cut.
+
+Sampled negatives are items that the user has nowhere in the history, held-out items included, drawn
+one after the other by popularity in the training parts, without replacement (BERT4Rec, arXiv
+1904.06690, section 4.2). They are fixed by (seed, split, user): the batch size and the number of
+ranks change nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torchdata.nodes import IterableWrapper, Mapper, Prefetcher
+
+from pipeline.batches.batch import EvalBatch, jagged_items, rounded_up
+from pipeline.errors import UserError
+from pipeline.preparation.store import SequenceStore
+from pipeline.rng import child_keys, key64, unit_floats
+from pipeline.training.windows import jagged_positions
+
+SPLITS = ("validation", "test")
+# Draws per user in one go; who has not enough distinct unseen items by the last is served exactly.
+_DRAWS = (192, 768, 3072)
+
+
+@dataclass(frozen=True)
+class HoldoutConfig:
+    """The sampled protocol."""
+
+    num_negatives: int = field(
+        default=100, metadata={"help": "unseen items that the target is ranked against"}
+    )
+    negative_seed: int = field(default=0, metadata={"help": "seed of these items"})
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise UserError(f"--num_negatives must be at least 1, not {self.num_negatives}")
+
+
+class NegativeSampler:
+    """Draws unseen items by popularity.
+
+    Args:
+        train_item_counts: int64 [V + 2], how often each item occurs in the training parts; items
+            without a count are never drawn.
+        config: how many, and the seed.
+        split: part of the key.
+    """
+
+    def __init__(
+        self, train_item_counts: np.ndarray, config: HoldoutConfig, split: str = "test"
+    ) -> None:
+        self.items = np.flatnonzero(train_item_counts)
+        self.num_negatives = min(config.num_negatives, len(self.items))  # there are no more
+        self.weights = train_item_counts[self.items].astype(np.float64)
+        cumulated = np.cumsum(self.weights)
+        self.shares = cumulated / cumulated[-1]
+        self.id_bound = len(train_item_counts)
+        self.key = key64(config.negative_seed, SPLITS.index(split))
+
+    def __call__(self, users: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
+        """Negatives of B users.
+
+        Args:
+            users: int64 [B], the users' numbers: the key of their draws.
+            history_keys: int64, sorted and distinct: ``b * (V + 2) + item`` for every item that the
+                b-th of them has anywhere in the history.
+
+        Returns:
+            int64 [B, N], in the order drawn; a user with fewer than N unseen items of positive
+            count gets all of them, ascending, then zeros.
+        """
+        negatives = np.zeros((len(users), self.num_negatives), dtype=np.int64)
+        user_keys = child_keys(self.key, users)
+        pending = np.arange(len(users))
+        for num_draws in _DRAWS:
+            if len(pending) == 0:
+                break
+            # The same draws again and more of them: the first N are the same whatever the round.
+            keys = child_keys(user_keys[pending, None], np.arange(num_draws)[None, :])
+            drawn = self.items[np.searchsorted(self.shares, unit_floats(keys), side="right")]
+            found = self._first_unseen(pending, drawn, history_keys)
+            complete = found[:, -1] > 0
+            negatives[pending[complete]] = found[complete]
+            pending = pending[~complete]
+        for row in pending:
+            negatives[row] = self._exact(int(row), user_keys[row : row + 1], history_keys)
+        return negatives
+
+    def _first_unseen(
+        self, rows: np.ndarray, drawn: np.ndarray, history_keys: np.ndarray
+    ) -> np.ndarray:
+        """The first N distinct unseen of each row's draws [B, D]: int64 [B, N], 0 where too few."""
+        keys = (rows[:, None] * self.id_bound + drawn).ravel()
+        unseen = np.flatnonzero(~_contains(history_keys, keys))
+        _, first = np.unique(keys[unseen], return_index=True)
+        places = np.sort(unseen[first])
+        row, num_rows = places // drawn.shape[1], len(rows)
+        rank = np.arange(len(places)) - np.searchsorted(row, np.arange(num_rows))[row]
+        kept = rank < self.num_negatives
+        found = np.zeros((num_rows, self.num_negatives), dtype=np.int64)
+        found[row[kept], rank[kept]] = drawn.ravel()[places[kept]]
+        return found
+
+    def _exact(self, row: int, user_key: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
+        """One user's negatives out of the list of all unseen items: int64 [N].
+
+        Exponential races with rates equal to the counts finish in the order of successive draws
+        without replacement (Efraimidis and Spirakis, 2006).
+        """
+        unseen = ~_contains(history_keys, row * self.id_bound + self.items)
+        items, weights = self.items[unseen], self.weights[unseen]
+        if len(items) > self.num_negatives:
+            arrivals = -np.log1p(-unit_floats(child_keys(user_key, ~items))) / weights
+            items = items[np.argsort(arrivals, kind="stable")[: self.num_negatives]]
+        return np.pad(items, (0, self.num_negatives - len(items)))
+
+
+class EvalLoader:
+    """One rank's evaluation batches; iterate it as often as you like.
+
+    Rank r evaluates every world-size-th evaluable user from the r-th on. All ranks have equally
+    many batches with equally many rows: a rank that runs out gets a filler row (user -1, one mask
+    token, target 1, no negatives, nothing seen). Batches are made ahead by a thread; negatives are
+    drawn in the first pass and kept (4 bytes each).
+
+    Args:
+        store: the histories.
+        split: "validation" or "test".
+        max_len: items of a row, mask token included.
+        batch_size: users a batch.
+        config: how many negatives, and their seed.
+        rank, world_size: this rank's share.
+        candidate_range: half-open range of item ids that this rank scores; put into each batch.
+        prefetch_batches: how many batches the thread runs ahead.
+
+    Raises:
+        UserError: if no user has 3 items, or a batch holds no user.
+    """
+
+    def __init__(
+        self,
+        store: SequenceStore,
+        split: str,
+        max_len: int,
+        batch_size: int,
+        config: HoldoutConfig | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        candidate_range: tuple[int, int] | None = None,
+        prefetch_batches: int = 4,
+    ) -> None:
+        assert split in SPLITS and 0 <= rank < world_size and max_len >= 1
+        if batch_size < 1:
+            flag = "val_batch_size" if split == "validation" else "test_batch_size"
+            raise UserError(f"--{flag} must be at least 1, not {batch_size}")
+        users = store.evaluable_users()
+        if len(users) == 0:
+            raise UserError("no user has the 3 items that evaluation needs: nothing to evaluate")
+        self.store = store
+        self.split = split
+        self.max_len = max_len
+        self.batch_size = batch_size
+        self.candidate_range = candidate_range
+        self.num_users = len(users)
+        per_rank = -(-len(users) // world_size)
+        padded = np.append(users, np.full(per_rank * world_size - len(users), -1))
+        self.users = padded[rank::world_size]
+        self._holdout = config or HoldoutConfig()
+        self._negatives: dict[int, np.ndarray] = {}
+        self._prefetch_batches = prefetch_batches
+
+    @cached_property
+    def _sampler(self) -> NegativeSampler:
+        """Made when first asked for: of a large catalog it takes seconds."""
+        return NegativeSampler(self.store.train_item_counts, self._holdout, self.split)
+
+    def __len__(self) -> int:
+        """Batches, the same on every rank."""
+        return -(-len(self.users) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        batches = Mapper(IterableWrapper(range(len(self))), self._batch)
+        return iter(Prefetcher(batches, self._prefetch_batches))
+
+    def _batch(self, index: int) -> EvalBatch:
+        """The index-th batch, in page-locked memory where there is CUDA."""
+        padded = self.users[index * self.batch_size : (index + 1) * self.batch_size]
+        users = padded[padded >= 0]
+        num_fillers = len(padded) - len(users)
+        begin, end = self.store.offsets[users], self.store.offsets[users + 1]
+        target_at = end - (2 if self.split == "validation" else 1)
+
+        start = np.maximum(begin, target_at - (self.max_len - 1))
+        values = self.store.items[jagged_positions(start, target_at + 1)]
+        lengths = target_at + 1 - start
+        masked = np.cumsum(lengths) - 1
+        targets = values[masked]
+        values[masked] = self.store.num_items + 1
+
+        id_bound = self.store.num_items + 2
+        rows = np.arange(len(users))
+        known = _row_item_keys(self.store.items, begin, target_at, id_bound)
+        seen = np.setdiff1d(known, rows * id_bound + targets, assume_unique=True)
+        if index not in self._negatives:
+            history = _row_item_keys(self.store.items, begin, end, id_bound)
+            self._negatives[index] = self._sampler(users, history).astype(np.int32)
+
+        filler_row = np.full(num_fillers, self.store.num_items + 1)
+        one = np.ones(num_fillers, dtype=np.int64)
+        return EvalBatch(
+            features=jagged_items(_int64(values, filler_row), _int64(lengths, one)),
+            masked=_int64(masked, len(values) + np.arange(num_fillers)),
+            targets=_int64(targets, one),
+            users=_int64(padded),
+            negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
+            seen=_int64(seen % id_bound),
+            seen_offsets=_int64(np.searchsorted(seen, np.arange(len(padded) + 1) * id_bound)),
+            num_rows=len(padded),
+            longest=rounded_up(int(lengths.max(initial=1))),
+            candidate_range=self.candidate_range,
+        ).pin_memory()
+
+
+def _row_item_keys(
+    items: np.ndarray, begin: np.ndarray, end: np.ndarray, id_bound: int
+) -> np.ndarray:
+    """``b * id_bound + item`` for the items of B ranges: int64, ascending, each once."""
+    rows = np.repeat(np.arange(len(begin)), end - begin)
+    keys = np.sort(rows * id_bound + items[jagged_positions(begin, end)])
+    return keys[np.diff(keys, prepend=-1) > 0]
+
+
+def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Which of the int64 keys [N] are among the sorted ones: bool [N]."""
+    if len(sorted_keys) == 0:
+        return np.zeros(len(keys), dtype=bool)
+    places = np.searchsorted(sorted_keys, keys)
+    return sorted_keys[np.minimum(places, len(sorted_keys) - 1)] == keys
+
+
+def _int64(*parts: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

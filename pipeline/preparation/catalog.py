@@ -1,0 +1,143 @@
+"""The catalog: what the dense ids of a data set stand for.
+
+    catalog = store.catalog
+    catalog.item_id(17), catalog.title(17)     # ("1193", "One Flew Over the Cuckoo's Nest (1975)")
+    catalog.write_to(run_folder)               # a run folder keeps its own copy
+    Catalog.read(run_folder).fingerprint == catalog.fingerprint
+
+Dense item id i is row i - 1; ids are kept as text, exactly as the ratings file spells them.
+"""
+
+import hashlib
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.sources.files import SourceFile
+from pipeline.sources.layout import split
+
+_FILES = ("catalog.parquet", "users.parquet")
+_BLOCK = 1 << 16
+_TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "|": "|"}
+
+
+class Catalog:
+    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1.
+
+    Attributes:
+        items: string [V], original id of each item.
+        titles: string [V], "" where the data set has none.
+        train_counts: int64 [V], occurrences in the training parts.
+        users: string [U], original id of each user.
+    """
+
+    def __init__(
+        self,
+        items: pa.StringArray,
+        titles: pa.StringArray | None = None,
+        train_counts: np.ndarray | None = None,
+        users: pa.StringArray | None = None,
+    ) -> None:
+        self.items = items
+        self.titles = pa.array([""] * len(items), pa.string()) if titles is None else titles
+        self.train_counts = (
+            np.zeros(len(items), dtype=np.int64) if train_counts is None else train_counts
+        )
+        self.users = pa.array([], pa.string()) if users is None else users
+        assert len(self.items) == len(self.titles) == len(self.train_counts)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Catalog":
+        """Read the copy in a store's or a run's folder.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        folder = Path(folder)
+        try:
+            items = pq.read_table(folder / "catalog.parquet").combine_chunks()
+            users = pq.read_table(folder / "users.parquet").combine_chunks()
+            return cls(
+                _text(items["item"]),
+                _text(items["title"]),
+                items["train_count"].to_numpy(),
+                _text(users["user"]),
+            )
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise UserError(f"no readable catalog in {folder}: {error}") from error
+
+    def write_to(self, folder: str | Path) -> None:
+        """Write catalog.parquet and users.parquet into an existing folder."""
+        columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
+        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
+        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+
+    @staticmethod
+    def copy(folder: Path, to: Path) -> None:
+        """The copy in ``folder`` to another existing one, without reading it."""
+        for name in _FILES:
+            shutil.copyfile(folder / name, to / name)
+
+    @staticmethod
+    def read_train_counts(folder: Path) -> np.ndarray:
+        """int64 [V]: ``train_counts`` alone of the copy in ``folder``."""
+        return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    def item_id(self, item: int) -> str:
+        """Original id of dense id `item` (1..V)."""
+        assert 1 <= item <= self.num_items
+        return self.items[item - 1].as_py()
+
+    def title(self, item: int) -> str:
+        """Title of dense id `item` (1..V), "" if there is none."""
+        assert 1 <= item <= self.num_items
+        return self.titles[item - 1].as_py()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the original item ids in dense order: two data sets with equal ones give every
+        item the same dense id, so that one's weights serve the other."""
+        digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
+        for at in range(0, len(self.items), _BLOCK):
+            ids = self.items.slice(at, _BLOCK)
+            whole = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
+            digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
+            digest.update(b"\0")
+        return digest.hexdigest()[:16]
+
+
+def _text(column: pa.ChunkedArray) -> pa.StringArray:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
+
+
+def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
+    """The titles of `items`, "" where the file has none.
+
+    Args:
+        file: GroupLens' movies.dat (``::``), movies.csv or u.item (``|``), or RecBole's ``.item``
+            (tab, header); UTF-8 or Latin-1. The title is the second field of a line.
+        items: original ids.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with file.open() as stream:
+        content = stream.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    separator = _TITLE_SEPARATORS[file.name.rsplit(".", 1)[-1] if file.name != "u.item" else "|"]
+    fields = (split(line, separator) for line in text.splitlines() if separator in line)
+    titles = {line[0].strip(): line[1].strip() for line in fields}
+    return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

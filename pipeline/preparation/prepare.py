@@ -1,0 +1,125 @@
+"""From a data set's name to its sequence store, with all counts.
+
+    ReadRatings -> EncodeIds -> FilterRatings -> FilterItems -> FilterUsers -> Densify -> GroupBy-
+      text ids     int32 codes   --min_rating    --min_item_    --min_user_     1..V       User
+                                                   count          count                   histories
+
+    store = prepare(DataConfig(dataset_name="ml-1m", dataset_path="ml-1m.zip"))
+    print(describe(store))
+
+Each filter is one pass, in this order, as in TorchRec's examples/bert4rec: dropping users may leave
+items below --min_item_count.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog, read_titles
+from pipeline.preparation.stages import (
+    Densify,
+    EncodeIds,
+    FilterItems,
+    FilterRatings,
+    FilterUsers,
+    GroupByUser,
+)
+from pipeline.preparation.store import SequenceStore, open_or_build
+from pipeline.sources.datasets import DataConfig, DataSource, resolve
+
+
+def prepare(config: DataConfig) -> SequenceStore:
+    """The data set's sequence store: reused from the cache folder if it is there, else built.
+
+    Raises:
+        UserError: whatever is wrong with the flags or the data; nothing half-written is left.
+    """
+    source = resolve(config)
+    return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+
+
+def build(source: DataSource, config: DataConfig) -> SequenceStore:
+    """Run all preparation stages; the store is in memory.
+
+    Raises:
+        UserError: as `prepare`; also a filter that drops everything, or no user with 3 items.
+    """
+    encoded = EncodeIds(source.ratings)
+    rated = FilterRatings(encoded, config.min_rating)
+    popular = FilterItems(rated, config.min_item_count)
+    active = FilterUsers(popular, config.min_user_count)
+    dense = Densify(active)
+    histories = next(GroupByUser(dense), None)
+    stages = [{"stage": "read"} | encoded.counts]
+    for stage, flag in (
+        (rated, f"--min_rating {config.min_rating:g}"),
+        (popular, f"--min_item_count {config.min_item_count}"),
+        (active, f"--min_user_count {config.min_user_count}"),
+    ):
+        if not stage.counts["ratings"]:
+            raise UserError(
+                f"{flag} drops all of the {stages[-1]['ratings']:,} ratings of {source.name}: "
+                "lower it"
+            )
+        stages.append({"stage": flag} | stage.counts)
+    untouched = stages[0]["ratings"] == stages[-1]["ratings"]
+    store = SequenceStore(
+        histories.items,
+        histories.offsets,
+        len(dense.kept_items),
+        best_possible=getattr(source.ratings, "best_possible", None) if untouched else None,
+    )
+    if not len(store.evaluable_users()):
+        raise UserError(
+            f"no user of {source.name} has 3 items, which training, validation and test need: "
+            "lower --min_rating and --min_item_count, or check --columns"
+        )
+    items = encoded.items.take(pa.array(dense.kept_items))
+    titles = read_titles(source.titles, items) if source.titles else None
+    users = encoded.users.take(pa.array(dense.kept_users))
+    trained = store.train_item_counts
+    store.catalog = Catalog(items, titles, trained[1:-1], users)
+    store.counts = {"name": source.name, "stages": stages} | _measure(store, trained)
+    return store
+
+
+def _measure(store: SequenceStore, trained: np.ndarray) -> dict[str, Any]:
+    lengths = store.lengths()
+    counts: dict[str, Any] = {
+        "history": {
+            "min": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "max": int(lengths.max()),
+        },
+        "evaluable_users": len(store.evaluable_users()),
+    }
+    for split in ("validation", "test"):
+        targets = store.targets(split)
+        cold = targets[trained[targets] == 0]
+        counts[split] = {"cold_targets": len(cold), "cold_items": len(np.unique(cold))}
+    return counts
+
+
+def describe(store: SequenceStore) -> str:
+    """A few lines of text: what each stage kept, history lengths, cold targets."""
+    counts = store.counts
+    lines = [f"{counts['name']}: what each stage kept"]
+    for stage in counts["stages"]:
+        kept = "  ".join(f"{stage[what]:>12,} {what}" for what in ("ratings", "users", "items"))
+        lines.append(f"  {stage['stage']:<20}{kept}")
+    history, users = counts["history"], counts["evaluable_users"]
+    lines.append(
+        f"  history lengths: min {history['min']:,}, median {history['median']:,g}, "
+        f"max {history['max']:,}; users evaluated: {users:,} of {store.num_users:,}"
+    )
+    cold = "; ".join(
+        f"{split} {counts[split]['cold_targets']:,} targets ({counts[split]['cold_items']:,} items)"
+        for split in ("validation", "test")
+    )
+    lines.append(f"  cold (never in a training part): {cold}")
+    for split, best in (store.best_possible or {}).items():
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
+        lines.append(f"  best possible on {split} (full ranking): {metrics}")
+    return "\n".join(lines)

@@ -1,0 +1,299 @@
+"""The data sets by name, and where each one's ratings come from.
+
+--dataset_name synthetic                               generated, best possible metrics known
+--dataset_name random --random_size 8000000            uniform, for measuring speed
+--dataset_name ml-1m                                   downloaded from GroupLens once
+--dataset_name ml-1m --dataset_path ~/data             ~/data/ml-1m.zip, or ~/data/ml-1m/, or
+                                                       ~/data/ratings.dat
+--dataset_path clicks.csv --columns "who,what,,when"   any ratings file (see pipeline.layout)
+
+source = resolve(DataConfig(dataset_name="ml-1m"))
+next(source.ratings)                                   # the first table of ratings
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.sources.download import CHECKSUMS, download
+from pipeline.sources.files import SourceFile, is_zip, reading, zip_members
+from pipeline.sources.layout import check_columns
+from pipeline.sources.readers import ReadRatings
+from pipeline.sources.synthetic import SyntheticConfig, SyntheticRatings
+from pipeline.stage import Stage
+
+DATASET_NAMES = ("synthetic", "random", *CHECKSUMS)
+_GROUPLENS_FILES = ("ratings.csv", "ratings.dat", "u.data")
+_RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: ratings.csv
+_TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
+_RANDOM_CHUNK = 1 << 19
+_SYNTHETIC_MOST = 10**7
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which ratings to train on and which of them to keep.
+
+    Raises:
+        UserError: a value out of its range, or a combination that makes no sense.
+    """
+
+    dataset_name: str = field(
+        default="synthetic",
+        metadata={"help": f"{', '.join(DATASET_NAMES)}, or a name for --dataset_path"},
+    )
+    dataset_path: str = field(
+        default="",
+        metadata={"help": "ratings file, folder or zip; MovieLens is downloaded without it"},
+    )
+    columns: str = field(
+        default="",
+        metadata={"help": 'columns "user,item[,rating[,timestamp]]"; found by name without it'},
+    )
+    separator: str = field(
+        default="", metadata={"help": 'between fields, e.g. ";" or "tab"; by extension without it'}
+    )
+    min_rating: float = field(default=0.0, metadata={"help": "keep ratings of at least this"})
+    min_item_count: int = field(
+        default=0, metadata={"help": "then keep items with at least this many ratings"}
+    )
+    min_user_count: int = field(
+        default=5, metadata={"help": "then keep users with at least this many ratings"}
+    )
+    random_user_count: int = field(default=10, metadata={"help": "users of the random data set"})
+    random_item_count: int = field(default=30, metadata={"help": "items of the random data set"})
+    random_size: int = field(default=300, metadata={"help": "ratings of the random data set"})
+    synthetic_user_count: int = field(
+        default=SyntheticConfig.num_users, metadata={"help": "users of the synthetic data set"}
+    )
+    synthetic_item_count: int = field(
+        default=SyntheticConfig.num_items, metadata={"help": "items of the synthetic data set"}
+    )
+    data_seed: int = field(
+        default=0, metadata={"help": "seed of the synthetic and random data sets"}
+    )
+    cache_dir: str = field(
+        default="", metadata={"help": "downloads and prepared data; ~/.cache/bert4rec without it"}
+    )
+
+    def __post_init__(self) -> None:
+        for flag in ("min_item_count", "min_user_count", "data_seed"):
+            if getattr(self, flag) < 0:
+                raise UserError(f"--{flag} must not be negative, not {getattr(self, flag)}")
+        for flag in ("random_user_count", "random_item_count", "random_size"):
+            if not 1 <= getattr(self, flag) < 1 << 31:
+                raise UserError(f"--{flag} must be in 1..2^31-1, not {getattr(self, flag)}")
+        self.synthetic()
+        for flag in ("synthetic_user_count", "synthetic_item_count"):
+            if getattr(self, flag) > _SYNTHETIC_MOST:
+                raise UserError(
+                    f"--{flag} must be at most {_SYNTHETIC_MOST:,}, not {getattr(self, flag)}: the "
+                    "data are made in memory"
+                )
+        if not math.isfinite(self.min_rating):
+            raise UserError(f"--min_rating must be a number, not {self.min_rating}")
+        if self.columns:
+            check_columns(self.columns)
+        if not re.fullmatch(r"[\w.-]+", self.dataset_name):
+            raise UserError(
+                f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
+                f"{self.dataset_name!r}; a file goes into --dataset_path"
+            )
+        if self.dataset_name == "random" and self.dataset_path:
+            raise UserError("--dataset_name random is generated: leave --dataset_path out")
+        if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
+            raise UserError(
+                f"--dataset_name {self.dataset_name!r} is none of {', '.join(DATASET_NAMES)}: for "
+                "data of your own give the file with --dataset_path"
+            )
+
+    @property
+    def name(self) -> str:
+        """What to call the data: the file's name where only --dataset_path was given."""
+        if self.dataset_path and self.dataset_name == "synthetic":
+            return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
+        return self.dataset_name
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.cache_dir:
+            return _expanded("cache_dir", self.cache_dir)
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
+
+    def synthetic(self) -> SyntheticConfig:
+        return SyntheticConfig(
+            num_users=self.synthetic_user_count,
+            num_items=self.synthetic_item_count,
+            seed=self.data_seed,
+        )
+
+
+def _expanded(flag: str, path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--{flag} {path}: there is no such user's home folder") from error
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set, found.
+
+    Attributes:
+        name: what to call it.
+        ratings: source stage that streams its ratings.
+        titles: file with the items' titles, if there is one.
+        fingerprint: everything that the prepared store depends on (JSON values).
+        store_path: where that store belongs.
+    """
+
+    name: str
+    ratings: Stage[pa.Table]
+    titles: SourceFile | None
+    fingerprint: dict[str, Any]
+    store_path: Path
+
+
+def resolve(config: DataConfig) -> DataSource:
+    """Find the data set's ratings, downloading them if that is what it takes.
+
+    Raises:
+        UserError: no such file, nothing that looks like ratings in it, or a failed download.
+    """
+    flags: dict[str, Any] = {
+        flag: getattr(config, flag) for flag in ("min_rating", "min_item_count", "min_user_count")
+    }
+    titles = None
+    if config.dataset_name == "random":
+        flags |= {key: value for key, value in vars(config).items() if key.startswith("random_")}
+        flags["data_seed"] = config.data_seed
+        origin: Any = "random"
+        ratings: Stage[pa.Table] = RandomRatings(
+            config.random_user_count,
+            config.random_item_count,
+            config.random_size,
+            rating=config.min_rating,
+            seed=config.data_seed,
+        )
+    elif config.dataset_name == "synthetic" and not config.dataset_path:
+        origin = ["synthetic ring", vars(config.synthetic())]
+        ratings = SyntheticRatings(config.synthetic())
+    else:
+        path = _expanded("dataset_path", config.dataset_path)
+        if not config.dataset_path:
+            path = download(config.dataset_name, config.cache_folder)
+        files, titles = find_ratings(path, config.dataset_name)
+        origin = [file.stamp() for file in (*files, *([titles] if titles else []))]
+        flags |= {"columns": config.columns, "separator": config.separator}
+        ratings = ReadRatings(*files, columns=config.columns, separator=config.separator)
+    fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    store_path = config.cache_folder / "stores" / f"{config.name}-{digest}"
+    return DataSource(config.name, ratings, titles, fingerprint, store_path)
+
+
+def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | None]:
+    """The ratings files and the titles file of a data set.
+
+    Args:
+        path: a ratings file; a zip or folder that holds one (GroupLens' layout, or one ``.inter``,
+            or one file only); a folder of Parquet files; or, of a MovieLens data set, the folder
+            that holds NAME/ or NAME.zip.
+        name: the data set's name; of a MovieLens one its own ratings file is asked for, so that
+            another one's folder is not taken for it.
+
+    Raises:
+        UserError: no such file or folder, or no ratings, or several in it.
+    """
+    with reading(path):
+        path.stat()
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder; see --dataset_path")
+    if path.is_file() and not is_zip(path):
+        titles = path.with_name(_titles_beside(path.name))
+        return [SourceFile(path)], SourceFile(titles) if titles.is_file() else None
+    if path.is_dir() and name in CHECKSUMS:
+        inner, archive = path / name, path / f"{name}.zip"
+        if inner.is_dir() or (archive.is_file() and not (path / _expected(name)).exists()):
+            return find_ratings(inner if inner.is_dir() else archive, name)
+    names = _files_below(path) if path.is_dir() else zip_members(path)
+    wanted = (_expected(name), f"{name}.inter") if name in CHECKSUMS else _GROUPLENS_FILES
+    found = [each for each in names if _is_ratings(each, wanted, name in CHECKSUMS)]
+    depth = min((each.count("/") for each in found), default=0)
+    found = sorted(each for each in found if each.count("/") == depth)
+    if not found:
+        found = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
+        if found:
+            return [_inside(path, each) for each in found], None
+        found = names if name not in CHECKSUMS and len(names) == 1 else []
+    if len(found) != 1:
+        what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
+        expected = "" if found else f"; looked for {', '.join(wanted)}"
+        raise UserError(f"{path}: {what} in it{expected}; give the file with --dataset_path")
+    folder, _, file = found[0].rpartition("/")
+    titles = f"{folder}/{_titles_beside(file)}".lstrip("/")
+    return [_inside(path, found[0])], _inside(path, titles) if titles in names else None
+
+
+class RandomRatings(Stage[pa.Table]):
+    """Source stage: `size` ratings of uniformly drawn users and items, in time order.
+
+    As the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks.
+    """
+
+    def __init__(
+        self, user_count: int, item_count: int, size: int, *, rating: float = 0.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.user_count, self.item_count, self.size = user_count, item_count, size
+        self.rating, self.seed = rating, seed
+
+    def stream(self) -> Iterator[pa.Table]:
+        for start in range(0, self.size, _RANDOM_CHUNK):
+            generator = np.random.default_rng((self.seed, start))
+            size = min(_RANDOM_CHUNK, self.size - start)
+            users = generator.integers(self.user_count, size=size)
+            items = generator.integers(self.item_count, size=size)
+            rating = np.full(size, self.rating)
+            yield pa.table({"user": users, "item": items, "rating": rating})
+
+
+def _expected(name: str) -> str:
+    return _RATINGS_FILE.get(name, "ratings.csv")
+
+
+def _titles_beside(ratings_file: str) -> str:
+    """Name of the file that would hold the titles ("-" if the format has none)."""
+    name = ratings_file.removesuffix(".gz")
+    if name.endswith(".inter"):
+        return name.removesuffix(".inter") + ".item"
+    return _TITLES_FILE.get(name, "-")
+
+
+def _is_ratings(path: str, wanted: tuple[str, ...], exactly: bool) -> bool:
+    name = path.rsplit("/", 1)[-1].removesuffix(".gz")
+    return name in wanted or (not exactly and name.endswith(".inter"))
+
+
+def _inside(path: Path, name: str) -> SourceFile:
+    return SourceFile(path / name) if path.is_dir() else SourceFile(path, name)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Names of the files in a folder and the folders in it, without hidden ones."""
+    with reading(folder):
+        here = [file for file in folder.iterdir() if not file.name.startswith((".", "_"))]
+        below = [each for inner in here if inner.is_dir() for each in inner.iterdir()]
+    files = (file for file in (*here, *below) if file.is_file())
+    return sorted(file.relative_to(folder).as_posix() for file in files)

@@ -1,0 +1,87 @@
+"""MovieLens archives, downloaded once from GroupLens and checked against its checksums.
+
+    download("ml-1m", Path("~/.cache/bert4rec").expanduser())    # .../ml-1m.zip
+
+The archive is written beside its place as ``.part``, checked and renamed, so what is in the cache
+folder is whole. Licences forbid handing the data on; see the README inside each archive.
+"""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.errors import UserError
+from pipeline.preparation.store import exclusive
+
+GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+# As published beside each archive (NAME.zip.md5).
+CHECKSUMS = {
+    "ml-100k": "0e33842e24a9c977be4e0107933c0723",
+    "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+    "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
+    "ml-32m": "d472be332d4daa821edc399621853b57",
+}
+_TIMEOUT_SECONDS = 20
+
+
+def download(name: str, folder: Path) -> Path:
+    """The archive's path in `folder`, downloaded if it is not there.
+
+    Several processes may call this at once; one downloads, the others wait.
+
+    Raises:
+        UserError: no network, an unexpected checksum, or the folder cannot be written.
+    """
+    archive = folder / f"{name}.zip"
+    if archive.exists():
+        return archive
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(archive):
+            if not archive.exists():
+                _fetch(f"{GROUPLENS}/{name}.zip", archive, CHECKSUMS[name])
+    except urllib.error.URLError as error:
+        raise UserError(_advice(name, f"cannot download ({error.reason})")) from error
+    except OSError as error:
+        raise UserError(_advice(name, f"cannot download to {folder} ({error})")) from error
+    return archive
+
+
+def _fetch(url: str, archive: Path, checksum: str) -> None:
+    part = archive.with_name(archive.name + ".part")
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
+            part.open("wb") as file,
+            tqdm(
+                total=int(response.headers.get("Content-Length") or 0) or None,
+                unit="B",
+                unit_scale=True,
+                desc=archive.name,
+            ) as progress,
+        ):
+            while block := response.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                progress.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != checksum:
+            found = f"md5 {digest.hexdigest()} where GroupLens publishes {checksum}"
+            raise UserError(_advice(archive.stem, f"what {url} sent is not the archive ({found})"))
+        part.rename(archive)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _advice(name: str, problem: str) -> str:
+    return (
+        f"{name}: {problem}; try again, or fetch {GROUPLENS}/{name}.zip elsewhere and give its "
+        "place with --dataset_path"
+    )

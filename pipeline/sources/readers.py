@@ -1,0 +1,286 @@
+"""Read ratings from files, as a stream of Arrow tables.
+
+    reader = ReadRatings("ml-1m/ratings.dat")
+    next(reader)      # pyarrow.Table: user, item (dictionary of text), rating (double), timestamp
+
+Formats and how their columns are found: see ``layout.py``; packed files: ``files.py``.
+Ids are read as text, whatever they look like, so that none is rounded, merged or reordered.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.sources.files import SourceFile, reading
+from pipeline.sources.layout import ROLES, Layout, find_columns, text_layout
+from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, is_id, times_as_numbers
+from pipeline.stage import Stage
+
+BLOCK_BYTES = 1 << 24  # of text parsed together: about half a million ratings
+BLOCK_ROWS = 1 << 19
+_BOM = b"\xef\xbb\xbf"
+# A timestamp that Arrow rejects though it is a whole number is too large for 64 bits.
+_WHOLE_NUMBER = re.compile(r"to int64: invalid value '\s*[+-]?[0-9]+\s*'")
+
+
+class ReadRatings(Stage[pa.Table]):
+    """Source stage: files -> tables of about half a million ratings, in file order.
+
+    Columns: ``user`` and ``item`` (text or whole numbers, usually as a dictionary), and where the
+    file has them ``rating`` (float64) and ``timestamp`` (int64 or float64, the file's own unit;
+    dates and times become nanoseconds).
+
+    Args:
+        files: paths or `SourceFile`s, read one after the other.
+        columns: names of user, item[, rating[, timestamp]], "" to find them by well-known names.
+        separator: between two fields of a text file, "" to tell it by the file's extension.
+
+    Raises:
+        UserError: (while reading) the file is missing, empty, damaged, of another format, has no
+            such column, or a line of it makes no sense; the message says ``file:line``.
+    """
+
+    def __init__(
+        self, *files: SourceFile | str | Path, columns: str = "", separator: str = ""
+    ) -> None:
+        super().__init__()
+        self.files = [
+            file if isinstance(file, SourceFile) else SourceFile(Path(file)) for file in files
+        ]
+        self.columns, self.separator = columns, separator
+
+    def stream(self) -> Iterator[pa.Table]:
+        roles: list[str] = []
+        for file in self.files:
+            rows = 0
+            read = _read_parquet if _is_parquet(file) else _read_text
+            for table in read(file, self.columns, self.separator):
+                rows += table.num_rows
+                found = columns_of(table)
+                roles = roles or found
+                if found != roles:
+                    raise UserError(
+                        f"{file} has the columns {', '.join(found)} where "
+                        f"{self.files[0]} has {', '.join(roles)}: choose with --columns"
+                    )
+                yield times_as_numbers(table)
+            if not rows:
+                raise UserError(f"{file}: no ratings in it")
+
+
+def _read_text(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Table]:
+    layout = None
+    for first_line, block in _blocks(file):
+        if layout is None:
+            line, _, rest = block.partition(b"\n")
+            if b"\r" in line.removesuffix(b"\r"):
+                raise UserError(
+                    f"{file}:1: lines must end in a line feed, not in a carriage return alone: "
+                    "convert the file with tr '\\r' '\\n'"
+                )
+            layout = text_layout(str(file), file.name, _decode(file, line), columns, separator)
+            if layout.has_header:
+                first_line, block = 2, rest
+            types = _types(layout, block)
+        try:
+            yield _parse_times(file, block, layout, types)
+        except (pa.ArrowException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(_explain(file, layout, types, first_line, block, error)) from error
+
+
+def _parse_times(
+    file: SourceFile, block: bytes, layout: Layout, types: dict[str, pa.DataType]
+) -> pa.Table:
+    """`_parse`; whole times may turn into decimal ones later in the file, which is no mistake."""
+    try:
+        return _parse(block, layout, types)
+    except (pa.ArrowException, ValueError) as error:
+        if types.get("timestamp") != pa.int64() or _WHOLE_NUMBER.search(str(error)):
+            raise
+        table = _parse(block, layout, types | {"timestamp": pa.float64()})
+    if pc.max(pc.abs(table["timestamp"])).as_py() >= EXACT:  # from here on it rounds
+        raise UserError(
+            f"{file}: decimal timestamps among whole ones above 2^53 cannot be compared exactly: "
+            "write all in one way"
+        )
+    types["timestamp"] = pa.float64()
+    return table
+
+
+def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
+    """(number of the first line, whole lines of text), about BLOCK_BYTES at a time."""
+    with file.open() as stream:
+        tail, line, unpacked = b"", 1, 0
+        while True:
+            read = stream.read(BLOCK_BYTES)
+            unpacked += len(read)
+            file.check_unpacked(unpacked)
+            block = (tail + read).removeprefix(_BOM) if line == 1 else tail + read
+            if b"\0" in block:
+                raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
+            if not read:
+                break
+            end = block.rfind(b"\n") + 1
+            if not end and len(block) > BLOCK_BYTES:
+                raise UserError(f"{file}:{line}: a line of more than {BLOCK_BYTES:,} bytes")
+            block, tail = block[:end], block[end:]
+            if block:
+                yield line, block
+                line += block.count(b"\n")
+        if block:
+            yield line, block
+
+
+def _types(layout: Layout, block: bytes) -> dict[str, pa.DataType]:
+    """Arrow types of the columns; times are whole, decimal or dates as in the first line."""
+    types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
+    fields = layout.fields(block.lstrip().partition(b"\n")[0].decode(errors="replace"))
+    if "timestamp" in layout.places and len(fields) == layout.width:
+        text = fields[layout.places["timestamp"]].strip()
+        if not text.lstrip("-").isdigit():
+            types["timestamp"] = pa.float64() if _number(text) else TIME
+    return {role: types[role] for role in ROLES if role in layout.places}
+
+
+def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Table:
+    """One block of lines as a table.
+
+    Raises:
+        pa.ArrowInvalid, ValueError: a line that makes no sense is in it.
+    """
+    if not block.strip():
+        return pa.table({role: pa.array([], kind) for role, kind in types.items()})
+    separator = layout.separator
+    if separator == "::":
+        separator, block = "\t", block.replace(b"::", b"\t")
+    names = [f"column {at}" for at in range(layout.width)]
+    wanted = {role: names[layout.places[role]] for role in types}
+    table = pacsv.read_csv(
+        pa.py_buffer(block),
+        pacsv.ReadOptions(column_names=names, block_size=1 << 21),
+        pacsv.ParseOptions(delimiter=separator, quote_char='"' if layout.quoted else False),
+        pacsv.ConvertOptions(
+            include_columns=list(wanted.values()),
+            column_types={wanted[role]: kind for role, kind in types.items()},
+        ),
+    ).rename_columns(list(types))
+    return checked(table)
+
+
+def _explain(
+    file: SourceFile,
+    layout: Layout,
+    types: dict[str, pa.DataType],
+    first_line: int,
+    block: bytes,
+    error: Exception,
+) -> str:
+    """Which line of the block made no sense, looked for only once parsing has failed."""
+    for number, raw in enumerate(block.split(b"\n"), first_line):
+        if not raw.strip():
+            continue
+        fields = layout.fields(_decode(file, raw, number).rstrip("\r"))
+        if len(fields) != layout.width:
+            return f"{file}:{number}: {len(fields)} fields where {layout.width} are expected"
+        for role, kind in types.items():
+            text = fields[layout.places[role]].strip()
+            if kind == ID and not text:
+                return f"{file}:{number}: the {role} id is empty"
+            if kind in (pa.float64(), pa.int64()) and not _number(text):
+                return f"{file}:{number}: the {role} {text[:40]!r} is not a number"
+            if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
+                return f"{file}:{number}: the {role} {text[:40]!r} does not fit into 64 bits"
+            if pa.types.is_temporal(kind) and not _is_time(text):
+                return (
+                    f"{file}:{number}: the {role} {text[:40]!r} is neither a number nor a time "
+                    "between 1678 and 2262"
+                )
+    last_line = first_line + block.count(b"\n")
+    return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
+
+
+def _number(text: str) -> bool:
+    """Whether it is a finite number to Arrow, which is stricter than Python ("1_0")."""
+    try:
+        return math.isfinite(pa.array([text]).cast(pa.float64())[0].as_py())
+    except pa.ArrowInvalid:
+        return False
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return bool(text) and pa.array([text]).cast(TIME) is not None
+    except pa.ArrowInvalid:
+        return False
+
+
+def _decode(file: SourceFile, line: bytes, number: int = 1) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}:{number}: not UTF-8 text: {line[:40]!r}") from error
+
+
+def _is_parquet(file: SourceFile) -> bool:
+    with file.open() as stream:
+        beginning = stream.read(4)
+    if file.name.lower().endswith((".parquet", ".pq")) and beginning not in (b"PAR1", b""):
+        raise UserError(f"{file} is no Parquet file in spite of its name; is it complete?")
+    return beginning == b"PAR1"
+
+
+def _read_parquet(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Table]:
+    if file.member:
+        raise UserError(f"{file}: Parquet inside a zip cannot be streamed; unpack it first")
+    try:
+        with (
+            reading(file),
+            pq.ParquetFile(file.path, page_checksum_verification=True) as parquet,
+        ):
+            names = parquet.schema_arrow.names
+            places = find_columns(str(file), names, columns)
+            wanted = [names[place] for place in places.values()]
+            row = 0
+            for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
+                found = {role: batch.column(names[at]) for role, at in places.items()}
+                yield _checked_parquet(file, pa.table(found), row)
+                row += batch.num_rows
+    except (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError) as error:
+        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+
+
+def _checked_parquet(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
+    for at, role in enumerate(table.column_names):
+        column = table[role]
+        if column.null_count:
+            bad = first_row + int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise UserError(f"{file}: row {bad:,} (from 0) has no {role}")
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if role in ("user", "item"):
+            if not is_id(kind):
+                raise UserError(f"{file}: the {role} ids are {kind}, not text or whole numbers")
+            column = column.cast(kind)
+            if not pa.types.is_integer(kind) or kind == pa.uint64():
+                column = column.cast(pa.string()).dictionary_encode()
+        elif role == "timestamp" and (pa.types.is_integer(kind) or pa.types.is_temporal(kind)):
+            column = column if pa.types.is_temporal(kind) else column.cast(pa.int64())
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            column = column.cast(pa.float64())
+        else:
+            raise UserError(f"{file}: the {role} column is {kind}, not a number")
+        table = table.set_column(at, role, column)
+    try:
+        return checked(table)
+    except ValueError as error:
+        rows = f"rows {first_row:,} to {first_row + table.num_rows:,}"
+        raise UserError(f"{file}: {rows}: {error}") from error

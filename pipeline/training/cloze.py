@@ -1,0 +1,213 @@
+"""The cloze task: hide items of a window, remember what stood there.
+
+A row of five items, V = 50 items (so 51 is the mask token)::
+
+    before   7  3  9  4  2
+    masked      *     *            each position with --mask_prob, on its own
+    after    7 51  9 23  2         3 became the mask token, 4 a random item
+    targets     3     4
+
+Of the masked positions a share becomes the mask token, a share a uniformly drawn item and the rest
+stays as it is (BERT: 0.8 / 0.1 / rest; TorchRec's example: 0.8 / 0.2 / none). A row in which
+nothing was drawn gets one masked position, drawn uniformly. A share of the rows is masked at its
+last item alone, as at evaluation, always by the mask token (BERT4Rec, arXiv 1904.06690, section
+3.6).
+
+``pipeline/training/two_stream.py`` has another way for rows with left context alone.
+
+Every draw is keyed by (seed, epoch, window, copy, position): the batch, the rank and the number of
+ranks change nothing.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torchdata.nodes import BaseNode
+
+from pipeline.errors import UserError
+from pipeline.rng import below, child_keys, high32, key64, low32, mix32, position_draws, scaled
+from pipeline.training.sampler import Chunk, ChunkStage
+from pipeline.training.windows import jagged_positions
+
+MAX_COPIES = 1 << 16
+# Constants that part the draws which come from the same key.
+_MASK_LAST, _FORCED, _ACTION, _RANDOM_ITEM = 0x2545F491, 0x68E31DA4, 0x1B56C4E9, 0x5BD1E995
+_LEFT_CONTEXT = 0x7ED55D16
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which positions are masked and what takes their place."""
+
+    mask_prob: float = field(
+        default=0.3, metadata={"help": "probability that a position is masked"}
+    )
+    dupe_factor: int = field(
+        default=1, metadata={"help": "differently masked copies of a window in an epoch"}
+    )
+    mask_last_share: float = field(
+        default=0.0, metadata={"help": "share of rows with only the last item masked"}
+    )
+    left_context_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of rows in which positions see only what came before them, as the "
+            "last one does at evaluation"
+        },
+    )
+    two_stream: bool = field(
+        default=False,
+        metadata={
+            "help": "such rows keep all their items, and a second row of mask tokens asks for each "
+            "of them from what came before it"
+        },
+    )
+    mask_token_share: float = field(
+        default=0.8, metadata={"help": "share of masked positions that become the mask token"}
+    )
+    random_item_share: float = field(
+        default=0.1,
+        metadata={"help": "share of masked positions that become a random item; the rest is kept"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_prob < 1.0:
+            raise UserError(
+                f"--mask_prob must be in (0, 1), not {self.mask_prob}: "
+                "something must be hidden and something must be left to see"
+            )
+        if not 1 <= self.dupe_factor <= MAX_COPIES:
+            raise UserError(f"--dupe_factor must be in 1..{MAX_COPIES}, not {self.dupe_factor}")
+        for flag in (
+            "mask_last_share",
+            "left_context_share",
+            "mask_token_share",
+            "random_item_share",
+        ):
+            if not 0.0 <= getattr(self, flag) <= 1.0:
+                raise UserError(f"--{flag} must be in [0, 1], not {getattr(self, flag)}")
+        if self.two_stream and not self.left_context_share:
+            raise UserError(
+                "--two_stream is about rows with left context alone, of which there are none: "
+                "raise --left_context_share or leave it out"
+            )
+        if self.mask_token_share + self.random_item_share > 1.0 + 1e-9:
+            raise UserError(
+                "--mask_token_share and --random_item_share must not exceed 1 together, "
+                f"but {self.mask_token_share} + {self.random_item_share} do: lower one of them"
+            )
+
+
+class ClozeMask:
+    """Masks chunks of rows; holds the configuration, no state."""
+
+    def __init__(self, config: MaskConfig, num_items: int, seed: int) -> None:
+        self.config = config
+        self.num_items = num_items
+        self.mask_token = num_items + 1
+        self.seed = seed
+
+    def __call__(
+        self,
+        values: np.ndarray,
+        offsets: np.ndarray,
+        epoch: int,
+        windows: np.ndarray,
+        copies: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mask B rows of T items **in place**.
+
+        Args:
+            values: int32 [T], item ids 1..V; the masked ones are overwritten.
+            offsets: int64 [B + 1]; row b is ``values[offsets[b]:offsets[b + 1]]``, never empty.
+            epoch: part of the key.
+            windows: int64 [B], the rows' windows; part of the key.
+            copies: int64 [B], which of ``dupe_factor`` copies; part of the key.
+
+        Returns:
+            masked, int64 [M] ascending flat positions, and targets, int32 [M], the items there.
+        """
+        assert len(offsets) == len(windows) + 1 == len(copies) + 1
+        if len(windows) == 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+        keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
+        draws = position_draws(low32(keys), offsets)
+        chosen, only_last = self._choose(draws, high32(keys), offsets)
+        masked = np.flatnonzero(chosen)
+        targets = values[masked]
+        values[masked] = self._replacements(targets, draws[masked])
+        values[only_last] = self.mask_token
+        return masked, targets
+
+    def left_only(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray | None:
+        """Which rows attend to the left alone: bool [B], or None if there never are any."""
+        if not self.config.left_context_share:
+            return None
+        keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
+        draws = mix32(high32(keys) ^ np.uint32(_LEFT_CONTEXT))
+        return below(draws, self.config.left_context_share)
+
+    def _choose(
+        self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Bool [T], true at masked positions, and the positions of rows masked at their last."""
+        chosen = below(draws, self.config.mask_prob)
+        starts, ends = offsets[:-1], offsets[1:]
+        only_last = ends[:0]
+        if self.config.mask_last_share > 0.0:
+            last_draws = mix32(row_draws ^ np.uint32(_MASK_LAST))
+            rows = np.flatnonzero(below(last_draws, self.config.mask_last_share))
+            chosen[jagged_positions(starts[rows], ends[rows])] = False
+            only_last = ends[rows] - 1
+            chosen[only_last] = True
+        empty = np.flatnonzero(~np.logical_or.reduceat(chosen, starts))
+        forced_draws = mix32(row_draws[empty] ^ np.uint32(_FORCED))
+        chosen[starts[empty] + scaled(forced_draws, ends[empty] - starts[empty])] = True
+        return chosen, only_last
+
+    def _replacements(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """What stands at the masked positions afterwards: int32 [M]."""
+        config = self.config
+        actions = mix32(draws ^ np.uint32(_ACTION))
+        replaced = np.full(len(targets), self.mask_token, dtype=np.int32)
+        others = np.flatnonzero(~below(actions, config.mask_token_share))
+        replaced[others] = targets[others]
+        if config.random_item_share > 0.0:
+            share = config.mask_token_share + config.random_item_share
+            at = others[below(actions[others], share)]
+            replaced[at] = 1 + scaled(mix32(draws[at] ^ np.uint32(_RANDOM_ITEM)), self.num_items)
+        return replaced
+
+
+class MaskItems(ChunkStage[Chunk]):
+    """Mask the chunk's rows: sets masked and targets and overwrites values."""
+
+    def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
+        super().__init__(source)
+        self.cloze = cloze
+
+    def apply(self, chunk: Chunk) -> Chunk:
+        chunk.masked, chunk.targets = self.cloze(
+            chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
+        )
+        return chunk
+
+
+class LeftContextFirst(ChunkStage[Chunk]):
+    """Choose the rows that attend to the left alone: sets left_only, puts them first in each step.
+
+    Standing together they can be attended to as one jagged batch, and the rest as another.
+    """
+
+    def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
+        super().__init__(source)
+        self.cloze = cloze
+
+    def apply(self, chunk: Chunk) -> Chunk:
+        left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
+        if left_only is not None:
+            step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
+            order = np.argsort(2 * step + ~left_only, kind="stable")
+            chunk.windows, chunk.copies = chunk.windows[order], chunk.copies[order]
+            chunk.left_only = left_only[order]
+        return chunk
