@@ -44,7 +44,7 @@ from benchmarks.machine import ROOT, commit, processor, versions
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.to_tensors import Step
+from pipeline.batches.train_batch import PackedBatch
 from pipeline.training.windows import WindowConfig
 
 NUM_RATINGS, NUM_USERS, NUM_ITEMS, MIN_LENGTH = 20_000_000, 138_493, 26_744, 20
@@ -165,7 +165,7 @@ def loading(length: int, batch: int, num_ratings: int, seconds: float) -> dict[s
     }
 
 
-def _stretch(batches: Iterator[Step], seconds: float) -> tuple[float, ...]:
+def _stretch(batches: Iterator[PackedBatch], seconds: float) -> tuple[float, ...]:
     sequences = positions = 0
     start = now = time.perf_counter()
     cpu_start = time.process_time()

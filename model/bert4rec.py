@@ -21,7 +21,8 @@ from torchrec.types import DataType
 from model.network.dense_step import DenseStep
 from model.network.encoder import Encoder, EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
-from pipeline.batches.batch import CANDIDATE, ITEM, TrainBatch
+from pipeline.batches.features import CANDIDATE, ITEM
+from pipeline.batches.train_batch import TrainBatch
 
 # FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from pipeline.batches.batch import EvalBatch, TrainBatch, jagged_items
+from pipeline.batches.features import jagged_items
+from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.train_batch import TrainBatch
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.network.encoder import Encoder, EncoderConfig, EncoderLayer
-from pipeline.batches.batch import rounded_up
+from pipeline.batches.train_batch import rounded_up
 
 MAX_LEN = 6
 LENGTHS = [3, 1, 6, 2]

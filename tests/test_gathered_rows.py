@@ -13,7 +13,8 @@ from model.step.optimizers import unwrap
 from model.step.pipelines import train_pipeline
 from model.tables.gathered_rows import GatheredRows
 from model.tables.sharding_plan import ShardingConfig
-from pipeline.batches.batch import ITEM, TrainBatch, jagged_items
+from pipeline.batches.features import ITEM, jagged_items
+from pipeline.batches.train_batch import TrainBatch
 from tests.workers import sharded
 
 NUM_ROWS = sharded.NUM_ITEMS + 2

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.network.encoder import EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
-from pipeline.batches.batch import TrainBatch, jagged_items
+from pipeline.batches.features import jagged_items
+from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from tests.workers.softmax import SIZES, SLICES, problem, teachers, work
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches.batch import EvalBatch
+from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader, HoldoutConfig, NegativeSampler
 from pipeline.preparation.store import SequenceStore

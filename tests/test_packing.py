@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches.batch import TrainBatch, jagged_items
+from pipeline.batches.features import jagged_items
+from pipeline.batches.train_batch import TrainBatch
 from pipeline.batches.packing import as_bools, as_floats, float_pairs, pack
-from pipeline.training.to_tensors import PackedBatch
+from pipeline.batches.train_batch import PackedBatch
 
 CPU = torch.device("cpu")
 TENSORS = ("masked", "targets", "left_only", "steps_ago", "negatives", "log_counts")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.batches.batch import ITEM
+from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore

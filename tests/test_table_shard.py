@@ -18,7 +18,7 @@ from model.tables import table_shard
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig
 from model.tables.table_shard import Lookup, TableShard, choose_lookup
 from model.tables.table_update import UPDATES, Step, update
-from pipeline.batches.batch import jagged_items
+from pipeline.batches.features import jagged_items
 from tests.conftest import RunMain, whole_and_in_parts
 from tests.workers import sharded
 

@@ -9,7 +9,7 @@ from torchdata.nodes import IterableWrapper
 
 from model.network.encoder import Encoder, EncoderConfig
 from model.run.config import RunConfig
-from pipeline.batches.batch import TrainBatch
+from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import ClozeMask, MaskConfig

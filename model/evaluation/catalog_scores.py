@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from model.bert4rec import BERT4Rec
 from model.network.head import CatalogSlice
-from pipeline.batches.batch import CANDIDATE, jagged_items, with_candidates
+from pipeline.batches.features import CANDIDATE, jagged_items, with_candidates
 
 # Items of a part, and what all parts' rows may take on the device between users.
 PART_ITEMS = 2**18

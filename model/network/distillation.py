@@ -20,7 +20,7 @@ import torch
 from model.bert4rec import BERT4Rec
 from model.losses.sharded_softmax import Opinion
 from model.network.head import CatalogSlice
-from pipeline.batches.batch import CANDIDATE
+from pipeline.batches.features import CANDIDATE
 from pipeline.errors import UserError
 
 

@@ -1,10 +1,10 @@
-"""Gradients of what every rank holds: their means, in one all-reduce after the backward pass.
+"""Average the gradients of replicated parameters in one all-reduce after the backward pass.
 
     gradients of all parameters -> one piece of memory -> all-reduce -> their means as gradients
 
-DistributedDataParallel hooks into autograd to send some gradients while others are computed. The
-encoder's few megabytes take less time than its hooks; and without hooks, with means that always lie
-where they lay, the backward pass and the update can be CUDA graphs (``model/step/graphs.py``).
+DistributedDataParallel hooks into autograd to send some gradients while others are computed. For
+the encoder's few megabytes the hooks take longer than the all-reduce. Without hooks, and with means
+at fixed addresses, CUDA graphs can hold the backward pass and the update.
 """
 
 from typing import Any
@@ -12,26 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DataParallelWrapper
-from torchrec.distributed.types import ShardingEnv
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
 # Values at whose multiples a parameter begins: kernels read four at once.
 _ALIGNED = 4
-
-
-class Unwrapped(DataParallelWrapper):
-    """Leaves what is replicated as it is, for :class:`AveragingOptimizer`, or for one rank."""
-
-    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
-        dmp._dmp_wrapped_module.to(device)
-
-
-def begin_as_first_rank(parameters: list[nn.Parameter]) -> None:
-    """Begin everywhere with the values of rank 0."""
-    for parameter in parameters:
-        dist.broadcast(parameter.detach(), 0)
 
 
 class AveragingOptimizer(OptimizerWrapper):

@@ -23,7 +23,7 @@ from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 from model.step.optimizers import unwrap
 from model.step.train_step import Stepper, TrainStep, backward
 from model.tables.gathered_rows import GatheredRows
-from pipeline.training.to_tensors import Step
+from pipeline.batches.train_batch import PackedBatch
 
 
 class _TracedPipeline(TrainPipelineSparseDist):

@@ -23,8 +23,8 @@ from torch.profiler import record_function
 
 from model.kernels import side_stream as aside
 from model.step.optimizers import unwrap
-from pipeline.batches.batch import TrainBatch
-from pipeline.training.to_tensors import PackedBatch, Step
+from pipeline.batches.train_batch import TrainBatch
+from pipeline.batches.train_batch import PackedBatch
 
 # Combinations of shapes; those beyond are trained as they come.
 _MAX_GRAPHS = 48

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -173,22 +172,3 @@ def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
             "CPU; use rowwise_adagrad, or --mode ddp"
         )
     return config.embedding_optimizer
-
-
-def check_device(config: ShardingConfig, device: torch.device) -> None:
-    if device.type == "cuda":
-        return
-    if config.compute_kernel != "fused":
-        raise UserError(
-            f"--compute_kernel {config.compute_kernel} needs CUDA: on CPU, tables are in the "
-            "host's memory anyway"
-        )
-
-
-def describe_plan(model: DistributedModelParallel) -> str:
-    """One line: what the plan did with each table."""
-    lines = []
-    for module in model.plan.plan.values():
-        for table, sharding in module.items():
-            lines.append(f"{table}: {sharding.sharding_type} {sharding.compute_kernel}")
-    return ", ".join(lines) or "replicated"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
-from pipeline.training.to_tensors import Step
+from pipeline.batches.train_batch import PackedBatch
 
 # Seconds between two questions to a GPU that is a few steps behind.
 _PAUSE = 5e-5
@@ -50,7 +50,7 @@ class Position:
     stale: int = 0
 
 
-class Feed(Iterator[Step]):
+class Feed(Iterator[PackedBatch]):
     """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took.
 
     Args:
@@ -65,7 +65,7 @@ class Feed(Iterator[Step]):
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
 
-    def __next__(self) -> Step:
+    def __next__(self) -> PackedBatch:
         started = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - started

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torchdata.nodes import IterableWrapper, Mapper, Prefetcher
 
-from pipeline.batches.batch import EvalBatch, jagged_items, rounded_up
+from pipeline.batches.features import jagged_items
+from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import child_keys, key64, unit_floats

@@ -2,7 +2,7 @@
 
     ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp] [-> DrawNegatives]
     sample numbers     order in a step     jagged rows   cloze task
-        -> ToTensors -> Prefetcher -> PackedBatch, which ``to(device)`` makes a TrainBatch
+        -> ToTensors -> Prefetcher -> PackedBatch
 
 The Prefetcher's thread runs all stages before it ahead.
 
@@ -35,7 +35,8 @@ from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskConfig, Mas
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import Chunk, ShuffledSamples
 from pipeline.training.shape_buckets import RoundUp, rounding_unit
-from pipeline.training.to_tensors import Step, ToTensors
+from pipeline.batches.train_batch import PackedBatch
+from pipeline.training.to_tensors import ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowConfig, WindowTable
 
@@ -150,7 +151,7 @@ class TrainLoader:
         """Batches of an epoch of which ``sample`` samples are already trained."""
         return -(-(self.num_samples - sample) // self._samples.global_batch_size)
 
-    def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[Step]:
+    def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[PackedBatch]:
         """The batches of one epoch, from ``sample`` on, made ahead by a thread from now on.
 
         May be consumed in parts. The iterator of an earlier call is dead from now on.
@@ -172,7 +173,7 @@ class TrainLoader:
         """
         return dict(self._state)
 
-    def _consume(self) -> Iterator[Step]:
+    def _consume(self) -> Iterator[PackedBatch]:
         for chunk in self._prefetcher:
             for batch, sample in chunk.batches():
                 self._state = {"epoch": chunk.epoch, "sample": sample}

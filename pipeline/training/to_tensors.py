@@ -1,93 +1,26 @@
 """From chunks of several steps to the steps' batches.
 
-Chunk    values [..step 0..|..step 1..|..step 2..]    one array each, NumPy
-  ToTensors: one page-locked tensor for all, step by step (``pipeline/batches/packing.py``)
-ChunkTensors
-  batches: a slice each, without a copy
-PackedBatch, PackedBatch, PackedBatch
-  copied to a device: one copy
-  ready: views
-TrainBatch
+    Chunk            values [..step 0..|..step 1..|..step 2..]    one NumPy array each
+      ToTensors      one page-locked tensor for the chunk (``pipeline/batches/packing.py``)
+    PackedSteps
+      batches        a slice each, without a copy
+    PackedBatch, PackedBatch, PackedBatch
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 from torchdata.nodes import BaseNode
-from torchrec.streamable import Pipelineable
 
-from pipeline.batches.batch import TrainBatch, jagged_items, rounded_up
 from pipeline.batches.packing import Packed, float_pairs, pack
+from pipeline.batches.train_batch import PackedBatch, rounded_up
 from pipeline.training.sampler import Chunk, ChunkStage
 
 
 @dataclass(eq=False)
-class PackedBatch(Pipelineable):
-    """A step before it is cut into tensors, which whoever trains it does, on its device.
-
-    Attributes:
-        packed: the memory of all its tensors.
-        num_windows, num_rows, longest, candidate_range, alike, everyone: as in
-            :class:`TrainBatch`.
-    """
-
-    packed: Packed
-    num_windows: int
-    num_rows: int
-    longest: int
-    candidate_range: tuple[int, int] | None = None
-    alike: bool = True
-    everyone: Tensor | None = None
-
-    @property
-    def drawn_ids(self) -> Tensor:
-        """As of :class:`TrainBatch`: they come first."""
-        names, sizes = self.packed.names, self.packed.sizes
-        return self.packed.words[: sum(sizes[:3]) if "negatives" in names else sizes[0]]
-
-    def copied(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
-        """The step on ``device``, still packed."""
-        words = self.packed.words.to(device, non_blocking=non_blocking)
-        return replace(self, packed=replace(self.packed, words=words))
-
-    def ready(self) -> TrainBatch:
-        """The batch where it is, with the candidates appended."""
-        return self.unpack().with_candidates()
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
-        """The batch on ``device``, with the candidates appended."""
-        return self.copied(device, non_blocking).ready()
-
-    def unpack(self) -> TrainBatch:
-        """The batch where it is, without candidates."""
-        return TrainBatch.unpacked(
-            self.packed,
-            num_windows=self.num_windows,
-            num_rows=self.num_rows,
-            longest=self.longest,
-            candidate_range=self.candidate_range,
-            alike=self.alike,
-            everyone=self.everyone,
-        )
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory until ``stream`` is done with it (CUDA only)."""
-        for memory in (self.packed.words, self.everyone):
-            if memory is not None:
-                memory.record_stream(stream)
-
-
-# A step as the loader hands it over: packed, but for a rank that has no share of it.
-Step: TypeAlias = PackedBatch | TrainBatch
-
-
-@dataclass(eq=False)
-class ChunkTensors:
-    """The steps of a chunk, ready to be trained on.
+class PackedSteps:
+    """The steps of a chunk, packed.
 
     Attributes:
         epoch: the epoch.
@@ -96,8 +29,7 @@ class ChunkTensors:
         longest: of each step, at least the length of its longest row.
         packed: the tensors of each step.
         candidate_range: put into each batch.
-        alike: of each step, whether its batches have equal shapes on all ranks.
-        filler: what a step without rows trains on.
+        equal_shapes: of each step, whether its batches have the same shapes on all ranks.
     """
 
     epoch: int
@@ -107,34 +39,30 @@ class ChunkTensors:
     longest: list[int]
     packed: list[Packed]
     candidate_range: tuple[int, int] | None
-    alike: list[bool]
-    filler: TrainBatch
+    equal_shapes: list[bool]
 
-    def batches(self) -> Iterator[tuple[Step, int]]:
+    def batches(self) -> Iterator[tuple[PackedBatch, int]]:
         """Each step's batch, and the samples consumed after it."""
         for step, sample in enumerate(self.samples):
-            batch: Step = PackedBatch(
+            batch = PackedBatch(
                 packed=self.packed[step],
                 num_windows=self.windows[step],
                 num_rows=self.rows[step],
                 longest=self.longest[step],
                 candidate_range=self.candidate_range,
-                alike=self.alike[step],
+                equal_shapes=self.equal_shapes[step],
             )
-            if not batch.num_rows:
-                drawn = batch.unpack()
-                batch = replace(self.filler, negatives=drawn.negatives, log_counts=drawn.log_counts)
             yield batch, sample
 
 
-class ToTensors(ChunkStage[ChunkTensors]):
-    """The chunk's arrays as tensors: a whole chunk costs one allocation.
+class ToTensors(ChunkStage[PackedSteps]):
+    """The chunk's arrays as tensors: one allocation a chunk.
 
     Args:
         source: masked chunks.
-        mask_token: what a filler row is made of.
+        mask_token: the item of a filler row.
         candidate_range: put into each batch.
-        pin_memory: into page-locked memory.
+        pin_memory: use page-locked memory.
     """
 
     def __init__(
@@ -148,12 +76,13 @@ class ToTensors(ChunkStage[ChunkTensors]):
         self.mask_token, self.candidate_range = mask_token, candidate_range
         self.pin_memory = pin_memory
 
-    def apply(self, chunk: Chunk) -> ChunkTensors:
+    def apply(self, chunk: Chunk) -> PackedSteps:
+        if chunk.row_splits[-1] == 0:
+            self._fill(chunk)
         lengths = np.diff(chunk.offsets)
-        longest = [1]  # an epoch's last step, of which this rank has no part
-        if len(lengths):
-            longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
-        return ChunkTensors(
+        longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
+        steps = len(chunk.step_samples)
+        return PackedSteps(
             epoch=chunk.epoch,
             samples=chunk.step_samples,
             windows=chunk.step_windows.tolist(),
@@ -161,33 +90,24 @@ class ToTensors(ChunkStage[ChunkTensors]):
             longest=[rounded_up(each) for each in longest],
             packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
             candidate_range=self.candidate_range,
-            alike=[True] * len(chunk.step_samples) if chunk.alike is None else chunk.alike.tolist(),
-            filler=self._filler(),
+            equal_shapes=[True] * steps if chunk.alike is None else chunk.alike.tolist(),
         )
 
-    def _filler(self) -> TrainBatch:
-        """What a rank without a share trains on: one mask token, nothing masked, no window."""
-        row, nothing = np.array([self.mask_token]), np.empty(0)
-        return TrainBatch(
-            features=jagged_items(
-                self._tensor(row, torch.int64), self._tensor(np.ones(1), torch.int64)
-            ),
-            masked=self._tensor(nothing, torch.int64),
-            targets=self._tensor(nothing, torch.int64),
-            num_windows=0,
-            num_rows=1,
-            longest=rounded_up(1),
-            candidate_range=self.candidate_range,
-        )
+    def _fill(self, chunk: Chunk) -> None:
+        """Give an epoch's last step, if this rank has no row of it, one lone mask token.
 
-    def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(array.shape, dtype=dtype, pin_memory=self.pin_memory)
-        tensor.numpy()[:] = array
-        return tensor
+        Nothing of it is masked, so that it has no loss.
+        """
+        chunk.values = np.array([self.mask_token], dtype=np.int32)
+        chunk.offsets = chunk.row_splits = np.array([0, 1])
+        chunk.masked, chunk.targets = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
+        chunk.mask_splits = np.array([0, 0])
+        if chunk.steps_ago is not None:
+            chunk.steps_ago = np.zeros(1, dtype=np.int64)
 
 
 def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a step consists of, in the order that ``TrainBatch.unpacked`` wants, and the splits."""
+    """The parts of all steps, in the order that :class:`PackedBatch` wants, and their splits."""
     rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
     if masks is None:
         masks = np.searchsorted(chunk.masked, items)

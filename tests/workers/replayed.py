@@ -13,7 +13,7 @@ import torch
 from model.step.optimizers import unwrap
 from model.step.train_step import TrainStep, _Captured
 from pipeline.training.loader import TrainLoader
-from pipeline.training.to_tensors import PackedBatch
+from pipeline.batches.train_batch import PackedBatch
 
 
 class _Again:

@@ -38,7 +38,7 @@ from model.step.optimizers import OptimizerConfig, Optimizers, replicated, unwra
 from model.step.pipelines import train_pipeline
 from model.tables.sharding_plan import ShardingConfig
 from model.tables.table_shard import Lookup
-from pipeline.batches.batch import ITEM, jagged_items, with_candidates
+from pipeline.batches.features import ITEM, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import LoaderConfig
 from pipeline.training.negatives import NegativesConfig

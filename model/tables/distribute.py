@@ -1,0 +1,112 @@
+"""From a plain BERT4Rec to DistributedModelParallel.
+
+    --mode dmp   tables sharded as planned, updated inside the backward pass; the encoder is
+                 replicated, its gradients are averaged by ``step/averaging.py``
+    --mode ddp   the whole model replicated, all gradients averaged by DistributedDataParallel
+
+The order follows TorchRec's golden training example: module -> plan -> DistributedModelParallel ->
+optimizers -> train pipeline.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DataParallelWrapper
+from torchrec.distributed.types import ShardingPlan
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from model.bert4rec import BERT4Rec
+from model.distributed import Ranks
+from model.execution import ExecutionPlan
+from model.tables import upstream
+from model.tables.item_table import ItemTableSharder
+from model.tables.local_collection import LocalSharder
+from model.tables.row_exchange import RowExchange
+from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig, plan_tables
+
+
+def distribute(
+    model: BERT4Rec,
+    plan: ExecutionPlan,
+    config: ShardingConfig,
+    beta2: float,
+    batch_rows: int,
+    ranks: Ranks,
+) -> DistributedModelParallel:
+    """Distribute ``model`` over the ranks.
+
+    Args:
+        beta2: of Adam, for the tables.
+        batch_rows: rows of a training batch on one rank, for the planner's cost model.
+
+    Raises:
+        UserError: no sharding fits the memory.
+    """
+    fused = {
+        "optimizer": FUSED_OPTIMIZERS[plan.table_optimizer],
+        "learning_rate": plan.table_lr,
+        "eps": 1e-8,
+        "beta1": 0.9,
+        "beta2": beta2,
+    }
+    if ranks.device.type == "cuda":  # ids are checked when data is prepared; save the launches
+        fused["bounds_check_mode"] = BoundsCheckMode.NONE
+    sharder = _sharder(model, plan, fused, ranks)
+    shards = ShardingPlan(plan={})
+    if not plan.is_replicated:
+        shards = plan_tables(model, config, sharder, batch_rows, ranks)
+    wrapped_by_ddp = plan.exchange == "all_reduce"
+    distributed = DistributedModelParallel(
+        model,
+        device=ranks.device,
+        plan=shards,
+        sharders=[sharder],
+        data_parallel_wrapper=None if wrapped_by_ddp else _NoWrapper(),
+    )
+    if ranks.world_size > 1 and not wrapped_by_ddp:
+        for parameter in replicated(distributed).values():
+            dist.broadcast(parameter.detach(), 0)
+    return distributed
+
+
+def _sharder(
+    model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
+) -> EmbeddingCollectionSharder:
+    if plan.lookup == "own":
+        return ItemTableSharder(
+            fused,
+            plan=plan,
+            exchange=RowExchange.of(model.head.num_items + 2, ranks),
+            catalog=model.head.catalog,
+            draws_candidates=model.head.config.loss != "softmax",
+        )
+    return (LocalSharder if ranks.world_size == 1 else EmbeddingCollectionSharder)(fused)
+
+
+class _NoWrapper(DataParallelWrapper):
+    """Keeps replicated parameters out of DDP: AveragingOptimizer averages their gradients."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: Any, device: Any) -> None:
+        upstream.wrapped(dmp).to(device)
+
+
+def replicated(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
+    """The parameters, by name, that every rank holds whole."""
+    return dict(in_backward_optimizer_filter(model.named_parameters()))
+
+
+def unwrap(model: nn.Module) -> BERT4Rec:
+    """The BERT4Rec inside the wrappers."""
+    while not isinstance(model, BERT4Rec):
+        model = model.module
+    return model
+
+
+def describe_shards(model: DistributedModelParallel) -> str:
+    """What the planner did with each table, such as "item row_wise fused"."""
+    shards = (item for module in model.plan.plan.values() for item in module.items())
+    return ", ".join(f"{table} {s.sharding_type} {s.compute_kernel}" for table, s in shards)

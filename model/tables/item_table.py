@@ -1,0 +1,248 @@
+"""The item table, looked up and updated by this project's kernels in few calls.
+
+    FBGEMM's lookup     sorts the ids of all rows that take part, copies the rows, updates them one
+                        by one: for any number of tables, precision and place, by dozens of calls
+    ShardedItemTable    looks up rows of one float32 table; its backward pass sums the gradients of
+                        equal ids and updates their rows
+
+The exact softmax scores every item, so every row gets a gradient in every step. In place, the
+candidates are the shard itself: only the items of the histories are looked up, their gradients are
+added to those of the candidates, and one pass over the shard updates it.
+
+FBGEMM keeps weights, optimizer state, learning rate and step count, so that TorchRec shards, saves
+and restores the table like any other. Evaluation on several ranks uses TorchRec's forward.
+
+Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R rows of the shard, D
+width.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from model.execution import ExecutionPlan
+from model.kernels import side_stream
+from model.kernels.l2_normalize import join_gradients
+from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
+from model.kernels.side_stream import Pending
+from model.network.head import CatalogSlice
+from model.tables import upstream
+from model.tables.row_exchange import RowExchange
+from model.tables.row_lookup import rows_or_zeros
+from model.tables.table_update import Step, update, update_some
+
+
+class TableShard:
+    """This rank's rows: where they are looked up and updated.
+
+    Args:
+        table: FBGEMM's module of one table with float32 rows.
+        optimizer: its fused optimizer.
+        exchange: with the other ranks.
+        scored: the items that this rank scores in place; None: candidates are looked up.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        optimizer: str,
+        exchange: RowExchange,
+        scored: CatalogSlice | None = None,
+    ) -> None:
+        (self.rows,) = table.split_embedding_weights()
+        self.exchange = exchange
+        self._states = next(iter(table.split_optimizer_states()), ())
+        self._table, self._optimizer = table, optimizer
+        self._first = 0
+        self.in_place: torch.Tensor | None = None
+        if scored is not None:
+            self._first = scored.low - exchange.low
+            self.in_place = self.rows[self._first :][: scored.high - scored.low]
+        # Adam's kernels read their rates from the device, so that one graph serves many steps.
+        self._rates: torch.Tensor | None = None
+        if optimizer == "adam":
+            self._rates = torch.zeros(2, device=self.rows.device)
+
+    def begin_step(self) -> None:
+        """Count one more step, at the learning rate that the table has now."""
+        known = self._table.optimizer_args
+        self._step = Step(
+            lr=self._table.get_learning_rate(),
+            beta1=known.beta1,
+            beta2=known.beta2,
+            eps=known.eps,
+            number=int(self._table.iter_cpu.add_(1)),
+            scale=1 / self.exchange.world_size,  # TorchRec means gradients so
+        )
+        if self._rates is not None:
+            for place, rate in zip(self._rates.unbind(), self._step.rates, strict=True):
+                place.fill_(rate)
+
+    def index(self, ids: torch.Tensor) -> SortedIndex:
+        """Where the gradients of local ids [U] go; R for -1: nowhere.
+
+        In place, the candidates come first, then the rows behind them, then those before them.
+        """
+        count, index = len(self.rows), ids
+        if self.in_place is not None:
+            index = (ids - self._first).remainder_(count)
+        if self.exchange.world_size > 1:
+            index = index.masked_fill(ids < 0, count)
+        return sort_index(index, count)
+
+    def update(
+        self,
+        index: Pending[SortedIndex],
+        of_rows: torch.Tensor,
+        of_candidates: torch.Tensor | None = None,
+    ) -> None:
+        """Do one step of the optimizer, on the side stream if one is open.
+
+        Args:
+            index: of :meth:`index`.
+            of_rows: [U, D], gradients of the rows looked up.
+            of_candidates: [C, D], of the candidates in place.
+        """
+        # A captured step is replayed many times; each replay is counted by its caller.
+        if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
+            self.begin_step()
+        side_stream.run(lambda: self._update(index, of_rows, of_candidates))
+
+    def _update(
+        self,
+        index: Pending[SortedIndex],
+        of_rows: torch.Tensor,
+        of_candidates: torch.Tensor | None,
+    ) -> None:
+        known = self._optimizer, self.rows, self._states
+        if self.in_place is None:
+            update_some(*known, index.result(), of_rows, self._step, self._rates)
+            return
+        assert of_candidates is not None
+        gradient = of_candidates.contiguous()
+        outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
+        add_rows(gradient, index.result(), of_rows, outer)
+        update(*known, gradient, outer, self._first, self._step, self._rates)
+
+
+class ShardedItemTable(ShardedEmbeddingCollection):
+    """A sharded collection of one table, trained through a :class:`TableShard`.
+
+    Args:
+        args, given: of TorchRec's class.
+        plan: with lookup "own".
+        ranks, catalog: this rank's exchange and the items that it scores.
+        draws_candidates: candidates are drawn items, exchanged as the others are; False: a range of
+            this rank's own rows.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        plan: ExecutionPlan,
+        exchange: RowExchange,
+        catalog: CatalogSlice,
+        draws_candidates: bool,
+        **given: Any,
+    ) -> None:
+        super().__init__(*args, **given)
+        scored = catalog if plan.in_place else None
+        table = upstream.fbgemm_table(self)
+        self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
+        self._draws = draws_candidates
+        # Autograd calls a backward pass only where an input requires gradients; ids do not.
+        self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Rows [T, D] and [C, D] of the features "item" and "candidate".
+
+        In training in place, the candidates are the shard's items and the features have none.
+        """
+        ids, sizes = features.values(), features.length_per_key()
+        if self.training:
+            rows = _LookUp.apply(self._trigger, self.shard, ids, sizes[0], self._draws)
+        elif self.shard.exchange.world_size > 1:
+            return super().forward(features)
+        else:
+            rows = rows_or_zeros(self.shard.rows, ids).split(sizes)
+        return with_lengths(features, rows)
+
+
+def with_lengths(
+    features: KeyedJaggedTensor, rows: tuple[torch.Tensor, ...]
+) -> dict[str, JaggedTensor]:
+    """The rows of each feature, with its lengths."""
+    lengths = features.lengths().view(len(rows), -1).unbind()
+    return {
+        name: JaggedTensor(of_name, lengths=each)
+        for name, of_name, each in zip(features.keys(), rows, lengths, strict=True)
+    }
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        trigger: torch.Tensor,
+        shard: TableShard,
+        ids: torch.Tensor,
+        num_items: int,
+        draws: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        exchange = shard.exchange
+        sent = ids if draws else ids[:num_items]
+        local = exchange.local_ids(sent)
+        count = len(local)
+        if len(ids) > len(sent):  # candidates that are rows of this shard
+            local = torch.cat([local, ids[num_items:] - exchange.low])
+        ctx.shard, ctx.draws = shard, draws
+        ctx.index = side_stream.start(lambda: shard.index(local))
+        rows = rows_or_zeros(shard.rows, local)
+        own = exchange.own_rows(rows[:count])
+        if shard.in_place is not None:
+            return own, shard.in_place.detach()
+        return own[:num_items], own[num_items:] if draws else rows[count:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_items: torch.Tensor, of_candidates: torch.Tensor
+    ) -> tuple[None, ...]:
+        shard: TableShard = ctx.shard
+        all_gradients = shard.exchange.all_gradients
+        if ctx.draws:
+            shard.update(ctx.index, all_gradients(join_gradients(of_items, of_candidates)))
+        elif shard.in_place is None:
+            shard.update(ctx.index, join_gradients(all_gradients(of_items), of_candidates))
+        else:
+            shard.update(ctx.index, all_gradients(of_items), of_candidates)
+        return (None,) * 5
+
+
+class ItemTableSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder, which makes a :class:`ShardedItemTable` of the item table.
+
+    Args:
+        fused_params: of TorchRec's class.
+        made_with: keyword arguments of :class:`ShardedItemTable`.
+    """
+
+    def __init__(self, fused_params: dict[str, Any], **made_with: Any) -> None:
+        super().__init__(fused_params=fused_params)
+        self._made_with = made_with
+
+    def shard(self, module: Any, params: Any, env: Any, *rest: Any, **more: Any) -> Any:
+        """As TorchRec's, with this project's class."""
+        device = rest[0] if rest else more.get("device")
+        return ShardedItemTable(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            module_fqn=more.get("module_fqn"),
+            **self._made_with,
+        )

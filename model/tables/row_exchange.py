@@ -1,0 +1,88 @@
+"""Rows of a row-wise sharded table for all ranks at once: every size is known beforehand.
+
+    ids of this rank [n]          --all-gather-->      ids of all ranks [U]
+    rows of this shard [U, D], zeros for ids of other shards
+                                  --reduce-scatter-->  rows of this rank [n, D]
+    backward: gradients [n, D]    --all-gather-->      [U, D]; those of the shard's rows update it
+
+TorchRec sends each id to the rank that has its row, after all ranks have told each other how many
+ids come: the fewest bytes, by many calls between which the hosts wait. Here the ranks' loaders
+agree on the sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange. It sends W
+times as many bytes, which is little between the GPUs of a host.
+
+Shapes: W ranks, n ids of a rank, U = W n, D width, R rows of the shard.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class RowExchange:
+    """The exchange of one rank; the identity if it is alone.
+
+    Attributes:
+        low: the table's row that is the shard's first.
+        rows: R.
+    """
+
+    world_size: int
+    low: int
+    rows: int
+
+    @classmethod
+    def of(cls, num_rows: int, ranks: Ranks) -> "RowExchange":
+        """The exchange of a table of ``num_rows`` rows, cut as TorchRec cuts it row-wise."""
+        block = -(-num_rows // ranks.world_size)
+        low = min(ranks.rank * block, num_rows)
+        return cls(ranks.world_size, low, min(block, num_rows - low))
+
+    def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of all ranks [U] as rows of this shard, -1 for rows of other shards.
+
+        Every rank calls it with as many ids, int64 [n].
+        """
+        if self.world_size == 1:
+            return ids
+        gathered = ids.new_empty(self.world_size * len(ids))
+        dist.all_gather_into_tensor(gathered, ids)
+        local = gathered - self.low
+        return local.masked_fill_((local < 0) | (local >= self.rows), -1)
+
+    def own_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows [n, D] of this rank's ids, of the rows [U, D] that each rank has looked up."""
+        if self.world_size == 1:
+            return rows
+        own = rows.new_empty(len(rows) // self.world_size, rows.shape[1])
+        dist.reduce_scatter_tensor(own, rows)
+        return own
+
+    def all_gradients(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradients [U, D] of all ranks' rows from those of this rank's, [n, D]."""
+        if self.world_size == 1:
+            return gradient
+        gathered = gradient.new_empty(len(gradient) * self.world_size, gradient.shape[1])
+        dist.all_gather_into_tensor(gathered, gradient.contiguous())
+        return gathered
+
+
+def agreed_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that returns the largest of each integer on all ranks.
+
+    It runs between hosts, in a process group of its own, so that the loader's thread may call it
+    beside training.
+    """
+    group = dist.new_group(backend="gloo", timeout=ranks.timeout)
+
+    def largest(sizes: np.ndarray) -> np.ndarray:
+        agreed = torch.from_numpy(sizes.astype(np.int64))
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+        return agreed.numpy()
+
+    return largest

@@ -1,0 +1,63 @@
+"""Names of TorchRec and FBGEMM that are private or unstable, and what each is needed for.
+
+Nothing else in the project uses such names of theirs, but for ``model/step/pipelines.py``.
+``tests/test_upstream.py`` fails with a sentence when an upgrade takes one away.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+
+
+def lookups(model: nn.Module) -> Iterator[nn.Module]:
+    """What looks up rows in a sharded collection: one module for each way of sharding."""
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingCollection):
+            yield from module._lookups
+
+
+def features_per_lookup(collection: ShardedEmbeddingCollection) -> list[list[str]]:
+    """Names of the features in the order in which each lookup returns their rows."""
+    return collection._embedding_names_per_sharding
+
+
+def width(collection: ShardedEmbeddingCollection) -> int:
+    """D, of a row."""
+    return collection._embedding_dim
+
+
+def fbgemm_table(collection: ShardedEmbeddingCollection) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """FBGEMM's module of a collection of one table: this rank's rows and optimizer state."""
+    (lookup,) = collection._lookups
+    (kernel,) = lookup._emb_modules
+    return kernel.emb_module
+
+
+def drop_cached_rows(model: nn.Module) -> None:
+    """Forget the rows that ``fused_uvm_caching`` keeps on the GPU: the tables were loaded anew."""
+    for lookup in lookups(model):
+        lookup.purge()
+
+
+def set_table_steps(model: nn.Module, step: int) -> None:
+    """Set the number of steps that the fused optimizers have done.
+
+    Adam corrects its averages by it. FBGEMM does not save it, and counts every lookup as a step,
+    also in an evaluation.
+    """
+    for lookup in lookups(model):
+        for table in lookup.modules():
+            for counter in ("iter", "iter_cpu"):
+                if isinstance(count := getattr(table, counter, None), torch.Tensor):
+                    count.fill_(step)
+
+
+def wrapped(model: DistributedModelParallel) -> nn.Module:
+    """What DistributedModelParallel puts into DistributedDataParallel."""
+    return model._dmp_wrapped_module

@@ -1,0 +1,120 @@
+"""Items and candidates as one KeyedJaggedTensor, the form in which TorchRec looks rows up.
+
+The model ties its output layer to the item table by looking candidates up as a second feature of
+the same table. A dense range of candidates never crosses from host to device: it is appended on the
+device, spread over the rows, because the embedding kernels work row by row. If there are few rows
+for many candidates, empty rows of items are added to hold them::
+
+    features["item"]       values   7 11  9 |  4 11      two rows, no padding
+                           lengths        3 |     2
+    features["candidate"]  values   1 2 3 4 5 | 6 7 8 9 10      candidate_range (1, 11)
+                           lengths          5 |          5
+
+Shapes: B rows, T items, C candidates.
+"""
+
+from functools import lru_cache
+from itertools import count
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+ITEM = "item"
+CANDIDATE = "candidate"
+# FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
+_CANDIDATES_A_ROW = 64
+# Ids of streams under capture; none is used twice.
+_CAPTURES = count(-1, -1)
+
+
+def jagged_items(
+    values: Tensor, lengths: Tensor, offsets: Tensor | None = None
+) -> KeyedJaggedTensor:
+    """Rows of items under the key "item".
+
+    Args:
+        values: int64 [T], the items of all rows.
+        lengths: int64 [B], items per row; sums to T.
+        offsets: int64 [B + 1], where rows begin; None: TorchRec sums the lengths when it needs to.
+    """
+    return KeyedJaggedTensor(
+        keys=[ITEM],
+        values=values,
+        lengths=lengths,
+        offsets=offsets,
+        stride=lengths.numel(),
+        # Known from the shapes; without it TorchRec sums the lengths and waits for the device.
+        length_per_key=[values.numel()],
+    )
+
+
+def with_candidates(
+    features: KeyedJaggedTensor, candidates: tuple[int, int] | Tensor
+) -> KeyedJaggedTensor:
+    """The key "item" unchanged, and candidates under the key "candidate".
+
+    Args:
+        features: key "item".
+        candidates: a half-open range of items, or items int64 [C] on the features' device.
+    """
+    values = features.values()
+    if isinstance(candidates, tuple):
+        candidates = _range(candidates, values.device, _stream_id(values.device))
+    return join_candidates(features, torch.cat([values, candidates]), candidates.numel())
+
+
+def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> KeyedJaggedTensor:
+    """The features with the last ``count`` of ``values``, int64 [T + C], as candidates."""
+    lengths, offsets = features.lengths(), features.offsets_or_none()
+    device, items = lengths.device, values.numel() - count
+    place = count, lengths.numel(), device, _stream_id(device)
+    if offsets is not None:
+        offsets = torch.cat([offsets, _ends(items, *place)])
+    lengths = torch.cat([lengths, _spread(*place)])
+    return KeyedJaggedTensor(
+        keys=[ITEM, CANDIDATE],
+        values=values,
+        lengths=lengths,
+        offsets=offsets,
+        stride=lengths.numel() // 2,
+        length_per_key=[items, count],
+    )
+
+
+# ``stream_id`` keeps the cached tensors of one CUDA stream from another stream, which would have to
+# wait until they are written.
+
+
+@lru_cache(maxsize=4)
+def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
+    """int64 [C] on ``device``; a catalog may be large, so few are cached."""
+    return torch.arange(*candidate_range, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
+    """The lengths that follow those of B rows of items: int64 [2 S - B].
+
+    Zeros for S - B more rows of items, then how many of ``count`` candidates each of S >= B rows
+    has.
+    """
+    rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
+    lengths = torch.full((2 * rows - num_rows,), count // rows, dtype=torch.int64, device=device)
+    lengths[: rows - num_rows] = 0
+    lengths[rows - num_rows :][: count % rows] += 1
+    return lengths
+
+
+@lru_cache(maxsize=64)
+def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
+    """The offsets that follow those of B rows of ``items`` items: int64 [2 S - B]."""
+    return items + _spread(count, num_rows, device, stream_id).cumsum(0)
+
+
+def _stream_id(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():  # a CUDA graph makes its own at every replay
+        return next(_CAPTURES)
+    return torch.cuda.current_stream(device).cuda_stream
