@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels import l2_normalize as unit_rows
+from model.kernels import l2_normalize
 from model.network.dense_step import _Split
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
 from model.step.graphs import replaced
@@ -16,7 +16,7 @@ def test_split_is_torch_split(temperature: float, monkeypatch: pytest.MonkeyPatc
     copied: list[int] = []
     real = torch.cat
     monkeypatch.setattr(
-        unit_rows.torch, "cat", lambda parts, *rest: copied.append(1) or real(parts, *rest)
+        l2_normalize.torch, "cat", lambda parts, *rest: copied.append(1) or real(parts, *rest)
     )
     config = HeadConfig(logit_temperature=temperature)
     head = ScoringHead(config, CatalogSlice(1, ITEMS + 1, shared=False))

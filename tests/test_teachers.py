@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.losses import linear_cross_entropy as core
-from model.losses.sharded_softmax import Opinion, linear_cross_entropy
+from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 from model.network.dense_step import DenseStep
 from model.network.distillation import Teacher, Teachers, TeachersConfig
 from model.network.encoder import EncoderConfig
@@ -22,14 +22,14 @@ from tests.conftest import ROOT, TINY, RunMain, torchrun
 SCALE = 1 / 0.07
 
 
-def opinions(positions: int, items: int, widths: list[int]) -> list[Opinion]:
+def teacher_logits(positions: int, items: int, widths: list[int]) -> list[TeacherLogits]:
     """Of cosines, so that their logits are bounded."""
     generator = torch.Generator().manual_seed(8)
     made = []
     for width in widths:
         vectors = torch.randn(positions + items, width, generator=generator, dtype=torch.float64)
         hidden, rows = F.normalize(vectors, dim=1).split([positions, items])
-        made.append(Opinion(hidden * SCALE, rows, SCALE))
+        made.append(TeacherLogits(hidden * SCALE, rows, SCALE))
     return made
 
 
@@ -44,7 +44,7 @@ def test_the_loss_by_its_formula(
     hidden, rows = torch.randn(39, 8, generator=generator, dtype=torch.float64).split([9, 30])
     targets = torch.randint(1, 31, (9,), generator=generator)
     weights = torch.rand(9, generator=generator, dtype=torch.float64)
-    scale, taught = SCALE if cosine else 1.0, opinions(9, 30, widths)
+    scale, taught = SCALE if cosine else 1.0, teacher_logits(9, 30, widths)
 
     def plain(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if cosine:
@@ -55,7 +55,7 @@ def test_the_loss_by_its_formula(
 
     def ours(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy(
-            hidden, rows, targets, 1, scale, cosine, opinions=taught, share=0.6
+            hidden, rows, targets, 1, scale, cosine, teacher_logits=taught, teacher_share=0.6
         )
 
     found, expected = [], []

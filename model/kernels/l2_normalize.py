@@ -1,7 +1,7 @@
 """Rows at length 1, as cosine scores need them, and the way back for their gradients.
 
-    unit_rows            rows -> rows / |row|, 1 / |row|          one pass over the catalog
-    unit_rows_gradient   gradient for the unit rows -> for rows   one more
+    normalize_rows            rows -> rows / |row|, 1 / |row|          one pass over the catalog
+    normalize_rows_gradient   gradient for the unit rows -> for rows   one more
 
 In plain torch each is four passes over memory, which for a catalog of 500,000 items takes longer
 than the softmax over it: on CUDA both are kernels in Triton, the compiler that comes with torch.
@@ -32,12 +32,12 @@ def sum_dtype(vectors: torch.Tensor) -> torch.dtype:
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
-def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
     unit = _lying_as(rows, dtype)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
-        _launch(_unit_rows, rows, (rows, unit, inverse), shortest=_SHORTEST)
+        _launch(_normalize_rows, rows, (rows, unit, inverse), shortest=_SHORTEST)
         return unit, inverse
     inverse = torch.linalg.vector_norm(rows, dim=1, dtype=sum_dtype(rows))
     inverse = inverse.clamp_(min=_SHORTEST).reciprocal_()
@@ -45,7 +45,7 @@ def unit_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     return unit, inverse
 
 
-def unit_rows_gradient(
+def normalize_rows_gradient(
     mixed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor
 ) -> torch.Tensor:
     """The gradient for rows of that for their unit vectors.
@@ -60,7 +60,7 @@ def unit_rows_gradient(
     """
     gradient = _lying_as(unit, scale.dtype)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
-        _launch(_unit_rows_gradient, mixed, (mixed, scale.contiguous(), unit, gradient))
+        _launch(_normalize_rows_gradient, mixed, (mixed, scale.contiguous(), unit, gradient))
         return gradient
     torch.mul(mixed, scale[:, None], out=gradient)
     along = (gradient * unit).sum(dim=1, keepdim=True)
@@ -74,7 +74,7 @@ def _lying_as(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return memory[before:].view(shape)
 
 
-def gradient_of_split(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def join_gradients(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The gradients of both parts of a tensor [T + C, D] as one.
 
     Not copied is the second where it lies behind room for the first, as made here.
@@ -105,7 +105,7 @@ def _launch(
 if triton is not None:
 
     @triton.jit
-    def _unit_rows(
+    def _normalize_rows(
         rows,
         unit,
         inverse,
@@ -126,7 +126,7 @@ if triton is not None:
         tl.store(inverse + row, shrunk, mask=row < count)
 
     @triton.jit
-    def _unit_rows_gradient(
+    def _normalize_rows_gradient(
         mixed,
         scale,
         unit,

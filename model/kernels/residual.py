@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
-from model.kernels import side_stream as aside
+from model.kernels import side_stream
 from model.kernels.dropout_bits import Dropout, dropout_options
 from model.kernels.residual_kernels import triton
 from model.kernels.segment_sum import add_rows, sort_index
@@ -149,7 +149,7 @@ class _Enter(torch.autograd.Function):
         ctx.epsilons, ctx.dropout = epsilons, dropout
         if table is not None:
             lines = len(table)
-            ctx.line = aside.begin(lambda: sort_index(line, lines))
+            ctx.line = side_stream.start(lambda: sort_index(line, lines))
         ctx.set_materialize_grads(False)
         return stream, normed
 

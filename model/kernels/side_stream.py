@@ -1,19 +1,18 @@
-"""Work off the chain of a step's kernels, on a stream of its own, while a step is captured.
+"""Run work off the critical path of a training step on a side stream of CUDA.
 
-A training step is a chain of some 250 kernels, most of which leave most of a GPU idle. What nothing
-waits for until later need not be a link of it::
+A training step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work
+whose result is needed late can run beside the chain::
 
-    chain    lookup --- encoder, head --- backward --- optimizer of the encoder --+--> next step
-    aside       \\------ sort of the ids                \\------ update of the table --/
+    main stream   lookup ---- encoder, head --- backward --- encoder's optimizer --+--> next step
+    side stream       \\------ sort of the ids      \\------ update of the table --/
 
-    with aside.opened(stream):               has ended, for the chain, when this is left
-        ahead = aside.begin(lambda: ids.sort())
+    with side_stream.running_on(stream):
+        pending = side_stream.start(lambda: ids.sort())
         ...
-        keys, order = ahead.result()         the chain waits for it
-        aside.leave(update)                  nobody waits but the end
+        keys, order = pending.result()       the main stream waits for the sort
+        side_stream.run(update)              the main stream waits only when the block ends
 
-Memory is safe because whatever the work reads is kept until the end, and what it makes is of its
-own stream, on which nothing is made before it has waited for the chain.
+Outside of ``running_on`` the same calls run on the current stream.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,64 +24,63 @@ import torch
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """Work that was begun before its result is needed; where nothing is open, done only then."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._made = None if _open is None else _open.begin(work)
-
-    def result(self) -> T:
-        """What the work makes, for the current stream, which waits for it."""
-        if self._made is None:
-            return self._work()
-        value, done = self._made
-        torch.cuda.current_stream().wait_event(done)
-        return value
-
-
-class _Aside:
+class _SideStream:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
+        # Tensors that running work reads must not be freed: the main stream could reuse them.
         self._kept: list[Callable[[], object]] = []
 
-    def begin(self, work: Callable[[], T]) -> tuple[T, torch.cuda.Event]:
-        self._kept.append(work)  # and with it what it reads
+    def start(self, work: Callable[[], T]) -> tuple[T, torch.cuda.Event]:
+        self._kept.append(work)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            value = work()
-            return value, self._stream.record_event()
+            return work(), self._stream.record_event()
 
-    def end(self) -> None:
+    def wait(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
         self._kept.clear()
 
 
-# Of the one thread that trains.
-_open: _Aside | None = None
+_side: _SideStream | None = None  # only the training thread uses it
+
+
+class Pending(Generic[T]):
+    """The result of work that runs on the side stream; without one, of work done when needed."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._started = None if _side is None else _side.start(work)
+
+    def result(self) -> T:
+        """The result, for use on the current stream, which waits for it."""
+        if self._started is None:
+            return self._work()
+        value, done = self._started
+        torch.cuda.current_stream().wait_event(done)
+        return value
 
 
 @contextmanager
-def opened(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Let work be begun on ``stream``; at the end the current stream waits for all of it."""
-    global _open
-    assert _open is None
-    _open = _Aside(stream)
+def running_on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run work on ``stream`` inside the block; at its end the current stream waits for all."""
+    global _side
+    assert _side is None
+    _side = _SideStream(stream)
     try:
         yield
-        _open.end()
+        _side.wait()
     finally:
-        _open = None
+        _side = None
 
 
-def begin(work: Callable[[], T]) -> Ahead[T]:
-    """Start work on what the current stream has made so far, which must not be changed since."""
-    return Ahead(work)
+def start(work: Callable[[], T]) -> Pending[T]:
+    """Start work on tensors that exist now and are not changed before its end."""
+    return Pending(work)
 
 
-def leave(work: Callable[[], None]) -> None:
-    """Do work of which nothing is read, and for which nothing is changed, before the end."""
-    if _open is None:
+def run(work: Callable[[], None]) -> None:
+    """Run work whose results are read, and whose inputs are changed, only after ``running_on``."""
+    if _side is None:
         work()
     else:
-        _open.begin(work)
+        _side.start(work)

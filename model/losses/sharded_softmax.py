@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.kernels import side_stream as aside
-from model.kernels.l2_normalize import unit_rows, unit_rows_gradient
+from model.kernels import side_stream
+from model.kernels.l2_normalize import normalize_rows, normalize_rows_gradient
 from model.kernels.segment_sum import add_rows, sort_index
 from model.losses.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
 
@@ -66,7 +66,7 @@ def all_gather_rows(
 
 
 @dataclass(frozen=True)
-class Opinion:
+class TeacherLogits:
     """What a teacher thinks of this rank's positions: logits, as hidden vectors and rows.
 
     Attributes:
@@ -90,8 +90,8 @@ def linear_cross_entropy(
     scale: float = 1.0,
     cosine: bool = False,
     shared: bool = False,
-    opinions: Sequence[Opinion] = (),
-    share: float = 0.0,
+    teacher_logits: Sequence[TeacherLogits] = (),
+    teacher_share: float = 0.0,
     sizes: list[int] | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
@@ -105,8 +105,8 @@ def linear_cross_entropy(
         scale: what scores are multiplied with.
         cosine: score by cosines, not dot products.
         shared: the rows are this rank's slice of the catalog, not all of it.
-        opinions: the teachers'; as many on every rank.
-        share: of the aim that is theirs together; the rest is the target's.
+        teacher_logits: the teachers'; as many on every rank.
+        teacher_share: of the aim that is theirs together; the rest is the target's.
         sizes: m of every rank, if known.
 
     Returns:
@@ -117,7 +117,16 @@ def linear_cross_entropy(
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
     return _LinearCrossEntropy.apply(
-        hidden * scale, rows, targets, low, bound, cosine, shared, opinions, share, sizes
+        hidden * scale,
+        rows,
+        targets,
+        low,
+        bound,
+        cosine,
+        shared,
+        teacher_logits,
+        teacher_share,
+        sizes,
     )
 
 
@@ -132,14 +141,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bound: float,
         cosine: bool,
         shared: bool,
-        opinions: Sequence[Opinion],
-        share: float,
+        teacher_logits: Sequence[TeacherLogits],
+        teacher_share: float,
         sizes: list[int] | None,
     ) -> torch.Tensor:
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        unit, inverse = unit_rows(rows, dtype) if cosine else (rows.to(dtype), None)
+        unit, inverse = normalize_rows(rows, dtype) if cosine else (rows.to(dtype), None)
         hidden = hidden.to(dtype)
         if shared:
             hidden, sizes = all_gather_rows(hidden, sizes)
@@ -152,17 +161,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Positions without a row here add nothing, to none: many zeros for one row take time.
         nowhere = unit.shape[0]
         index = column.masked_fill(~owned, nowhere)
-        ctx.index = aside.begin(lambda: sort_index(index, nowhere))
+        ctx.index = side_stream.start(lambda: sort_index(index, nowhere))
         column = column.clamp(0, max(0, unit.shape[0] - 1))
         target_rows = torch.zeros_like(means)
         if unit.shape[0]:
             target_rows = unit[column] * owned[:, None]
         wanted = target_logits(hidden, target_rows, bound)
         aims = target_rows
-        if opinions:
-            taught, opinions = _taught(opinions, unit, sizes)
-            aims = torch.lerp(target_rows.to(taught.dtype), taught, share)
-            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), share)
+        if teacher_logits:
+            taught, teacher_logits = _taught(teacher_logits, unit, sizes)
+            aims = torch.lerp(target_rows.to(taught.dtype), taught, teacher_share)
+            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teacher_share)
         slice_sums = log_sums
         if shared:
             log_sums, wanted = _over_slices(log_sums, wanted, len(sizes))
@@ -171,7 +180,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if shared:
             direction = _sum_scatter(direction, sizes)
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound, ctx.opinions, ctx.share = sizes, bound, opinions, share
+        ctx.sizes, ctx.bound, ctx.teacher_logits, ctx.teacher_share = (
+            sizes,
+            bound,
+            teacher_logits,
+            teacher_share,
+        )
         return _own(log_sums - wanted, sizes)
 
     @staticmethod
@@ -181,43 +195,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.sizes:
             weights, _ = all_gather_rows(weights, ctx.sizes)
         mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
-        if ctx.opinions:
+        if ctx.teacher_logits:
             mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
-        for opinion in ctx.opinions:
+        for teacher in ctx.teacher_logits:
             less, times = weighted_hidden(
-                opinion.hidden, opinion.rows, opinion.log_sums, weights, opinion.bound, hidden
+                teacher.hidden, teacher.rows, teacher.log_sums, weights, teacher.bound, hidden
             )
-            mixed.addcmul_(less, times[:, None], value=-ctx.share / len(ctx.opinions))
-        at_targets = hidden * (-weights * owned * (1 - ctx.share))[:, None]
+            mixed.addcmul_(less, times[:, None], value=-ctx.teacher_share / len(ctx.teacher_logits))
+        at_targets = hidden * (-weights * owned * (1 - ctx.teacher_share))[:, None]
         if inverse is None:
             grad_rows = mixed * factor[:, None]
         else:
-            grad_rows = unit_rows_gradient(mixed, factor * inverse, unit)
+            grad_rows = normalize_rows_gradient(mixed, factor * inverse, unit)
         if unit.shape[0]:
             if inverse is not None:
-                at_targets = unit_rows_gradient(at_targets, inverse[column], unit[column])
+                at_targets = normalize_rows_gradient(at_targets, inverse[column], unit[column])
             add_rows(grad_rows, ctx.index.result(), at_targets.to(grad_rows.dtype))
         return grad_hidden, grad_rows, *([None] * 8)
 
 
 def _taught(
-    opinions: Sequence[Opinion], unit: torch.Tensor, sizes: list[int]
-) -> tuple[torch.Tensor, list[Opinion]]:
+    teacher_logits: Sequence[TeacherLogits], unit: torch.Tensor, sizes: list[int]
+) -> tuple[torch.Tensor, list[TeacherLogits]]:
     """The mean row [W * M, D] under the teachers' probabilities, as far as this slice makes it up.
 
-    And their opinions of the positions of all ranks, with log-sum-exp over the whole catalog.
+    And their logits at the positions of all ranks, with log-sum-exp over the whole catalog.
     """
     total, gathered = torch.zeros((), device=unit.device), []
-    for opinion in opinions:
-        hidden = opinion.hidden
+    for teacher in teacher_logits:
+        hidden = teacher.hidden
         if sizes:
             hidden, _ = all_gather_rows(hidden, sizes)
-        means, log_sums = softmax_means(hidden, opinion.rows, opinion.bound, unit)
+        means, log_sums = softmax_means(hidden, teacher.rows, teacher.bound, unit)
         if sizes:
             slice_sums, log_sums = log_sums, _gathered(log_sums, len(sizes)).logsumexp(dim=0)
             means *= (slice_sums - log_sums).exp()[:, None]
-        total = total + means / len(opinions)
-        gathered.append(Opinion(hidden, opinion.rows, opinion.bound, log_sums))
+        total = total + means / len(teacher_logits)
+        gathered.append(TeacherLogits(hidden, teacher.rows, teacher.bound, log_sums))
     return total, gathered
 
 

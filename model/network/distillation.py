@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model.bert4rec import BERT4Rec
-from model.losses.sharded_softmax import Opinion
+from model.losses.sharded_softmax import TeacherLogits
 from model.network.head import CatalogSlice
 from pipeline.batches.features import CANDIDATE
 from pipeline.errors import UserError
@@ -84,7 +84,7 @@ class Teacher:
         masked: torch.Tensor,
         left_only: torch.Tensor | None,
         steps_ago: torch.Tensor | None,
-    ) -> Opinion:
+    ) -> TeacherLogits:
         """Its logits at the masked positions.
 
         Args:
@@ -95,7 +95,7 @@ class Teacher:
             items = self._items.index_select(0, ids)
             hidden = self._encoder.encode(items, offsets, masked, left_only, steps_ago)
             hidden = self._head.project(hidden) * self._head.scale
-        return Opinion(hidden.to(self._rows.dtype), self._rows, self._bound)
+        return TeacherLogits(hidden.to(self._rows.dtype), self._rows, self._bound)
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,6 @@ class Teachers:
     models: list[Teacher]
     share: float
 
-    def __call__(self, *batch: torch.Tensor | None) -> list[Opinion]:
+    def __call__(self, *batch: torch.Tensor | None) -> list[TeacherLogits]:
         """What each thinks; arguments as of :class:`Teacher`."""
         return [teacher(*batch) for teacher in self.models]

@@ -24,7 +24,7 @@ from torch import nn
 
 from model.losses import sampled as sampled_losses
 from model.losses.sampled import gbce_beta
-from model.losses.sharded_softmax import Opinion, linear_cross_entropy
+from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 from pipeline.errors import UserError
 
 NO_TARGET = 0  # the padding item
@@ -135,8 +135,8 @@ class ScoringHead(nn.Module):
         targets: torch.Tensor,
         negatives: torch.Tensor | None = None,
         log_counts: torch.Tensor | None = None,
-        opinions: Sequence[Opinion] = (),
-        share: float = 0.0,
+        teacher_logits: Sequence[TeacherLogits] = (),
+        teacher_share: float = 0.0,
         sizes: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the masked positions of all ranks.
@@ -148,7 +148,8 @@ class ScoringHead(nn.Module):
             targets: int64 [M] item ids; 0 where nothing is to be predicted.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of how often each was to be expected.
-            opinions, share: what teachers think, and how much it counts, in the exact softmax.
+            teacher_logits, teacher_share: the teachers' logits, and their share of the exact
+                softmax's loss.
             sizes: M of every rank, where the exact softmax is shared; None: they ask each other.
 
         Returns:
@@ -165,8 +166,8 @@ class ScoringHead(nn.Module):
                 scale=self.scale,
                 cosine=self.config.logit_temperature > 0,
                 shared=self.catalog.shared,
-                opinions=opinions,
-                share=share,
+                teacher_logits=teacher_logits,
+                teacher_share=teacher_share,
                 sizes=sizes,
             )
         else:

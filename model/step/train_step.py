@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 
-from model.kernels import side_stream as aside
+from model.kernels import side_stream
 from model.step.optimizers import unwrap
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.batches.train_batch import PackedBatch
@@ -109,7 +109,7 @@ class TrainStep:
         # Other threads, as the loader's, may go on allocating memory meanwhile.
         with (
             torch.cuda.graph(captured.graph, self._pool, chain, capture_error_mode="thread_local"),
-            aside.opened(beside),
+            side_stream.running_on(beside),
         ):
             captured.report = self._run(captured.like(batch))
         self._optimizer.zero_grad()  # gradients are the graph's, not to be held on to

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from model.distributed import leave
-from model.losses.sharded_softmax import Opinion, linear_cross_entropy
+from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
 SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}
@@ -57,10 +57,11 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
     hidden = hidden[own].requires_grad_()
     candidates = candidates[low - 1 : high - 1].requires_grad_()
     taught = [
-        Opinion(seen[own], rows[low - 1 : high - 1], bound) for seen, rows, bound in teachers()
+        TeacherLogits(seen[own], rows[low - 1 : high - 1], bound)
+        for seen, rows, bound in teachers()
     ]
     losses = linear_cross_entropy(
-        hidden, candidates, targets[own], low, shared=True, opinions=taught, share=0.3
+        hidden, candidates, targets[own], low, shared=True, teacher_logits=taught, teacher_share=0.3
     )
     (losses * weights[own]).sum().backward()
     found["taught"] = {

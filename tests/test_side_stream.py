@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from model.kernels import side_stream as aside
+from model.kernels import side_stream
 
 
 class _Stream:
@@ -47,21 +47,21 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_work_is_done_when_it_is_needed_where_nothing_is_open(told: list[str]) -> None:
     done = []
-    ahead = aside.begin(lambda: done.append("sorted") or 3)
+    pending = side_stream.start(lambda: done.append("sorted") or 3)
     assert not done
-    assert ahead.result() == 3
-    aside.leave(lambda: done.append("updated"))
+    assert pending.result() == 3
+    side_stream.run(lambda: done.append("updated"))
     assert done == ["sorted", "updated"]
     assert not told
 
 
 def test_what_waits_for_what(told: list[str]) -> None:
-    with aside.opened(_Stream("side", told)):
-        ahead = aside.begin(lambda: told.append("sort") or 3)
+    with side_stream.running_on(_Stream("side", told)):
+        pending = side_stream.start(lambda: told.append("sort") or 3)
         told.append("forward")
-        assert ahead.result() == 3
+        assert pending.result() == 3
         told.append("backward")
-        aside.leave(lambda: told.append("update"))
+        side_stream.run(lambda: told.append("update"))
         told.append("optimizer")
     assert told == [
         *("side waits for chain", "sort", "side is marked"),
@@ -77,10 +77,10 @@ def test_what_waits_for_what(told: list[str]) -> None:
 def test_what_is_read_is_kept_until_the_end(told: list[str]) -> None:
     def begun() -> weakref.ref[torch.Tensor]:
         gradient = torch.ones(2)
-        aside.leave(lambda: gradient.sum())
+        side_stream.run(lambda: gradient.sum())
         return weakref.ref(gradient)
 
-    with aside.opened(_Stream("side", told)):
+    with side_stream.running_on(_Stream("side", told)):
         gradient = begun()
         gc.collect()
         assert gradient() is not None
@@ -89,7 +89,7 @@ def test_what_is_read_is_kept_until_the_end(told: list[str]) -> None:
 
 
 def test_a_failure_closes_it(told: list[str]) -> None:
-    with pytest.raises(RuntimeError, match="failed"), aside.opened(_Stream("side", told)):
+    with pytest.raises(RuntimeError, match="failed"), side_stream.running_on(_Stream("side", told)):
         raise RuntimeError("failed")
-    aside.leave(lambda: told.append("done at once"))
+    side_stream.run(lambda: told.append("done at once"))
     assert told == ["done at once"]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from model.kernels.l2_normalize import gradient_of_split, unit_rows, unit_rows_gradient
+from model.kernels.l2_normalize import join_gradients, normalize_rows, normalize_rows_gradient
 
 
 def test_by_hand() -> None:
-    unit, inverse = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
+    unit, inverse = normalize_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
     assert unit.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
     assert inverse[0] == pytest.approx(0.2)
-    gradient = unit_rows_gradient(
+    gradient = normalize_rows_gradient(
         torch.tensor([[1.0, 0.0], [1.0, 2.0]]), torch.tensor([0.2, 1.0]), unit
     )
     # (I - u u^T) g / |row|: g = (1, 0), u = (.6, .8), |row| = 5
@@ -21,20 +21,20 @@ def test_is_what_autograd_says() -> None:
     rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(5, 8, dtype=torch.float64)
     (torch.nn.functional.normalize(rows, dim=-1) * weights).sum().backward()
-    unit, inverse = unit_rows(rows.detach(), torch.float64)
-    torch.testing.assert_close(unit_rows_gradient(weights, inverse, unit), rows.grad)
+    unit, inverse = normalize_rows(rows.detach(), torch.float64)
+    torch.testing.assert_close(normalize_rows_gradient(weights, inverse, unit), rows.grad)
 
 
 def test_the_gradient_of_a_tensors_end_leaves_room_for_that_of_its_beginning() -> None:
     whole, mixed, first = torch.randn(7, 4), torch.randn(5, 4), torch.randn(2, 4)
-    unit, inverse = unit_rows(whole[2:], torch.float32)
-    second = unit_rows_gradient(mixed, inverse, unit)
-    own_unit, _ = unit_rows(whole[2:].clone(), torch.float32)
-    assert torch.equal(second, unit_rows_gradient(mixed, inverse, own_unit))
+    unit, inverse = normalize_rows(whole[2:], torch.float32)
+    second = normalize_rows_gradient(mixed, inverse, unit)
+    own_unit, _ = normalize_rows(whole[2:].clone(), torch.float32)
+    assert torch.equal(second, normalize_rows_gradient(mixed, inverse, own_unit))
     expected = torch.cat([first, second])
-    joined = gradient_of_split(first, second)
+    joined = join_gradients(first, second)
     assert torch.equal(joined, expected) and joined.data_ptr() == second.data_ptr() - 2 * 4 * 4
-    assert torch.equal(gradient_of_split(first, second.clone()), expected)
+    assert torch.equal(join_gradients(first, second.clone()), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -45,13 +45,13 @@ def test_kernels_are_plain_torch(width: int, dtype: torch.dtype) -> None:
     rows, mixed = (torch.randn(1003, width, generator=generator) for _ in range(2))
     rows[7] = 0
     scale = torch.rand(1003, generator=generator)
-    unit, inverse = unit_rows(rows.double(), torch.float64)
-    found, found_inverse = unit_rows(rows.cuda(), dtype)
+    unit, inverse = normalize_rows(rows.double(), torch.float64)
+    found, found_inverse = normalize_rows(rows.cuda(), dtype)
     assert found.dtype == dtype
     limit = 1e-6 if dtype == torch.float32 else 5e-3
     assert float((found.cpu().double() - unit).norm() / unit.norm()) < limit
     rest = torch.arange(1003) != 7  # its inverse is 1e12
     torch.testing.assert_close(found_inverse.cpu()[rest].double(), inverse[rest], rtol=1e-5, atol=0)
-    expected = unit_rows_gradient(mixed.double(), scale.double(), unit)
-    gradient = unit_rows_gradient(mixed.cuda().to(dtype), scale.cuda(), found).cpu().double()
+    expected = normalize_rows_gradient(mixed.double(), scale.double(), unit)
+    gradient = normalize_rows_gradient(mixed.cuda().to(dtype), scale.cuda(), found).cpu().double()
     assert float((gradient - expected).norm() / expected.norm()) < limit
