@@ -11,14 +11,15 @@ Shapes: M masked positions, D width, V items.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
-from model.network.dense_step import DenseStep
+from model.execution import ExecutionPlan
+from model.network.dense_step import DenseStep, StepInput
+from model.network.distillation import Teachers
 from model.network.encoder import Encoder, EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
 from pipeline.batches.features import CANDIDATE, ITEM
@@ -26,17 +27,6 @@ from pipeline.batches.train_batch import TrainBatch
 
 # FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
-
-
-class Shard(Protocol):
-    """What a training step asks of a shard of its own: :mod:`model.tables.table_shard`."""
-
-    @property
-    def is_capturable(self) -> bool:
-        """Whether a CUDA graph may hold its lookups and updates."""
-
-    def count(self) -> None:
-        """One more step begins, which a graph replays."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +47,10 @@ class BERT4Rec(nn.Module):
         config: sizes.
         catalog: the slice of items that this rank scores.
         seed: of the initial weights, equal on all ranks.
-        autocast: run the dense part in bfloat16 (CUDA).
+        plan: how training steps are executed.
+        teachers: models from which it learns besides the data.
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
         left_only: histories are evaluated with left context alone, as all training rows were.
-
-    Attributes:
-        table_shard: what looks up and updates this rank's rows in training; None: FBGEMM does.
     """
 
     def __init__(
@@ -70,11 +58,13 @@ class BERT4Rec(nn.Module):
         config: ModelConfig,
         catalog: CatalogSlice,
         seed: int = 0,
-        autocast: bool = False,
+        plan: ExecutionPlan | None = None,
+        teachers: Teachers | None = None,
         table_device: str = "cpu",
         left_only: bool = False,
     ) -> None:
         super().__init__()
+        plan = plan or ExecutionPlan()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embeddings = EmbeddingCollection(
@@ -82,29 +72,26 @@ class BERT4Rec(nn.Module):
             )
             self.encoder = Encoder(config.encoder, config.max_len)
         self.head = ScoringHead(config.head, catalog, config.num_items)
-        self.dense_step = DenseStep(self.encoder, self.head)
-        self.autocast, self.left_only = autocast, left_only
-        self.table_shard: Shard | None = None
+        self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
+        self.autocast, self.left_only = plan.precision == "bf16", left_only
 
     def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
+        given = StepInput(
+            batch.row_offsets,  # those of the rows would have to be summed
+            batch.masked,
+            batch.left_only,
+            batch.steps_ago,
+            batch.targets,
+            batch.negatives,
+            batch.log_counts,
+            batch.ids,
+        )
+        items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
         # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            return self.dense_step(
-                rows[ITEM].values(),
-                rows[CANDIDATE].values(),
-                batch.row_offsets,  # those of the rows would have to be summed
-                batch.masked,
-                batch.targets,
-                batch.longest,
-                batch.left_only,
-                batch.steps_ago,
-                batch.negatives,
-                batch.log_counts,
-                batch.ids,
-                batch.alike,
-            )
+            return self.dense_step(items, candidates, given, batch.longest, batch.equal_shapes)
 
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:

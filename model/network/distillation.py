@@ -1,14 +1,14 @@
-"""Trained models that a new one learns from, besides the data (knowledge distillation).
+"""Trained models from which a new one learns, besides the data (knowledge distillation).
 
-    rows of a batch -+-> the model that is trained -> hidden [M, D] ----------------+-> loss
+    rows of a batch -+-> the model in training -> hidden [M, D] --------------------+-> loss
                      +-> each teacher: table, encoder -> hidden [M, E], logits of --+
-                         all items, their probabilities averaged over the teachers
+                         all items; their probabilities are averaged over the teachers
 
-What an item's probability is, several models trained from other seeds know better together than
-each of them alone; one model can learn most of it from them. Teachers see the very rows that the
-model sees, holes and all, without dropout; they may have other sizes, but the same catalog. Every
-rank holds them whole. After Hinton et al. (arXiv 1503.02531) at temperature 1, and born-again
-networks (arXiv 1805.04770), whose teachers are no larger than what they teach.
+An ensemble estimates item probabilities better than any of its members; distillation trains one
+model to match it. Teachers encode the same masked rows without dropout; they may have other sizes,
+but the same catalog. Every rank holds them whole. After Hinton et al. (arXiv 1503.02531) at
+temperature 1, and born-again networks (arXiv 1805.04770), whose teachers are no larger than their
+students.
 
 Shapes: T positions, M masked ones, C items of this rank's slice, E a teacher's width.
 """
@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.bert4rec import BERT4Rec
 from model.losses.sharded_softmax import TeacherLogits
-from model.network.head import CatalogSlice
-from pipeline.batches.features import CANDIDATE
+from model.network.encoder import Encoder
+from model.network.head import ScoringHead
 from pipeline.errors import UserError
 
 
@@ -53,30 +52,29 @@ class TeachersConfig:
 
 
 class Teacher:
-    """A trained model as it thinks about a training batch; no part of what is trained.
+    """A trained model; no part of the model in training.
 
     Args:
-        model: plain, with its weights; kept whole on ``device``.
-        catalog: the slice of items that this rank scores.
+        encoder, head: its own, on the device of its rows.
+        items: [V + 2, E], the rows that it encodes.
+        candidates: [C, E], the rows that score this rank's items.
         dtype: of its products.
     """
 
     def __init__(
-        self, model: BERT4Rec, catalog: CatalogSlice, device: torch.device, dtype: torch.dtype
+        self,
+        encoder: Encoder,
+        head: ScoringHead,
+        items: torch.Tensor,
+        candidates: torch.Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        tables = {
-            feature: model.embeddings.embeddings[config.name].weight.detach()
-            for config in model.embeddings.embedding_configs()
-            for feature in config.feature_names
-        }
-        self._encoder = model.encoder.to(device).eval().requires_grad_(False)
-        self._head = model.head
-        self._items = next(iter(tables.values())).to(device)
-        rows = tables[CANDIDATE][catalog.low : catalog.high].to(device)
-        self._rows = self._head.project(rows).to(dtype)
-        cosine = self._head.config.logit_temperature > 0
-        self._bound = self._head.scale if cosine else torch.inf
+        self._encoder = encoder.eval().requires_grad_(False)
+        self._head, self._items = head, items
+        self._rows = head.project(candidates).to(dtype)
+        self._bound = head.scale if head.config.logit_temperature > 0 else torch.inf
 
+    @torch.no_grad()
     def __call__(
         self,
         ids: torch.Tensor,
@@ -91,20 +89,19 @@ class Teacher:
             ids: int64 [T], the items of all rows, mask tokens among them.
             offsets, masked, left_only, steps_ago: as for :class:`~model.network.encoder.Encoder`.
         """
-        with torch.no_grad():
-            items = self._items.index_select(0, ids)
-            hidden = self._encoder.encode(items, offsets, masked, left_only, steps_ago)
-            hidden = self._head.project(hidden) * self._head.scale
+        items = self._items.index_select(0, ids)
+        hidden = self._encoder.encode(items, offsets, masked, left_only, steps_ago)
+        hidden = self._head.project(hidden) * self._head.scale
         return TeacherLogits(hidden.to(self._rows.dtype), self._rows, self._bound)
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """All teachers, and the share of the loss that is theirs."""
+    """All teachers, and the share of the loss that aims at them, in (0, 1]."""
 
     models: list[Teacher]
     share: float
 
     def __call__(self, *batch: torch.Tensor | None) -> list[TeacherLogits]:
-        """What each thinks; arguments as of :class:`Teacher`."""
+        """The logits of each; arguments as of :class:`Teacher`."""
         return [teacher(*batch) for teacher in self.models]

@@ -9,7 +9,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer
-from model.step.graphs import GraphedOptimizer
+from model.step.graphed_optimizer import GraphedOptimizer
 from model.tables.distribute import replicated
 from pipeline.errors import UserError
 

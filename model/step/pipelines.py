@@ -1,33 +1,31 @@
-"""TorchRec's train pipeline, without what one loss and few ranks do not need.
+"""TorchRec's train pipeline, in two forms.
 
-    batch i+2    copied to the device
-    batch i+1    its features exchanged between the ranks
-    batch i      looked up, forward, backward, update
+    batch i + 2    copied to the device
+    batch i + 1    its features exchanged between the ranks    (where TorchRec exchanges rows)
+    batch i        looked up, forward, backward, update
 
-Where features stay on their rank, because nothing is sharded (``--mode ddp``) or there is no other
-rank, only the copies run ahead. Where ranks look up for each other (``model/tables/gathered_rows.py``),
-the exchange of features is one call, which needs no rewriting of the model. In both cases nothing
-comes between a step's forward and its backward pass, and it is one call too (:class:`TrainStep`).
+With exchange "torchrec" of :class:`~model.execution.ExecutionPlan` TorchRec rewrites the model, so
+that the exchange of features runs a batch ahead. Otherwise only the copies run ahead: nothing comes
+between a step's forward and its backward pass, and the step is one call (:class:`TrainStep`).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 
-from model.step.optimizers import unwrap
+from model.execution import ExecutionPlan
 from model.step.train_step import Stepper, TrainStep, backward
-from model.tables.gathered_rows import GatheredRows
+from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 
 
-class _TracedPipeline(TrainPipelineSparseDist):
-    """The same pipeline for a loss that is one number: it need not be summed first."""
+class ExchangingPipeline(TrainPipelineSparseDist):
+    """TorchRec's own, for a scalar loss."""
 
     def __init__(
         self, model: DistributedModelParallel, optimizer: Stepper, device: torch.device
@@ -39,26 +37,28 @@ class _TracedPipeline(TrainPipelineSparseDist):
         backward(losses, self._one)
 
     def release(self) -> None:
-        """Give CUDA graphs up."""
+        """Drop CUDA graphs."""
         unwrap(self._model).dense_step.release()
 
 
-class _WholePipeline(TrainPipelineSparseDist):
-    """Copies, and whatever ``_distribute`` does, run ahead of steps that are one call."""
+class CopyingPipeline(TrainPipelineSparseDist):
+    """Copies batches ahead of steps that are one call.
+
+    Attributes:
+        train_step: does the steps.
+    """
 
     def __init__(
-        self, model: DistributedModelParallel, optimizer: Stepper, device: torch.device
+        self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
     ) -> None:
-        super().__init__(model, optimizer, device, execute_all_batches=True)
-        self._step = TrainStep(model, optimizer, device)
-        # Where nothing would be launched on it but waits, the steps' stream waits for the copies.
-        self._data_dist_stream = None
+        super().__init__(model, train_step, device, execute_all_batches=True)
+        self.train_step = train_step
 
     def release(self) -> None:
-        """Give CUDA graphs up."""
-        self._step.release()
+        """Drop CUDA graphs."""
+        self.train_step.release()
 
-    def progress(self, batches: Iterator[Step]) -> torch.Tensor:
+    def progress(self, batches: Iterator[PackedBatch]) -> torch.Tensor:
         """One step; its report.
 
         Raises:
@@ -66,20 +66,20 @@ class _WholePipeline(TrainPipelineSparseDist):
         """
         if not self.batches:  # the first
             self.enqueue_batch(batches)
-            self.start_sparse_data_dist(*self._next(0))
             self.enqueue_batch(batches)
         if not self.batches:
             raise StopIteration
-        _wait_for_batch(self.batches[0], self._data_dist_stream)
-        report = self._step(self.batches[0])
-        self.start_sparse_data_dist(*self._next(1))
+        _wait_for_batch(self.batches[0], self._memcpy_stream)
+        report = self.train_step(self.batches[0])
         self.enqueue_batch(batches)
         self.batches.popleft()
         self.contexts.popleft()
         return report
 
-    def copy_batch_to_gpu(self, batches: Iterator[Step]) -> tuple[Step | None, Any]:
-        """The next batch; of a step that is a graph, which cuts it by itself, still packed."""
+    def copy_batch_to_gpu(
+        self, batches: Iterator[PackedBatch]
+    ) -> tuple[PackedBatch | None, Any]:
+        """The next batch on the device, still packed: the step unpacks it."""
         context = self._create_context()
         with (
             record_function(f"## copy_batch_to_gpu {context.index} ##"),
@@ -87,51 +87,17 @@ class _WholePipeline(TrainPipelineSparseDist):
         ):
             batch = self._next_batch(batches)
             if batch is not None:
-                whole = unwrap(self._model).dense_step.is_whole
-                move = batch.copied if whole else batch.to
-                batch = move(self._device, non_blocking=True)
+                batch = batch.move(self._device, non_blocking=True)
             return batch, context
-
-    def _next(self, number: int) -> tuple[Step | None, Any]:
-        if len(self.batches) <= number:
-            return None, None
-        return self.batches[number], self.contexts[number]
-
-    def start_sparse_data_dist(self, batch: Step | None, context: Any) -> None:
-        """Wait for the batch's copy, exchange its features if they are."""
-        if batch is None:
-            return
-        with (
-            record_function(f"## start_sparse_data_dist {context.index} ##"),
-            self._stream_context(self._data_dist_stream),
-        ):
-            _wait_for_batch(batch, self._memcpy_stream)
-            self._distribute(batch)
-
-    def _distribute(self, batch: Step) -> None:
-        """Features stay on their rank."""
-
-
-class _GatheringPipeline(_WholePipeline):
-    """For ranks that look up for each other: ids are gathered a batch ahead."""
-
-    def __init__(self, exchange: GatheredRows, *args: Any) -> None:
-        super().__init__(*args)
-        self._exchange = exchange
-        if self._device.type == "cuda":
-            # Before the steps' own kernels: other ranks wait for it.
-            self._data_dist_stream = torch.cuda.Stream(priority=-2)
-
-    def _distribute(self, batch: Step) -> None:
-        self._exchange.gather(batch)
 
 
 def train_pipeline(
-    model: DistributedModelParallel, optimizer: Stepper, device: torch.device
-) -> TrainPipelineSparseDist:
-    """The pipeline for ``model``; its batches must be drained before ``detach``."""
-    given = model, optimizer, device
-    if exchange := unwrap(model).dense_step.exchange:
-        return _GatheringPipeline(exchange, *given)
-    distributes = dist.get_world_size() > 1 and any(model.plan.plan.values())
-    return (_TracedPipeline if distributes else _WholePipeline)(*given)
+    model: DistributedModelParallel,
+    optimizer: Stepper,
+    plan: ExecutionPlan,
+    device: torch.device,
+) -> ExchangingPipeline | CopyingPipeline:
+    """The pipeline for ``model``; drain its batches before ``detach``."""
+    if plan.exchange == "torchrec":
+        return ExchangingPipeline(model, optimizer, device)
+    return CopyingPipeline(model, TrainStep(model, optimizer, plan, device), device)

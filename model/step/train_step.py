@@ -1,16 +1,16 @@
-"""An optimizer step: what is done with a batch that is on its device.
+"""An optimizer step on a batch that is on its device.
 
     zero_grad -> lookup -> encoder and head -> backward, which updates the tables -> optimizer
 
-Where every part of it can be captured (``DenseStep.is_whole``), steps of one shape are one CUDA
-graph: a host that launches it once, not some hundred kernels, is no longer what a small step waits
-for.
+With graphs "step" of :class:`~model.execution.ExecutionPlan`, all steps of one shape are one CUDA
+graph, so that a small step does not wait for its host to launch some hundred kernels:
 
-    first step of a shape      as it comes: compiles kernels, makes the optimizer's state
+    first step of a shape      launched kernel by kernel: compiles them, makes the optimizer's state
     second                     captured, and replayed
-    later ones                 the batch copied to where the graph reads it, replayed
+    later ones                 copy the batch to where the graph reads it, replay
 
-In a graph, what nothing waits for runs beside the rest (:mod:`model.kernels.side_stream`).
+While a step is captured, work off the critical path goes to a side stream
+(``model/kernels/side_stream.py``).
 """
 
 from dataclasses import replace
@@ -21,17 +21,17 @@ from torch import nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 
+from model.execution import ExecutionPlan
 from model.kernels import side_stream
-from model.step.optimizers import unwrap
-from pipeline.batches.train_batch import TrainBatch
-from pipeline.batches.train_batch import PackedBatch
+from model.tables.distribute import unwrap
+from pipeline.batches.train_batch import PackedBatch, TrainBatch
 
-# Combinations of shapes; those beyond are trained as they come.
+# Steps of more combinations of shapes are launched kernel by kernel.
 _MAX_GRAPHS = 48
 
 
 class Stepper(Protocol):
-    """What a step asks of an optimizer."""
+    """The optimizer of a step."""
 
     def zero_grad(self) -> None:
         """Before a step."""
@@ -41,9 +41,9 @@ class Stepper(Protocol):
 
 
 def backward(loss: torch.Tensor, one: torch.Tensor) -> None:
-    """The backward pass of a loss that is one number, in this thread; ``one`` is its gradient.
+    """The backward pass of a scalar loss in this thread; ``one`` is its gradient.
 
-    To wake another thread for it, and to be woken again, takes a tenth of a small step.
+    Waking autograd's own thread, and waking up from it, takes a tenth of a small step.
     """
     with record_function("## backward ##"), set_multithreading_enabled(False):
         loss.backward(one)
@@ -53,45 +53,50 @@ class TrainStep:
     """Trains ``model`` on one batch a call.
 
     Args:
-        model: sharded; its loss is one number.
-        optimizer: of ``model``; where steps are captured, its learning rates are on the device.
+        model: distributed; its loss is a scalar.
+        optimizer: of ``model``; its learning rates are on the device if steps are graphs.
+
+    Attributes:
+        is_eager: launch kernels one by one for a while, to see the parts of a step.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Stepper, device: torch.device) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(
+        self, model: nn.Module, optimizer: Stepper, plan: ExecutionPlan, device: torch.device
+    ) -> None:
+        self._model, self._optimizer, self._plan = model, optimizer, plan
         self._one = torch.ones((), device=device)
-        self._seen: dict[Any, _Captured | None] = {}
+        self._captured: dict[Any, _Captured | None] = {}
         self._pool: Any = None
         self._streams: Any = None
+        self.is_eager = False
 
-    def __call__(self, batch: Step) -> torch.Tensor:
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions."""
         self._optimizer.zero_grad()
-        bert = unwrap(self._model)
-        key = _key(batch) if bert.dense_step.is_whole else None
-        if key is None or (key not in self._seen and len(self._seen) == _MAX_GRAPHS):
-            return self._run(batch.ready())
-        if key not in self._seen:
-            self._seen[key] = None
-            return self._run(batch.ready())
+        key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
+        is_full = len(self._captured) == _MAX_GRAPHS
+        if key is None or (key not in self._captured and is_full):
+            return self._launch(batch.unpack().with_candidates())
+        if key not in self._captured:
+            self._captured[key] = None
+            return self._launch(batch.unpack().with_candidates())
         with record_function("## step ##"):
-            assert bert.table_shard is not None
-            bert.table_shard.count()
-            captured = self._seen[key]
+            unwrap(self._model).embeddings.shard.begin_step()
+            captured = self._captured[key]
             if captured is None:
-                captured = self._seen[key] = self._capture(batch)
+                captured = self._captured[key] = self._capture(batch)
             return captured(batch)
 
     def release(self) -> None:
-        """Give all graphs up; communicators cannot be closed while one sends through them."""
-        for captured in self._seen.values():
+        """Drop all graphs; a communicator cannot be closed while a graph sends through it."""
+        for captured in self._captured.values():
             if captured is not None:
                 captured.graph.reset()
-        self._seen.clear()
+        self._captured.clear()
         self._pool = None  # gone with the last graph
         unwrap(self._model).dense_step.release()
 
-    def _run(self, batch: TrainBatch) -> torch.Tensor:
+    def _launch(self, batch: TrainBatch) -> torch.Tensor:
         with record_function("## forward ##"):
             loss, report = self._model(batch)
         backward(loss, self._one)
@@ -100,28 +105,27 @@ class TrainStep:
         return report
 
     def _capture(self, batch: PackedBatch) -> "_Captured":
-        # All share one pool of memory: what one step keeps is gone when another is replayed.
+        # All graphs share one memory pool: a replay overwrites what the last one kept.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # What is left aside, as an update of a whole table, would keep the chain from the GPU.
+        # The side stream has the lower priority: an update of a whole table would fill the GPU.
         self._streams = self._streams or (torch.cuda.Stream(priority=-1), torch.cuda.Stream())
-        chain, beside = self._streams
+        main, side = self._streams
         captured = _Captured(torch.cuda.CUDAGraph(), batch)
-        # Other threads, as the loader's, may go on allocating memory meanwhile.
+        # thread_local: other threads, as the loader's, may allocate memory meanwhile.
         with (
-            torch.cuda.graph(captured.graph, self._pool, chain, capture_error_mode="thread_local"),
-            side_stream.running_on(beside),
+            torch.cuda.graph(captured.graph, self._pool, main, capture_error_mode="thread_local"),
+            side_stream.running_on(side),
         ):
-            captured.report = self._run(captured.like(batch))
-        self._optimizer.zero_grad()  # gradients are the graph's, not to be held on to
+            captured.report = self._launch(captured.read_batch(batch))
+        self._optimizer.zero_grad()  # the gradients belong to the graph
         return captured
 
 
-def _key(batch: Step) -> Any:
-    """What two batches have in common that one graph can train; None: of no other."""
-    if not isinstance(batch, PackedBatch) or not batch.alike:
-        return None
+def _key(batch: PackedBatch) -> Any:
+    """The shapes that one graph can train; None: none can."""
     names, sizes = batch.packed.names, tuple(batch.packed.sizes)
-    return (names, sizes, batch.everyone is None) if sizes[names.index("targets")] else None
+    is_masked = sizes[names.index("targets")] > 0
+    return (names, sizes) if batch.equal_shapes and is_masked else None
 
 
 class _Captured:
@@ -130,20 +134,14 @@ class _Captured:
     def __init__(self, graph: torch.cuda.CUDAGraph, batch: PackedBatch) -> None:
         self.graph = graph
         self.report = torch.empty(0)
-        self._read = [given.clone() for given in _given(batch)]
+        self._words = batch.packed.words.clone()
 
-    def like(self, batch: PackedBatch) -> TrainBatch:
-        """A batch of the same shape, of what the graph reads; to be cut while it is captured."""
-        words, *everyone = self._read
-        packed = replace(batch.packed, words=words)
-        return replace(batch, packed=packed, everyone=everyone[0] if everyone else None).ready()
+    def read_batch(self, batch: PackedBatch) -> TrainBatch:
+        """A batch of the same shape whose memory is what the graph reads."""
+        packed = replace(batch.packed, words=self._words)
+        return replace(batch, packed=packed).unpack().with_candidates()
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
-        torch._foreach_copy_(self._read, _given(batch))
+        self._words.copy_(batch.packed.words)
         self.graph.replay()
         return self.report.clone()
-
-
-def _given(batch: PackedBatch) -> list[torch.Tensor]:
-    """What of a batch is not in its shape."""
-    return [batch.packed.words, *([] if batch.everyone is None else [batch.everyone])]

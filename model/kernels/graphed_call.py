@@ -1,14 +1,13 @@
-"""CUDA graphs of a training step: hundreds of kernel launches become three.
+"""A function and its backward pass as a pair of CUDA graphs: hundreds of launches become two.
 
     first call with these shapes      warm up, capture forward and backward
     every call                        copy inputs -> replay forward -> outputs
     backward                          copy the output's gradient -> replay backward -> gradients
-    optimizer                         replay clipping and update
 
-Launching a small kernel costs the host about 5 us, which is more than many of them run; a replayed
-graph is launched once. The loader's few batch shapes (``pipeline/training/shape_buckets.py``) are what makes few
-graphs do. After ``torch.cuda.make_graphed_callables``, which captures one shape and, with a thread
-that pins memory beside it, fails: its capture forbids CUDA calls to all threads.
+Launching a small kernel costs the host about 5 us, which is more than many of them run; a graph is
+one launch. The loader's few batch shapes (``pipeline/training/shape_buckets.py``) keep the graphs
+few. Like ``torch.cuda.make_graphed_callables``, but for many shapes, and in capture mode
+thread_local: the default mode fails when another thread pins memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,27 +17,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
-_WARM_UP = 2  # libraries choose their kernels, compilers compile, before the capture
+_WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
 _MAX_GRAPHS = 48
-# Inputs above this are not copied: a graph is captured for the address at which they lie.
+# Larger inputs are not copied: a graph is captured for the address at which they lie.
 _COPIED_BYTES = 64 << 20
 
 
-class StepGraphs:
+class GraphedCall:
     """Calls ``body`` through CUDA graphs, one pair of them for each combination of shapes.
 
     Args:
-        body: a function of tensors, some of them None, to one tensor, or to several of which the
-            first alone is differentiable; without host synchronisation. Random numbers continue
-            from the device's generator as they would without graphs.
-        module: whose parameters its output depends on and is to be differentiated by.
-        hooked: somebody waits for autograd to hand over the parameters' gradients, as DDP does.
-            Else they are put into ``.grad`` without it, the same tensors after every call, which
-            saves the host half of the work and lets :class:`GraphedOptimizer` follow.
-        is_loss: the output is what ``backward()`` is called on: its gradient is 1, and not looked
-            at. Not if hooked.
+        body: a function of tensors, some of them None, to one tensor, or to several of which only
+            the first is differentiable; without host synchronisation. Random numbers continue from
+            the device's generator as without graphs.
+        module: its parameters get gradients.
+        hooked: autograd hands the parameters' gradients over, as DDP's hooks need. Otherwise they
+            are written into ``.grad``, the same tensors after every call: half the host's work, and
+            a graph of the optimizer can follow.
+        is_loss: ``backward()`` is called on the output, so that its gradient is 1. Not if hooked.
     """
 
     def __init__(
@@ -81,8 +78,8 @@ class StepGraphs:
             return _Captured(
                 self._body, self._parameters, self._shared, inputs, self._pool, self._is_loss
             )
-        # Who hooks into a parameter's gradient ties it to another stream than the captured one:
-        # what is captured computes with the same memory under other names.
+        # DDP's hooks tie a parameter's gradient to another stream than the captured one: capture
+        # with parameters of other names in the same memory.
         others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
         with replaced(self._module, others):
             return _Captured(self._body, list(others.values()), None, inputs, self._pool)
@@ -233,45 +230,3 @@ class _Replay(torch.autograd.Function):
             assert parameter.grad is None or parameter.grad is grad, "gradients do not add up here"
             parameter.grad = grad
         return (None, *inputs)
-
-
-class GraphedOptimizer(OptimizerWrapper):
-    """Steps through a CUDA graph once the gradients stay at the same addresses.
-
-    Args:
-        optimizer: whose step does the same kernels every time; its learning rates are tensors on
-            the device, its state is made by the first step.
-        parameters: that it updates.
-    """
-
-    def __init__(self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]) -> None:
-        super().__init__(optimizer)
-        self._parameters = parameters
-        self._gradients: list[torch.Tensor | None] = []
-        self._steady = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Forget the gradients: every step writes them anew."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def step(self, closure: Any = None) -> None:
-        gradients = [parameter.grad for parameter in self._parameters]
-        same = len(gradients) == len(self._gradients) and all(
-            one is other for one, other in zip(gradients, self._gradients, strict=True)
-        )
-        if not same:  # a step that was not replayed
-            if self._graph is None:
-                self._gradients, self._steady = gradients, 0
-            super().step(closure)
-            return
-        self._steady += 1
-        if self._graph is None and self._steady > _WARM_UP:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                super().step(closure)
-        if self._graph is None:
-            super().step(closure)
-        else:
-            self._graph.replay()
