@@ -14,7 +14,7 @@ from pathlib import Path
 
 from model.distributed import first_rank_first, run_script, start
 from model.evaluation.evaluate import report, write_result
-from model.run.config import evaluator
+from model.run.build import evaluator
 from model.run.flags import FlagParser
 from model.run.trained import EvalFlags, TrainedRun
 from pipeline.preparation.prepare import prepare

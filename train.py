@@ -13,7 +13,8 @@ from pathlib import Path
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import export
 from model.distributed import alone, first_rank_first, run_script, start
-from model.run.config import RunConfig, build_model, build_plain_model, evaluator, train_loader
+from model.run.build import build_model, build_plain_model, evaluator, train_loader
+from model.run.config import RunConfig
 from model.run.flags import FlagParser, build, flatten
 from model.run.folder import RunFolder
 from model.run.recipes import with_recipe

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import commit, processor, versions
 from model.checkpoints.checkpoints import Checkpoints
 from model.distributed import Ranks, from_first_rank, leave, start
-from model.run.config import RunConfig, build_model
+from model.run.build import build_model
+from model.run.config import RunConfig
 from model.run.flags import FlagParser
 from model.step.optimizers import Optimizers
 from model.training.progress import Position

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.distributed import Ranks, first_rank_first, leave, start
-from model.run.config import RunConfig, build_model, train_loader
+from model.run.build import build_model, train_loader
+from model.run.config import RunConfig
 from model.run.flags import FlagParser
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline

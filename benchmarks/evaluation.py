@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor, versions
 from model.distributed import first_rank_first, run_script, start
-from model.run.config import evaluator
+from model.run.build import evaluator
 from model.run.flags import FlagParser
 from model.run.trained import EvalFlags, TrainedRun
 from model.training.profile import covered

@@ -14,7 +14,8 @@ import torch
 from benchmarks import communication
 from benchmarks.collectives import WARM_UP, per_step
 from model.distributed import Ranks
-from model.run.config import RunConfig, build_plain_model, train_loader
+from model.run.build import build_plain_model, train_loader
+from model.run.config import RunConfig
 from model.run.flags import FlagParser
 from pipeline.preparation.prepare import prepare
 from tests.conftest import torchrun
@@ -82,7 +83,7 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
     assert found["all-reduce, float32"]["mean"] == pytest.approx(4 * dense + 4)
 
     # Sizes on which nobody has agreed: of two ranks the larger counts.
-    monkeypatch.setattr("model.run.config.agreement", lambda _: lambda sizes: sizes)
+    monkeypatch.setattr("model.run.build.agreement", lambda _: lambda sizes: sizes)
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
     store, sizes = prepare(config.data), []
     for rank in (0, 1):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
-from model.run.config import build_model, train_loader
+from model.run.build import build_model, train_loader
 from model.step.optimizers import unwrap
 from model.step.pipelines import train_pipeline
 from model.tables.gathered_rows import GatheredRows

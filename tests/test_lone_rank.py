@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
-from model.run.config import build_model, train_loader
+from model.run.build import build_model, train_loader
 from model.step.optimizers import unwrap
 from model.tables.lone_rank import look_up_at_home
 from tests.workers import sharded

@@ -13,7 +13,7 @@ from torch.nn.modules.module import Module
 from torch.profiler import record_function
 
 from model.distributed import Ranks
-from model.run.config import build_plain_model
+from model.run.build import build_plain_model
 from model.training.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun

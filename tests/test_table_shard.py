@@ -13,7 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from model.distributed import Ranks
 from model.network.head import CatalogSlice, HeadConfig
-from model.run.config import build_model
+from model.run.build import build_model
 from model.tables import table_shard
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig
 from model.tables.table_shard import Lookup, TableShard, choose_lookup
@@ -141,7 +141,7 @@ def test_training_is_that_of_fbgemm(
     monkeypatch.setattr(table_shard, "ITEMS_A_POSITION", items_a_position)
     sharding = ShardingConfig("dmp", "row_wise", optimizer, 0.1)
     found = trained(sharding, one_rank, loss)
-    monkeypatch.setattr("model.run.config.choose_lookup", lambda *_: Lookup())
+    monkeypatch.setattr("model.run.build.choose_lookup", lambda *_: Lookup())
     expected = trained(sharding, one_rank, loss)
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.losses[-1] < found.losses[0] - 0.3

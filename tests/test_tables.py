@@ -10,7 +10,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from model.distributed import Ranks, alone
-from model.run import config as model_run
+from model.run import build as model_run
 from model.step.optimizers import OptimizerConfig, set_table_steps, shard
 from model.tables.sharding_plan import ShardingConfig, embedding_optimizer
 from pipeline.errors import UserError

@@ -14,7 +14,7 @@ from model.network.dense_step import DenseStep
 from model.network.distillation import Teacher, Teachers, TeachersConfig
 from model.network.encoder import EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig
-from model.run import config as run
+from model.run import build as run
 from model.run.config import RunConfig
 from pipeline.errors import UserError
 from tests.conftest import ROOT, TINY, RunMain, torchrun

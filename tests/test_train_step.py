@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from model.distributed import Ranks, seed_dropout, start
 from model.network.encoder import EncoderConfig
-from model.run.config import build_model, train_loader
+from model.run.build import build_model, train_loader
 from model.step import train_step
 from model.step.optimizers import Optimizers, unwrap
 from model.step.train_step import TrainStep
@@ -76,7 +76,7 @@ def test_a_graph_trains_what_the_launched_kernels_do(
 def test_a_graph_reads_each_batch_anew(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    monkeypatch.setattr("model.run.config.TrainLoader", partial(TrainLoader, few_shapes=True))
+    monkeypatch.setattr("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True))
     config = sharded.config_of(sharded.WAYS["row_wise"], one_rank, loss=loss)
     runs, replays = [], []
     for most in (0, 48):

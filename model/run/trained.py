@@ -17,13 +17,8 @@ from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import WEIGHTS, load_exported
 from model.distributed import Ranks, alone
 from model.network.distillation import Teacher, Teachers
-from model.run.config import (
-    WHOLE_TABLE_BYTES,
-    RunConfig,
-    build_model,
-    build_plain_model,
-    scored_slice,
-)
+from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
+from model.run.config import RunConfig
 from model.run.flags import build
 from model.training.run_log import read_config
 from pipeline.errors import UserError

@@ -45,7 +45,7 @@ def as_on_cuda() -> Iterator[None]:
     """Pipelines that are made in here take such steps, and loaders round sizes up."""
     with (
         patch("model.step.pipelines.TrainStep", Replayed),
-        patch("model.run.config.TrainLoader", partial(TrainLoader, few_shapes=True)),
+        patch("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True)),
     ):
         yield
 

@@ -25,14 +25,8 @@ from model.distributed import Ranks, leave, start
 from model.evaluation import catalog_scores
 from model.network.encoder import EncoderConfig
 from model.network.head import HeadConfig
-from model.run.config import (
-    OutputConfig,
-    RunConfig,
-    build_model,
-    build_plain_model,
-    evaluator,
-    train_loader,
-)
+from model.run.build import build_model, build_plain_model, evaluator, train_loader
+from model.run.config import OutputConfig, RunConfig
 from model.step.averaging import AveragingOptimizer
 from model.step.optimizers import OptimizerConfig, Optimizers, replicated, unwrap
 from model.step.pipelines import train_pipeline
@@ -190,7 +184,7 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
     with patch("model.tables.table_shard.ITEMS_A_POSITION", 1000):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
-    with patch("model.run.config.choose_lookup", lambda *_: Lookup()):
+    with patch("model.run.build.choose_lookup", lambda *_: Lookup()):
         model = build_model(config, NUM_ITEMS, ranks)
         runs["row_wise, sent"] = pipelined(config, model, sgd(model), ranks)
         config = config_of(WAYS["row_wise"], ranks, loss="sampled_softmax")
