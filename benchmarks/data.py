@@ -41,10 +41,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import ROOT, commit, processor, versions
+from pipeline.batches.train_batch import PackedBatch
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.batches.train_batch import PackedBatch
 from pipeline.training.windows import WindowConfig
 
 NUM_RATINGS, NUM_USERS, NUM_ITEMS, MIN_LENGTH = 20_000_000, 138_493, 26_744, 20

@@ -1,18 +1,18 @@
 """How a run is executed: decided once, before anything is built (``model/run/execution.py``).
 
-    lookup     own          the item table is looked up and updated by ``tables/item_table.py``
-               fbgemm       by FBGEMM: several tables, half precision, tables in host memory,
-                            column-wise and table-wise shards on several ranks
-               replicated   an ordinary embedding (``--mode ddp``)
-    exchange   none         one rank
-               gather       every rank looks up the ids of all ranks in its own shard; sizes are
-                            known beforehand, so a CUDA graph can hold the exchange
-               torchrec     TorchRec's all-to-all, which TrainPipelineSparseDist starts a batch ahead
-               all_reduce   replicas, whose gradients DistributedDataParallel averages
-    graphs     step         one CUDA graph from the lookup to the optimizer
-               dense        a pair of graphs for encoder and head, and one for the encoder's optimizer
-               encoder      a pair for the encoder alone; one for its optimizer unless DDP hooks in
-               none         kernels are launched one by one
+lookup     own          the item table is looked up and updated by ``tables/item_table.py``
+           fbgemm       by FBGEMM: several tables, half precision, tables in host memory,
+                        column-wise and table-wise shards on several ranks
+           replicated   an ordinary embedding (``--mode ddp``)
+exchange   none         one rank
+           gather       every rank looks up the ids of all ranks in its own shard; sizes are
+                        known beforehand, so a CUDA graph can hold the exchange
+           torchrec     TorchRec's all-to-all, which TrainPipelineSparseDist starts a batch ahead
+           all_reduce   replicas, whose gradients DistributedDataParallel averages
+graphs     step         one CUDA graph from the lookup to the optimizer
+           dense        a pair of graphs for encoder and head, and one for the encoder's optimizer
+           encoder      a pair for the encoder alone; one for its optimizer, but not in ddp
+           none         kernels are launched one by one
 """
 
 from dataclasses import dataclass
@@ -70,9 +70,11 @@ class ExecutionPlan:
 
     @property
     def has_static_gradients(self) -> bool:
-        """Whether graphs leave the encoder's gradients at the same addresses, step by step."""
-        wrapped_by_ddp = self.exchange == "all_reduce"
-        return self.graphs == "dense" or (self.graphs == "encoder" and not wrapped_by_ddp)
+        """Whether graphs leave the encoder's gradients at the same addresses, step by step.
+
+        Not in ddp: autograd hands all gradients over, those of the tables among them.
+        """
+        return self.graphs in ("dense", "encoder") and not self.is_replicated
 
     def describe(self, shards: str) -> str:
         """One line for the log.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.batches.features import jagged_items
 from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import TrainBatch
 
 CPU = torch.device("cpu")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from model.step.graphs import replaced
 
 from model.kernels import l2_normalize
 from model.network.dense_step import _Split
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
-from model.step.graphs import replaced
 
 POSITIONS, ITEMS, WIDTH = 6, 40, 8
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from model.tables.gathered_rows import GatheredRows
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
 from model.run.build import build_model, train_loader
 from model.step.optimizers import unwrap
 from model.step.pipelines import train_pipeline
-from model.tables.gathered_rows import GatheredRows
 from model.tables.sharding_plan import ShardingConfig
 from pipeline.batches.features import ITEM, jagged_items
 from pipeline.batches.train_batch import TrainBatch

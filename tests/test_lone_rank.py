@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from model.tables.lone_rank import look_up_at_home
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
 from model.run.build import build_model, train_loader
 from model.step.optimizers import unwrap
-from model.tables.lone_rank import look_up_at_home
 from tests.workers import sharded
 from tests.workers.sharded import NUM_ITEMS, WAYS, histories, sgd
 

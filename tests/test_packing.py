@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from pipeline.batches.features import jagged_items
-from pipeline.batches.train_batch import TrainBatch
 from pipeline.batches.packing import as_bools, as_floats, float_pairs, pack
-from pipeline.batches.train_batch import PackedBatch
+from pipeline.batches.train_batch import PackedBatch, TrainBatch
 
 CPU = torch.device("cpu")
 TENSORS = ("masked", "targets", "left_only", "steps_ago", "negatives", "log_counts")

@@ -10,13 +10,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
+from model.tables.table_shard import Lookup, TableShard, choose_lookup
 
 from model.distributed import Ranks
 from model.network.head import CatalogSlice, HeadConfig
 from model.run.build import build_model
 from model.tables import table_shard
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig
-from model.tables.table_shard import Lookup, TableShard, choose_lookup
 from model.tables.table_update import UPDATES, Step, update
 from pipeline.batches.features import jagged_items
 from tests.conftest import RunMain, whole_and_in_parts

@@ -34,8 +34,8 @@ from model.evaluation.metrics import format_table, means, metric_sums
 from model.losses.sharded_softmax import all_gather_rows
 from model.network.head import CatalogSlice
 from model.step.optimizers import unwrap
-from pipeline.batches.features import ITEM
 from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
 
 # Bounds the block of users x items that is scored at once: 256 MiB of float32.

@@ -13,12 +13,12 @@ from torchrec.distributed import DistributedModelParallel
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.distributed import Ranks
 from model.evaluation.evaluate import Result, evaluate
+from model.execution import ExecutionPlan
+from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice
 from model.run.config import RunConfig
-from model.step.optimizers import shard, unwrap
-from model.tables.gathered_rows import agreement
-from model.tables.table_shard import Lookup, choose_lookup
-from pipeline.errors import UserError
+from model.tables.distribute import distribute
+from model.tables.row_exchange import agreed_sizes
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
@@ -28,7 +28,13 @@ from pipeline.training.negatives import SharedNegatives
 WHOLE_TABLE_BYTES = 4 << 30
 
 
-def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4Rec:
+def build_plain_model(
+    config: RunConfig,
+    num_items: int,
+    ranks: Ranks,
+    plan: ExecutionPlan | None = None,
+    teachers: Teachers | None = None,
+) -> BERT4Rec:
     """An unsharded model with the seed's initial weights, the same on every rank."""
     model_config = ModelConfig(
         num_items,
@@ -37,59 +43,36 @@ def build_plain_model(config: RunConfig, num_items: int, ranks: Ranks) -> BERT4R
         config.head,
         config.sharding.table_precision,
     )
-    precision = config.output.precision
-    autocast = precision == "bf16" or (precision == "auto" and ranks.device.type == "cuda")
-    if autocast and ranks.device.type != "cuda":
-        raise UserError("--precision bf16 needs CUDA: leave it out on CPU, where it is slower")
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
     return BERT4Rec(
         model_config,
         scored_slice(config, num_items, ranks),
         seed=config.loader.seed,
-        autocast=autocast,
+        plan=plan,
+        teachers=teachers,
         table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
         left_only=config.mask.left_context_share == 1,
     )
 
 
-def build_model(config: RunConfig, num_items: int, ranks: Ranks) -> DistributedModelParallel:
+def build_model(
+    config: RunConfig,
+    num_items: int,
+    ranks: Ranks,
+    plan: ExecutionPlan,
+    teachers: Teachers | None = None,
+) -> DistributedModelParallel:
     """The model, sharded or replicated over the ranks."""
-    model = shard_model(config, build_plain_model(config, num_items, ranks), ranks)
-    if unwrap(model).autocast and config.output.acceleration != "none":
-        # A replicated table gets its gradients from autograd, not from what the graphs write.
-        hooked = config.sharding.mode == "ddp"
-        alone = ranks.world_size == 1 and not hooked
-        compiled = config.output.acceleration == "compile"
-        shard = unwrap(model).table_shard
-        capturable = shard is not None and shard.is_capturable
-        unwrap(model).dense_step.accelerate(compiled, alone, hooked, capturable)
-    return model
-
-
-def shard_model(config: RunConfig, plain: BERT4Rec, ranks: Ranks) -> DistributedModelParallel:
-    """``plain`` sharded or replicated over the ranks, as the config says."""
+    plain = build_plain_model(config, num_items, ranks, plan, teachers)
     rows = config.loader.train_batch_size
-    lookup = _lookup(config, plain.head.num_items, ranks)
-    return shard(plain, config.sharding, config.optimizer, rows, ranks, lookup)
+    return distribute(plain, plan, config.sharding, config.optimizer.beta2, rows, ranks)
 
 
-def _lookup(config: RunConfig, num_items: int, ranks: Ranks) -> Lookup:
-    longest = config.windows.max_len * (1 + config.mask.two_stream)
-    positions, drawn = config.loader.train_batch_size * longest, 0
-    if config.head.loss != "softmax":  # every position's target, and the negatives
-        drawn = positions + config.negatives.train_negatives
-    width = config.encoder.emb_dim
-    given = config.sharding, config.head, num_items, width, positions, drawn
-    return choose_lookup(*given, ranks)
-
-
-def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> TrainLoader:
+def train_loader(
+    config: RunConfig, store: SequenceStore, ranks: Ranks, plan: ExecutionPlan
+) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
-    low, high = catalog.low, catalog.high
-    lookup = _lookup(config, store.num_items, ranks)
-    if lookup.in_place:
-        high = low  # nothing to look up: the table itself is scored
     return TrainLoader(
         store,
         config.windows,
@@ -97,17 +80,18 @@ def train_loader(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Train
         config.loader,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        candidate_range=(low, high),
+        # In place there is nothing to look up: the table itself is scored.
+        candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
-        agree=agreement(ranks) if lookup.gathered else None,
+        agree=agreed_sizes(ranks) if plan.exchange == "gather" else None,
     )
 
 
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:
-    """What draws the negatives of the loss, if it wants any."""
+    """The sampler of a sampled loss."""
     if config.head.loss == "softmax":
         return None
-    # One more of each: an item that nobody rated in training must be drawn sometimes.
+    # One more of each, so that an item without training ratings is drawn sometimes.
     weights = store.train_item_counts[1:-1] + 1 if config.head.loss != "gbce" else None
     count, seed = config.negatives.train_negatives, config.loader.seed
     return SharedNegatives(count, store.num_items, seed, weights)

@@ -76,9 +76,7 @@ class CopyingPipeline(TrainPipelineSparseDist):
         self.contexts.popleft()
         return report
 
-    def copy_batch_to_gpu(
-        self, batches: Iterator[PackedBatch]
-    ) -> tuple[PackedBatch | None, Any]:
+    def copy_batch_to_gpu(self, batches: Iterator[PackedBatch]) -> tuple[PackedBatch | None, Any]:
         """The next batch on the device, still packed: the step unpacks it."""
         context = self._create_context()
         with (

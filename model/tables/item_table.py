@@ -208,9 +208,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_items: torch.Tensor, of_candidates: torch.Tensor
-    ) -> tuple[None, ...]:
+    def backward(ctx: Any, of_items: torch.Tensor, of_candidates: torch.Tensor) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
         all_gradients = shard.exchange.all_gradients
         if ctx.draws:

@@ -152,7 +152,7 @@ def column_width(width: int, world_size: int) -> int:
     )
 
 
-def embedding_optimizer(config: ShardingConfig, device: torch.device) -> str:
+def table_optimizer(config: ShardingConfig, device: torch.device) -> str:
     """The tables' optimizer in dmp. FBGEMM's fused Adam is one of float32 tables on CUDA.
 
     Raises:

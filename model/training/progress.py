@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
-from pipeline.batches.train_batch import PackedBatch
 
 # Seconds between two questions to a GPU that is a few steps behind.
 _PAUSE = 5e-5

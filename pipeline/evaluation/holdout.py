@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torchdata.nodes import IterableWrapper, Mapper, Prefetcher
 
-from pipeline.batches.features import jagged_items
 from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore

@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode, Prefetcher
 
+from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import Chunk, ShuffledSamples
 from pipeline.training.shape_buckets import RoundUp, rounding_unit
-from pipeline.batches.train_batch import PackedBatch
 from pipeline.training.to_tensors import ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowConfig, WindowTable

@@ -1,10 +1,10 @@
 """From chunks of several steps to the steps' batches.
 
-    Chunk            values [..step 0..|..step 1..|..step 2..]    one NumPy array each
-      ToTensors      one page-locked tensor for the chunk (``pipeline/batches/packing.py``)
-    PackedSteps
-      batches        a slice each, without a copy
-    PackedBatch, PackedBatch, PackedBatch
+Chunk            values [..step 0..|..step 1..|..step 2..]    one NumPy array each
+  ToTensors      one page-locked tensor for the chunk (``pipeline/batches/packing.py``)
+PackedSteps
+  batches        a slice each, without a copy
+PackedBatch, PackedBatch, PackedBatch
 """
 
 from collections.abc import Iterator

@@ -12,8 +12,8 @@ import torch
 
 from model.step.optimizers import unwrap
 from model.step.train_step import TrainStep, _Captured
-from pipeline.training.loader import TrainLoader
 from pipeline.batches.train_batch import PackedBatch
+from pipeline.training.loader import TrainLoader
 
 
 class _Again:

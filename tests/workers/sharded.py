@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from model.tables.table_shard import Lookup
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -31,7 +32,6 @@ from model.step.averaging import AveragingOptimizer
 from model.step.optimizers import OptimizerConfig, Optimizers, replicated, unwrap
 from model.step.pipelines import train_pipeline
 from model.tables.sharding_plan import ShardingConfig
-from model.tables.table_shard import Lookup
 from pipeline.batches.features import ITEM, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import LoaderConfig

@@ -1,0 +1,107 @@
+"""Decides how a run is executed, from its flags, its catalog and its device."""
+
+import torch
+
+from model.distributed import Ranks
+from model.execution import ExecutionPlan
+from model.kernels import varlen_attention
+from model.run.config import RunConfig
+from model.step.optimizers import OptimizerConfig
+from model.tables.sharding_plan import ShardingConfig, table_optimizer
+from model.tables.table_update import UPDATES
+from pipeline.errors import UserError
+
+# A catalog of fewer items than a step has positions is cheap to copy: it is looked up to be scored.
+ITEMS_A_POSITION = 1
+# Gathering sends the rows of all ranks to each; above this, TorchRec's all-to-all is worth its calls.
+GATHERED_BYTES = 256 << 20
+
+
+def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
+    """The plan of a run; the same on every rank.
+
+    Args:
+        num_items: V.
+
+    Raises:
+        UserError: the device cannot do what the flags say.
+    """
+    precision = _precision(config, ranks.device)
+    replicated = config.sharding.mode == "ddp"
+    optimizer = "adam" if replicated else table_optimizer(config.sharding, ranks.device)
+    if ranks.device.type != "cuda" and config.sharding.compute_kernel != "fused":
+        raise UserError(
+            f"--compute_kernel {config.sharding.compute_kernel} needs CUDA: on CPU, tables are in "
+            "the host's memory anyway"
+        )
+    own = not replicated and _has_own_lookup(config, optimizer, num_items, ranks)
+    several = ranks.world_size > 1
+    exchange = "none"
+    if several:
+        exchange = "all_reduce" if replicated else "gather" if own else "torchrec"
+    positions, _ = _positions_and_draws(config)
+    in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
+    graphs = "none"
+    if precision == "bf16" and config.output.acceleration != "none" and _has_fast_attention(config):
+        if own and optimizer == "adam":
+            graphs = "step"
+        else:
+            graphs = "dense" if exchange == "gather" or not (several or replicated) else "encoder"
+    return ExecutionPlan(
+        lookup="replicated" if replicated else "own" if own else "fbgemm",
+        exchange=exchange,
+        graphs=graphs,
+        in_place=in_place,
+        precision=precision,
+        table_optimizer=optimizer,
+        table_lr=_table_lr(config.sharding, config.optimizer, optimizer),
+    )
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
+    if config.output.precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if config.output.precision == "bf16" and device.type != "cuda":
+        raise UserError("--precision bf16 needs CUDA: leave it out on CPU, where it is slower")
+    return config.output.precision
+
+
+def _has_own_lookup(config: RunConfig, optimizer: str, num_items: int, ranks: Ranks) -> bool:
+    """Whether this project's kernels can look the table up and update it."""
+    sharding = config.sharding
+    if (sharding.table_precision, sharding.compute_kernel) != ("fp32", "fused"):
+        return False
+    if config.head.head != "tied" or optimizer not in UPDATES:
+        return False
+    if ranks.world_size == 1:
+        return True
+    block = -(-(num_items + 2) // ranks.world_size)
+    no_rank_without_rows = block * (ranks.world_size - 1) < num_items + 2
+    sent = 4 * config.encoder.emb_dim * sum(_positions_and_draws(config)) * ranks.world_size
+    return sharding.sharding == "row_wise" and sent <= GATHERED_BYTES and no_rank_without_rows
+
+
+def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
+    """Of a rank's training batch, at most: positions, and items that it scores besides."""
+    longest = config.windows.max_len * (1 + config.mask.two_stream)
+    positions = config.loader.train_batch_size * longest
+    if config.head.loss == "softmax":
+        return positions, 0
+    return positions, positions + config.negatives.train_negatives  # the targets, and the negatives
+
+
+def _has_fast_attention(config: RunConfig) -> bool:
+    return varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
+
+
+def _table_lr(sharding: ShardingConfig, config: OptimizerConfig, optimizer: str) -> float:
+    """The tables' peak learning rate.
+
+    Adagrad divides by the root of all squared gradients so far, not of recent ones, so its steps
+    shrink from the start; it needs a larger rate than Adam.
+    """
+    if sharding.embedding_lr is not None:
+        return sharding.embedding_lr
+    if sharding.mode == "dmp" and "adagrad" in optimizer:
+        return 20 * config.lr
+    return config.lr
