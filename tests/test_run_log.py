@@ -114,7 +114,7 @@ def test_a_resume_that_cannot_write_leaves_the_log_as_it_was(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("model.checkpoints.manifest.os.fsync", full)
+    monkeypatch.setattr("pipeline.files.os.fsync", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         RunLog(tmp_path, total=9, step=2)
     assert path.read_text() == LINES

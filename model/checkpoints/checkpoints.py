@@ -33,12 +33,13 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
 from model.checkpoints.safe_reader import SafeReader
-from model.checkpoints.writer import CheckpointWriter, Underway, aside_of, host_copy
+from model.checkpoints.writer import CheckpointWriter, Underway, host_copy
 from model.distributed import Ranks, from_first_rank
 from model.step.optimizers import Optimizers, drop_cached_rows, set_table_steps
 from model.training.agreement import GONE
 from model.training.progress import Position
 from pipeline.errors import UserError
+from pipeline.files import aside_of, remove_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
 # The portable form of the best model in a run folder, written when training is over.
@@ -207,11 +208,7 @@ class Checkpoints:
         shutil.rmtree(self.run_dir / PORTABLE, ignore_errors=True)
         keep = {*self.steps()[-self._config.keep_last :], position.best_step}
         for step in set(self.steps()) - keep:
-            # Out of sight first: a half-deleted folder must not look like a checkpoint.
-            with contextlib.suppress(OSError):
-                self.path(step).rename(self.folder / f".{self.path(step).name}.old")
-        for outdated in self.folder.glob(".*.old"):
-            shutil.rmtree(outdated, ignore_errors=True)
+            remove_folder(self.path(step))
 
     # Reading ----------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ exported/
 Any program that reads safetensors can load it, without this one and without TorchRec.
 """
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from model.checkpoints.manifest import sync_folder
 from model.checkpoints.safe_reader import SafeReader
 from pipeline.errors import UserError
+from pipeline.files import aside_of, publish, sync, sync_files
 from pipeline.preparation.catalog import Catalog
 
 WEIGHTS = "model.safetensors"
@@ -51,7 +50,7 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
     dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
     weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
     for folder in folders:
-        aside = folder.with_name(f".{folder.name}.part")
+        aside = aside_of(folder)
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -69,17 +68,14 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
 
 def _move(aside: Path, folder: Path) -> None:
     """Make ``aside`` be ``folder``, durably."""
-    files = sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS)
-    for path in files:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        for path in files:
-            path.replace(folder / path.name)
-        aside.rmdir()
-    else:
-        aside.rename(folder)
-    sync_folder(folder.parent)
+    sync_files(aside)
+    if not folder.exists():
+        publish(aside, folder)
+        return
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
+        path.replace(folder / path.name)
+    sync(folder)
+    aside.rmdir()
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:

@@ -1,28 +1,24 @@
 """Manifests: how a checkpoint proves that it is whole.
 
-    step-00001200/
-        .metadata  __0_0.distcp  __1_0.distcp     written by torch.distributed.checkpoint
-        manifest.json                             names, sizes and checksums of those, and of itself
+step-00001200/
+    .metadata  __0_0.distcp  __1_0.distcp     written by torch.distributed.checkpoint
+    manifest.json                             names, sizes and checksums of those, and of itself
 
-    {"format": 1, "position": {"step": 1200, "epoch": 3, "sample": 51200, ...},
-     "recorded": {"flags": {...}, "versions": {...}}, "world_size": 2,
-     "files": {"__0_0.distcp": {"size": 122987, "crc32": 2893481}, ...}, "crc32": 713705}
-
-CRC-32 finds every flipped byte and every cut, at the speed of the disk. It is against faulty
-storage, not against forgery.
+{"format": 1, "position": {"step": 1200, "epoch": 3, "sample": 51200, ...},
+ "recorded": {"flags": {...}, "versions": {...}}, "world_size": 2,
+ "files": {"__0_0.distcp": {"size": 122987, "crc32": 2893481}, ...}, "crc32": 713705}
 """
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import size_and_crc32, write_json
 
 FORMAT = 1
 NAME = "manifest.json"
-_BLOCK = 1 << 20
 
 
 class DamagedError(Exception):
@@ -87,37 +83,8 @@ def verify(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, sync, rename: the file is the old one or the new one, never a half."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _describe(path: Path) -> dict[str, int]:
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return {"size": size, "crc32": checksum}
+    return dict(zip(("size", "crc32"), size_and_crc32(path), strict=True))
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -10,7 +10,6 @@ while training uses the others; two threads in one group would mix up each other
 
 import copy
 import dataclasses
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
-from model.checkpoints.manifest import describe_files, sync_folder, write_manifest
+from model.checkpoints.manifest import describe_files, write_manifest
 from model.distributed import Ranks, from_first_rank
 from model.training.progress import Position
 from pipeline.errors import UserError
+from pipeline.files import aside_of, publish, remove_leftovers
 
 
 class CheckpointWriter:
@@ -53,8 +53,7 @@ class CheckpointWriter:
     def _clear(self, aside: Path) -> None:
         """Make an empty folder to write into; remove what earlier interruptions left."""
         self.folder.mkdir(exist_ok=True)
-        for left_over in (*self.folder.glob(".*.part"), *self.folder.glob(".*.old")):
-            shutil.rmtree(left_over, ignore_errors=True)
+        remove_leftovers(self.folder)
         aside.mkdir()
 
     def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
@@ -84,10 +83,7 @@ class CheckpointWriter:
                 "files": files,
             },
         )
-        if final.exists():
-            final.rename(final.with_name(f".{final.name}.old"))
-        aside.rename(final)
-        sync_folder(self.folder)
+        publish(aside, final)
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         """Run on rank 0; its OSError is raised on every rank, so that none waits for it."""
@@ -99,11 +95,6 @@ class CheckpointWriter:
                 raise UserError(error.strerror or str(error)) from error
 
         from_first_rank(self._ranks, reported, self._group)
-
-
-def aside_of(final: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return final.with_name(f".{final.name}.part")
 
 
 class Underway(threading.Thread):

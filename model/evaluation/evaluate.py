@@ -17,7 +17,6 @@ Shapes: U users of all ranks in one block, C items of this rank's slice, or of a
 width, N negatives.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -37,6 +36,7 @@ from model.step.optimizers import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
+from pipeline.files import write_json
 
 # Bounds the block of users x items that is scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
@@ -243,10 +243,8 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
         UserError: the folder cannot be written.
     """
     path = folder / f"eval_{split}.json"
-    aside = path.with_suffix(".json.part")
     try:
-        aside.write_text(json.dumps(result, indent=2) + "\n")
-        aside.replace(path)
+        write_json(path, result)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -4,7 +4,6 @@ folder = RunFolder(config, ranks, store)     refuses another run's folder, resum
 folder.record(config)                        config.json and the catalog
 """
 
-import fcntl
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from model.run.config import RunConfig
 from model.run.flags import flatten
 from model.training.run_log import read_config, write_config
 from pipeline.errors import UserError
+from pipeline.files import lock
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
@@ -70,15 +70,13 @@ class RunFolder:
             _check_export(Path(config.output.export_root), path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-        except OSError as error:
-            raise _unwritable("--run_dir", path, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock(path / ".lock", wait=False)
         except BlockingIOError as error:
             raise UserError(
                 f"--run_dir {path} is in use by another run: wait for it or choose another folder"
             ) from error
+        except OSError as error:
+            raise _unwritable("--run_dir", path, error) from error
         if (path / WEIGHTS).exists():
             raise UserError(f"--run_dir {path} is an exported model: choose another folder")
         if (path / "config.json").exists():

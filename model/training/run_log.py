@@ -21,9 +21,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.checkpoints.manifest import write_json, write_text
 from model.evaluation.evaluate import Result, report, write_result
 from pipeline.errors import UserError
+from pipeline.files import write_json, write_text
 
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 

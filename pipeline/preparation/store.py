@@ -7,22 +7,15 @@
         catalog.parquet   original id, title and training count of item 1, 2, ..., V
         users.parquet     original id of user 0, 1, ..., U-1
 
-A store is written aside, synced and renamed into its place in one step, so it is complete or
-absent. `open_or_build` lets one process build it while the others wait for its lock and then reuse
-what was built:
+A store is complete or absent (`pipeline/files.py`). `open_or_build` lets one process build it while
+the others wait for its lock and then reuse what was built:
 
     store = open_or_build(Path("stores/mine"), fingerprint, build)   # build() -> SequenceStore
     store.items[store.offsets[7] : store.offsets[8]]                 # user 7's history
 """
 
-import fcntl
 import json
-import logging
-import os
-import shutil
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,14 +23,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn
+from pipeline.files import lock, size_and_crc32, whole_folder, write_json
 from pipeline.preparation.catalog import Catalog
 
 FORMAT_VERSION = 1
 _ARRAYS = ("items.npy", "offsets.npy")
 _MANIFEST_KEYS = {"num_items", "counts", "best_possible", "fingerprint", "files"}
 _BLOCK = 1 << 22  # ids looked at together, so that counting never copies the whole store
-_log = logging.getLogger(__name__)
 
 
 class SequenceStore:
@@ -110,7 +103,11 @@ class SequenceStore:
         path = Path(path)
         manifest = _read_manifest(path)
         for name, (size, checksum) in manifest["files"].items():
-            if _size_and_checksum(path / name) != (size, checksum):
+            try:
+                whole = size_and_crc32(path / name) == (size, checksum)
+            except OSError:
+                whole = False
+            if not whole:
                 raise UserError(f"{path / name} is damaged: delete the folder to have it rebuilt")
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
         store = cls(
@@ -171,7 +168,7 @@ class SequenceStore:
         return counts
 
     def write(self, path: Path) -> None:
-        """Write the store's files into an existing, empty folder, each synced to the disk."""
+        """Write the store's files into an existing, empty folder."""
         for name, array in zip(_ARRAYS, (self.items, self.offsets), strict=True):
             np.save(path / name, array, allow_pickle=False)
         self.catalog.write_to(path)
@@ -184,11 +181,9 @@ class SequenceStore:
             "best_possible": self.best_possible,
             "fingerprint": self.fingerprint,
             "catalog": self.catalog_fingerprint,
-            "files": {file.name: _size_and_checksum(file) for file in sorted(path.iterdir())},
+            "files": {file.name: size_and_crc32(file) for file in sorted(path.iterdir())},
         }
-        (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        for file in (*path.iterdir(), path):
-            _sync(file)
+        write_json(path / "manifest.json", manifest)
 
 
 def open_or_build(
@@ -206,7 +201,7 @@ def open_or_build(
         if store is not None:
             return store
         path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(path):
+        with lock(path.parent / f".{path.name}.lock"):
             return _open_if_current(path, fingerprint) or _build(path, fingerprint, build)
     except OSError as error:
         raise UserError(
@@ -218,26 +213,11 @@ def open_or_build(
 def _build(
     path: Path, fingerprint: dict[str, Any], build: Callable[[], SequenceStore]
 ) -> SequenceStore:
-    _remove_leftovers(path)
     store = build()
     store.fingerprint = fingerprint
-    aside = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        aside.mkdir()
+    with whole_folder(path) as aside:
         store.write(aside)
-        if path.exists():
-            path.rename(path.parent / f".{path.name}.{os.getpid()}.old.tmp")
-        aside.rename(path)
-        _sync(path.parent)
-    finally:
-        _remove_leftovers(path)
     return SequenceStore.open(path)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Delete what killed builders of this store left; only the lock's holder may do so."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _open_if_current(path: Path, fingerprint: dict[str, Any]) -> SequenceStore | None:
@@ -245,22 +225,9 @@ def _open_if_current(path: Path, fingerprint: dict[str, Any]) -> SequenceStore |
         store = SequenceStore.open(path)
     except UserError as error:
         if path.exists():
-            _log.warning("%s; preparing the data again", error)
+            warn(f"{error}; preparing the data again")
         return None
     return store if store.fingerprint == fingerprint else None
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock of what is written to `path`; other processes wait here until it is free."""
-    # The lock file stays: deleting it would let two processes hold locks on two files of one name.
-    with (path.parent / f".{path.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that prepares %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -286,22 +253,3 @@ def _check(items: np.ndarray, offsets: np.ndarray, num_items: int, where: str) -
         raise UserError(f"{where}: offsets must not decrease")
     if len(items) and not 1 <= items.min() <= items.max() <= num_items:
         raise UserError(f"{where}: item ids must be in 1..{num_items}")
-
-
-def _size_and_checksum(file: Path) -> tuple[int, int]:
-    size = checksum = 0
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                size, checksum = size + len(block), zlib.crc32(block, checksum)
-    except OSError:
-        return 0, -1
-    return size, checksum
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

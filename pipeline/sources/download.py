@@ -7,7 +7,6 @@ folder is whole. Licences forbid handing the data on; see the README inside each
 """
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.preparation.store import exclusive
+from pipeline.files import lock, whole_file
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 # As published beside each archive (NAME.zip.md5).
@@ -42,7 +41,7 @@ def download(name: str, folder: Path) -> Path:
         return archive
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(archive):
+        with lock(folder / f".{archive.name}.lock"):
             if not archive.exists():
                 _fetch(f"{GROUPLENS}/{name}.zip", archive, CHECKSUMS[name])
     except urllib.error.URLError as error:
@@ -53,31 +52,24 @@ def download(name: str, folder: Path) -> Path:
 
 
 def _fetch(url: str, archive: Path, checksum: str) -> None:
-    part = archive.with_name(archive.name + ".part")
     digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with (
-            urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
-            part.open("wb") as file,
-            tqdm(
-                total=int(response.headers.get("Content-Length") or 0) or None,
-                unit="B",
-                unit_scale=True,
-                desc=archive.name,
-            ) as progress,
-        ):
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                progress.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
+    with (
+        urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
+        whole_file(archive) as file,
+        tqdm(
+            total=int(response.headers.get("Content-Length") or 0) or None,
+            unit="B",
+            unit_scale=True,
+            desc=archive.name,
+        ) as progress,
+    ):
+        while block := response.read(1 << 20):
+            file.write(block)
+            digest.update(block)
+            progress.update(len(block))
         if digest.hexdigest() != checksum:
             found = f"md5 {digest.hexdigest()} where GroupLens publishes {checksum}"
             raise UserError(_advice(archive.stem, f"what {url} sent is not the archive ({found})"))
-        part.rename(archive)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _advice(name: str, problem: str) -> str:

@@ -1,0 +1,143 @@
+"""Files and folders that are complete or absent, whatever interrupts their writing.
+
+    with whole_file(path, "w") as file:      written as runs/mine/config.json.part
+        file.write(text)                     fsync, rename to config.json, fsync of runs/mine
+    with whole_folder(path) as aside:        written as stores/.ml-1m.part/
+        ...                                  fsync of all, rename to ml-1m, fsync of stores
+
+A process that is killed leaves `.part` and `.old` names behind; the next writer removes them.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+_BLOCK = 1 << 20  # bytes
+
+
+@contextmanager
+def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file open for writing that becomes `path`, unless the block raises; then it is removed."""
+    part = path.with_name(path.name + ".part")
+    with part.open(mode) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is complete or absent."""
+    with whole_file(path, "w") as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is complete or absent."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def aside_of(folder: Path) -> Path:
+    """Where the folder is written before it gets its name."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill that becomes `folder`, unless the block raises; then it is removed.
+
+    Only one process may write `folder` at a time, see `lock`.
+    """
+    aside = aside_of(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        sync_files(aside)
+        publish(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish(aside: Path, folder: Path) -> None:
+    """Rename `aside`, whose files are synced, to `folder`, and delete what had that name."""
+    sync(aside)
+    old = _move_away(folder) if folder.exists() else None
+    aside.rename(folder)
+    sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder if possible; a half-deleted one does not keep its name."""
+    with suppress(OSError):
+        shutil.rmtree(_move_away(folder), ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what killed writers of folders left in `parent`."""
+    for leftover in (*parent.glob(".*.part"), *parent.glob(".*.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _move_away(folder: Path) -> Path:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    return folder.rename(old)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Make the content of a folder's files durable."""
+    for path in folder.iterdir():
+        sync(path)
+
+
+def size_and_crc32(path: Path) -> tuple[int, int]:
+    """A file's size in bytes and CRC-32 checksum.
+
+    CRC-32 finds every flipped byte and every cut; it protects against faulty storage, not against
+    forgery.
+    """
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return size, checksum
+
+
+def lock(path: Path, wait: bool = True) -> IO[str]:
+    """Hold the exclusive lock of the lock file `path` until the returned file is closed.
+
+    The lock file stays: if it were deleted, two processes could lock two files of the same name.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+    """
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        file.close()
+        raise
+    return file
