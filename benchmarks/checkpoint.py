@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor, versions
 from model.checkpoints.checkpoints import Checkpoints
-from model.distributed import Ranks, from_first_rank, leave, start
+from model.checkpoints.position import Position
+from model.distributed import Ranks, exit_rank, from_first_rank, start
 from model.run.build import build_model
 from model.run.config import RunConfig
 from model.run.flags import FlagParser
 from model.step.optimizers import Optimizers
-from model.training.progress import Position
 
 REPEATS = 5
 
@@ -85,7 +85,7 @@ def main() -> None:
     finally:
         if ranks.is_first:
             shutil.rmtree(folder)
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

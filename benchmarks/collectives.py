@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.distributed import Ranks, first_rank_first, leave, start
+from model.distributed import Ranks, exit_rank, first_rank_first, start
 from model.run.build import build_model, train_loader
 from model.run.config import RunConfig
 from model.run.flags import FlagParser
@@ -141,7 +141,7 @@ def main(jobs: Path, steps: int) -> None:
     found = [count_steps(flags, steps, ranks) for flags in json.loads(jobs.read_text())]
     if ranks.is_first:
         jobs.write_text(json.dumps(found))
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ _WARNINGS = (
 # A full disk, a quota, a read-only disk.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array is too big", re.I)
+# Messages of gloo and NCCL when another rank has ended.
+GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
 _LOG_LINES = (("torch.fx._symbolic_trace", "is_fx_tracing will return true"),)
 
 
@@ -62,6 +64,11 @@ class Ranks:
         """Print on rank 0."""
         if self.is_first:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning to stderr on rank 0."""
+        if self.is_first:
+            warn(text)
 
     def __str__(self) -> str:
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}"
@@ -162,7 +169,7 @@ def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return results[0] if results else work()
 
 
-def leave(code: int = 0) -> NoReturn:
+def exit_rank(code: int = 0) -> NoReturn:
     """End this rank's process without taking the interpreter down.
 
     A thread of gloo frees the tensors of the last collective when it gets to it, and to do so while
@@ -199,11 +206,11 @@ def run_script(main: Callable[[], None]) -> None:
     _silence_libraries()
     try:
         main()
-        leave()
+        exit_rank()
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except SystemExit as end:
-        leave(end.code or 0)
+        exit_rank(end.code or 0)
     except Exception as error:
         message = _users_to_fix(error)
         if message is None:

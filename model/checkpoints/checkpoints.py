@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,12 +31,11 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
+from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
 from model.checkpoints.writer import CheckpointWriter, Underway, host_copy
-from model.distributed import Ranks, from_first_rank
+from model.distributed import GONE, Ranks, from_first_rank
 from model.step.optimizers import Optimizers, drop_cached_rows, set_table_steps
-from model.training.agreement import GONE
-from model.training.progress import Position
 from pipeline.errors import UserError
 from pipeline.files import aside_of, remove_folder
 
@@ -198,7 +196,7 @@ class Checkpoints:
             message = f"{final} cannot be written: {_cause(error)}; earlier checkpoints are intact"
             if self._config.on_save_error == "stop":
                 raise UserError(f"{message}; make room, then go on with --resume auto") from error
-            self._warn(f"{message}, training goes on")
+            self._ranks.warn(f"{message}, training goes on")
             return False
         return True
 
@@ -242,7 +240,7 @@ class Checkpoints:
         position = _position(self.path(step))
         best = position.best_step
         if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
-            self._warn(f"{self.path(best)}, the best model so far, is lost: {step} stands in")
+            self._ranks.warn(f"{self.path(best)}, the best model so far, is lost: {step} stands in")
             position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
         return position
 
@@ -252,7 +250,7 @@ class Checkpoints:
             verify(self.path(step))
             _position(self.path(step))
         except DamagedError as error:
-            self._warn(f"{self.path(step)} is damaged: {error}; it is not used")
+            self._ranks.warn(f"{self.path(step)} is damaged: {error}; it is not used")
             away = self.folder / f"damaged-{step:08d}"
             with contextlib.suppress(OSError):
                 shutil.rmtree(away, ignore_errors=True)
@@ -306,12 +304,6 @@ class Checkpoints:
                 f"{path} does not fit this model: it was written with other flags, or its files "
                 f"are damaged ({_cause(error)}); use another --run_dir or the run's own flags"
             ) from error
-
-    # ------------------------------------------------------------------------------------------
-
-    def _warn(self, text: str) -> None:
-        if self._ranks.is_first:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _position(folder: Path) -> Position:

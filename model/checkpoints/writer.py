@@ -21,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 from model.checkpoints.manifest import describe_files, write_manifest
+from model.checkpoints.position import Position
 from model.distributed import Ranks, from_first_rank
-from model.training.progress import Position
 from pipeline.errors import UserError
 from pipeline.files import aside_of, publish, remove_leftovers
 

@@ -22,7 +22,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from model.distributed import Ranks
+from model.distributed import GONE, Ranks
 from pipeline.errors import UserError
 
 NOTHING, SAVE, CHECK_LOSS = 0, 1, 2
@@ -33,7 +33,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _EVERY = 4
 _ROLL_CALL = timedelta(seconds=10)
 _SILENT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
-GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
 
 
 class Orders:

@@ -1,6 +1,5 @@
-"""Where training stands, and what happened since the last line of the log.
+"""How training proceeds, and what happened since the last line of the log.
 
-Position   step, epoch, sample, best so far: what a checkpoint stores
 Pace       how far the host runs ahead of the GPU
 Feed       the loader's batches on their way into the pipeline, which runs ahead of the steps
 Interval   the steps since the last line of the log
@@ -12,7 +11,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from typing import NamedTuple
@@ -20,34 +18,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from model.checkpoints.position import Position
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
 
 # Seconds between two questions to a GPU that is a few steps behind.
 _PAUSE = 5e-5
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training stands: what to do next, and what was best so far.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: epoch that goes on or begins next.
-        sample: samples of that epoch already trained, over all ranks; all of them: its evaluation
-            comes next, or the next epoch.
-        best: best value of the selection metric so far, -1 before the first evaluation.
-        best_step: the step it belongs to.
-        stale: evaluations since then.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    sample: int = 0
-    best: float = -1.0
-    best_step: int = 0
-    stale: int = 0
 
 
 class Feed(Iterator[PackedBatch]):

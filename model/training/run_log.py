@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model.evaluation.evaluate import Result, report, write_result
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn
 from pipeline.files import write_json, write_text
 
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
@@ -194,7 +194,7 @@ class RunLog:
                 f"{message}; checkpoints are intact: make room, then go on with --resume auto"
             ) from error
         if self._events is not None:
-            print(f"warning: {message}, training goes on", file=sys.stderr, flush=True)
+            warn(f"{message}, training goes on")
         self._close_events()
 
 

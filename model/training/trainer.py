@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.position import Position
 from model.distributed import Ranks, seed_dropout
 from model.evaluation.evaluate import Result
 from model.step.optimizers import Optimizers, set_table_steps
 from model.step.pipelines import train_pipeline
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
-from model.training.progress import Feed, Interval, Pace, Position, StepNote
+from model.training.progress import Feed, Interval, Pace, StepNote
 from model.training.run_log import RunLog
 from model.training.schedule import TrainingConfig, lr_factor
 from pipeline.errors import UserError

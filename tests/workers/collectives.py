@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.collectives import CollectiveCounter, count_steps
-from model.distributed import leave, start
+from model.distributed import exit_rank, start
 
 FLAGS = (
     "--dataset_name=random",
@@ -59,7 +59,7 @@ def main(out: Path, cache_dir: str) -> None:
         found[way] = count_steps(flags, STEPS, ranks)
     if ranks.is_first:
         out.write_text(json.dumps(found))
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from model.distributed import Ranks, leave, start
+from model.distributed import Ranks, exit_rank, start
 from model.evaluation import catalog_scores
 from model.network.encoder import EncoderConfig
 from model.network.head import HeadConfig
@@ -278,7 +278,7 @@ def main(folder: Path) -> None:
     found = answers(ranks)
     if ranks.is_first:
         torch.save(found, folder / f"{ranks.world_size}.pt")
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.distributed import leave
+from model.distributed import exit_rank
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.
@@ -86,4 +86,4 @@ def work(rank: int, folder: Path) -> None:
     for world_size in (3, 2, 1):
         if rank < world_size:
             solve(rank, world_size, folder)
-    leave()
+    exit_rank()
