@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from model.distributed import first_rank_first, run_script, start
-from model.evaluation.evaluate import report, write_result
+from model.evaluation.report import format_report, write_result
 from model.run.build import evaluator
 from model.run.flags import FlagParser
 from model.run.trained import EvalFlags, TrainedRun
@@ -21,7 +21,7 @@ from pipeline.preparation.prepare import prepare
 
 
 def main() -> None:
-    """Parse, load, evaluate, print."""
+    """Parse the flags, load the model, evaluate it, print and write the result."""
     flags: EvalFlags = FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
     ranks = start()
     run = TrainedRun(flags)
@@ -30,7 +30,7 @@ def main() -> None:
     model = run.model(ranks)
     discount = flags.popularity_discount
     result = evaluator(run.config, model, store, flags.split, ranks, discount)()
-    ranks.say(report(flags.split, result, (store.best_possible or {}).get(flags.split)))
+    ranks.say(format_report(flags.split, result, (store.best_possible or {}).get(flags.split)))
     if ranks.is_first:
         name = flags.split
         if discount:

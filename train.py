@@ -6,7 +6,9 @@ tensorboard --logdir runs
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,39 +17,47 @@ from model.checkpoints.export import export
 from model.distributed import alone, first_rank_first, run_script, start
 from model.run.build import build_model, build_plain_model, evaluator, train_loader
 from model.run.config import RunConfig
+from model.run.execution import plan_execution
 from model.run.flags import FlagParser, build, flatten
-from model.run.folder import RunFolder
+from model.run.folder import RunFolder, versions
 from model.run.recipes import with_recipe
 from model.run.trained import load_teachers
-from model.step.optimizers import Optimizers, unwrap
-from model.tables.sharding_plan import describe_plan
+from model.step.optimizers import Optimizers
+from model.step.pipelines import train_pipeline
+from model.tables.distribute import describe_shards
 from model.training.profile import StepProfiler
-from model.training.run_log import RunLog, versions
-from model.training.trainer import Trainer
+from model.training.run_log import RunLog
+from model.training.trainer import Pipeline, Trainer
 from pipeline.preparation.prepare import describe, prepare
 
 
-def main() -> None:
-    """Parse, build, loop, close."""
+def main(make_pipeline: Callable[..., Pipeline] = train_pipeline) -> None:
+    """Parse the flags, train, test the best model, export it.
+
+    Args:
+        make_pipeline: called with the model, its optimizers, the execution plan and the device.
+    """
     given = FlagParser(__doc__, RunConfig).given(sys.argv[1:])
     config = build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
     ranks = start(timedelta(minutes=config.training.rank_timeout))
     store = first_rank_first(ranks, lambda: prepare(config.data))
     ranks.say(describe(store))
 
-    loader = train_loader(config, store, ranks)
-    model = build_model(config, store.num_items, ranks)
-    if teachers := load_teachers(config, store, ranks):
-        unwrap(model).dense_step.learn_from(teachers, teachers.share)
-    optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
-    # Only now, when flags and data are known to be good: a mistake leaves no folder behind.
+    plan = plan_execution(config, store.num_items, ranks)
+    loader = train_loader(config, store, ranks, plan)
+    teachers = load_teachers(config, store, ranks, plan.precision)
+    model = build_model(config, store.num_items, ranks, plan, teachers)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    pipeline = make_pipeline(model, optimizers, plan, ranks.device)
+    # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = RunFolder(config, ranks, store)
-    ranks.say(f"{ranks}: {describe_plan(model)}; {optimizers}; run folder {folder.path}")
+    shards = describe_shards(model)
+    ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}; run folder {folder.path}")
 
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
-    folder.record(config)
+    folder.record(config, {"shards": shards, **asdict(plan)})
 
     validator = None
     if not config.windows.train_on_validation:
@@ -56,12 +66,13 @@ def main() -> None:
     on_error = config.checkpoint.on_save_error
     log = RunLog(folder.path if ranks.is_first else None, total, position.step, on_error)
     profiler = StepProfiler(
-        config.profiling, model, folder.path, ranks, total - position.step, log.say
+        config.profiling, model, plan, pipeline, folder.path, ranks, total - position.step, log.say
     )
     with closing(log), profiler:
         trainer = Trainer(
             model=model,
             optimizers=optimizers,
+            pipeline=pipeline,
             loader=loader,
             validate=validator,
             checkpoints=checkpoints,

@@ -1,4 +1,4 @@
-"""train.py without its pipeline: copy, exchange, step, one after the other, as a plain loop would.
+"""train.py without its pipeline: a plain loop of copy, exchange and step, nothing done ahead.
 
 python benchmarks/plain_loop.py --dataset_name random --mode dmp          flags of train.py
 python benchmarks/throughput.py --plain --rows exact-8                    beside the pipeline
@@ -15,28 +15,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from model.distributed import run_script
+from model.execution import ExecutionPlan
 from model.step.train_step import Stepper, TrainStep
-from model.training import trainer as training
 
 
 class PlainLoop:
-    """What :class:`model.training.trainer.Trainer` asks of a pipeline, with nothing done ahead."""
+    """A :class:`model.training.trainer.Pipeline` that holds no batch ahead."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: Stepper, device: torch.device) -> None:
-        self._step, self._device = TrainStep(model, optimizer, device), device
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Stepper,
+        plan: ExecutionPlan,
+        device: torch.device,
+    ) -> None:
+        self.train_step, self._device = TrainStep(model, optimizer, plan, device), device
 
     def progress(self, batches: Iterator[Any]) -> torch.Tensor:
-        """One step on the next batch; its report."""
-        return self._step(next(batches).copied(self._device, non_blocking=True))
+        """One step on the next batch; its sum of losses and its number of masked positions."""
+        return self.train_step(next(batches).move(self._device, non_blocking=True))
 
     def release(self) -> None:
-        """Give CUDA graphs up."""
-        self._step.release()
+        """Free CUDA graphs."""
+        self.train_step.release()
 
     def detach(self) -> None:
-        """Nothing is held."""
+        """Nothing to give back."""
 
 
 if __name__ == "__main__":
-    training.train_pipeline = PlainLoop
-    run_script(train.main)
+    run_script(lambda: train.main(PlainLoop))

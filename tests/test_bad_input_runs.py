@@ -75,11 +75,11 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "less than no items": (
         lambda config: config.update(num_items=-5),
-        "FOLDER/config.json is damaged (nothing like it was ever written)",
+        "FOLDER/config.json is damaged (a value in it is impossible)",
     ),
     "a path with a zero byte": (
         lambda config: config["flags"].update(dataset_path="a\0b"),
-        "FOLDER/config.json is damaged (nothing like it was ever written)",
+        "FOLDER/config.json is damaged (a value in it is impossible)",
     ),
     "other items": (
         lambda config: config.update(catalog="0123456789abcdef"),

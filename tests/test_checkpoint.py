@@ -134,7 +134,7 @@ def interrupted(
             at_step(patch, 7, lambda _: signal.raise_signal(signal.SIGTERM))
             outcome = train(made)
         assert outcome.code == 143, outcome.err
-        assert "stopped by SIGTERM at step 7 (epoch 1, sample 64), saved: go on" in outcome.out
+        assert "stopped by SIGTERM at step 7 (epoch 2, sample 64), saved: go on" in outcome.out
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
@@ -299,7 +299,7 @@ def poison(trainer: Trainer) -> None:
     ("every", "message"),
     [
         ("1e-9", "weights are not finite any more after step 8: "),
-        ("10", "the loss became nan at step 9 (epoch 1, its samples 96 to 127, lr "),
+        ("10", "the loss became nan at step 9 (epoch 2, its samples 96 to 127, lr "),
     ],
 )
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(

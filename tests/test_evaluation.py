@@ -12,15 +12,9 @@ from torch import nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.evaluation import catalog_scores
-from model.evaluation.evaluate import (
-    Result,
-    _Questions,
-    evaluate,
-    report,
-    target_ranks,
-    write_result,
-)
+from model.evaluation.evaluate import EncodedUsers, Result, evaluate, target_ranks
 from model.evaluation.metrics import METRICS
+from model.evaluation.report import format_report, write_result
 from model.network.encoder import EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig
 from pipeline.errors import UserError
@@ -38,7 +32,7 @@ def store_of(histories: list[list[int]], num_items: int) -> SequenceStore:
 
 
 class SameForAll(nn.Module):
-    """An encoder that answers (1, 0, 0, 0) to everybody."""
+    """An encoder whose hidden vector is (1, 0, 0, 0) for every user."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,17 +149,17 @@ def test_the_model_stays_in_the_mode_it_was_in() -> None:
 
 
 def test_random_scores_hit_10_of_101() -> None:
-    users, draws = 20_000, torch.Generator().manual_seed(3)
-    negatives = torch.arange(2, 102).repeat(users, 1)
+    count, draws = 20_000, torch.Generator().manual_seed(3)
+    negatives = torch.arange(2, 102).repeat(count, 1)
     nothing = torch.zeros(0, dtype=torch.int64)
-    ones = torch.ones(users, dtype=torch.int64)
-    asked = _Questions(torch.zeros(users, 0), ones, negatives, nothing, nothing, ones > 0)
-    scores = torch.rand(users, 101, generator=draws)
+    ones = torch.ones(count, dtype=torch.int64)
+    users = EncodedUsers(torch.zeros(count, 0), ones, negatives, nothing, nothing, ones > 0)
+    scores = torch.rand(count, 101, generator=draws)
     scored = [(CatalogSlice(1, 102, shared=False), scores)]
-    for ranks in target_ranks(asked, scored, shared=False):
+    for ranks in target_ranks(users, scored, shared=False):
         for cutoff in (1, 10, 20):
             share = cutoff / 101
-            deviation = math.sqrt(share * (1 - share) / users)
+            deviation = math.sqrt(share * (1 - share) / count)
             assert abs((ranks <= cutoff).double().mean() - share) < 4 * deviation
         assert ranks.max() == 101
 
@@ -204,7 +198,7 @@ def test_batch_and_block_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_report_names_both_protocols_and_popularity() -> None:
     result = evaluated(SCORES)
-    lines = report("test", result, {"HR@10": 0.875}).splitlines()
+    lines = format_report("test", result, {"HR@10": 0.875}).splitlines()
     assert lines[0] == "test, 3 users"
     assert lines[1].split() == list(METRICS)
     starts = ["sampled (", "sampled, popularity", "full (", "full, popularity", "full, best"]

@@ -160,9 +160,8 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
     assert line, job.out + job.err
     assert "exitcode  : 143" in job.err
     position = newest(job.run_dir)["position"]
-    assert [position[name] for name in ("step", "epoch", "sample")] == [
-        int(n) for n in line.groups()
-    ]
+    step, epoch, sample = map(int, line.groups())  # epochs are said from 1, stored from 0
+    assert (position["step"], position["epoch"] + 1, position["sample"]) == (step, epoch, sample)
 
     before = losses(job.run_dir)
     flags = [*FLAGS, f"--cache_dir={job.run_dir.parents[1] / 'cache'}", "--sharding=table_wise"]
@@ -201,7 +200,7 @@ def test_a_loss_that_is_not_finite(start: Start) -> None:
     lines = [line for line in job.err.splitlines() if line.startswith("nan.py: ")]
     assert len(lines) == 1
     assert re.search(
-        r"the loss became nan at step 11 \(epoch 3, its samples 64 to 127, lr 0\.00\d+\): lower "
+        r"the loss became nan at step 11 \(epoch 4, its samples 64 to 127, lr 0\.00\d+\): lower "
         r"--lr or raise --warmup_share; earlier checkpoints are intact$",
         lines[0],
     ), lines

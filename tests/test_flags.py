@@ -9,8 +9,8 @@ import pytest
 
 from model.run.config import RunConfig
 from model.run.flags import FlagParser, build, flags_of, flatten
+from model.run.folder import read_config, write_config
 from model.run.trained import EvalFlags
-from model.training.run_log import read_config, write_config
 from pipeline.errors import UserError
 
 # Every flag of TorchRec's examples/bert4rec/bert4rec_main.py that is about the model or the data.

@@ -4,13 +4,13 @@ from datetime import timedelta
 
 import pytest
 import torch
+from model.step.graphs import GraphedOptimizer
 
 from model.network.dense_step import DenseStep
 from model.network.encoder import Encoder, EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
 from model.step import graphs
-from model.step.graphs import GraphedOptimizer
-from model.training.progress import Pace
+from model.training.progress import HostThrottle
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 
@@ -225,13 +225,13 @@ def test_graphs_that_are_given_up_are_captured_again() -> None:
 
 
 def test_the_host_stays_a_few_steps_ahead() -> None:
-    pace, done = Pace(torch.device("cuda"), timedelta(seconds=10), ahead=2), []
+    throttle, done = HostThrottle(torch.device("cuda"), timedelta(seconds=10), ahead=2), []
     for _ in range(6):
         torch.cuda._sleep(20_000_000)  # some 10 ms
         done.append(torch.cuda.Event())
         done[-1].record()
-        pace.keep()
+        throttle.after_step()
     assert [event.query() for event in done[:3]] == [True] * 3
     assert not done[-1].query()
-    pace.catch_up()
+    throttle.wait_for_all()
     assert done[-1].query()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model.evaluation.metrics import METRICS, format_table, means, metric_sums
+from model.evaluation.metrics import METRICS, means, metric_sums
+from model.evaluation.report import format_table
 
 
 def of_ranks(*ranks: int) -> dict[str, float]:

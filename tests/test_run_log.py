@@ -1,8 +1,11 @@
-"""metrics.jsonl and TensorBoard events on a full disk, and what a resume keeps of them."""
+"""Log lines or a bar; metrics.jsonl and events on a full disk, and what a resume keeps of them."""
 
 import json
+import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,3 +121,67 @@ def test_a_resume_that_cannot_write_leaves_the_log_as_it_was(
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         RunLog(tmp_path, total=9, step=2)
     assert path.read_text() == LINES
+
+
+def values(loss: float) -> dict[str, float]:
+    return {"loss": loss, "lr": 3e-4, "records_per_second": 12345.6}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The clock of the log: noon, and ``seconds`` that a test moves."""
+    time = SimpleNamespace(
+        seconds=50.0, strftime=lambda form: datetime(2025, 3, 1, 12).strftime(form)
+    )
+    time.monotonic = lambda: time.seconds
+    monkeypatch.setattr("model.training.run_log.time", time)
+    return time
+
+
+def test_lines_where_stdout_is_no_terminal(
+    tmp_path: Path, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, total=4000, step=100)
+    clock.seconds += 40
+    log.write(120, 1, values(6.54321))  # 2 s a step, 3,880 left
+    log.advance()
+    log.say("epoch 1: validation")
+    log.write(120, 1, {"validation/full/HR@10": 0.5})
+    clock.seconds += 60
+    log.write(1100, 2, values(5.0))  # 1,000 steps in 100 s, 2,900 left
+    log.close()
+    assert capsys.readouterr() == (
+        "2025-03-01 12:00:00 step 120/4,000, epoch 1, loss 6.5432, lr 0.0003, 12,346 rec/s, "
+        "ETA 2:09:20\n"
+        "epoch 1: validation\n"
+        "2025-03-01 12:00:00 step 1,100/4,000, epoch 2, loss 5.0000, lr 0.0003, 12,346 rec/s, "
+        "ETA 0:04:50\n",
+        "",
+    )
+
+
+def test_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    log = RunLog(tmp_path, total=4, step=1)
+    for step in (2, 3, 4):
+        log.advance()
+        log.write(step, 1, values(step))
+    log.say("epoch 1: validation")
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "epoch 1: validation\n"
+    last = err.strip().split("\r")[-1]
+    assert "| 4/4 [" in last and "epoch 1, loss 4.0000, 12,346 rec/s" in last
+
+
+def test_other_ranks_write_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(None, total=4, step=0)
+    log.advance()
+    log.write(1, 1, values(1.0))
+    log.say("hello")
+    log.write_result(1, "test", {}, None)
+    log.close()
+    assert capsys.readouterr() == ("", "")

@@ -155,7 +155,7 @@ def test_two_ranks_learn_from_teachers_as_one_does(
         ("--teachers=TEACHER,,", "names an empty folder: see the commas"),
         ("--teachers=TEACHER --teacher_share=0", "--teacher_share must be in (0, 1], not 0.0"),
         ("--teachers=TEACHER --loss=gbce", "--teachers needs --loss softmax, not gbce"),
-        ("--teachers=TEACHER --max_len=17", "knows rows of 16 items at most"),
+        ("--teachers=TEACHER --max_len=17", "reads windows of 16 items at most"),
         ("--teachers=TEACHER --synthetic_item_count=90", "items that are not the"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_teacher_must_not_know_what_its_student_is_validated_by(
     taught = [*flags, f"--teachers={tmp_path / 'knows'}", f"--run_dir={tmp_path / 'taught'}"]
     outcome = run_main("train", *taught)
     assert outcome.code == 2
-    assert "was trained on the validation items, which are to choose this run's" in outcome.err
+    assert "was trained on the validation items, which choose this run's" in outcome.err
     assert run_main("train", *taught, "--train_on_validation=true").code == 0
 
 

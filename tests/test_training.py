@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from model.distributed import Ranks
 from model.step.optimizers import OptimizerConfig, Optimizers
-from model.training.agreement import _SILENT, NOTHING, SAVE, Orders
-from model.training.progress import Pace
+from model.training.agreement import NOTHING, SAVE, TIMED_OUT, Agreement
+from model.training.progress import HostThrottle
 from model.training.schedule import TrainingConfig, lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
@@ -100,7 +100,7 @@ def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Pa
     steps = len(trained)
     assert [line["step"] for line in trained] == list(range(1, steps + 1))
     epochs = [line["epoch"] for line in trained]
-    assert steps % 4 == 0 and epochs == sorted(list(range(4)) * (steps // 4))
+    assert steps % 4 == 0 and epochs == sorted(list(range(1, 5)) * (steps // 4))
     # The rate of a step is that of the samples before it: 1, then almost down to 0.
     rates = [line["lr"] for line in trained]
     assert rates[0] == 0.01 and rates == sorted(rates, reverse=True)
@@ -117,7 +117,7 @@ def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Pa
 
     validated = [line for line in lines if "validation/full/HR@10" in line]
     assert [line["step"] for line in validated] == [steps // 2, steps]
-    assert [line["epoch"] for line in validated] == [1, 3]
+    assert [line["epoch"] for line in validated] == [2, 4]
     assert all("validation/sampled/NDCG@10" in line for line in validated)
     assert outcome.out.count("validation NDCG@10") == 2
 
@@ -138,7 +138,7 @@ def test_patience_stops_what_does_not_improve(
     assert outcome.code == 0, outcome.err
     lines = lines_of(tmp_path)
     validated = [line for line in lines if "validation/full/HR@10" in line]
-    assert [line["epoch"] for line in validated] == [0, 1, 2]
+    assert [line["epoch"] for line in validated] == [1, 2, 3]
     assert len({line["validation/full/NDCG@10"] for line in validated}) == 1
     lines = outcome.out.splitlines()
     assert ["best so far" in line for line in lines if "validation NDCG" in line] == [
@@ -191,7 +191,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
         "--logit_temperature=0",
     )
     assert outcome.code == 2
-    last = outcome.err.splitlines()[-1]  # a line of its own, below the progress bar
+    last = outcome.err.splitlines()[-1]
     assert last.startswith("train.py: the loss became nan") and "lower --lr" in last
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
@@ -304,10 +304,10 @@ def test_breaks_between_epochs_change_nothing(
     assert curves[0] == curves[1]
 
 
-def test_on_gpus_orders_are_handed_in_at_every_fourth_step(one_rank: Ranks) -> None:
-    orders = Orders(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
-    orders._group = dist.group.WORLD  # as if there were others
-    assert [orders.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
+def test_on_gpus_ranks_agree_at_every_fourth_step(one_rank: Ranks) -> None:
+    agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
+    agreement._group = dist.group.WORLD  # as if there were others
+    assert [agreement.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
         *[NOTHING] * 7,
         SAVE,
         *[NOTHING] * 4,
@@ -315,7 +315,7 @@ def test_on_gpus_orders_are_handed_in_at_every_fourth_step(one_rank: Ranks) -> N
 
 
 class _Steps:
-    """Stands for the GPU's events: steps that are done, as many as ``_Steps.done``."""
+    """Stands for the GPU's events, of which the first ``_Steps.done`` have happened."""
 
     recorded = done = 0
 
@@ -329,12 +329,12 @@ class _Steps:
 
 def test_a_host_does_not_wait_for_ever_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", _Steps)
-    pace = Pace(torch.device("cuda"), timedelta(seconds=0.02), ahead=2)
-    pace.keep()
-    pace.keep()
-    for wait in (pace.keep, pace.catch_up):
+    throttle = HostThrottle(torch.device("cuda"), timedelta(seconds=0.02), ahead=2)
+    throttle.after_step()
+    throttle.after_step()
+    for wait in (throttle.after_step, throttle.wait_for_all):
         with pytest.raises(RuntimeError, match="timed out") as error:
             wait()
-        assert _SILENT.search(str(error.value))  # so that the ranks are called up
+        assert TIMED_OUT.search(str(error.value))  # so that silent ranks are named
     _Steps.done = 2
-    pace.catch_up()
+    throttle.wait_for_all()

@@ -35,7 +35,8 @@ from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
 from model.checkpoints.writer import CheckpointWriter, Underway, host_copy
 from model.distributed import GONE, Ranks, from_first_rank
-from model.step.optimizers import Optimizers, drop_cached_rows, set_table_steps
+from model.step.optimizers import Optimizers
+from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError
 from pipeline.files import aside_of, remove_folder
 

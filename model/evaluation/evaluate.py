@@ -2,25 +2,24 @@
 
 Two protocols, always both:
     sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
-    full     the target against the whole catalog without the items the user has seen before
+    full     the target against the whole catalog without the items the user rated before
 
 Sharded tables stay sharded. Each rank scores the users of all ranks against its own slice of the
-catalog; what crosses the network are hidden vectors, the scores of targets and negatives, and
-counts of items that score at least as high as the target:
+catalog; the ranks exchange hidden vectors, the scores of targets and negatives, and counts of the
+items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
 
-A large slice is looked up and scored in parts (``catalog_scores.py``), twice: for the scores
-of targets and negatives, and to count.
+A large slice is scored in parts (``catalog_scores.py``), twice: to find the scores of targets and
+negatives, then to count.
 
-Shapes: U users of all ranks in one block, C items of this rank's slice, or of a part of it, D
-width, N negatives.
+Shapes: U users of a block, of all ranks; C items of a part of this rank's slice; D width; N
+negatives; S seen items of all U users; V items.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,24 +28,22 @@ from torch import nn
 
 from model.bert4rec import BERT4Rec
 from model.evaluation.catalog_scores import CatalogScores, Scored
-from model.evaluation.metrics import format_table, means, metric_sums
+from model.evaluation.metrics import means, metric_sums
 from model.losses.sharded_softmax import all_gather_rows
 from model.network.head import CatalogSlice
-from model.step.optimizers import unwrap
+from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import ITEM
-from pipeline.errors import UserError
-from pipeline.files import write_json
 
-# Bounds the block of users x items that is scored at once: 256 MiB of float32.
+# Bounds the users x items that are scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
 
 Result = dict[str, Any]
 
 
 @dataclass
-class _Questions:
-    """What is asked of one batch: [U, ...] over all ranks where the catalog is shared."""
+class EncodedUsers:
+    """Users of a batch, of all ranks where the catalog is sharded, with what to rank for them."""
 
     hidden: torch.Tensor  # float32 [U, D]
     targets: torch.Tensor  # int64 [U]
@@ -55,12 +52,15 @@ class _Questions:
     seen_row: torch.Tensor  # int64 [S], the user of each seen item
     own: torch.Tensor  # bool [U], this rank's real users
 
-    def block(self, start: int, stop: int) -> "_Questions":
-        """Users ``start`` ... ``stop - 1``."""
-        if stop - start == self.targets.numel():
-            return self
+    def blocks(self, size: int) -> Iterator["EncodedUsers"]:
+        """Blocks of at most ``size`` users; the same number on every rank."""
+        users = self.targets.numel()
+        for start in range(0, users, size):
+            yield self if users <= size else self._block(start, start + size)
+
+    def _block(self, start: int, stop: int) -> "EncodedUsers":
         inside = (self.seen_row >= start) & (self.seen_row < stop)
-        return _Questions(
+        return EncodedUsers(
             self.hidden[start:stop],
             self.targets[start:stop],
             self.negatives[start:stop],
@@ -83,45 +83,24 @@ def evaluate(
     Args:
         model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
         batches: this rank's users; every rank must have the same number of batches.
-        popularity: int64 [V + 2] training count of each item; None leaves its rows out.
-        max_scores: bound of users x items held at once.
-        discount: logits are lowered by this times the logarithm of the item's count, which needs
-            ``popularity``.
-        earlier: what the same users' evaluation gave before: popularity's rows are still the same.
+        popularity: int64 [V + 2] training count of each item; None leaves its metrics out.
+        max_scores: bound of users x items scored at once.
+        discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
+        earlier: an earlier result for the same users, whose popularity metrics are reused.
 
     Returns:
         ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
         every rank.
     """
     assert popularity is not None or not discount
-    bert = unwrap(model)
     was_training = model.training
-    model.eval()
-    device = next(bert.encoder.parameters()).device
-    # Of each block of users. What they add up to is asked at the end: a device that has to answer
-    # in between keeps the host from going on.
-    ranks: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
     precision = torch.get_float32_matmul_precision()
+    model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad():
-            counts = None if popularity is None else popularity.to(device, torch.float32)
-            lowered = None
-            if discount:
-                lowered = (counts + 1).log() * (discount / bert.head.scale)
-            catalog = CatalogScores(bert, device, lowered)
-            for batch in batches:
-                asked = _ask(bert, batch.to(device, non_blocking=True))
-                for block in _blocks(asked, max(1, max_scores // catalog.part_items)):
-                    given = [catalog.scored(block.hidden)]
-                    if counts is not None and earlier is None:
-                        given.append(catalog.counted(counts, len(block.hidden)))
-                    each = [target_ranks(block, scored, catalog.shared) for scored in given]
-                    ranks.append(torch.stack([*chain(*each)]))
-                    own.append(block.own)
-            rankings = torch.cat(ranks, dim=1)[:, torch.cat(own)]  # sampled, full, of each scored
-            sums = torch.stack([metric_sums(ranking) for ranking in rankings])
+            ranked = _rank_all(unwrap(model), batches, popularity, max_scores, discount, earlier)
+            sums = torch.stack([metric_sums(ranks) for ranks in ranked])
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
@@ -136,8 +115,38 @@ def evaluate(
     return result
 
 
-def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
-    """Encode a batch's users and, where the catalog is shared, gather those of all ranks."""
+def _rank_all(
+    bert: BERT4Rec,
+    batches: Iterable[EvalBatch],
+    popularity: torch.Tensor | None,
+    max_scores: int,
+    discount: float,
+    earlier: Result | None,
+) -> torch.Tensor:
+    """Ranks of this rank's targets, int64 [2 or 4, users]: sampled, full, popularity's two."""
+    device = next(bert.encoder.parameters()).device
+    counts = None if popularity is None else popularity.to(device, torch.float32)
+    lowered = None
+    if discount:
+        lowered = (counts + 1).log() * (discount / bert.head.scale)
+    catalog = CatalogScores(bert, device, lowered)
+    # Collected on the device and reduced at the end: the host need not wait for it in between.
+    ranks: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+    for batch in batches:
+        users = _encode(bert, batch.to(device, non_blocking=True))
+        for block in users.blocks(max(1, max_scores // catalog.part_items)):
+            scorings = [catalog.scored(block.hidden)]
+            if counts is not None and earlier is None:
+                scorings.append(catalog.counted(counts, len(block.hidden)))
+            each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
+            ranks.append(torch.stack([*chain(*each)]))
+            own.append(block.own)
+    return torch.cat(ranks, dim=1)[:, torch.cat(own)]
+
+
+def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
+    """Encode a batch's users and, where the catalog is sharded, gather those of all ranks."""
     rows = bert.embeddings(batch.features)[ITEM]
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
@@ -151,100 +160,63 @@ def _ask(bert: BERT4Rec, batch: EvalBatch) -> _Questions:
     )
     own = batch.users >= 0
     if not bert.head.catalog.shared:
-        return _Questions(hidden, batch.targets, batch.negatives, batch.seen, seen_row, own)
-    everyone, sizes = all_gather_rows(hidden)
+        return EncodedUsers(hidden, batch.targets, batch.negatives, batch.seen, seen_row, own)
+    all_hidden, sizes = all_gather_rows(hidden)
     longest, rank = max(sizes), dist.get_rank()
     seen, seen_sizes = all_gather_rows(batch.seen)
     seen_row, _ = all_gather_rows(seen_row)
     first_row = torch.arange(len(sizes), device=seen.device) * longest
-    own_everywhere = own.new_zeros(len(sizes) * longest)
-    own_everywhere[rank * longest : rank * longest + sizes[rank]] = own
-    return _Questions(
-        everyone,
+    all_own = own.new_zeros(len(sizes) * longest)
+    all_own[rank * longest : rank * longest + sizes[rank]] = own
+    return EncodedUsers(
+        all_hidden,
         all_gather_rows(batch.targets)[0],
         all_gather_rows(batch.negatives)[0],
         seen,
         seen_row + first_row.repeat_interleave(max(seen_sizes)),
-        own_everywhere,
+        all_own,
     )
 
 
-def _blocks(asked: _Questions, step: int) -> Iterator[_Questions]:
-    """Blocks of at most ``step`` users; as many on every rank."""
-    users = asked.targets.numel()
-    for start in range(0, users, step):
-        yield asked.block(start, min(start + step, users))
-
-
 def target_ranks(
-    asked: _Questions, scored: Scored, shared: bool
+    users: EncodedUsers, scored: Scored, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's rank among its negatives and among all unseen items.
 
-    Written as "not lower" instead of "at least as high", so that NaN counts against the model.
+    Items that are not lower than the target are ahead of it, so that NaN counts against the model.
 
     Args:
         scored: parts of this rank's slice with float32 scores [U, C].
-        shared: other ranks have the rest of the catalog.
+        shared: whether other ranks have the rest of the catalog.
 
     Returns:
         int64 [U] and int64 [U], 1 = best.
     """
-    picked = torch.cat([asked.targets[:, None], asked.negatives], dim=1)  # [U, 1 + N]
+    picked = torch.cat([users.targets[:, None], users.negatives], dim=1)  # [U, 1 + N]
     picked_scores = torch.zeros(picked.shape, device=picked.device)
     for part, scores in scored:
         if scores.shape[1]:
-            found, inside = _at(part, picked)
+            found, inside = _columns(part, picked)
             picked_scores = torch.where(inside, scores.gather(1, found), picked_scores)
     if shared:
         dist.all_reduce(picked_scores)
     target = picked_scores[:, :1]
-    ahead_sampled = ~(picked_scores[:, 1:] < target) & (asked.negatives > 0)
+    ahead_sampled = ~(picked_scores[:, 1:] < target) & (users.negatives > 0)
 
-    ahead = torch.zeros_like(asked.targets)  # will count the target itself: ranks start at 1
+    ahead = torch.zeros_like(users.targets)  # counts the target itself: ranks start at 1
     for part, scores in scored:
         if scores.shape[1]:
             ahead += (~(scores < target)).sum(dim=1)
-            found, inside = _at(part, asked.seen)
-            seen_ahead = ~(scores[asked.seen_row, found] < target[asked.seen_row, 0]) & inside
-            ahead.index_add_(0, asked.seen_row, -seen_ahead.long())
+            found, inside = _columns(part, users.seen)
+            seen_ahead = ~(scores[users.seen_row, found] < target[users.seen_row, 0]) & inside
+            ahead.index_add_(0, users.seen_row, -seen_ahead.long())
     if shared:
         dist.all_reduce(ahead)
     return 1 + ahead_sampled.sum(dim=1), ahead
 
 
-def _at(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The items' columns in a part that is not empty, and which of them are in it."""
+def _columns(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The items' columns in a part that is not empty, and whether they are in it."""
     column = items - part.low
     inside = (column >= 0) & (column < part.high - part.low)
     return column.clamp(0, part.high - part.low - 1), inside
-
-
-def report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
-    """The metrics table of one split, both protocols, popularity beside the model."""
-    rows: list[tuple[str, dict[str, float]]] = []
-    labels = (
-        ("sampled", "sampled (against unseen items by popularity)"),
-        ("full", "full (all items, seen ones removed)"),
-    )
-    for protocol, label in labels:
-        rows.append((label, result[protocol]))
-        if "popularity" in result:
-            rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
-    if best_possible:
-        rows.append(("full, best possible on this data", best_possible))
-    return f"{split}, {result['users']:,} users\n{format_table(rows)}"
-
-
-def write_result(folder: Path, split: str, result: Result) -> Path:
-    """Write ``eval_<split>.json`` into ``folder``, visible only when complete.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    path = folder / f"eval_{split}.json"
-    try:
-        write_json(path, result)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    return path

@@ -1,10 +1,8 @@
 """Ranking metrics of leave-one-out evaluation: one relevant item a user.
 
 With the target at rank r (1 = best), HR@k = [r <= k] (equal to Recall@k), NDCG@k = [r <= k] /
-log2(r + 1) and MRR = 1 / r, each averaged over users. A tie with the target counts against the
-model: r = 1 + the number of other items that score at least as high.
-
-    >>> table = {"HR@10": 0.5, "NDCG@10": 0.25}
+log2(r + 1) and MRR = 1 / r, each averaged over users. A tie counts against the model: r = 1 + the
+number of other items that score at least as high as the target.
 """
 
 import torch
@@ -25,7 +23,7 @@ def metric_sums(ranks: torch.Tensor) -> torch.Tensor:
         ranks: int64 [U], 1 = best.
 
     Returns:
-        float64 [len(METRICS) + 1]; sums, not means, so that parts may be added up in any order.
+        float64 [len(METRICS) + 1]; sums, so that batches and ranks can be added up in any order.
     """
     assert not ranks.numel() or int(ranks.min()) >= 1
     reciprocal = ranks.double().reciprocal()
@@ -37,16 +35,6 @@ def metric_sums(ranks: torch.Tensor) -> torch.Tensor:
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Means over users from what :func:`metric_sums` returned, added up over batches and ranks."""
+    """Means over users of added-up :func:`metric_sums`."""
     *totals, users = sums.tolist()
     return {name: total / max(users, 1) for name, total in zip(METRICS, totals, strict=True)}
-
-
-def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Rows of (label, metrics) as aligned text with a header."""
-    width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{name:>9}" for name in METRICS)]
-    for label, row in rows:
-        cells = (f"{row[name]:>9.4f}" if name in row else " " * 9 for name in METRICS)
-        lines.append(f"{label:<{width}}" + "".join(cells).rstrip())
-    return "\n".join(lines)

@@ -1,36 +1,48 @@
-"""The folder of one run, held by one run at a time: config.json, catalog, logs, checkpoints.
+"""The folder of a run, locked by one process group at a time.
 
-folder = RunFolder(config, ranks, store)     refuses another run's folder, resumes this run's
-folder.record(config)                        config.json and the catalog
+    runs/mine/
+        config.json       every flag, versions, command: enough to rebuild the model
+        catalog.parquet   the items and users that the model was trained on
+        checkpoints/      and the files of the log (``model/training/run_log.py``)
+
+folder = RunFolder(config, ranks, store)     creates or locks it; refuses that of another run
+folder.record(config, execution)             writes config.json and the catalog
 """
 
+import importlib.metadata
+import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from model.checkpoints.export import WEIGHTS
 from model.distributed import Ranks, from_first_rank
 from model.run.config import RunConfig
 from model.run.flags import flatten
-from model.training.run_log import read_config, write_config
 from pipeline.errors import UserError
-from pipeline.files import lock
+from pipeline.files import lock, write_json
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
+_PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
+
 
 class RunFolder:
-    """The folder of one run, held by one run at a time.
+    """The folder of a run, locked until the process ends.
 
     Args:
-        config: its ``--run_dir``, or ``runs/<data set>-<date>-<time>``.
-        store: its data, which a resumed run must have been trained on.
+        config: names the folder by ``--run_dir``; without it, runs/<data set>-<date>-<time>.
+        store: the data; a resumed run must have been trained on the same.
 
     Raises:
-        UserError: another run holds it, it cannot be written, or it has a run already and
-            ``--resume auto`` was not given or was given with flags or data that make it another.
+        UserError: another run has locked it, it cannot be written, or it holds a run already and
+            ``--resume auto`` is missing or comes with other flags or data.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, store: SequenceStore) -> None:
@@ -43,17 +55,20 @@ class RunFolder:
         }
         self.path = from_first_rank(ranks, lambda: self._claim(config))
 
-    def record(self, config: RunConfig) -> None:
+    def record(self, config: RunConfig, execution: dict[str, Any]) -> None:
         """Write config.json and the catalog.
+
+        Args:
+            execution: the execution plan and what the planner did with the tables.
 
         Raises:
             UserError: (on all ranks) they cannot be written.
         """
-        from_first_rank(self._ranks, lambda: self._record(config))
+        from_first_rank(self._ranks, lambda: self._record(config, execution))
 
-    def _record(self, config: RunConfig) -> None:
+    def _record(self, config: RunConfig, execution: dict[str, Any]) -> None:
         try:
-            write_config(self.path, flatten(config), self._facts)
+            write_config(self.path, flatten(config), self._facts | {"execution": execution})
             if self._store.path is None:
                 self._store.catalog.write_to(self.path)
             else:
@@ -94,7 +109,7 @@ def _unwritable(flag: str, folder: Path, error: OSError) -> UserError:
 
 
 def _check_export(folder: Path, run_dir: Path) -> None:
-    """Find out before training, not after it."""
+    """Refuse before training an export that would fail after it."""
     if folder.resolve() == run_dir.resolve() or (folder / "checkpoints").exists():
         raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
     try:
@@ -136,3 +151,54 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
                 f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
                 f"{value}): give the ratings of that run, or choose another --run_dir"
             )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results and speed, and the device's name."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            found["fbgemm-gpu"] = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["python"] = sys.version.split()[0]
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write config.json: flags, facts of the data (number of items, catalog), execution, versions."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(
+        run_dir / "config.json",
+        {"flags": flags, **facts, "versions": versions(), "command": command},
+    )
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = run_dir / "config.json"
+    try:
+        text = path.read_text()
+        config = json.loads(text)
+        expected = {"flags": dict, "num_items": int, "catalog": str}
+        if not isinstance(config, dict) or not expected.keys() <= config.keys():
+            raise ValueError("keys are missing")
+        for key, kind in expected.items():
+            if not isinstance(config[key], kind):
+                raise ValueError(f"{key} is {config[key]!r}")
+        if config["num_items"] < 1 or "\\u0000" in text:
+            raise ValueError("a value in it is impossible")
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
+            "give the --run_dir of a training run"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
+    return config

@@ -1,4 +1,4 @@
-"""A trained model on disk, for whatever uses one: eval.py's flags, the folder, the weights.
+"""A trained model on disk: eval.py's flags, loading the weights, and teachers.
 
 run = TrainedRun(EvalFlags(checkpoint="runs/ml-1m"))
 store = prepare(run.config.data)
@@ -17,10 +17,13 @@ from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import WEIGHTS, load_exported
 from model.distributed import Ranks, alone
 from model.network.distillation import Teacher, Teachers
+from model.network.head import CatalogSlice
 from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
 from model.run.config import RunConfig
+from model.run.execution import plan_execution
 from model.run.flags import build
-from model.training.run_log import read_config
+from model.run.folder import read_config
+from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 
@@ -90,10 +93,10 @@ class TrainedRun:
             )
 
     def check_catalog(self, store: SequenceStore) -> None:
-        """Refuse data whose items are not those the model was trained on.
+        """Check that the data has the items that the model was trained on.
 
         Raises:
-            UserError: they differ.
+            UserError: it has others.
         """
         if store.catalog_fingerprint != self._fingerprint:
             raise UserError(
@@ -105,11 +108,10 @@ class TrainedRun:
         """The trained model, sharded over the ranks.
 
         Raises:
-            UserError: there are no weights, or they do not fit.
+            UserError: there are no weights, or they do not fit the flags.
         """
         if exported := self._exported():
-            config = _possible(self.config, ranks.device)
-            model = build_model(config, self._num_items, ranks)
+            model = self._built(_for_device(self.config, ranks.device), ranks)
             load_exported(exported, model)
             return model
         checkpoints = Checkpoints(self.folder, ranks)
@@ -118,23 +120,25 @@ class TrainedRun:
             raise UserError(
                 f"{self.folder} has no checkpoint yet: train until the first evaluation"
             )
-        model = build_model(self.config, self._num_items, ranks)
+        model = self._built(self.config, ranks)
         checkpoints.load_weights(model, step)
         return model
+
+    def _built(self, config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
+        plan = plan_execution(config, self._num_items, ranks)
+        return build_model(config, self._num_items, ranks, plan)
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU.
 
         Raises:
-            UserError: there is none, it does not fit, or it is too large for that.
+            UserError: there is none, it does not fit the flags, or a table is too large for a rank.
         """
         exported = self._exported()
         if exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
         cpu = torch.device("cpu")
-        output = replace(self.config.output, precision="fp32")
-        config = replace(_possible(self.config, cpu), output=output)
-        model = build_plain_model(config, self._num_items, alone(cpu))
+        model = build_plain_model(self.config, self._num_items, alone(cpu))
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
@@ -144,17 +148,22 @@ class TrainedRun:
         return model
 
     def _exported(self) -> Path | None:
-        """Where the portable form is, if it is."""
+        """The folder of the exported model, if there is one."""
         folders = (self.folder, self.folder / PORTABLE)
         return next((folder for folder in folders if (folder / WEIGHTS).exists()), None)
 
 
-def load_teachers(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Teachers | None:
-    """The models that ``--teachers`` names, each whole on this rank's device; None: it names none.
+def load_teachers(
+    config: RunConfig, store: SequenceStore, ranks: Ranks, precision: str
+) -> Teachers | None:
+    """The models that ``--teachers`` names, unsharded on this rank's device; None without it.
+
+    Args:
+        precision: of their products, "bf16" or "fp32".
 
     Raises:
-        UserError: a folder holds no finished model, one of another catalog or of shorter rows, one
-            that knows what this run is validated by, or one too large to be held whole.
+        UserError: a folder holds no exported model, or one with another catalog, a smaller
+            --max_len, a table too large for a rank, or training on this run's validation items.
     """
     models = []
     for folder in config.teaching.folders:
@@ -162,24 +171,38 @@ def load_teachers(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Teac
         run.check_catalog(store)
         if run.config.windows.max_len < config.windows.max_len:
             raise UserError(
-                f"--teachers {folder} knows rows of {run.config.windows.max_len} items at most: "
+                f"--teachers {folder} reads windows of {run.config.windows.max_len} items at most: "
                 "give no larger --max_len"
             )
         if run.config.windows.train_on_validation and not config.windows.train_on_validation:
             raise UserError(
-                f"--teachers {folder} was trained on the validation items, which are to choose "
-                "this run's best model: take another, or --train_on_validation here too"
+                f"--teachers {folder} was trained on the validation items, which choose this "
+                "run's best model: take another teacher, or --train_on_validation here too"
             )
-        plain = run.plain_model()
-        half = ranks.device.type == "cuda" and config.output.precision != "fp32"
-        dtype = torch.bfloat16 if half else torch.float32
         catalog = scored_slice(config, store.num_items, ranks)
-        models.append(Teacher(plain, catalog, ranks.device, dtype))
+        models.append(_teacher(run.plain_model(), catalog, ranks.device, precision))
     return Teachers(models, config.teaching.teacher_share) if models else None
 
 
-def _possible(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with tables as the device can have them: what CUDA trained, a CPU evaluates."""
+def _teacher(
+    model: BERT4Rec, catalog: CatalogSlice, device: torch.device, precision: str
+) -> Teacher:
+    tables = {
+        feature: model.embeddings.embeddings[table.name].weight.detach()
+        for table in model.embeddings.embedding_configs()
+        for feature in table.feature_names
+    }
+    return Teacher(
+        model.encoder.to(device),
+        model.head,
+        items=tables[ITEM].to(device),
+        candidates=tables[CANDIDATE][catalog.low : catalog.high].to(device),
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+
+
+def _for_device(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with table kernels that the device has: a CPU has no UVM."""
     if device.type == "cuda":
         return config
     return replace(config, sharding=replace(config.sharding, compute_kernel="fused"))

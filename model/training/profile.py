@@ -1,25 +1,23 @@
-"""A trace of some steady training steps, for TensorBoard or https://ui.perfetto.dev.
+"""A trace of a few training steps, for TensorBoard or https://ui.perfetto.dev.
 
     python train.py --profile 10          ->  runs/mine/profile/rank0.<time>.pt.trace.json.gz
     tensorboard --logdir runs/mine           (pip install torch-tb-profiler)
 
-What the stages of a step are called in the trace:
+Names of a step's stages in the trace:
 
-    data wait             ## next_batch ##
-    transfer              ## copy_batch_to_gpu ... ##
-    input distribution    ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##; of
-                          one rank, next to nothing
-    lookup, encoder, head       inside ## forward ... ##; "encoder and head" where one CUDA graph
-                          holds both
-    backward              ## backward ... ##
-    optimizer             ## optimizer ... ##, without the tables, which the backward pass updates
-    step                  ## step ##: from the lookup to the optimizer, where one CUDA graph holds
-                          it all; as many steps more are then trained and recorded without it, for
-                          rank0-apart.<time>.pt.trace.json.gz, where its stages are to be seen
+    data wait               ## next_batch ##
+    transfer                ## copy_batch_to_gpu ... ##
+    input distribution      ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##
+    lookup, encoder, head   inside ## forward ... ##; "encoder and head" in one CUDA graph
+    backward                ## backward ... ##
+    optimizer               ## optimizer ... ##; the backward pass updates the tables
+    step                    ## step ##: one CUDA graph from the lookup to the optimizer
 
-Names between ``##`` are those of TorchRec's pipeline, or like them; the other three are put, from
-outside, around the modules while a trace is recorded, so that a run without one does nothing for
-it.
+A CUDA graph of the whole step hides its stages. As many further steps are then trained without it
+and written to rank0-apart.<time>.pt.trace.json.gz.
+
+``lookup``, ``encoder`` and ``head`` are hooks that exist only while a trace is recorded; names
+between ``##`` are TorchRec's, or follow them.
 """
 
 import re
@@ -36,15 +34,16 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.profiler import tensorboard_trace_handler as trace_writer
 
 from model.distributed import Ranks
-from model.step.optimizers import unwrap
+from model.execution import ExecutionPlan
+from model.step.train_step import TrainStep
+from model.tables.distribute import unwrap
 from pipeline.errors import UserError
 
-# Steps before the trace: in the first ones kernels are chosen, memory is allocated, CUDA graphs are
-# captured.
+# Steps before the trace: the first ones choose kernels, allocate memory, capture CUDA graphs.
 _SKIPPED, _WARM_UP = 100, 2
-# Steps after it: the last ones have no batch to prepare any more.
+# Steps after it: the last ones have no further batch to prepare.
 _RUN_OUT = 2
-# How the ranges of a stage begin in the trace.
+# Regular expressions for the beginning of each stage's ranges in the trace.
 STAGES = {
     "data wait": "## next_batch ",
     "transfer": "## copy_batch_to_gpu ",
@@ -61,7 +60,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What to record of training steps."""
+    """Which training steps to record."""
 
     profile: int = field(
         default=0,
@@ -77,12 +76,12 @@ class ProfileConfig:
 
 
 class StepProfiler:
-    """Records ``--profile`` steps on every rank; entered around training.
+    """Records ``--profile`` steps on every rank; a context manager around training.
 
     Args:
         model: the distributed model.
         folder: the run folder.
-        steps: steps that are going to be trained; few of them are recorded from the first on.
+        steps: steps that will be trained; a short run is recorded from its first step.
         say: prints the times of the stages on rank 0.
     """
 
@@ -90,6 +89,8 @@ class StepProfiler:
         self,
         config: ProfileConfig,
         model: nn.Module,
+        plan: ExecutionPlan,
+        pipeline: Any,
         folder: Path,
         ranks: Ranks,
         steps: int,
@@ -97,8 +98,12 @@ class StepProfiler:
     ) -> None:
         self._recorded, self._say = config.profile, say
         self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        # As they are trained, then apart.
-        self._cycles = 2 if self._bert.dense_step.is_whole else 1
+        # With the graph of the whole step, then without.
+        self._train_step: TrainStep | None = None
+        if plan.graphs == "step":
+            self._train_step = pipeline.train_step
+        self._graphs = plan.graphs
+        self._cycles = 1 if self._train_step is None else 2
         recorded = self._cycles * (_WARM_UP + config.profile)
         self._to_skip = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT))
         self._written = 0
@@ -120,7 +125,7 @@ class StepProfiler:
             self._end()
 
     def step(self) -> None:
-        """To be called after every training step."""
+        """Count a training step; to be called after each."""
         if self._profile is not None:
             self._profile.step()
             self._to_record -= 1
@@ -133,7 +138,7 @@ class StepProfiler:
 
     def _begin(self) -> None:
         stages = {"lookup": self._bert.embeddings}
-        if self._bert.dense_step.is_graphed:
+        if self._graphs == "dense":
             stages["encoder and head"] = self._bert.dense_step
         else:
             stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
@@ -151,12 +156,13 @@ class StepProfiler:
         self._profile.start()
 
     def _end(self) -> None:
-        """Stop recording; a trace that was cut short by the end of training is written too."""
+        """Stop recording; also writes a trace that the end of training cuts short."""
         self._profile.stop()
         self._profile, self._recorded = None, 0
         for hook in self._hooks:
             hook.remove()
-        self._bert.dense_step.is_whole = self._cycles == 2
+        if self._train_step is not None:
+            self._train_step.is_eager = False
 
     def _write(self, recorded: profile) -> None:
         apart = "-apart" * self._written
@@ -165,11 +171,12 @@ class StepProfiler:
             how = ", without a graph of the whole step" * self._written
             self._say(f"{self._folder}{how}: {summary(recorded.events())}")
         self._written += 1
-        self._bert.dense_step.is_whole = False
+        if self._train_step is not None:
+            self._train_step.is_eager = True
 
 
 def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-    """Put a range called ``name`` around every call of ``module``."""
+    """Record every call of ``module`` as a range called ``name``."""
     running: list[record_function] = []
 
     def enter(*_: Any) -> None:
@@ -186,11 +193,12 @@ def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHand
 
 
 def summary(events: list[Any]) -> str:
-    """One line: a step's time on the host, that of its stages, and how busy the GPU was.
+    """One line: host time of a step and of its stages, and how busy the GPU was.
+
+    The GPU runs later what a stage launches, and stages may overlap there: see the trace.
 
     Args:
-        events: ``torch.profiler.profile.events()``. Stages of the host may overlap on the GPU, and
-            what a stage launches runs later than the stage: the trace shows both.
+        events: ``torch.profiler.profile.events()``.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     steps = [event for event in host if event.name.startswith("ProfilerStep")]

@@ -1,8 +1,8 @@
-"""How training proceeds, and what happened since the last line of the log.
+"""What happens around the steps.
 
-Pace       how far the host runs ahead of the GPU
-Feed       the loader's batches on their way into the pipeline, which runs ahead of the steps
-Interval   the steps since the last line of the log
+HostThrottle   bounds how far the host runs ahead of the GPU
+Feed           hands the loader's batches to the pipeline, which reads ahead of the steps
+LogWindow      the steps since the last line of the log
 """
 
 import math
@@ -23,22 +23,25 @@ from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
 
-# Seconds between two questions to a GPU that is a few steps behind.
-_PAUSE = 5e-5
+_POLL_SECONDS = 5e-5
 
 
 class Feed(Iterator[PackedBatch]):
-    """The loader's next ``steps`` batches; remembers what the pipeline, which runs ahead, took.
+    """The loader's next ``steps`` batches; records which of them the pipeline has taken.
 
     Args:
-        stop: the first epoch of which there are none.
+        stop: epoch (from 0) before which the batches end.
+
+    Attributes:
+        held: of each batch in the pipeline, oldest first: its windows, and how many samples of the
+            epoch are consumed after it.
+        waited: seconds spent waiting for the loader.
     """
 
     def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
         self._loader = loader
-        # Not one more: the pipeline must be empty when training ends in the middle of an epoch.
+        # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
         self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
-        # Of the batches that the pipeline holds: windows, and samples of the epoch after it.
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0
 
@@ -50,17 +53,17 @@ class Feed(Iterator[PackedBatch]):
         return batch
 
 
-class Pace:
-    """Keeps the host a few steps ahead of its GPU, no more.
+class HostThrottle:
+    """Keeps the host at most ``ahead`` steps ahead of its GPU.
 
-    Further ahead it gains nothing, and takes the interpreter from the loader's thread, for whose
-    batches it waits then; while it waits for the GPU, that thread has its turn.
+    Running further ahead gains nothing, and takes the interpreter lock from the loader's thread,
+    whose batches then come late.
 
-    A GPU waits for ever for one whose host is gone: to send is a part of the step's graph, which no
-    library watches. So the host does not wait in a call that never returns, but asks now and then.
+    The host polls the GPU instead of blocking: a collective inside a CUDA graph, which no watchdog
+    observes, never ends if another rank's process is gone.
 
     Args:
-        timeout: of a step.
+        timeout: longest wait for a step.
     """
 
     def __init__(self, device: torch.device, timeout: timedelta, ahead: int = 4) -> None:
@@ -70,11 +73,11 @@ class Pace:
             self._free = [torch.cuda.Event() for _ in range(ahead)]
         self._running: deque[torch.cuda.Event] = deque()
 
-    def keep(self) -> None:
-        """To be called after every step.
+    def after_step(self) -> None:
+        """Wait until at most ``ahead`` steps are unfinished; to be called after every step.
 
         Raises:
-            RuntimeError: the GPU does not get on.
+            RuntimeError: the GPU did not finish a step in time.
         """
         if self._free:
             event = self._free.pop()
@@ -86,25 +89,25 @@ class Pace:
         event.record()
         self._running.append(event)
 
-    def catch_up(self) -> None:
-        """Wait for all steps, before something that waits for them without end.
+    def wait_for_all(self) -> None:
+        """Wait for all steps, before a call that would block without a timeout.
 
         Raises:
-            RuntimeError: the GPU does not get on.
+            RuntimeError: the GPU did not finish them in time.
         """
         if self._running:
             self._wait_for(self._running[-1])
 
     def _wait_for(self, event: torch.cuda.Event) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         while not event.query():
-            if time.monotonic() - begun > self._timeout:
+            if time.monotonic() - started > self._timeout:
                 raise RuntimeError("timed out waiting for the GPU")
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
 
 
 class StepNote(NamedTuple):
-    """A step: its number, its epoch, the first of its samples, the one after them, its rate."""
+    """A step: its number and epoch from 1, its samples [first, after), its learning rate."""
 
     step: int
     epoch: int
@@ -113,56 +116,62 @@ class StepNote(NamedTuple):
     lr: float
 
 
-class Interval:
-    """The steps since the last line of the log, their losses still on the device."""
+class LogWindow:
+    """The steps since the last line of the log; their losses stay on the device."""
 
     def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []  # each [2]: sum of losses, masked positions
+        self.losses: list[torch.Tensor] = []
         self.steps: list[StepNote] = []
-        self.windows = 0
+        self._windows = 0
         self._started = time.perf_counter()
 
     def add(self, losses: torch.Tensor, windows: int, step: StepNote) -> None:
-        """One more step; ``losses`` float32 [2] stay on the device."""
+        """Add a step.
+
+        Args:
+            losses: float32 [2], the sum of its losses and its number of masked positions.
+            windows: its windows on this rank.
+        """
         self.losses.append(losses)
         self.steps.append(step)
-        self.windows += windows
+        self._windows += windows
 
     def reduce(self) -> dict[str, float]:
-        """Mean loss per masked position, speed, and peak memory, over all ranks.
+        """Mean loss per masked position, speed and peak memory, over all ranks.
 
-        ``records_per_second`` are those of all ranks together, ``peak_memory_gb`` of the rank that
-        needed most: 1e9 bytes of the device's allocator, or on CPU of the process.
+        Returns:
+            Among them ``records_per_second``, windows of all ranks together, and
+            ``peak_memory_gb``, 1e9 bytes on the rank that used most: of the device's allocator, or
+            on CPU of the process.
 
         Raises:
-            UserError: a loss is not finite; the first such step is named.
+            UserError: a loss is not finite; names the first such step.
         """
         totals = torch.stack(self.losses).double()
-        totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
+        totals = torch.cat([totals, totals.new_tensor([[self._windows, 0]])])
         dist.all_reduce(totals)
-        peak = totals.new_tensor(peak_memory(totals.device) / 1e9)
+        peak = totals.new_tensor(_peak_memory(totals.device) / 1e9)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        rows = totals.tolist()
-        passed = time.perf_counter() - self._started
-        for (loss_sum, _), note in zip(rows, self.steps, strict=False):
+        *steps, (windows, _) = totals.tolist()
+        seconds = time.perf_counter() - self._started
+        for (loss_sum, _), note in zip(steps, self.steps, strict=True):
             if not math.isfinite(loss_sum):
                 raise UserError(
                     f"the loss became {loss_sum} at step {note.step} (epoch {note.epoch}, its "
                     f"samples {note.first} to {note.after - 1}, lr {note.lr:g}): lower --lr or "
                     "raise --warmup_share; earlier checkpoints are intact"
                 )
-        positions = sum(row[1] for row in rows)
         return {
-            "loss": sum(row[0] for row in rows[:-1]) / max(positions, 1),
+            "loss": sum(loss_sum for loss_sum, _ in steps) / max(sum(n for _, n in steps), 1),
             "lr": self.steps[-1].lr,
-            "records_per_second": rows[-1][0] / passed,
-            "step_ms": 1000 * passed / len(self.steps),
+            "records_per_second": windows / seconds,
+            "step_ms": 1000 * seconds / len(self.steps),
             "peak_memory_gb": float(peak),
         }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held at once since the process began: tensors on CUDA, all of it on CPU."""
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes in use at once since the process began: of tensors on CUDA, of all on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,86 +1,35 @@
-"""What a run leaves behind besides checkpoints, written by rank 0 alone.
+"""The log of a run, written by rank 0 alone.
 
-    runs/mine/
-        config.json       every flag, versions, command: enough to rebuild the model
-        metrics.jsonl     one JSON object a line: step, epoch, loss, lr, records_per_second, ...
-        events.out.*      the same for TensorBoard
-        eval_test.json    the final metrics
+    runs/mine/metrics.jsonl     one JSON object a line: step, epoch, loss, lr, records_per_second
+    runs/mine/events.out.*      the same for TensorBoard
+    runs/mine/eval_test.json    the final metrics
 
-and, while it runs, a progress bar on stderr.
+On a terminal a progress bar is drawn on stderr. Elsewhere stdout gets a line every --log_every
+steps:
+
+    2025-03-01 12:00:00 step 50/4,000, epoch 1, loss 6.1234, lr 0.0003, 12,345 rec/s, ETA 0:12:34
+
+Epochs count from 1.
 """
 
-import importlib.metadata
 import json
-import shlex
 import sys
+import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.evaluation.evaluate import Result, report, write_result
+from model.evaluation.evaluate import Result
+from model.evaluation.report import format_report, write_result
 from pipeline.errors import UserError, warn
-from pipeline.files import write_json, write_text
-
-_PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides numbers and speed, and the device's name."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            found["fbgemm-gpu"] = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["python"] = sys.version.split()[0]
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
-
-
-def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write config.json: the flags, facts of the data (number of items, catalog), versions."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_json(
-        run_dir / "config.json",
-        {"flags": flags, **facts, "versions": versions(), "command": command},
-    )
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Read config.json.
-
-    Raises:
-        UserError: it is missing or not one of ours.
-    """
-    path = run_dir / "config.json"
-    try:
-        text = path.read_text()
-        config = json.loads(text)
-        expected = {"flags": dict, "num_items": int, "catalog": str}
-        if not isinstance(config, dict) or not expected.keys() <= config.keys():
-            raise ValueError("keys are missing")
-        for key, kind in expected.items():
-            if not isinstance(config[key], kind):
-                raise ValueError(f"{key} is {config[key]!r}")
-        if config["num_items"] < 1 or "\\u0000" in text:
-            raise ValueError("nothing like it was ever written")
-    except OSError as error:
-        raise UserError(
-            f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
-            "give the --run_dir of a training run"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
-    return config
+from pipeline.files import write_text
 
 
 class RunLog:
-    """Progress bar, metrics.jsonl and TensorBoard events; does nothing on ranks other than 0.
+    """Progress, metrics.jsonl and TensorBoard events; does nothing on ranks other than 0.
 
     Args:
         run_dir: the run folder, or None on ranks that do not write.
@@ -94,64 +43,75 @@ class RunLog:
     """
 
     def __init__(self, run_dir: Path | None, total: int, step: int, on_error: str = "stop") -> None:
-        self._run_dir, self._on_error = run_dir, on_error
+        self._run_dir, self._total, self._on_error = run_dir, total, on_error
         self._bar: tqdm | None = None
         self._events: SummaryWriter | None = None
+        self._first_step, self._started = step, time.monotonic()
         if run_dir is None:
             return
-        # Lines past the resumed checkpoint belong to steps that are done again.
         lines = run_dir / "metrics.jsonl"
         try:
-            _keep_lines_up_to(lines, step)
+            _keep_lines_up_to(lines, step)  # a resumed run repeats the steps after its checkpoint
             self._file = lines.open("a")
             self._events = SummaryWriter(str(run_dir), purge_step=step + 1)
         except OSError as error:
             raise UserError(
                 f"--run_dir {run_dir} cannot be written: {error.strerror or error}"
             ) from error
-        # Drawn over itself on a terminal; in a log file every drawing is another line.
-        self._bar = tqdm(
-            total=total,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
+            )
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Move the progress bar by one step."""
         if self._bar is not None:
             self._bar.update(1)
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Append one line and the same scalars; names with a slash group them in TensorBoard."""
-        if self._bar is None:
+        """Log scalars; names with a slash group them in TensorBoard.
+
+        Args:
+            epoch: from 1.
+        """
+        if self._run_dir is None:
             return
-        line = {"step": step, "epoch": epoch, **values}
+        if "loss" in values:
+            self._show(step, epoch, values)
         tags = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
             self._file.flush()
             self._add_scalars({**tags, "train/epoch": epoch}, step)
         except OSError as error:
             self._failed(error)
-        if "loss" in values:
-            speed = f"{values['records_per_second']:,.0f} rec/s"
-            postfix = f"epoch {epoch}, loss {values['loss']:.4f}, {speed}"
-            self._bar.set_postfix_str(postfix, refresh=sys.stderr.isatty())
+
+    def _show(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        loss, speed = f"loss {values['loss']:.4f}", f"{values['records_per_second']:,.0f} rec/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"epoch {epoch}, {loss}, {speed}")
+            return
+        step_seconds = (time.monotonic() - self._started) / (step - self._first_step)
+        eta = timedelta(seconds=round(step_seconds * (self._total - step)))
+        print(
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step:,}/{self._total:,}, epoch {epoch}, "
+            f"{loss}, lr {values['lr']:.3g}, {speed}, ETA {eta}",
+            flush=True,
+        )
 
     def write_result(
         self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
     ) -> None:
         """Print the table, write eval_<split>.json and the same scalars for TensorBoard.
 
-        Ends the progress bar: this is for when training is over.
+        Closes the progress bar: to be called after training.
         """
-        if self._bar is None:
+        if self._run_dir is None:
             return
-        self._bar.close()
-        # Printed first: what a full disk does not take must not be lost.
-        print(report(split, result, best_possible), flush=True)
+        if self._bar is not None:
+            self._bar.close()
+        # Printed first: a full disk must not hide the result.
+        print(format_report(split, result, best_possible), flush=True)
         try:
             write_result(self._run_dir, split, result)
             for protocol in ("sampled", "full"):
@@ -161,24 +121,28 @@ class RunLog:
             self._failed(error)
 
     def say(self, text: str) -> None:
-        """Print above the progress bar."""
+        """Print to stdout, above the progress bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+        elif self._run_dir is not None:
+            print(text, flush=True)
 
     def close(self) -> None:
         """Flush and close everything."""
+        if self._run_dir is None:
+            return
         if self._bar is not None:
             self._bar.close()
-            self._close_events()
-            with suppress(OSError):  # of a write that has failed before
-                self._file.close()
+        self._close_events()
+        with suppress(OSError):  # of a write that failed before
+            self._file.close()
 
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
         if self._events is not None:
             for tag, value in values.items():
                 self._events.add_scalar(tag, value, step)
-            self._events.flush()  # a thread writes them: now its error comes out
+            self._events.flush()  # raises the error of the thread that writes them
 
     def _close_events(self) -> None:
         if self._events is not None:
@@ -187,7 +151,7 @@ class RunLog:
             self._events = None
 
     def _failed(self, error: OSError | UserError) -> None:
-        """Stop, or warn once and do without TensorBoard, whose writer is not to be used again."""
+        """Stop, or warn once and go on without TensorBoard, whose writer is unusable now."""
         message = f"{self._run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
         if self._on_error == "stop":
             raise UserError(
@@ -199,7 +163,7 @@ class RunLog:
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop later lines, and what a kill or a full disk left of a line, in one atomic step."""
+    """Drop later lines, and lines that a kill or a full disk cut short, atomically."""
     if not path.exists():
         return
     before = path.read_text(errors="replace")

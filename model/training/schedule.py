@@ -1,7 +1,7 @@
-"""How long to train, and how the learning rate moves: functions of the position alone.
+"""How long to train, and the learning rate as a function of the position in training.
 
-warm-up to the peak, then linear or cosine to zero, or constant; all of it times --gamma every
---decay_step epochs
+The rate rises to its peak, then falls linearly or by a cosine to zero, or stays constant; all of it
+is multiplied by --gamma every --decay_step epochs.
 """
 
 import math
@@ -69,11 +69,11 @@ class TrainingConfig:
 
 
 def lr_factor(config: TrainingConfig, progress: float, epoch: int) -> float:
-    """Learning rate over its peak.
+    """The learning rate as a share of its peak.
 
     Args:
         progress: share of all training samples consumed before this step, in [0, 1).
-        epoch: running epoch, from 0.
+        epoch: current epoch, from 0.
     """
     stairs = config.gamma ** (epoch // config.decay_step)
     if progress < config.warmup_share:

@@ -1,13 +1,12 @@
 """The training loop: epochs of pipelined steps, evaluation, checkpoints.
 
-    for the epochs up to the next evaluation, without a break
-        TrainLoader -> TrainPipelineSparseDist.progress -> loss, every --log_every steps to the log
-        every --checkpoint_every minutes, and when a signal says stop: a checkpoint
-        evaluate on validation; a checkpoint if it is the best; stop if nothing improves
-    load the best checkpoint, evaluate on test
+    for all epochs up to the next evaluation, without emptying the pipeline
+        TrainLoader -> pipeline.progress -> loss, logged every --log_every steps
+        a checkpoint every --checkpoint_every minutes and on SIGTERM or SIGINT
+    evaluate on validation; a checkpoint if it is the best; stop if nothing improves
 
-The learning rate, dropout and data order are functions of (seed, position in training), so a run
-that is interrupted and resumed is the run that was not, bit by bit on as many ranks.
+The learning rate, dropout and data order are functions of the seed and the position in training:
+a resumed run equals an uninterrupted one bit by bit, on the same number of ranks.
 """
 
 import math
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,31 +26,46 @@ from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.position import Position
 from model.distributed import Ranks, seed_dropout
 from model.evaluation.evaluate import Result
-from model.step.optimizers import Optimizers, set_table_steps
-from model.step.pipelines import train_pipeline
-from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Orders
-from model.training.progress import Feed, Interval, Pace, StepNote
+from model.step.optimizers import Optimizers
+from model.tables.upstream import set_table_steps
+from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
+from model.training.progress import Feed, HostThrottle, LogWindow, StepNote
 from model.training.run_log import RunLog
 from model.training.schedule import TrainingConfig, lr_factor
+from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
 
 T = TypeVar("T")
 
-# Model selection: full ranking on validation, since sampled metrics may prefer a worse model.
+# Selects the best model: full ranking, since sampled metrics may prefer a worse model.
 SELECT = ("full", "NDCG@10")
+
+
+class Pipeline(Protocol):
+    """Runs training steps; may hold batches ahead of them (:mod:`model.step.pipelines`)."""
+
+    def progress(self, batches: Iterator[PackedBatch]) -> torch.Tensor:
+        """One step; float32 [2], its sum of losses and its number of masked positions."""
+
+    def detach(self) -> None:
+        """Give the model back for evaluation; no batch may be left."""
+
+    def release(self) -> None:
+        """Free CUDA graphs."""
 
 
 class Trainer:
     """Trains a sharded model.
 
     Args:
-        model: with its ``optimizers``, from :mod:`model.step.optimizers`.
+        pipeline: runs the steps, on ``model`` and ``optimizers``.
         loader: this rank's training batches.
-        validate: evaluates the model on the validation split, on all ranks; its argument is put
-            around the batches. None: nothing is left to validate on, the last model is the best.
-        position: where to begin, from a checkpoint or new.
+        validate: evaluates the model on the validation split, on all ranks, with its argument
+            wrapped around the batches. None, if no validation items are left, takes the last model
+            as the best.
         seed: of dropout.
+        position: where to begin.
         after_step: called after every step, on all ranks.
     """
 
@@ -59,6 +73,7 @@ class Trainer:
         self,
         model: DistributedModelParallel,
         optimizers: Optimizers,
+        pipeline: Pipeline,
         loader: TrainLoader,
         validate: Callable[[Callable[[Iterable[T]], Iterator[T]]], Result] | None,
         checkpoints: Checkpoints,
@@ -69,27 +84,33 @@ class Trainer:
         position: Position,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.optimizers, self.loader = model, optimizers, loader
+        self.model, self.optimizers, self.pipeline, self.loader = (
+            model,
+            optimizers,
+            pipeline,
+            loader,
+        )
         self.validate, self.checkpoints, self.log = validate, checkpoints, log
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
         self.after_step = after_step
-        self.pipeline = train_pipeline(model, optimizers, ranks.device)
         timeout = timedelta(minutes=config.rank_timeout)
-        self.orders, self._pace = Orders(ranks, timeout), Pace(ranks.device, timeout)
+        self._agreement = Agreement(ranks, timeout)
+        self._throttle = HostThrottle(ranks.device, timeout)
         self.checkpoints.prepare()
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
-        """Train to the end, ``--max_steps`` or until nothing improves; returns the last position.
+        """Train to the end, to ``--max_steps`` or until nothing improves.
 
-        Its ``best_step`` is 0 where ``--max_steps`` came before the first evaluation.
+        Returns:
+            The last position; ``best_step`` is 0 if ``--max_steps`` precedes any evaluation.
 
         Raises:
             UserError: a loss is not finite, a rank does not answer, a checkpoint cannot be written.
             SystemExit: stopped by a signal, after a checkpoint; the code is 128 + its number.
         """
         try:
-            with self.orders:
+            with self._agreement:
                 while not self._is_over():
                     self._train_epochs()
                     if self._is_cut():
@@ -98,13 +119,13 @@ class Trainer:
                 self.checkpoints.finish()
         except UserError:
             with suppress(UserError):
-                self.checkpoints.finish()  # what is being written is from before, and good
+                self.checkpoints.finish()  # the one being written is of an earlier, good step
             raise
         except RuntimeError as error:
-            if explained := self.orders.explain(error, self.position.step):
+            if explained := self._agreement.explain(error, self.position.step):
                 raise explained from error
             raise
-        # Not after a failure: a GPU that waits for another one is not done with its graph.
+        # Not after a failure: the GPU may still be waiting for another one inside its graph.
         self.pipeline.release()
         if self._is_cut():
             self.log.say(f"ended after step {self.position.step}, as --max_steps says")
@@ -115,6 +136,11 @@ class Trainer:
             )
         return self.position
 
+    @property
+    def _epoch_number(self) -> int:
+        """The current epoch as people count it, from 1."""
+        return self.position.epoch + 1
+
     def _is_over(self) -> bool:
         stale = self.config.patience is not None and self.position.stale >= self.config.patience
         return stale or self.position.epoch >= self.config.num_epochs
@@ -124,17 +150,16 @@ class Trainer:
         return limit is not None and self.position.step >= limit
 
     def _next_stop(self) -> int:
-        """The epoch before which to evaluate, or to end."""
-        config, epoch = self.config, self.position.epoch
+        """The epoch (from 0) before which to evaluate or end."""
+        last, every = self.config.num_epochs, self.config.eval_every
         if self.validate is None:
-            return config.num_epochs
-        return min(config.num_epochs, (epoch // config.eval_every + 1) * config.eval_every)
+            return last
+        return min(last, (self.position.epoch // every + 1) * every)
 
     def _train_epochs(self) -> None:
-        """The rest of the current epoch and those up to the next evaluation.
+        """Train the rest of the current epoch and the epochs up to the next evaluation.
 
-        Ends with an empty, detached pipeline: to fill it again, and to trace the model, takes as
-        long as several steps.
+        The pipeline is emptied only at the end: filling it again takes as long as several steps.
         """
         stop = self._next_stop()
         steps = self.loader.steps_left(self.position.sample)
@@ -144,22 +169,22 @@ class Trainer:
         if steps <= 0:
             return
         self.model.train()
-        feed, interval = Feed(self.loader, self.position, steps, stop), Interval()
+        feed, window = Feed(self.loader, self.position, steps, stop), LogWindow()
         for left in reversed(range(steps)):
-            self._step(feed, interval)
+            self._step(feed, window)
             self.after_step()
-            order = self.orders.exchange(self._wish(interval))
-            if left == 0 or self.position.step % self.config.log_every == 0 or order:
-                self._pace.catch_up()
-                values = interval.reduce()
-                values["data_wait_ms"] = 1000 * feed.waited / len(interval.steps)
-                self.log.write(self.position.step, self.position.epoch, values)
-                interval, feed.waited = Interval(), 0.0
-            self._obey(order)
+            decision = self._agreement.exchange(self._request(window))
+            if left == 0 or self.position.step % self.config.log_every == 0 or decision:
+                self._throttle.wait_for_all()
+                values = window.reduce()
+                values["data_wait_ms"] = 1000 * feed.waited / len(window.steps)
+                self.log.write(self.position.step, self._epoch_number, values)
+                window, feed.waited = LogWindow(), 0.0
+            self._carry_out(decision)
         self.pipeline.detach()
 
-    def _step(self, feed: Feed, interval: Interval) -> None:
-        """One optimizer step; the pipeline still holds the next batches afterwards."""
+    def _step(self, feed: Feed, window: LogWindow) -> None:
+        """One optimizer step."""
         before = self.position
         if before.sample == self.loader.num_samples:
             before = replace(before, epoch=before.epoch + 1, sample=0)
@@ -168,37 +193,39 @@ class Trainer:
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
         losses = self.pipeline.progress(feed)
-        self._pace.keep()
+        self._throttle.after_step()
         windows, sample = feed.held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
         lr = factor * self.optimizers.peak_lr
-        note = StepNote(self.position.step, before.epoch, before.sample, sample, lr)
-        interval.add(losses, windows, note)
+        note = StepNote(self.position.step, before.epoch + 1, before.sample, sample, lr)
+        window.add(losses, windows, note)
         self.log.advance()
 
-    def _wish(self, interval: Interval) -> int:
-        """What this rank wants all to do next."""
-        # On CUDA looking at the loss would wait for the step: there the log's turn has to do.
-        if self.ranks.device.type == "cpu" and not math.isfinite(interval.losses[-1][0]):
+    def _request(self, window: LogWindow) -> int:
+        """What this rank requests of all ranks."""
+        # On CUDA, reading the loss would wait for the step: there it is checked when it is logged.
+        if self.ranks.device.type == "cpu" and not math.isfinite(window.losses[-1][0]):
             return CHECK_LOSS
         return SAVE if self.ranks.is_first and self.checkpoints.is_due else NOTHING
 
-    def _obey(self, order: int) -> None:
-        if order in (NOTHING, CHECK_LOSS):
+    def _carry_out(self, decision: int) -> None:
+        if decision in (NOTHING, CHECK_LOSS):
             return
-        saved = self._save(wait=order > STOP)
-        if order > STOP:
-            position, name = self.position, signal.Signals(order - STOP).name
+        saved = self._save(wait=decision > STOP)
+        if decision > STOP:
+            position, number = self.position, decision - STOP
             self.log.say(
-                f"stopped by {name} at step {position.step} (epoch {position.epoch}, sample "
-                f"{position.sample}){', saved' * saved}: go on with --resume auto"
+                f"stopped by {signal.Signals(number).name} at step {position.step} (epoch "
+                f"{self._epoch_number}, sample {position.sample}){', saved' * saved}: go on "
+                "with --resume auto"
             )
-            raise SystemExit(128 + order - STOP)
+            raise SystemExit(128 + number)
 
     def _save(self, wait: bool = True) -> bool:
-        """Write a checkpoint, unless there is nothing worth writing; or begin to, without waiting.
+        """Write a checkpoint, or with ``wait=False`` only start to.
 
-        The batches that the pipeline holds do not matter: they have not touched the weights.
+        Returns:
+            Whether it was written or started; False only with ``--on_save_error continue``.
 
         Raises:
             UserError: a weight is not finite, or the checkpoint cannot be written.
@@ -215,7 +242,7 @@ class Trainer:
         return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 
     def _end_epochs(self) -> None:
-        """Evaluate, save, and turn to the next epoch."""
+        """Evaluate, save the best model, move on to the next epoch."""
         before = self.position
         if self.validate is None:
             self.position = replace(before, best_step=before.step)
@@ -227,14 +254,14 @@ class Trainer:
             self.position = replace(self.position, best=before.best, best_step=before.best_step)
 
     def _interruptible(self, batches: Iterable[T]) -> Iterator[T]:
-        """Between batches of an evaluation, which is done again after a resume, obey a signal."""
+        """Stop on a signal between the batches of an evaluation, which a resumed run repeats."""
         for batch in batches:
-            if (order := self.orders.exchange()) > STOP:
-                self._obey(order)
+            if (decision := self._agreement.exchange()) > STOP:
+                self._carry_out(decision)
             yield batch
 
     def _evaluate(self, validate: Callable[..., Result]) -> None:
-        """Validate, log, and note whether this is the best model so far."""
+        """Validate, log, and record whether this is the best model so far."""
         started = time.perf_counter()
         result = validate(self._interruptible)
         set_table_steps(self.model, self.position.step)
@@ -254,9 +281,9 @@ class Trainer:
             for name, number in result[protocol].items()
         }
         values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(position.step, position.epoch, values)
+        self.log.write(position.step, self._epoch_number, values)
         self.log.say(
-            f"epoch {position.epoch}: validation NDCG@10 full {value:.4f}"
+            f"epoch {self._epoch_number}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {result['sampled'][metric]:.4f}; "
             f"HR@10 full {result['full']['HR@10']:.4f}, sampled {result['sampled']['HR@10']:.4f}"
         )

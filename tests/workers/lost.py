@@ -12,7 +12,7 @@ import torch
 import train
 from model.checkpoints.checkpoints import Checkpoints
 from model.distributed import run_script
-from model.training.agreement import Orders
+from model.training.agreement import Agreement
 from pipeline.errors import UserError
 
 # Many times what torchrun needs to see that a rank is gone, and to end the others.
@@ -21,18 +21,18 @@ SECONDS = 2
 
 def main() -> None:
     torch.set_num_threads(1)
-    save, explain = Checkpoints.save, Orders.explain
+    save, explain = Checkpoints.save, Agreement.explain
 
     def lost(self: Checkpoints, *arguments: object) -> bool:
         if self._ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(self, *arguments)
 
-    def slow(self: Orders, *arguments: object) -> UserError | None:
+    def slow(self: Agreement, *arguments: object) -> UserError | None:
         time.sleep(SECONDS)
         return explain(self, *arguments)
 
-    Checkpoints.save, Orders.explain = lost, slow
+    Checkpoints.save, Agreement.explain = lost, slow
     run_script(train.main)
 
 

@@ -1,0 +1,49 @@
+"""What an evaluation leaves: a table to read, and ``eval_<split>.json``."""
+
+from pathlib import Path
+
+from model.evaluation.evaluate import Result
+from model.evaluation.metrics import METRICS
+from pipeline.errors import UserError
+from pipeline.files import write_json
+
+_PROTOCOLS = {
+    "sampled": "sampled (against unseen items by popularity)",
+    "full": "full (all items, seen ones removed)",
+}
+
+
+def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
+    """The metrics table of one split: both protocols, popularity's ranking below the model's."""
+    rows: list[tuple[str, dict[str, float]]] = []
+    for protocol, label in _PROTOCOLS.items():
+        rows.append((label, result[protocol]))
+        if "popularity" in result:
+            rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
+    if best_possible:
+        rows.append(("full, best possible on this data", best_possible))
+    return f"{split}, {result['users']:,} users\n{format_table(rows)}"
+
+
+def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
+    """Rows of (label, metrics) as aligned text with a header."""
+    width = max(len(label) for label, _ in rows)
+    lines = [" " * width + "".join(f"{name:>9}" for name in METRICS)]
+    for label, row in rows:
+        cells = (f"{row[name]:>9.4f}" if name in row else " " * 9 for name in METRICS)
+        lines.append(f"{label:<{width}}" + "".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def write_result(folder: Path, split: str, result: Result) -> Path:
+    """Write ``eval_<split>.json`` into ``folder``, visible only when complete.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = folder / f"eval_{split}.json"
+    try:
+        write_json(path, result)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return path
