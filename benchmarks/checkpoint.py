@@ -28,6 +28,7 @@ from model.checkpoints.position import Position
 from model.distributed import Ranks, exit_rank, from_first_rank, start
 from model.run.build import build_model
 from model.run.config import RunConfig
+from model.run.execution import plan_execution
 from model.run.flags import FlagParser
 from model.step.optimizers import Optimizers
 
@@ -46,8 +47,9 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def row(items: int, flags: list[str], ranks: Ranks, folder: Path) -> str:
     """A line of the table."""
     config: RunConfig = FlagParser("", RunConfig).parse(flags)
-    model = build_model(config, items, ranks)
-    optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+    plan = plan_execution(config, items, ranks)
+    model = build_model(config, items, ranks, plan)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     optimizers.materialise_state()
     folder.mkdir(exist_ok=True)
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)

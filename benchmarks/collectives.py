@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.distributed import Ranks, exit_rank, first_rank_first, start
 from model.run.build import build_model, train_loader
 from model.run.config import RunConfig
+from model.run.execution import plan_execution
 from model.run.flags import FlagParser
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
@@ -93,9 +94,11 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
     """
     config = FlagParser("", RunConfig).parse(flags)
     store = first_rank_first(ranks, lambda: prepare(config.data))
-    loader, model = train_loader(config, store, ranks), build_model(config, store.num_items, ranks)
-    optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
-    pipeline = train_pipeline(model, optimizers, ranks.device)
+    plan = plan_execution(config, store.num_items, ranks)
+    loader = train_loader(config, store, ranks, plan)
+    model = build_model(config, store.num_items, ranks, plan)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    pipeline = train_pipeline(model, optimizers, plan, ranks.device)
     model.train()
     # Two batches more than steps: the pipeline reads ahead and must not run dry while counted.
     batches = itertools.islice(loader.epoch(0), WARM_UP + steps + 2)

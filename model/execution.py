@@ -61,7 +61,7 @@ class ExecutionPlan:
 
     def __post_init__(self) -> None:
         assert self.lookup == "own" or not (self.in_place or self.exchange == "gather")
-        assert self.graphs != "step" or (self.lookup == "own" and self.table_optimizer == "adam")
+        assert self.graphs != "step" or self.lookup == "own"
 
     @property
     def is_replicated(self) -> bool:

@@ -16,6 +16,7 @@ from benchmarks.collectives import WARM_UP, per_step
 from model.distributed import Ranks
 from model.run.build import build_plain_model, train_loader
 from model.run.config import RunConfig
+from model.run.execution import plan_execution
 from model.run.flags import FlagParser
 from pipeline.preparation.prepare import prepare
 from tests.conftest import torchrun
@@ -83,11 +84,13 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
     assert found["all-reduce, float32"]["mean"] == pytest.approx(4 * dense + 4)
 
     # Sizes on which nobody has agreed: of two ranks the larger counts.
-    monkeypatch.setattr("model.run.build.agreement", lambda _: lambda sizes: sizes)
+    monkeypatch.setattr("model.run.build.agreed_sizes", lambda _: lambda sizes: sizes)
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
     store, sizes = prepare(config.data), []
     for rank in (0, 1):
-        batches = train_loader(config, store, alone(rank, 2)).epoch(0)
+        ranks = alone(rank, 2)
+        plan = plan_execution(config, store.num_items, ranks)
+        batches = train_loader(config, store, ranks, plan).epoch(0)
         steps = [*itertools.islice(batches, WARM_UP, WARM_UP + STEPS)]
         sizes.append([(len(step.unpack().ids), len(step.unpack().masked)) for step in steps])
     ids, masked = np.max(sizes, axis=0).sum(axis=0) / STEPS

@@ -96,10 +96,12 @@ def test_a_sampled_loss_too(one: Answers, two: Answers, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", [*WAYS, "row_wise, sent"])
-def test_the_sharded_tables_really_are_pipelined(one: Answers, two: Answers, way: str) -> None:
-    # Where ranks look up for each other TorchRec has nothing to rewrite.
+def test_torchrec_rewrites_the_model_where_it_exchanges_rows(
+    one: Answers, two: Answers, way: str
+) -> None:
+    """By default (row_wise) and in ddp it does not: batches are copied ahead, nothing else."""
     assert two["every_way"][way].pipelined == (0 if way in ("ddp", "row_wise") else 1)
-    assert one["every_way"][way].pipelined == 0  # one rank has nothing to distribute
+    assert one["every_way"][way].pipelined == 0  # one rank has nothing to exchange
 
 
 @pytest.mark.parametrize("loss", ["", ", sampled"])

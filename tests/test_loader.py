@@ -133,7 +133,7 @@ def test_the_last_step_is_split_evenly_with_filler_rows_for_the_rest() -> None:
     assert NUM_WINDOWS == 22
     last = [list(loader(rank, 4, 5, dupe_factor=1).epoch(0))[-1] for rank in range(4)]
     assert [batch.num_windows for batch in last] == [0, 1, 0, 1]
-    filler = last[0]
+    filler = last[0].unpack()
     assert filler.features.values().tolist() == [MASK_TOKEN]
     assert filler.features.lengths().tolist() == [1]
     assert filler.masked.tolist() == filler.targets.tolist() == []

@@ -74,23 +74,19 @@ def test_packed_is_unpacked(candidates: tuple[int, int] | None, sampled: bool) -
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_a_copy_is_still_packed(sampled: bool) -> None:
+def test_a_moved_batch_is_still_packed(sampled: bool) -> None:
     batch = plain(None if sampled else (1, 11), sampled)
-    copy = packed(batch).copied(CPU)
-    assert isinstance(copy, PackedBatch)
-    copy.everyone = torch.tensor([4, 4])
-    assert_equal(copy.ready(), batch.to(CPU))
-    assert copy.ready().everyone is copy.everyone
-    assert batch.copied(CPU).ready().features.keys() == ["item", "candidate"]
+    moved = packed(batch).move(CPU)
+    assert isinstance(moved, PackedBatch)
+    assert_equal(moved.unpack().with_candidates(), batch.to(CPU))
 
 
 def test_ids_that_are_looked_up_come_first() -> None:
     for batch, ids in (
-        (plain((1, 11)), [7, 11, 9, 4, 11]),
+        (plain((1, 4)), [7, 11, 9, 4, 11, 1, 2, 3]),
         (plain(sampled=True), [7, 11, 9, 4, 11, 3, 2, 5, 5, 8]),
     ):
-        assert packed(batch).drawn_ids.tolist() == ids
-        assert packed(batch).ready().drawn_ids.tolist() == ids
+        assert packed(batch).to(CPU).ids.tolist() == ids
 
 
 def test_one_copy_takes_all_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,10 +110,8 @@ def test_record_stream_covers_all_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         lambda tensor, _: recorded.add(tensor.untyped_storage().data_ptr()),
     )
     step = packed(plain(sampled=True))
-    step.everyone = torch.tensor([4, 4])
     step.record_stream(torch.Stream(CPU))
-    memory = step.packed.words, step.everyone
-    assert recorded == {part.untyped_storage().data_ptr() for part in memory}
+    assert recorded == {step.packed.words.untyped_storage().data_ptr()}
     for batch in (packed(plain((1, 11))).to(CPU), packed(plain(sampled=True)).to(CPU)):
         recorded.clear()
         batch.record_stream(torch.Stream(CPU))
@@ -138,7 +132,7 @@ def test_floats_and_bools_come_back(count: int) -> None:
 
 def test_without_packed_memory_nothing_changes() -> None:
     batch = plain((1, 11), sampled=False)
-    assert replace(batch).to(CPU).packed is None
+    assert replace(batch).to(CPU).words is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

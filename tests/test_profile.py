@@ -12,11 +12,12 @@ from torch.autograd import DeviceType
 from torch.nn.modules.module import Module
 
 from model.distributed import Ranks
-from model.run.build import build_plain_model
+from model.step.pipelines import train_pipeline
 from model.training.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun
 from tests.workers import sharded
+from tests.workers.sharded import Built
 
 STEPS = 3
 
@@ -102,15 +103,17 @@ def test_a_short_run_is_recorded_from_its_first_step(
 def test_the_graph_of_the_whole_step_is_off_for_a_second_trace(
     one_rank: Ranks, tmp_path: Path
 ) -> None:
-    config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
-    bert = build_plain_model(config, sharded.NUM_ITEMS, one_rank)
-    bert.dense_step.is_whole = True
+    built = Built.of(sharded.config_of(sharded.WAYS["row_wise"], one_rank), one_rank, graphs="step")
+    model, plan = built.model, built.plan
+    pipeline = train_pipeline(model, built.optimizers(), plan, one_rank.device)
     said: list[str] = []
-    profiler = StepProfiler(ProfileConfig(STEPS), bert, tmp_path, one_rank, 14, said.append)
+    profiler = StepProfiler(
+        ProfileConfig(STEPS), model, plan, pipeline, tmp_path, one_rank, 14, said.append
+    )
     whole = []
     with profiler:
         for _ in range(14):
-            whole.append(bert.dense_step.is_whole)
+            whole.append(not pipeline.train_step.is_eager)
             profiler.step()
     # Two steps before, two to warm up and three recorded, twice, and two that run out.
     assert whole == [*[True] * 7, *[False] * 5, *[True] * 2]

@@ -9,14 +9,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from model.distributed import Ranks, alone
+from model.distributed import Ranks
 from model.run import build as model_run
-from model.step.optimizers import OptimizerConfig, set_table_steps, shard
-from model.tables.sharding_plan import ShardingConfig, embedding_optimizer
+from model.run.execution import plan_execution
+from model.tables.sharding_plan import ShardingConfig, table_optimizer
+from model.tables.upstream import set_table_steps
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, whole_and_in_parts
-
-CPU = torch.device("cpu")
 
 
 def results(folder: Path) -> dict[str, float]:
@@ -81,18 +80,6 @@ def test_tables_that_no_host_holds_whole(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compute_kernel": "fused_uvm"}, "--compute_kernel fused_uvm needs CUDA"),
-        ({"compute_kernel": "fused_uvm_caching"}, "--compute_kernel fused_uvm_caching needs CUDA"),
-    ],
-)
-def test_tables_that_a_cpu_cannot_have(options: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        shard(torch.nn.Module(), ShardingConfig(**options), OptimizerConfig(), 8, alone(CPU))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
         ({"table_precision": "fp8"}, "--table_precision must be one of fp32, fp16"),
         ({"compute_kernel": "dense"}, "--compute_kernel must be one of fused, fused_uvm, "),
         ({"mode": "ddp", "table_precision": "fp16"}, "--table_precision fp16 needs --mode dmp"),
@@ -106,15 +93,17 @@ def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
 
 def test_tables_in_half_precision_have_no_adam() -> None:
     cuda = torch.device("cuda", 0)
-    assert embedding_optimizer(ShardingConfig(), cuda) == "adam"
-    assert embedding_optimizer(ShardingConfig(table_precision="fp16"), cuda) == "rowwise_adagrad"
+    assert table_optimizer(ShardingConfig(), cuda) == "adam"
+    assert table_optimizer(ShardingConfig(table_precision="fp16"), cuda) == "rowwise_adagrad"
     asked = ShardingConfig(table_precision="fp16", embedding_optimizer="adam")
     with pytest.raises(UserError, match="adam needs --table_precision fp32, not fp16: use rowwise"):
-        embedding_optimizer(asked, cuda)
+        table_optimizer(asked, cuda)
 
 
 def test_the_tables_are_told_how_many_steps_there_were(one_rank: Ranks) -> None:
-    model = model_run.build_model(model_run.RunConfig(), 50, one_rank)
+    config = model_run.RunConfig()
+    plan = plan_execution(config, 50, one_rank)
+    model = model_run.build_model(config, 50, one_rank, plan)
     set_table_steps(model, 7)
     tables = [
         module

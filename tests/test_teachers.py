@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from model.bert4rec import BERT4Rec, ModelConfig
+from model.execution import ExecutionPlan
 from model.losses import linear_cross_entropy as core
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
-from model.network.dense_step import DenseStep
+from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teacher, Teachers, TeachersConfig
 from model.network.encoder import EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig
 from model.run import build as run
 from model.run.config import RunConfig
+from model.run.trained import _teacher
 from pipeline.errors import UserError
 from tests.conftest import ROOT, TINY, RunMain, torchrun
 
@@ -79,23 +81,28 @@ def model(seed: int = 0, **encoder: float) -> BERT4Rec:
 
 
 def teacher_of(trained: BERT4Rec) -> Teacher:
-    return Teacher(trained, trained.head.catalog, torch.device("cpu"), torch.float32)
+    return _teacher(trained, trained.head.catalog, torch.device("cpu"), "fp32")
+
+
+def taught_by(trained: BERT4Rec, share: float, student: BERT4Rec) -> DenseStep:
+    """The student's step with a teacher."""
+    teachers = Teachers([teacher_of(trained)], share)
+    return DenseStep(student.encoder, student.head, ExecutionPlan(), teachers)
 
 
 # Rows 3 31 9 and 31 5 of 30 items and the mask token; nobody sees the left alone.
 IDS = torch.tensor([3, 31, 9, 31, 5])
 ROWS = {"offsets": torch.tensor([0, 3, 5]), "masked": torch.tensor([1, 3])}
-TARGETS = torch.tensor([7, 30])
+NONE = dict.fromkeys(("left_only", "steps_ago", "negatives", "log_counts"))
+GIVEN = StepInput(**ROWS, **NONE, targets=torch.tensor([7, 30]), ids=IDS)
 
 
 def test_a_model_taught_by_itself_alone_has_nothing_to_learn() -> None:
     """The entropy of its own probabilities cannot be lowered: no gradient, of no weight."""
     student = model(dropout=0.0)
-    student.dense_step.learn_from(Teachers([teacher_of(model(dropout=0.5))], 1.0), 1.0)
+    step = taught_by(model(dropout=0.5), 1.0, student)
     table = student.embeddings.embeddings["item"].weight
-    loss, report = student.dense_step(
-        table[IDS], table[1:31], targets=TARGETS, longest=8, ids=IDS, **ROWS
-    )
+    loss, report = step(table[IDS], table[1:31], GIVEN, longest=8)
     loss.backward()
     hidden = student.encoder(table[IDS], longest=8, **ROWS)
     logits = student.head.project(hidden) @ student.head.project(table[1:31]).T * student.head.scale
@@ -107,10 +114,9 @@ def test_a_model_taught_by_itself_alone_has_nothing_to_learn() -> None:
 
 def test_teachers_are_no_part_of_the_model() -> None:
     student = model()
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    student.dense_step.learn_from(Teachers([teacher_of(model(1))], 0.5), 0.5)
-    assert student.state_dict().keys() == before.keys()
-    assert isinstance(student.dense_step, DenseStep)
+    before = student.state_dict().keys()
+    student.dense_step = taught_by(model(1), 0.5, student)
+    assert student.state_dict().keys() == before
     assert len(list(student.parameters())) == len(list(model().parameters()))
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from model.distributed import Ranks, run_script, start
-from model.run.config import build_model, train_loader
-from model.step.optimizers import Optimizers, replicated
-from tests.workers.sharded import NUM_ITEMS, WAYS, config_of, histories
+from model.tables.distribute import replicated
+from tests.workers.sharded import WAYS, Built, config_of
 
 WAYS_CLIPPED = ("row_wise", "table_wise", "ddp")
 LIMITS = (0.0, 0.01, 100.0)
@@ -22,14 +21,14 @@ def gradients(ranks: Ranks, way: str, limit: float) -> dict[str, torch.Tensor]:
     """What AdamW stepped with in the first step: the gradient of each replicated parameter."""
     config = config_of(WAYS[way], ranks)
     config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=limit))
-    model = build_model(config, NUM_ITEMS, ranks)
-    optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+    built = Built.of(config, ranks)
+    optimizers = built.optimizers()
     optimizers.zero_grad()
-    batch = next(train_loader(config, histories(), ranks).epoch(0))
-    loss, _ = model(batch.to(ranks.device))
+    batch = next(built.loader().epoch(0))
+    loss, _ = built.model(batch.to(ranks.device))
     loss.backward()
     optimizers.step()
-    parameters = replicated(model).items()
+    parameters = replicated(built.model).items()
     return {
         name.split("module.")[-1]: p.grad.clone() for name, p in parameters if p.grad is not None
     }

@@ -8,9 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
-import torch
-
-from model.step.optimizers import unwrap
 from model.step.train_step import TrainStep, _Captured
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.training.loader import TrainLoader
@@ -29,7 +26,7 @@ class Replayed(TrainStep):
 
     def _capture(self, batch: PackedBatch) -> _Captured:
         def run() -> None:
-            captured.report = self._run(captured.like(batch))
+            captured.report = self._launch(captured.read_batch(batch))
 
         captured = _Captured(_Again(run), batch)
         return captured
@@ -37,7 +34,7 @@ class Replayed(TrainStep):
     @property
     def replayable(self) -> int:
         """Shapes that were met again."""
-        return sum(one is not None for one in self._seen.values())
+        return sum(one is not None for one in self._captured.values())
 
 
 @contextmanager
@@ -48,10 +45,3 @@ def as_on_cuda() -> Iterator[None]:
         patch("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True)),
     ):
         yield
-
-
-def let_be_whole(model: torch.nn.Module) -> None:
-    """Let steps of a model with a shard of its own be captured, whatever its optimizer."""
-    bert = unwrap(model)
-    assert bert.table_shard is not None
-    bert.dense_step.is_whole, bert.dense_step._body = True, bert.encoder.encode

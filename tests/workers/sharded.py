@@ -8,7 +8,7 @@ window, so that one of two ranks gets a filler row.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,29 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from model.tables.table_shard import Lookup
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from model.distributed import Ranks, exit_rank, start
 from model.evaluation import catalog_scores
+from model.execution import ExecutionPlan
 from model.network.encoder import EncoderConfig
 from model.network.head import HeadConfig
 from model.run.build import build_model, build_plain_model, evaluator, train_loader
 from model.run.config import OutputConfig, RunConfig
+from model.run.execution import plan_execution
 from model.step.averaging import AveragingOptimizer
-from model.step.optimizers import OptimizerConfig, Optimizers, replicated, unwrap
-from model.step.pipelines import train_pipeline
+from model.step.optimizers import OptimizerConfig, Optimizers
+from model.step.pipelines import CopyingPipeline, train_pipeline
+from model.tables.distribute import replicated, unwrap
 from model.tables.sharding_plan import ShardingConfig
 from pipeline.batches.features import ITEM, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.loader import LoaderConfig
+from pipeline.training.loader import LoaderConfig, TrainLoader
 from pipeline.training.negatives import NegativesConfig
 from pipeline.training.windows import WindowConfig
-from tests.workers.replayed import as_on_cuda, let_be_whole
+from tests.workers.replayed import as_on_cuda
 
 NUM_ITEMS, MAX_LEN, GLOBAL_BATCH, LR = 21, 6, 8, 0.1
 EPOCHS = 7
@@ -83,6 +85,35 @@ def config_of(
     )
 
 
+@dataclass(frozen=True)
+class Built:
+    """A model on its ranks, how it is executed, and the flags of both."""
+
+    config: RunConfig
+    ranks: Ranks
+    plan: ExecutionPlan
+    model: DistributedModelParallel
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: Ranks, **changes: Any) -> "Built":
+        """As planned, but for some ``changes`` of the plan."""
+        plan = replace(plan_execution(config, NUM_ITEMS, ranks), **changes)
+        return cls(config, ranks, plan, build_model(config, NUM_ITEMS, ranks, plan))
+
+    def optimizers(self) -> Optimizers:
+        """Those of train.py."""
+        return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks.device)
+
+    def loader(self) -> TrainLoader:
+        return train_loader(self.config, histories(), self.ranks, self.plan)
+
+
+def by_torchrec(ranks: Ranks) -> dict[str, Any]:
+    """Changes of a plan: TorchRec and FBGEMM look up."""
+    exchange = "none" if ranks.world_size == 1 else "torchrec"
+    return {"lookup": "fbgemm", "exchange": exchange, "in_place": False}
+
+
 def sgd(model: nn.Module) -> KeyedOptimizer:
     """Plain SGD of everything; the fused tables bring their own."""
     parameters = replicated(model)
@@ -112,16 +143,15 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def pipelined(
-    config: RunConfig,
-    model: DistributedModelParallel,
-    optimizer: KeyedOptimizer,
-    ranks: Ranks,
+    built: Built,
+    optimizer: Any = None,
     before_step: Callable[[int], None] = lambda step: None,
     epochs: int = EPOCHS,
 ) -> Run:
-    """Through TrainPipelineSparseDist, as train.py does."""
-    pipeline = train_pipeline(model, optimizer, ranks.device)
-    loader, reports = train_loader(config, histories(), ranks), []
+    """Through the pipeline, as train.py does; without an ``optimizer`` by SGD."""
+    ranks, model = built.ranks, built.model
+    pipeline = train_pipeline(model, optimizer or sgd(model), built.plan, ranks.device)
+    loader, reports = built.loader(), []
     for epoch in range(epochs):
         batches = loader.epoch(epoch)
         for _ in range(loader.steps_per_epoch):
@@ -129,45 +159,39 @@ def pipelined(
             reports.append(pipeline.progress(batches))
         modules = len(pipeline._pipelined_modules)
         pipeline.detach()
-    shapes = getattr(getattr(pipeline, "_step", None), "replayable", 0)
+    shapes = 0
+    if isinstance(pipeline, CopyingPipeline):
+        shapes = getattr(pipeline.train_step, "replayable", 0)
     return Run(mean_losses(reports), weights_of(model), modules, shapes)
 
 
-def plain_loop(config: RunConfig, model: nn.Module, optimizer: Any, ranks: Ranks) -> Run:
+def plain_loop(model: nn.Module, optimizer: Any, loader: TrainLoader, device: torch.device) -> Run:
     """Forward, backward, step; no pipeline."""
     reports = []
-    for batch in _all_batches(config, ranks):
-        optimizer.zero_grad()
-        loss, report = model(batch.to(ranks.device))
-        loss.backward()
-        optimizer.step()
-        reports.append(report)
-    return Run(mean_losses(reports), weights_of(model))
-
-
-def _all_batches(config: RunConfig, ranks: Ranks) -> Iterator[Any]:
-    loader = train_loader(config, histories(), ranks)
     for epoch in range(EPOCHS):
-        yield from loader.epoch(epoch)
+        for batch in loader.epoch(epoch):
+            optimizer.zero_grad()
+            loss, report = model(batch.to(device))
+            loss.backward()
+            optimizer.step()
+            reports.append(report)
+    return Run(mean_losses(reports), weights_of(model))
 
 
 def every_way(ranks: Ranks) -> dict[str, Run]:
     """SGD in each sharding, replicated, in a plain loop, untied, with a sampled loss, and more."""
     runs = {}
     for name, sharding in WAYS.items():
-        config = config_of(sharding, ranks)
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs[name] = pipelined(config, model, sgd(model), ranks)
+        runs[name] = pipelined(Built.of(config_of(sharding, ranks), ranks))
     for name in ("row_wise", "ddp"):
-        config = config_of(WAYS[name], ranks)
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs[f"{name}, plain loop"] = plain_loop(config, model, sgd(model), ranks)
-        config = config_of(WAYS[name], ranks, head="linear")
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs[f"{name}, linear"] = pipelined(config, model, sgd(model), ranks)
-        config = config_of(WAYS[name], ranks, loss="sampled_softmax")
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs[f"{name}, sampled"] = pipelined(config, model, sgd(model), ranks)
+        built = Built.of(config_of(WAYS[name], ranks), ranks)
+        runs[f"{name}, plain loop"] = plain_loop(
+            built.model, sgd(built.model), built.loader(), ranks.device
+        )
+        linear = config_of(WAYS[name], ranks, head="linear")
+        runs[f"{name}, linear"] = pipelined(Built.of(linear, ranks))
+        sampled = config_of(WAYS[name], ranks, loss="sampled_softmax")
+        runs[f"{name}, sampled"] = pipelined(Built.of(sampled, ranks))
     return runs | row_wise_otherwise(ranks)
 
 
@@ -177,19 +201,11 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
     for name, loss in (("", "softmax"), (", sampled", "sampled_softmax")):
         config = config_of(WAYS["row_wise"], ranks, loss=loss)
         with as_on_cuda():
-            model = build_model(config, NUM_ITEMS, ranks)
-            let_be_whole(model)
-            runs[f"row_wise, replayed{name}"] = pipelined(config, model, sgd(model), ranks)
+            built = Built.of(config, ranks, graphs="step")
+            runs[f"row_wise, replayed{name}"] = pipelined(built)
+        runs[f"row_wise, sent{name}"] = pipelined(Built.of(config, ranks, **by_torchrec(ranks)))
     config = config_of(WAYS["row_wise"], ranks)
-    with patch("model.tables.table_shard.ITEMS_A_POSITION", 1000):
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs["row_wise, looked up"] = pipelined(config, model, sgd(model), ranks)
-    with patch("model.run.build.choose_lookup", lambda *_: Lookup()):
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs["row_wise, sent"] = pipelined(config, model, sgd(model), ranks)
-        config = config_of(WAYS["row_wise"], ranks, loss="sampled_softmax")
-        model = build_model(config, NUM_ITEMS, ranks)
-        runs["row_wise, sent, sampled"] = pipelined(config, model, sgd(model), ranks)
+    runs["row_wise, looked up"] = pipelined(Built.of(config, ranks, in_place=False))
     return runs
 
 
@@ -202,9 +218,11 @@ def unsharded(ranks: Ranks) -> dict[str, Run]:
         ("sampled", {"loss": "sampled_softmax"}),
     ):
         config = config_of(WAYS["ddp"], ranks, **options)
-        model = build_plain_model(config, NUM_ITEMS, ranks)
+        plan = plan_execution(config, NUM_ITEMS, ranks)
+        model = build_plain_model(config, NUM_ITEMS, ranks, plan)
         optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        runs[name] = plain_loop(config, model, optimizer, ranks)
+        loader = train_loader(config, histories(), ranks, plan)
+        runs[name] = plain_loop(model, optimizer, loader, ranks.device)
     return runs
 
 
@@ -213,14 +231,10 @@ def own_optimizers(ranks: Ranks) -> dict[str, Run]:
     runs = {}
     for name in ("row_wise", "ddp"):
         config = config_of(replace(WAYS[name], embedding_optimizer="auto"), ranks)
-        model = build_model(config, NUM_ITEMS, ranks)
-        optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+        built = Built.of(config, ranks)
+        optimizers = built.optimizers()
         runs[name] = pipelined(
-            config,
-            model,
-            optimizers,
-            ranks,
-            lambda step, optimizers=optimizers: optimizers.set_lr(1 - step / 30),
+            built, optimizers, lambda step, o=optimizers: o.set_lr(1 - step / 30)
         )
     return runs
 
@@ -231,18 +245,16 @@ def at_factor(ranks: Ranks) -> dict[str, dict[float, Run]]:
     for name in ("row_wise", "ddp"):
         config, found[name] = config_of(WAYS[name], ranks), {}
         for factor in (0.0, 0.5, 1.0):
-            model = build_model(config, NUM_ITEMS, ranks)
-            optimizers = Optimizers(model, config.sharding, config.optimizer, ranks.device)
+            built = Built.of(config, ranks)
+            optimizers = built.optimizers()
             found[name][factor] = pipelined(
-                config,
-                model,
+                built,
                 optimizers,
-                ranks,
                 # Only the first step: later ones start from other weights.
                 lambda step, f=factor, o=optimizers: o.set_lr(f if step == 0 else 0.0),
                 epochs=1,
             )
-        found[name]["untouched"] = weights_of(build_model(config, NUM_ITEMS, ranks))
+        found[name]["untouched"] = weights_of(Built.of(config, ranks).model)
     return found
 
 
@@ -251,7 +263,7 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
     found = {}
     for name, sharding in WAYS.items():
         config = config_of(sharding, ranks)
-        model = build_model(config, NUM_ITEMS, ranks)
+        model = Built.of(config, ranks).model
         found[name] = evaluator(config, model, histories(), "test", ranks)()
         if name == "row_wise":
             # 21 items in parts of 5, of which a second rank has as many, one of them empty.
@@ -262,7 +274,7 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 # 21 items are few even for these batches.
-@patch("model.tables.table_shard.ITEMS_A_POSITION", 0)
+@patch("model.run.execution.ITEMS_A_POSITION", 0)
 def answers(ranks: Ranks) -> dict[str, Any]:
     return {
         "every_way": every_way(ranks),

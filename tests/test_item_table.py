@@ -1,6 +1,7 @@
-"""A shard that ranks look up and update themselves: what FBGEMM would do."""
+"""The item table that this project looks up and updates itself: what FBGEMM would do."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,16 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from model.tables.table_shard import Lookup, TableShard, choose_lookup
 
 from model.distributed import Ranks
-from model.network.head import CatalogSlice, HeadConfig
-from model.run.build import build_model
-from model.tables import table_shard
+from model.network.head import CatalogSlice
+from model.tables.item_table import TableShard, _LookUp
+from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig
 from model.tables.table_update import UPDATES, Step, update
-from pipeline.batches.features import jagged_items
 from tests.conftest import RunMain, whole_and_in_parts
 from tests.workers import sharded
+from tests.workers.sharded import Built, by_torchrec
 
 CUDA = torch.cuda.is_available()
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs CUDA"))]
@@ -65,6 +65,26 @@ def steps(device: str, count: int) -> list[tuple[torch.Tensor, ...]]:
     return drawn
 
 
+ALONE = RowExchange(1, 0, ROWS)
+
+
+def shard_of(
+    made: torch.nn.Module,
+    optimizer: str,
+    scored: CatalogSlice | None = None,
+    exchange: RowExchange = ALONE,
+) -> TableShard:
+    return TableShard(made, optimizer, exchange, scored)
+
+
+def look_up(
+    shard: TableShard, ids: torch.Tensor, draws: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the ids, all of them items, and the candidates in place."""
+    trigger = torch.zeros((), device=ids.device, requires_grad=True)
+    return _LookUp.apply(trigger, shard, ids, len(ids), draws)
+
+
 def by_fbgemm(
     made: torch.nn.Module, ids: torch.Tensor, low: int, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,13 +100,12 @@ def test_steps_are_those_of_fbgemm(optimizer: str, device: str, low: int, count:
     if optimizer == "adam" and device == "cpu":
         pytest.skip("FBGEMM has none")
     plain, own = table(optimizer, device), table(optimizer, device)
-    shard = TableShard(own, optimizer, CatalogSlice(low, low + count, False), low, 1)
+    shard = shard_of(own, optimizer, CatalogSlice(low, low + count, False))
     for number, (ids, of_items, of_candidates) in enumerate(steps(device, count)):
         for each in (plain, own):
             each.set_learning_rate(0.1 / (1 + number))
         items, candidates = by_fbgemm(plain, ids, low, count)
-        found = shard(jagged_items(ids, torch.tensor([len(ids)])))
-        scored = shard.candidates()
+        found, scored = look_up(shard, ids)
         torch.testing.assert_close(found, items)
         torch.testing.assert_close(scored, candidates)
         for one, other in ((items, candidates), (found, scored)):
@@ -105,11 +124,11 @@ def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) ->
     if optimizer == "adam" and device == "cpu":
         pytest.skip("FBGEMM has none")
     plain, own = table(optimizer, device), table(optimizer, device)
-    shard = TableShard(own, optimizer, None, 0, 1)
+    shard = shard_of(own, optimizer)
     for ids, weights, _ in [*steps(device, 0), long_step(device)]:
         ends = torch.arange(len(ids) + 1, device=device)
         (plain(ids, ends) * weights).sum().backward()
-        found = shard(jagged_items(ids, torch.tensor([len(ids)])))
+        found, _ = look_up(shard, ids)
         (found * weights).sum().backward()
     torch.testing.assert_close(*(t.split_embedding_weights()[0] for t in (plain, own)))
     states = [[*itertools.chain(*each.split_optimizer_states())] for each in (plain, own)]
@@ -129,30 +148,20 @@ def long_step(device: str) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
-@pytest.mark.parametrize("items_a_position", [0, 1000])
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
 def test_training_is_that_of_fbgemm(
-    one_rank: Ranks,
-    monkeypatch: pytest.MonkeyPatch,
-    optimizer: str,
-    items_a_position: int,
-    loss: str,
+    one_rank: Ranks, optimizer: str, in_place: bool, loss: str
 ) -> None:
-    monkeypatch.setattr(table_shard, "ITEMS_A_POSITION", items_a_position)
-    sharding = ShardingConfig("dmp", "row_wise", optimizer, 0.1)
-    found = trained(sharding, one_rank, loss)
-    monkeypatch.setattr("model.run.build.choose_lookup", lambda *_: Lookup())
-    expected = trained(sharding, one_rank, loss)
+    config = sharded.config_of(ShardingConfig("dmp", "row_wise", optimizer, 0.1), one_rank)
+    config = replace(config, head=replace(config.head, loss=loss))
+    in_place = in_place and loss == "softmax"
+    found = sharded.pipelined(Built.of(config, one_rank, in_place=in_place))
+    expected = sharded.pipelined(Built.of(config, one_rank, **by_torchrec(one_rank)))
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.losses[-1] < found.losses[0] - 0.3
     for name, value in expected.weights.items():
         torch.testing.assert_close(found.weights[name], value, rtol=1e-4, atol=1e-5)
-
-
-def trained(sharding: ShardingConfig, ranks: Ranks, loss: str) -> sharded.Run:
-    config = sharded.config_of(sharding, ranks, loss=loss)
-    model = build_model(config, sharded.NUM_ITEMS, ranks)
-    return sharded.pipelined(config, model, sharded.sgd(model), ranks)
 
 
 def test_rows_around_the_candidates_stay_without_gradients() -> None:
@@ -161,24 +170,23 @@ def test_rows_around_the_candidates_stay_without_gradients() -> None:
     assert rows.tolist() == [[1, 1], [0.5, 0.5], [0.5, 0.5], [1, 1]]
 
 
-def test_candidates_are_for_one_backward_pass() -> None:
-    shard = TableShard(table("sgd", "cpu"), "sgd", CatalogSlice(1, 8, False), 1, 1)
-    shard(jagged_items(torch.tensor([3]), torch.tensor([1])))
-    assert shard.candidates().shape == (7, WIDTH)
-    with pytest.raises(AssertionError, match="no lookup"):
-        shard.candidates()
-
-
 @pytest.mark.parametrize("catalog", [CatalogSlice(1, 8, True), None])
 def test_several_ranks_divide_gradients_and_leave_out_rows_of_others(
     catalog: CatalogSlice | None,
 ) -> None:
+    class OfFour(RowExchange):
+        """The ids are already those of all ranks."""
+
+        local_ids = own_rows = all_gradients = lambda self, given: given
+
     made = table("sgd", "cpu")
     before = made.split_embedding_weights()[0].clone()
-    shard = TableShard(made, "sgd", catalog, 1, 4)
-    loss = shard(jagged_items(torch.tensor([-1, 3, -1, 0]), torch.tensor([4]))).sum()
+    shard = shard_of(made, "sgd", catalog, OfFour(4, 0, ROWS))
+    found, candidates = look_up(shard, torch.tensor([-1, 3, -1, 0]))
+    assert found[[0, 2]].eq(0).all() and found[1].equal(before[3])
+    loss = found.sum()
     if catalog is not None:
-        loss = loss + shard.candidates()[4].sum()
+        loss = loss + candidates[4].sum()
     loss.backward()
     moved = (before - made.split_embedding_weights()[0]).sum(dim=1) / (0.1 * WIDTH / 4)
     scored = 0.0 if catalog is None else 1.0
@@ -196,40 +204,6 @@ def test_adam_on_cuda_leaves_alone_what_was_not_looked_up() -> None:
     assert (given[1].cpu() != means).any(dim=1).tolist() == [False, True, True, True]
 
 
-HERE, LOOKED_UP = Lookup(True, False, True), Lookup(True, False, False)
-TOGETHER = Lookup(True, True, True)
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({}, HERE),
-        ({"sharding": "table_wise"}, HERE),
-        ({"mode": "ddp"}, Lookup()),
-        ({"table_precision": "fp16"}, Lookup()),
-        ({"head": "linear"}, Lookup()),
-        ({"loss": "sampled_softmax"}, LOOKED_UP),
-        ({"positions": 31}, LOOKED_UP),
-        ({"world_size": 3}, TOGETHER),
-        ({"world_size": 3, "positions": 31}, Lookup(True, True, False)),
-        ({"world_size": 3, "loss": "gbce"}, Lookup(True, True, False)),
-        ({"world_size": 3, "sharding": "table_wise"}, Lookup()),
-        ({"world_size": 3, "sharding": "auto"}, Lookup()),
-        ({"world_size": 3, "items": 2, "positions": 1}, Lookup()),  # rows 0 1 | 2 3 |
-        ({"world_size": 3, "items": 3, "positions": 1}, TOGETHER),  # rows 0 1 | 2 3 | 4
-        ({"world_size": 4, "width": 1 << 20, "drawn": 0, "positions": 16}, TOGETHER),  # 256 MB
-        ({"world_size": 4, "width": 1 << 20, "drawn": 1, "positions": 16}, Lookup()),
-    ],
-)
-def test_when(changed: dict[str, object], expected: Lookup) -> None:
-    given = {"world_size": 1, "items": 30, "width": 8, "positions": 30, "drawn": 7} | changed
-    world_size = given.pop("world_size")
-    ranks = Ranks(0, world_size, world_size, torch.device("cpu"))
-    sizes = [given.pop(name) for name in ("items", "width", "positions", "drawn")]
-    head = HeadConfig(**{name: given.pop(name) for name in ("head", "loss") if name in given})
-    assert choose_lookup(ShardingConfig(**given), head, *sizes, ranks) == expected
-
-
 @pytest.mark.parametrize("items_a_position", [0, 1000])
 def test_a_resumed_run_is_the_uninterrupted_one(
     run_main: RunMain,
@@ -238,7 +212,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     monkeypatch: pytest.MonkeyPatch,
     items_a_position: int,
 ) -> None:
-    monkeypatch.setattr(table_shard, "ITEMS_A_POSITION", items_a_position)
+    monkeypatch.setattr("model.run.execution.ITEMS_A_POSITION", items_a_position)
     updates = []
     update_of = TableShard.update
     monkeypatch.setattr(

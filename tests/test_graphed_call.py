@@ -4,27 +4,36 @@ from datetime import timedelta
 
 import pytest
 import torch
-from model.step.graphs import GraphedOptimizer
 
-from model.network.dense_step import DenseStep
+from model.execution import ExecutionPlan
+from model.kernels import graphed_call
+from model.kernels.graphed_call import replaced
+from model.network.dense_step import DenseStep, StepInput
 from model.network.encoder import Encoder, EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig, ScoringHead
-from model.step import graphs
+from model.step.graphed_optimizer import GraphedOptimizer
 from model.training.progress import HostThrottle
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
 
 LENGTHS = [40, 7, 0, 23, 40, 1, 12, 0]
 ITEMS, NEGATIVES, MASKED = 300, 50, 30
 
 
-def step(dropout: float = 0.0, loss: str = "softmax") -> tuple[DenseStep, Encoder]:
+DENSE = ExecutionPlan(lookup="fbgemm", graphs="dense")
+ENCODER = ExecutionPlan(lookup="fbgemm", exchange="torchrec", graphs="encoder")
+HOOKED = ExecutionPlan(graphs="encoder")
+
+
+def step(
+    dropout: float = 0.0, loss: str = "softmax", plan: ExecutionPlan | None = None
+) -> tuple[DenseStep, Encoder]:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(emb_dim=64, nhead=2, dropout=dropout), max_len=40).train()
     for parameter in encoder.parameters():  # small initial weights would hide what attention does
         torch.nn.init.normal_(parameter, std=0.15)
     head = ScoringHead(HeadConfig(loss=loss), CatalogSlice(1, ITEMS + 1, shared=False))
-    return DenseStep(encoder, head).train(), encoder
+    return DenseStep(encoder, head, plan or ExecutionPlan()).train(), encoder
 
 
 def inputs(seed: int, left_rows: int, loss: str = "softmax") -> dict[str, torch.Tensor]:
@@ -81,7 +90,8 @@ def results(
     # As a lookup hands them over: parts of one tensor that is no leaf.
     items, candidates = (rows * 1).split([positions, len(rows) - positions])
     with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
-        loss, report = model(items, candidates, longest=40, **moved)
+        given = StepInput(**dict.fromkeys(StepInput._fields) | moved)
+        loss, report = model(items, candidates, given, longest=40)
     loss.backward()
     gradients = [rows.grad, *(parameter.grad for parameter in encoder.parameters())]
     return [tensor.detach().float().cpu().clone() for tensor in (loss, report, *gradients)]
@@ -92,6 +102,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], limit:
         assert float((one - other).norm() / other.norm()) < limit
 
 
+@cuda
 @pytest.mark.parametrize("left_rows", [0, 4, 8])
 def test_jagged_half_precision_is_padded_full_precision(left_rows: int) -> None:
     given = inputs(1, left_rows)
@@ -101,29 +112,26 @@ def test_jagged_half_precision_is_padded_full_precision(left_rows: int) -> None:
     assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
+@cuda
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
-@pytest.mark.parametrize(("alone", "hooked"), [(True, False), (False, False), (False, True)])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_graphs_compute_what_the_plain_code_does(
-    compiled: bool, alone: bool, hooked: bool, loss: str
-) -> None:
-    (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss)
+@pytest.mark.parametrize("plan", [DENSE, ENCODER, HOOKED])
+def test_graphs_compute_what_the_plain_code_does(plan: ExecutionPlan, loss: str) -> None:
+    (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss, plan=plan)
     encoder.cuda()
-    fast.accelerate(compiled, alone, hooked)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):  # captured once, replayed with others
         given = inputs(seed, left_rows, loss)
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
+@cuda
 def test_somebody_hooks_into_the_gradients() -> None:
-    (plain, slow), (fast, encoder) = step(), step()
+    (plain, slow), (fast, encoder) = step(), step(plan=HOOKED)
     encoder.cuda()
     # As DDP does: nodes of the autograd graph that belong to the stream on which they were made.
     held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in encoder.parameters()]
     seen: list[object] = []
     for node in held:
         node.register_hook(lambda *_: seen.append(None))
-    fast.accelerate(compiled=False, alone=False, hooked=True)
     for seed, left_rows in ((1, 4), (2, 4)):
         given = inputs(seed, left_rows)
         seen.clear()
@@ -131,6 +139,7 @@ def test_somebody_hooks_into_the_gradients() -> None:
         assert len(seen) == len(held)  # once each: the capture itself bothers nobody
 
 
+@cuda
 @pytest.mark.parametrize("left_rows", [0, 2, 4])
 def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
     given = two_streams(1, left_rows)
@@ -140,20 +149,20 @@ def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
     assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
+@cuda
 def test_second_streams_through_graphs() -> None:
-    (plain, slow), (fast, encoder) = step(), step()
+    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True, hooked=False)
     for seed, left_rows in ((1, 2), (2, 3), (3, 4), (1, 2)):
         given = two_streams(seed, left_rows)
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
+@cuda
 def test_large_inputs_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_COPIED_BYTES", 64_000)  # the joined rows alone are larger
-    (plain, slow), (fast, encoder) = step(), step()
+    monkeypatch.setattr(graphed_call, "_COPIED_BYTES", 64_000)  # the candidates are larger
+    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True, hooked=False)
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):
         elsewhere = torch.empty(seed << 20, device="cuda")  # so that addresses change
         given = inputs(seed, left_rows)
@@ -161,11 +170,11 @@ def test_large_inputs_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -
         del elsewhere
 
 
+@cuda
 def test_dropout_follows_the_seed_through_graphs() -> None:
-    (plain, slow), (fast, encoder) = step(0.3), step(0.3)
+    (plain, slow), (fast, encoder) = step(0.3), step(0.3, plan=DENSE)
     slow.cuda()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True, hooked=False)
     given = inputs(1, 4)
 
     def seeded(model: DenseStep, of: Encoder, seed: int) -> torch.Tensor:
@@ -192,11 +201,11 @@ class _Clipped:
         self.inner.step()
 
 
+@cuda
 def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
-    (plain, slow), (fast, encoder) = step(), step()
+    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     slow.cuda()
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True, hooked=False)
     expected, found = (_Clipped(list(each.parameters())) for each in (slow, encoder))
     graphed = GraphedOptimizer(found, found.parameters)
     for number in range(8):
@@ -213,17 +222,18 @@ def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
         torch.testing.assert_close(one, other, rtol=0.02, atol=2e-4)
 
 
+@cuda
 def test_graphs_that_are_given_up_are_captured_again() -> None:
-    (plain, slow), (fast, encoder) = step(), step()
+    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     encoder.cuda()
-    fast.accelerate(compiled=False, alone=True, hooked=False)
     expected = results(plain, slow, inputs(1, 2), False)
     for _ in range(2):
         assert_close(results(fast, encoder, inputs(1, 2), True), expected, 0.05)
         fast.release()
-        assert not fast._whole._captured
+        assert not fast._graphed._captured
 
 
+@cuda
 def test_the_host_stays_a_few_steps_ahead() -> None:
     throttle, done = HostThrottle(torch.device("cuda"), timedelta(seconds=10), ahead=2), []
     for _ in range(6):
@@ -235,3 +245,15 @@ def test_the_host_stays_a_few_steps_ahead() -> None:
     assert not done[-1].query()
     throttle.wait_for_all()
     assert done[-1].query()
+
+
+def test_a_module_computes_with_other_parameters_for_a_while() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    own = dict(module.named_parameters())
+    others = {p: torch.nn.Parameter(p.detach() + 1) for p in own.values()}
+    with replaced(module, others):
+        module(torch.ones(1, 2)).sum().backward()
+        assert [*module.parameters()] == [*others.values()]
+    assert dict(module.named_parameters()) == own
+    assert all(p.grad is None for p in own.values())
+    assert all(p.grad is not None for p in others.values())

@@ -1,0 +1,146 @@
+"""Which way of execution the flags, the catalog and the device lead to."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model.distributed import Ranks
+from model.execution import ExecutionPlan
+from model.kernels import varlen_attention
+from model.network.encoder import EncoderConfig
+from model.network.head import HeadConfig
+from model.run.config import OutputConfig, RunConfig
+from model.run.execution import plan_execution
+from model.tables import table_update
+from model.tables.sharding_plan import ShardingConfig
+from pipeline.errors import UserError
+from pipeline.training.cloze import MaskConfig
+from pipeline.training.loader import LoaderConfig
+from pipeline.training.negatives import NegativesConfig
+from pipeline.training.windows import WindowConfig
+
+
+def planned(
+    device: str = "cpu",
+    world_size: int = 1,
+    items: int = 30,
+    width: int = 8,
+    positions: int = 30,
+    negatives: int = 7,
+    **changed: Any,
+) -> ExecutionPlan:
+    """The plan of a batch of ``positions`` rows of one item; ``changed`` are flags."""
+
+    def given(config: type, **more: Any) -> Any:
+        fields = config.__dataclass_fields__
+        return config(**more, **{name: changed[name] for name in changed if name in fields})
+
+    config = RunConfig(
+        windows=WindowConfig(max_len=1),
+        mask=given(MaskConfig),
+        loader=LoaderConfig(train_batch_size=positions),
+        encoder=given(EncoderConfig, emb_dim=width),
+        head=given(HeadConfig),
+        negatives=NegativesConfig(train_negatives=negatives),
+        sharding=given(ShardingConfig),
+        output=given(OutputConfig),
+    )
+    assert all(
+        name
+        in {f for group in vars(config).values() if hasattr(group, "__dict__") for f in vars(group)}
+        for name in changed
+    )
+    return plan_execution(config, items, Ranks(0, world_size, world_size, torch.device(device)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "lookup", "exchange", "in_place"),
+    [
+        ({}, "own", "none", True),
+        ({"sharding": "table_wise"}, "own", "none", True),
+        ({"mode": "ddp"}, "replicated", "none", False),
+        ({"table_precision": "fp16"}, "fbgemm", "none", False),
+        ({"head": "linear"}, "fbgemm", "none", False),
+        ({"loss": "sampled_softmax"}, "own", "none", False),
+        ({"positions": 31}, "own", "none", False),  # more than items: cheap to look up
+        ({"two_stream": True}, "own", "none", False),  # two positions an item
+        ({"world_size": 3}, "own", "gather", True),
+        ({"world_size": 3, "mode": "ddp"}, "replicated", "all_reduce", False),
+        ({"world_size": 3, "positions": 31}, "own", "gather", False),
+        ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
+        ({"world_size": 3, "sharding": "table_wise"}, "fbgemm", "torchrec", False),
+        ({"world_size": 3, "sharding": "auto"}, "fbgemm", "torchrec", False),
+        ({"world_size": 3, "items": 2, "positions": 1}, "fbgemm", "torchrec", False),  # 0 1 | 2 3 |
+        ({"world_size": 3, "items": 3, "positions": 1}, "own", "gather", True),  # 0 1 | 2 3 | 4
+        # 256 MB of rows, and a little more.
+        ({"world_size": 4, "width": 1 << 20, "positions": 16}, "own", "gather", True),
+        ({"world_size": 4, "width": 1 << 20, "positions": 17}, "fbgemm", "torchrec", False),
+    ],
+)
+def test_the_lookup_and_the_exchange(
+    changed: dict[str, Any], lookup: str, exchange: str, in_place: bool
+) -> None:
+    plan = planned(**changed)
+    assert (plan.lookup, plan.exchange, plan.in_place) == (lookup, exchange, in_place)
+    assert (plan.precision, plan.graphs) == ("fp32", "none")
+
+
+@pytest.fixture
+def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and optimizers are there."""
+    monkeypatch.setattr(varlen_attention, "takes", lambda width: width % 8 == 0)
+    monkeypatch.setattr(
+        "model.run.execution.UPDATES", {*table_update.UPDATES, "adam"}, raising=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "graphs"),
+    [
+        ({}, "step"),
+        ({"world_size": 2}, "step"),
+        ({"embedding_optimizer": "sgd"}, "dense"),
+        ({"embedding_optimizer": "sgd", "world_size": 2}, "dense"),
+        ({"table_precision": "fp16"}, "dense"),
+        ({"compute_kernel": "fused_uvm_caching"}, "dense"),
+        ({"table_precision": "fp16", "world_size": 2}, "encoder"),
+        ({"mode": "ddp"}, "encoder"),
+        ({"mode": "ddp", "world_size": 2}, "encoder"),
+        ({"acceleration": "none"}, "none"),
+        ({"precision": "fp32"}, "none"),
+        ({"width": 12}, "none"),  # heads of 6
+    ],
+)
+def test_the_graphs(as_with_cuda: None, changed: dict[str, Any], graphs: str) -> None:
+    plan = planned("cuda", **{"width": 16, "nhead": 2} | changed)
+    assert plan.graphs == graphs
+    assert plan.precision == changed.get("precision", "bf16")
+    assert plan.has_static_gradients == (graphs in ("dense", "encoder") and "mode" not in changed)
+
+
+def test_rates_of_the_tables() -> None:
+    assert planned().table_optimizer == "rowwise_adagrad"
+    assert planned().table_lr == pytest.approx(20 * 1e-3)
+    assert planned(embedding_optimizer="sgd").table_lr == 1e-3
+    assert planned(embedding_lr=0.5).table_lr == 0.5
+    assert planned(mode="ddp").table_lr == 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+def test_tables_that_a_cpu_cannot_have(kernel: str) -> None:
+    with pytest.raises(UserError, match=f"--compute_kernel {kernel} needs CUDA"):
+        planned(compute_kernel=kernel)
+    with pytest.raises(UserError, match="--precision bf16 needs CUDA"):
+        planned(precision="bf16")
+
+
+def test_the_line_of_the_log() -> None:
+    plan = planned(world_size=3)
+    assert plan.describe("item row_wise") == (
+        "item row_wise: looked up and updated by this project's kernels, every rank looks up the "
+        "ids of all, the exact softmax scores the shard in place; fp32; no CUDA graphs"
+    )
+    replicas = replace(planned(mode="ddp"), graphs="encoder", precision="bf16").describe("")
+    assert replicas == "replicated as an ordinary weight; bf16; CUDA graphs of the encoder"

@@ -1,0 +1,97 @@
+"""A rank that is alone exchanges nothing with itself, and looks up what TorchRec would."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+
+from model.distributed import Ranks
+from model.kernels import l2_normalize
+from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.tables.distribute import unwrap
+from model.tables.local_collection import LocalCollection, _Split
+from tests.workers import sharded
+from tests.workers.sharded import WAYS, Built, by_torchrec
+
+SHARDED = [way for way in WAYS if way != "ddp"]
+POSITIONS, ITEMS, WIDTH = 6, 40, 8
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("way", SHARDED)
+def test_nothing_is_exchanged(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, way: str, own: bool
+) -> None:
+    changes = {} if own else by_torchrec(one_rank)
+    built = Built.of(sharded.config_of(WAYS[way], one_rank), one_rank, **changes)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an exchange with nobody")
+
+    monkeypatch.setattr(dist, "all_to_all_single", refuse)
+    sharded.pipelined(built, epochs=2)
+    built.model.eval()
+    with torch.no_grad():
+        loss, _ = built.model(next(built.loader().epoch(0)).to(one_rank.device))
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("head", ["tied", "linear"])
+@pytest.mark.parametrize("way", SHARDED)
+def test_rows_are_those_of_torchrec(one_rank: Ranks, way: str, head: str) -> None:
+    config = sharded.config_of(WAYS[way], one_rank, head=head)
+    for changes in ({}, by_torchrec(one_rank)):
+        built = Built.of(config, one_rank, **changes | {"in_place": False})
+        embeddings = unwrap(built.model).embeddings
+        features = next(built.loader().epoch(0)).to(one_rank.device).features
+        for training in (True, False):
+            embeddings.train(training)
+            expected = ShardedEmbeddingCollection.forward(embeddings, features).wait()
+            found = embeddings(features)
+            assert list(found) == list(expected)
+            for name, rows in found.items():
+                assert rows.values().equal(expected[name].values())
+                assert rows.offsets().equal(expected[name].offsets())
+
+
+def test_a_table_in_several_shards_is_left_to_torchrec(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sharded.config_of(WAYS["column_wise"], one_rank)
+    monkeypatch.setattr(
+        "model.tables.upstream.features_per_lookup", lambda _: [["item", "candidate"] * 2]
+    )  # two shards' columns
+    built = Built.of(config, one_rank, **by_torchrec(one_rank))
+    embeddings = unwrap(built.model).embeddings
+    assert isinstance(embeddings, LocalCollection) and not embeddings._is_whole
+    features = next(built.loader().epoch(0)).to(one_rank.device).features
+    expected = ShardedEmbeddingCollection.forward(embeddings, features).wait()
+    for name, rows in embeddings(features).wait().items():
+        assert rows.values().equal(expected[name].values())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_gradients_of_both_features_are_those_of_a_split(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    real = torch.cat
+    monkeypatch.setattr(
+        l2_normalize.torch, "cat", lambda parts, *rest: copied.append(1) or real(parts, *rest)
+    )
+    config = HeadConfig(logit_temperature=temperature)
+    head = ScoringHead(config, CatalogSlice(1, ITEMS + 1, shared=False))
+    rows = torch.randn(POSITIONS + ITEMS, WIDTH, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([3, 0, 40])
+    found = []
+    for split in (
+        lambda whole: _Split.apply(whole, POSITIONS),
+        lambda whole: whole.split([POSITIONS, ITEMS]),
+    ):
+        whole = rows.clone().requires_grad_()
+        items, candidates = split(whole)
+        loss, _ = head(items[:3] * items[3:], candidates, targets)
+        found.append(torch.autograd.grad(loss, whole)[0])
+    assert torch.equal(*found)
+    # A large catalog's gradients are joined without a copy; plain dot products leave no room.
+    assert len(copied) == (temperature == 0)
