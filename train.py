@@ -51,7 +51,7 @@ def main(make_pipeline: Callable[..., Pipeline] = train_pipeline) -> None:
     pipeline = make_pipeline(model, optimizers, plan, ranks.device)
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = RunFolder(config, ranks, store)
-    shards = describe_shards(model)
+    shards = describe_shards(model, ranks.world_size)
     ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}; run folder {folder.path}")
 
     recorded = {"flags": flatten(config), "versions": versions()}

@@ -11,7 +11,7 @@ from model.tables.sharding_plan import ShardingConfig, table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
-# A catalog of fewer items than a step has positions is cheap to copy: it is looked up to be scored.
+# A catalog of fewer items than a step has positions is cheap to look up for scoring.
 ITEMS_A_POSITION = 1
 # Gathering sends the rows of all ranks to each; above this, TorchRec's all-to-all is worth its calls.
 GATHERED_BYTES = 256 << 20

@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write config.json: flags, facts of the data (number of items, catalog), execution, versions."""
+    """Write config.json: flags, facts of the data and of the execution, versions."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     write_json(
         run_dir / "config.json",

@@ -106,7 +106,12 @@ def unwrap(model: nn.Module) -> BERT4Rec:
     return model
 
 
-def describe_shards(model: DistributedModelParallel) -> str:
-    """What the planner did with each table, such as "item row_wise fused"."""
-    shards = (item for module in model.plan.plan.values() for item in module.items())
-    return ", ".join(f"{table} {s.sharding_type} {s.compute_kernel}" for table, s in shards)
+def describe_shards(model: DistributedModelParallel, world_size: int) -> str:
+    """What the planner did with each table, such as "item row_wise", or "" for replicas."""
+    parts = []
+    for module in model.plan.plan.values():
+        for table, sharding in module.items():
+            kind = "whole" if world_size == 1 else sharding.sharding_type
+            place = sharding.compute_kernel.removeprefix("fused")
+            parts.append(f"{table} {kind}{place and f' in {place[1:]}'}")
+    return ", ".join(parts)

@@ -7,7 +7,8 @@ Names of a step's stages in the trace:
 
     data wait               ## next_batch ##
     transfer                ## copy_batch_to_gpu ... ##
-    input distribution      ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##
+    input distribution      ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##,
+                            where TorchRec exchanges rows
     lookup, encoder, head   inside ## forward ... ##; "encoder and head" in one CUDA graph
     backward                ## backward ... ##
     optimizer               ## optimizer ... ##; the backward pass updates the tables
