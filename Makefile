@@ -1,31 +1,36 @@
-# make train   set up .venv, train on the built-in synthetic data, print the metrics table
-# make test    set up .venv, lint, run all tests but the slow ones
-# make test-slow    the slow ones: faults in numbers, about 6 minutes
-# make clean   remove .venv
+# make train        install into .venv, train on the built-in synthetic data, print the metrics
+# make test         install, lint, run all tests except the slow ones
+# make test-slow    run the slow tests: injected failures, about 6 minutes
+# make test-newest  run the tests with the newest releases of torch, FBGEMM and TorchRec
+# make lint         ruff, then mypy
+# make clean        remove the environments
 
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
-BIN := $(VENV)/bin
-TORCHREC := torchrec==1.8.0
-# PyTorch's own index has builds for CPUs alone, a tenth of the size; PyPI's works as well.
+# A machine with a GPU gets CUDA builds.
+REQUIREMENTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
+# Its builds without CUDA are a tenth of the size of PyPI's, which work as well.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Test processes: the largest tests start two ranks each.
+JOBS ?= 2
 
-HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-REQUIREMENTS := $(if $(HAS_GPU),requirements.txt,requirements-cpu.txt)
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+TORCHREC := $(shell grep ^torchrec== requirements.txt)
 
-.PHONY: install train test test-slow lint clean
+.PHONY: install train lint types test test-slow test-newest clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: $(REQUIREMENTS)
+$(VENV)/.installed: $(REQUIREMENTS) requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(HAS_GPU),yes)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+ifeq ($(findstring cpu,$(REQUIREMENTS)),)
+	$(PIP) -r $(REQUIREMENTS) -r requirements-dev.txt
 else
 	index=$$(curl -sfI -m 5 $(CPU_INDEX)/torch/ >/dev/null 2>&1 && echo --extra-index-url $(CPU_INDEX)); \
-	$(BIN)/pip install --quiet --disable-pip-version-check $$index -r requirements-cpu.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(TORCHREC)
+	$(PIP) $$index -r $(REQUIREMENTS) -r requirements-dev.txt
+	$(PIP) --no-deps $(TORCHREC)
 endif
 	touch $@
 
@@ -35,12 +40,32 @@ train: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+types: install
+	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# Newest releases on which all tests passed, on CPU.
+NEWEST := .venv-newest
+NEWEST_TORCH := 2.13.0
+NEWEST_TORCHREC := 1.8.0
+NEWEST_REQUIREMENTS := $(NEWEST)/$(notdir $(REQUIREMENTS))
+
+$(NEWEST_REQUIREMENTS): $(REQUIREMENTS) Makefile
+	mkdir -p $(NEWEST)
+	sed -E 's/^torch==.*/torch==$(NEWEST_TORCH)/; s/^(torchrec|fbgemm-gpu|fbgemm-gpu-cpu)==.*/\1==$(NEWEST_TORCHREC)/' \
+		$(REQUIREMENTS) > $@
+
+test-newest: $(NEWEST_REQUIREMENTS)
+	$(MAKE) install VENV=$(NEWEST) REQUIREMENTS=$(NEWEST_REQUIREMENTS) \
+		TORCHREC=torchrec==$(NEWEST_TORCHREC)
+	$(NEWEST)/bin/python -m pytest -n $(JOBS)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)

@@ -1,11 +1,13 @@
-"""The two requirement files and the Makefile install the same stack."""
+"""The requirement files agree with each other, with the Makefile and with the imports."""
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PINNED = ("torch", "torchrec", "torchdata", "fbgemm-gpu")
+OWN = {"pipeline", "model", "tests", "benchmarks", "train", "eval"}
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -23,16 +25,16 @@ def requirements(name: str) -> dict[str, str]:
 def test_both_files_ask_for_the_same() -> None:
     gpu, cpu = requirements("requirements.txt"), requirements("requirements-cpu.txt")
     common = gpu.keys() & cpu.keys()
-    assert common >= {"torch", "torchdata", "numpy", "pandas", "pyarrow", "pytest", "ruff"}
+    assert common >= {"torch", "torchdata", "numpy", "pyarrow", "safetensors", "tensorboard"}
     assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
     # FBGEMM has two builds of one release that must never be installed together; TorchRec would
     # bring the wrong one in, so the Makefile installs it by itself on CPU.
     assert gpu.keys() - cpu.keys() == {"fbgemm-gpu", "torchrec"}
     assert gpu["fbgemm-gpu"] == cpu["fbgemm-gpu-cpu"]
-    makefile = (ROOT / "Makefile").read_text()
-    assert re.findall(r"torchrec==[\d.]+", makefile) == [f"torchrec{gpu['torchrec']}"]
     comment = (ROOT / "requirements-cpu.txt").read_text()
     assert re.findall(r"torchrec==[\d.]+\d", comment) == [f"torchrec{gpu['torchrec']}"]
+    # The Makefile reads TorchRec's version from requirements.txt.
+    assert not re.findall(r"torchrec==\d", (ROOT / "Makefile").read_text())
 
 
 def test_what_belongs_together_is_pinned() -> None:
@@ -44,15 +46,29 @@ def test_what_belongs_together_is_pinned() -> None:
 
 def test_torchrec_and_fbgemm_are_of_one_release() -> None:
     gpu = requirements("requirements.txt")
-    assert gpu["torchrec"] == gpu["fbgemm-gpu"]
+    release = re.compile(r"==(\d+\.\d+)\.")
+    assert release.match(gpu["torchrec"]).group(1) == release.match(gpu["fbgemm-gpu"]).group(1)
 
 
-def test_every_import_of_the_project_is_required() -> None:
-    known = {package.replace("-", "_") for package in requirements("requirements-cpu.txt")}
-    known |= {"fbgemm_gpu", "torchrec", "pipeline", "model", "tests", "benchmarks", "train"}
-    files = [file for part in ("pipeline", "model") for file in (ROOT / part).rglob("*.py")]
-    assert len(files) > 20
-    for file in [*files, ROOT / "train.py", ROOT / "eval.py"]:
+def test_development_tools_are_apart() -> None:
+    tools = requirements("requirements-dev.txt")
+    assert tools.keys() >= {"mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}
+    assert not tools.keys() & requirements("requirements.txt").keys()
+    assert not tools.keys() & requirements("requirements-cpu.txt").keys()
+
+
+def test_every_import_is_required() -> None:
+    run_time = {*requirements("requirements-cpu.txt"), "fbgemm_gpu", "torchrec"}
+    library = [file for room in ("pipeline", "model") for file in (ROOT / room).rglob("*.py")]
+    assert len(library) > 60
+    assert_imports([*library, ROOT / "train.py", ROOT / "eval.py"], run_time)
+    tools = [file for folder in ("tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    assert_imports(tools, run_time | requirements("requirements-dev.txt").keys())
+
+
+def assert_imports(files: Iterable[Path], packages: set[str]) -> None:
+    """The files import nothing but the standard library, the project and ``packages``."""
+    known = {package.replace("-", "_") for package in packages} | OWN | sys.stdlib_module_names
+    for file in files:
         for module in re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
-            import_is_known = module in known or module in sys.stdlib_module_names
-            assert import_is_known, f"{file.name} imports {module}"
+            assert module in known, f"{file.relative_to(ROOT)} imports {module}"

@@ -14,8 +14,9 @@ SMALL = SyntheticConfig(num_users=60, num_items=40, min_length=5, max_length=9, 
 
 
 def histories(config: SyntheticConfig) -> list[list[int]]:
-    table = next(SyntheticRatings(config)).to_pandas()
-    return [group.tolist() for _, group in table.groupby("user")["item"]]
+    table = next(SyntheticRatings(config))
+    users, items = (table[name].to_numpy() for name in ("user", "item"))
+    return [items[users == user].tolist() for user in np.unique(users)]
 
 
 def test_same_seed_same_data_and_another_seed_another() -> None:
