@@ -191,8 +191,11 @@ def test_a_lost_best_checkpoint_is_replaced(interrupted: Path, train: Train) -> 
 
 
 def test_the_best_is_kept_besides_the_newest(interrupted: Path, train: Train) -> None:
-    # No learning rate, so no evaluation is better than that of step 5.
-    outcome = train(interrupted, "--resume=auto", "--lr=0", "--embedding_lr=0", "--keep_last=1")
+    # As if the evaluation at step 5 had reached 1.0, the highest NDCG@10: none can be better.
+    newest = interrupted / "checkpoints" / "step-00000007"
+    manifest = read_manifest(newest)
+    write_manifest(newest, {**manifest, "position": {**manifest["position"], "best": 1.0}})
+    outcome = train(interrupted, "--resume=auto", "--keep_last=1")
     assert outcome.code == 0, outcome.err
     assert names(interrupted) == ["step-00000005", "step-00000015"]
 
@@ -266,7 +269,7 @@ def test_a_failure_of_that_thread_comes_out_at_the_next_step(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, {1})
-    at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._underway.join())
+    at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._background.join())
     outcome = train(tmp_path, "--checkpoint_every=1e-9")
     assert outcome.code == 2
     assert "step-00000001 cannot be written: No space left on device; earlier" in outcome.err

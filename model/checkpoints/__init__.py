@@ -1,0 +1,12 @@
+"""Save, verify, load and export the state of training.
+
+    position.py      where training stands: the part of a checkpoint that is not tensors
+    manifest.py      sizes and checksums of a checkpoint's files
+    safe_reader.py   read a checkpoint without running code from it
+    writer.py        write one checkpoint, all ranks together, possibly in a thread
+    checkpoints.py   the checkpoints of a run: when to save, what to keep, what to resume from
+    export.py        the trained model as safetensors
+
+May import: pipeline.errors, pipeline.files, pipeline.preparation.catalog, model.distributed,
+model.step. Private and unstable names of torch are marked by a comment that begins "Private:".
+"""

@@ -1,19 +1,18 @@
-"""Checkpoints: complete or absent, loadable at any number of ranks and in any sharding.
+"""The checkpoints of a run: complete or absent, loadable by any number of ranks and any sharding.
 
     runs/mine/checkpoints/
         step-00001200/      torch.distributed.checkpoint files: weights and optimizer state
             manifest.json   position in training, flags, versions; sizes and checksums of the files
         step-00001350/
-        damaged-00001500/   found to be damaged by a resume, which went on from the one before
+        damaged-00001500/   a resume found damage in it and used the one before
 
-Written as a database writes: into a folder aside, every file synced, the manifest last, then one
-rename and a sync of the parent (model.writer). A folder with the final name is complete or was
-damaged later, and a resume reads every byte of it before trusting it. In the middle of an epoch
-training waits for a copy of its state alone, which a thread writes while it goes on. There is no
-loader or generator state to store: order, masks and dropout are functions of (seed, epoch, sample,
-step).
+A checkpoint is written into a folder aside; every file is synced, the manifest last, then the
+folder is renamed and its parent synced (writer.py). So a folder ``step-*`` is complete, or was
+damaged later: a resume checks every byte before it uses one. Within an epoch training pauses only
+while its state is copied; a thread writes the copy. No loader or generator state is stored: order,
+masks and dropout are functions of (seed, epoch, sample, step).
 
-Nothing in these folders can run code when it is loaded (model.safe_reader).
+Loading a checkpoint never runs code from it (safe_reader.py).
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
-from model.checkpoints.writer import CheckpointWriter, Underway, host_copy
+from model.checkpoints.writer import Background, CheckpointWriter, host_copy
 from model.distributed import GONE, Ranks, from_first_rank
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
@@ -41,10 +40,10 @@ from pipeline.errors import UserError
 from pipeline.files import aside_of, remove_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
-# The portable form of the best model in a run folder, written when training is over.
+# The exported best model in a run folder, written when training is over.
 PORTABLE = "model"
-# CheckpointException is no Exception. A bare RuntimeError while saving is a lost rank, which the
-# training loop explains.
+# CheckpointException is a BaseException. Not RuntimeError: while saving, it means that a rank is
+# lost, which the training loop explains.
 _SAVE_ERRORS = (dcp.api.CheckpointException, OSError, UserError)
 _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError)
 
@@ -87,7 +86,7 @@ class Checkpoints:
 
     Args:
         run_dir: the run folder.
-        recorded: JSON-able facts to put into every manifest: flags, versions.
+        recorded: JSON-able facts for every manifest: flags, versions.
     """
 
     def __init__(
@@ -100,10 +99,10 @@ class Checkpoints:
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self._ranks, self._config = ranks, config or CheckpointConfig()
         self._recorded = recorded or {}
-        self._tried = time.monotonic()
+        self._last_write = time.monotonic()
         self._writer: CheckpointWriter | None = None
-        self._underway: Underway | None = None
-        self._position = Position()
+        self._background: Background | None = None
+        self._final = self.folder  # of the last save
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
@@ -118,24 +117,23 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether ``--checkpoint_every`` has passed since the last one; asked on rank 0.
+        """Whether rank 0 should save: ``--checkpoint_every`` has passed since the last write.
 
-        Also when the one under way has failed and training is to stop: saving will say so.
+        Also if the background write failed and training has to stop: ``save`` then raises.
         """
-        if self._underway is not None:
-            if self._underway.is_alive():
+        if self._background is not None:
+            if self._background.is_alive():
                 return False
-            if self._underway.error is not None and self._config.on_save_error == "stop":
+            if self._background.error is not None and self._config.on_save_error == "stop":
                 return True
-        return time.monotonic() - self._tried > 60 * self._config.checkpoint_every
+        return time.monotonic() - self._last_write > 60 * self._config.checkpoint_every
 
     # Writing ----------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Get ready to save, which ``save`` does too; every rank must call it.
+        """Create the process group for saving; all ranks call it together, before training.
 
-        To be called before training: the ranks meet, and would wait for a lost one to come, while
-        nobody obeys signals, until all are killed.
+        During training it would wait without end for a rank that is lost.
         """
         if self._writer is None:
             self._writer = CheckpointWriter(self.folder, self._ranks, self._recorded)
@@ -147,64 +145,63 @@ class Checkpoints:
         position: Position,
         wait: bool = True,
     ) -> bool:
-        """Write the checkpoint of ``position.step``; every rank must call it.
+        """Write the checkpoint of ``position.step``; all ranks call it together.
 
         Args:
-            wait: False copies the state, lets a thread write the copy, and returns; whether that
-                works comes out at the next ``save`` or ``finish``.
+            wait: False copies the state, starts a thread that writes the copy, and returns; the
+                next ``save`` or ``finish`` reports the outcome.
 
         Returns:
-            Whether it is there (or on its way); False only with ``--on_save_error continue``.
+            Whether it is written, or started; False only with ``--on_save_error continue``.
 
         Raises:
             UserError: it, or the one before, cannot be written. Earlier checkpoints are intact.
         """
         self.finish()
         self.prepare()
-        state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-        self._position = position
+        state = _state(model, optimizers)
+        self._final = self.path(position.step)
         if wait:
-            return self._settle(lambda: self._write(state, position))
+            return self._succeeds(lambda: self._write(state, position))
         copied = host_copy(state)
-        self._underway = Underway(lambda: self._write(copied, position))
+        self._background = Background(lambda: self._write(copied, position))
         return True
 
     def finish(self) -> bool:
-        """Wait for the checkpoint that is being written, if one is; every rank must call it.
+        """Wait for the background write, if there is one; all ranks call it together.
 
         Returns, raises:
             As ``save``.
         """
-        underway, self._underway = self._underway, None
-        return underway is None or self._settle(underway.result)
+        background, self._background = self._background, None
+        return background is None or self._succeeds(background.result)
 
     def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
             self._writer.write(self.path(position.step), state, position)
             if self._ranks.is_first:
-                self._clean(position)
+                self._delete_outdated(position)
         finally:
-            self._tried = time.monotonic()
+            self._last_write = time.monotonic()
 
-    def _settle(self, work: Callable[[], None]) -> bool:
-        """Do with an error of writing what ``--on_save_error`` says."""
-        final = self.path(self._position.step)
+    def _succeeds(self, work: Callable[[], None]) -> bool:
+        """Run ``work``, which writes; treat its error as ``--on_save_error`` says."""
         try:
             work()
         except _SAVE_ERRORS as error:
             if self._ranks.is_first:
-                shutil.rmtree(aside_of(final), ignore_errors=True)
-            message = f"{final} cannot be written: {_cause(error)}; earlier checkpoints are intact"
+                shutil.rmtree(aside_of(self._final), ignore_errors=True)
+            reason = f"{self._final} cannot be written: {_cause(error)}"
+            message = f"{reason}; earlier checkpoints are intact"
             if self._config.on_save_error == "stop":
                 raise UserError(f"{message}; make room, then go on with --resume auto") from error
             self._ranks.warn(f"{message}, training goes on")
             return False
         return True
 
-    def _clean(self, position: Position) -> None:
-        """Delete what is no longer kept."""
-        # What is exported from earlier weights is no longer the model of this run.
-        shutil.rmtree(self.run_dir / PORTABLE, ignore_errors=True)
+    def _delete_outdated(self, position: Position) -> None:
+        # The exported model has weights of an earlier end of training.
+        remove_folder(self.run_dir / PORTABLE)
         keep = {*self.steps()[-self._config.keep_last :], position.best_step}
         for step in set(self.steps()) - keep:
             remove_folder(self.path(step))
@@ -212,12 +209,12 @@ class Checkpoints:
     # Reading ----------------------------------------------------------------------------------
 
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
-        """Load the newest good checkpoint, if there is one; on all ranks, any number of them.
+        """Load the newest undamaged checkpoint, if there is one; all ranks call it together.
 
-        A damaged one is named in a warning and set aside, and the one before is used.
+        Each damaged one is named in a warning and renamed, and the one before is tried.
 
         Returns:
-            Where to go on: the beginning, if there is no checkpoint.
+            The position to continue from: the beginning if there is no checkpoint.
 
         Raises:
             UserError: the checkpoint belongs to a model of another shape.
@@ -226,16 +223,14 @@ class Checkpoints:
         if position is None:
             return Position()
         optimizers.materialise_state()
-        state = {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-        self._load(state, position.step)
+        self._load(_state(model, optimizers), position.step)
         drop_cached_rows(model)
         set_table_steps(model, position.step)
         self._ranks.say(f"resumed from {self.path(position.step)}")
         return position
 
     def _newest_good(self) -> Position | None:
-        good = (step for step in reversed(self.steps()) if self._is_good(step))
-        step = next(good, None)
+        step = next((step for step in reversed(self.steps()) if self._is_good(step)), None)
         if step is None:
             return None
         position = _position(self.path(step))
@@ -246,21 +241,22 @@ class Checkpoints:
         return position
 
     def _is_good(self, step: int) -> bool:
-        """Whether every byte is as it was written; a damaged one is renamed out of the way."""
+        """Check every byte; rename a damaged checkpoint to ``damaged-*``."""
+        path = self.path(step)
         try:
-            verify(self.path(step))
-            _position(self.path(step))
+            verify(path)
+            _position(path)
         except DamagedError as error:
-            self._ranks.warn(f"{self.path(step)} is damaged: {error}; it is not used")
+            self._ranks.warn(f"{path} is damaged: {error}; it is not used")
             away = self.folder / f"damaged-{step:08d}"
+            shutil.rmtree(away, ignore_errors=True)
             with contextlib.suppress(OSError):
-                shutil.rmtree(away, ignore_errors=True)
-                self.path(step).rename(away)
+                path.rename(away)
             return False
         return True
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint, if there was an evaluation yet; on all ranks.
+        """Step of the best checkpoint, None before the first evaluation; all ranks call together.
 
         Raises:
             UserError: it is damaged.
@@ -274,16 +270,19 @@ class Checkpoints:
                 break
         else:
             return None
+        if not best:
+            return None
         try:
-            return verify(self.path(best))["position"]["step"] if best else None
+            verify(self.path(best))
         except DamagedError as error:
             raise UserError(
                 f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
                 "training by --resume auto, or restore it"
             ) from error
+        return best
 
     def load_weights(self, model: nn.Module, step: int) -> None:
-        """Load the weights alone, in place.
+        """Load only the weights, in place; all ranks call it together.
 
         Raises:
             UserError: the checkpoint belongs to a model of another shape.
@@ -305,6 +304,10 @@ class Checkpoints:
                 f"{path} does not fit this model: it was written with other flags, or its files "
                 f"are damaged ({_cause(error)}); use another --run_dir or the run's own flags"
             ) from error
+
+
+def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
 
 
 def _position(folder: Path) -> Position:

@@ -1,11 +1,11 @@
-"""The portable form of a trained model: no pickle, no sharding, no optimizer.
+"""The trained model as safetensors: no pickle, no sharding, no optimizer state.
 
 exported/
     model.safetensors    all weights, under the names of the plain BERT4Rec
-    config.json          flags, number of items, catalog fingerprint, metrics
+    config.json          flags, number of items, catalog fingerprint, versions
     catalog.parquet      original id and title of each item
 
-Any program that reads safetensors can load it, without this one and without TorchRec.
+Any program that reads safetensors can load it, without this project and without TorchRec.
 """
 
 import shutil
@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 from model.checkpoints.safe_reader import SafeReader
 from pipeline.errors import UserError
@@ -29,14 +29,14 @@ WEIGHTS = "model.safetensors"
 
 
 def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[Path]) -> None:
-    """Write the portable form of a checkpoint into each of some folders; call it on one rank.
+    """Export a checkpoint into each of ``folders``; call it on one rank.
 
-    A folder appears complete; in one that exists already, the weights are replaced last.
+    A new folder is complete once it exists; in an existing folder the weights are replaced last.
 
     Args:
         checkpoint: folder of the checkpoint.
-        plain: an unsharded BERT4Rec on CPU; gets the weights of the checkpoint.
-        run_dir: the run folder, for its config and catalog.
+        plain: an unsharded BERT4Rec on CPU, whose weights are overwritten by the checkpoint's.
+        run_dir: the run folder, which has config.json and the catalog.
 
     Raises:
         UserError: a folder cannot be written.
@@ -67,7 +67,6 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
 
 
 def _move(aside: Path, folder: Path) -> None:
-    """Make ``aside`` be ``folder``, durably."""
     sync_files(aside)
     if not folder.exists():
         publish(aside, folder)
@@ -79,7 +78,7 @@ def _move(aside: Path, folder: Path) -> None:
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:
-    """Load exported weights into a model, plain or sharded: a rank reads no rows but its own.
+    """Load exported weights into a model, plain or sharded; each rank reads only its own rows.
 
     Raises:
         UserError: the weights are damaged or of another shape.
@@ -100,7 +99,7 @@ def load_exported(folder: Path, model: nn.Module) -> None:
 
 
 def _read(stored: Any, tensor: torch.Tensor | ShardedTensor, name: str) -> None:
-    """Copy a slice of a safetensors file, or this rank's shards of it."""
+    """Copy a tensor of a safetensors file, or this rank's shards of it."""
     if (found := stored.get_shape()) != list(tensor.shape):
         raise ValueError(f"size mismatch of {name}: {found}, not {list(tensor.shape)}")
     if not isinstance(tensor, ShardedTensor):

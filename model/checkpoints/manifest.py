@@ -1,8 +1,8 @@
-"""Manifests: how a checkpoint proves that it is whole.
+"""The manifest of a checkpoint: names, sizes and checksums that prove that it is complete.
 
 step-00001200/
     .metadata  __0_0.distcp  __1_0.distcp     written by torch.distributed.checkpoint
-    manifest.json                             names, sizes and checksums of those, and of itself
+    manifest.json                             checks the files above, and itself
 
 {"format": 1, "position": {"step": 1200, "epoch": 3, "sample": 51200, ...},
  "recorded": {"flags": {...}, "versions": {...}}, "world_size": 2,
@@ -22,22 +22,22 @@ NAME = "manifest.json"
 
 
 class DamagedError(Exception):
-    """A checkpoint's files are not those that its manifest names; says which and how."""
+    """A file of a checkpoint is missing, cut or altered; the message says which."""
 
 
 def describe_files(folder: Path, pattern: str) -> dict[str, dict[str, int]]:
-    """Size and checksum of each file of ``folder`` that matches a glob pattern."""
+    """Size and checksum of each file in ``folder`` that matches a glob pattern."""
     return {path.name: _describe(path) for path in sorted(folder.glob(pattern))}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a folder that has everything else."""
+    """Write the manifest of a folder, after all its other files."""
     content = {"format": FORMAT, **content}
     write_json(folder / NAME, {**content, "crc32": _checksum(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, without looking at the other files.
+    """The manifest of a checkpoint; its other files are not checked.
 
     Raises:
         DamagedError: it is missing or altered.
@@ -64,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint; returns its manifest.
+    """The manifest of a checkpoint, after every byte of its files was checked.
 
     Raises:
         DamagedError: a file is missing, cut or altered.
@@ -88,6 +88,6 @@ def _describe(path: Path) -> dict[str, int]:
 
 
 def _checksum(content: dict[str, Any]) -> int:
-    # Through JSON once more: a float or a key must count as it will be read back.
+    # Via JSON: the checksum of a float or key must be that of the value read back.
     plain = json.loads(json.dumps(content))
     return zlib.crc32(json.dumps(plain, sort_keys=True).encode())

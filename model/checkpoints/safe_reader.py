@@ -1,11 +1,11 @@
-"""Reading a checkpoint without running code of whoever wrote it.
+"""Read a checkpoint without running code that its writer may have hidden in it.
 
     dcp.load(state, storage_reader=SafeReader(path))
 
-torch.distributed.checkpoint keeps its index (``.metadata``) as a pickle, and a pickle may call
-anything. This reader unpickles nothing but the few classes that an index of tensors is made of.
-Values that are no tensors are not among them: torch would unpickle those freely, and we write none.
-Tensors themselves are read by torch.load(weights_only=True).
+torch.distributed.checkpoint (DCP) stores its index, ``.metadata``, as a pickle, and unpickling can
+call any function. SafeReader unpickles only the few classes that an index of tensors consists of.
+It refuses values other than tensors, which DCP would unpickle unchecked; our checkpoints have none.
+DCP reads tensors by torch.load(weights_only=True).
 """
 
 import pickle
@@ -15,7 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-_KNOWN = {
+# Private: the classes and functions that DCP's pickled index refers to.
+_ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata",
         "Metadata",
@@ -34,14 +35,15 @@ _KNOWN = {
 
 
 class SafeReader(dcp.FileSystemReader):
-    """A FileSystemReader for checkpoints of tensors alone, from anybody."""
+    """A FileSystemReader for checkpoints that contain only tensors, from any source."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index.
 
         Raises:
-            ValueError: it is not whole, or there is more in it than places of tensors.
+            ValueError: it is not whole, or refers to anything but tensors.
         """
+        # Private: FileSystemReader's fs and _get_metadata_path say where the index is.
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()
@@ -49,13 +51,14 @@ class SafeReader(dcp.FileSystemReader):
                 raise ValueError(f".metadata is no index of tensors: {error}") from error
         if not isinstance(metadata, Metadata) or metadata.storage_meta is None:
             raise ValueError(".metadata is no index of tensors")
+        # Private: FileSystemReader.read_metadata, which this replaces, sets load_id.
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if name in _KNOWN.get(module, ()) or is_type:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name in _ALLOWED.get(module, ()) or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")

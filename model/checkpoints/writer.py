@@ -1,11 +1,11 @@
-"""Writing one checkpoint: aside, synced, described, renamed; by all ranks together.
+"""Write one checkpoint, all ranks together.
 
-    .step-00001200.part/         every rank writes and syncs its files, and reads them for checksums
-        manifest.json            rank 0, when all have
+    .step-00001200.part/         every rank writes and syncs its files, then computes checksums
+        manifest.json            rank 0, after all ranks
     step-00001200/               one rename
 
-All that the ranks say to each other goes through a process group of its own. So a thread may write
-while training uses the others; two threads in one group would mix up each other's messages.
+The ranks communicate through a process group of their own, so that a thread can write while
+training communicates: two threads that share a group would mix up their messages.
 """
 
 import copy
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 from model.checkpoints.manifest import describe_files, write_manifest
 from model.checkpoints.position import Position
@@ -28,10 +28,10 @@ from pipeline.files import aside_of, publish, remove_leftovers
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder; every rank must make one, and call ``write`` alike.
+    """Writes checkpoints into a folder; all ranks create one and call ``write`` together.
 
     Args:
-        recorded: JSON-able facts to put into every manifest.
+        recorded: JSON-able facts for every manifest.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, recorded: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
     def write(self, final: Path, state: dict[str, Any], position: Position) -> None:
-        """Write ``state`` into the folder ``final``, which appears complete.
+        """Write ``state`` into the folder ``final``, which is complete once it exists.
 
         Raises:
             CheckpointException, OSError, UserError: (on all ranks) it cannot be written.
@@ -51,20 +51,18 @@ class CheckpointWriter:
         self._on_first_rank(lambda: self._publish(aside, final, files, position))
 
     def _clear(self, aside: Path) -> None:
-        """Make an empty folder to write into; remove what earlier interruptions left."""
         self.folder.mkdir(exist_ok=True)
         remove_leftovers(self.folder)
         aside.mkdir()
 
     def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
-        """All files' sizes and checksums, each rank having read its own."""
-
-        def mine() -> dict[str, dict[str, int]]:
-            files = describe_files(aside, f"__{self._ranks.rank}_*")
-            return files | (describe_files(aside, ".metadata") if self._ranks.is_first else {})
-
+        """Sizes and checksums of all files; each rank reads the files that it has written."""
+        outcome: dict[str, Any]
         try:
-            outcome: dict[str, Any] = mine()
+            # Private: DCP's file names are __RANK_N.distcp and, on rank 0, .metadata.
+            outcome = describe_files(aside, f"__{self._ranks.rank}_*")
+            if self._ranks.is_first:
+                outcome |= describe_files(aside, ".metadata")
         except OSError as error:
             outcome = {"error": str(error)}
         outcomes: list[dict[str, Any]] = [{}] * self._ranks.world_size
@@ -86,7 +84,7 @@ class CheckpointWriter:
         publish(aside, final)
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Run on rank 0; its OSError is raised on every rank, so that none waits for it."""
+        """Run on rank 0; all ranks raise its OSError (as UserError), so that none waits for it."""
 
         def reported() -> None:
             try:
@@ -97,11 +95,12 @@ class CheckpointWriter:
         from_first_rank(self._ranks, reported, self._group)
 
 
-class Underway(threading.Thread):
-    """Work in a thread; its error, if any, is kept for whoever waits for it."""
+class Background(threading.Thread):
+    """Runs ``work`` in a thread and keeps its error for ``result``."""
 
     def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(daemon=True)  # what a dying process leaves unfinished has no name yet
+        # A daemon: if the process ends first, the unfinished checkpoint has no final name yet.
+        super().__init__(daemon=True)
         self._work = work
         self.error: BaseException | None = None
         self.start()
@@ -109,7 +108,7 @@ class Underway(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # CheckpointException is no Exception
+        except BaseException as error:  # CheckpointException is a BaseException
             self.error = error
 
     def result(self) -> None:
@@ -120,25 +119,12 @@ class Underway(threading.Thread):
 
 
 def host_copy(value: Any) -> Any:
-    """A copy of a state dict in host memory, which training does not change any more."""
+    """A copy of a state dict in host memory that shares no memory with the original."""
     if isinstance(value, Mapping):
         return {name: host_copy(each) for name, each in value.items()}
     if isinstance(value, ShardedTensor):
-        return _sharded_copy(value)
+        on_host = value.cpu()
+        return copy.deepcopy(value) if on_host is value else on_host
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     return copy.deepcopy(value)
-
-
-def _sharded_copy(value: ShardedTensor) -> ShardedTensor:
-    """As ``ShardedTensor.cpu()``, but never the same memory."""
-    metadata, shards = copy.deepcopy(value.metadata()), []
-    for shard in metadata.shards_metadata:
-        shard.placement._device = torch.device("cpu")
-    for shard in value.local_shards():
-        about = copy.deepcopy(shard.metadata)
-        about.placement._device = torch.device("cpu")
-        shards.append(Shard(shard.tensor.detach().to("cpu", copy=True), about))
-    return ShardedTensor._init_from_local_shards_and_global_metadata(
-        shards, sharded_tensor_metadata=metadata, process_group=value._process_group
-    )
