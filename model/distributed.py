@@ -1,4 +1,4 @@
-"""Processes: who am I among the ranks, on which device, and how errors end all of us.
+"""The ranks of a run: how they start, share what rank 0 computes, and end after an error.
 
 torchrun --nproc_per_node 2 train.py     two ranks
 python train.py                          one rank, no torchrun needed
@@ -29,7 +29,7 @@ from pipeline.errors import UserError, warn
 
 T = TypeVar("T")
 
-# What libraries say on every start about their own insides: it would hide what we say.
+# Warnings of libraries about their own code, shown at every start; they would hide ours.
 _WARNINGS = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
     (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
@@ -40,14 +40,13 @@ _WARNINGS = (
 # A full disk, a quota, a read-only disk.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array is too big", re.I)
-# Messages of gloo and NCCL when another rank has ended.
+# Messages of gloo and NCCL when another rank has ended, to explain an error to the user.
 GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
-_LOG_LINES = (("torch.fx._symbolic_trace", "is_fx_tracing will return true"),)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the run."""
+    """This process among all processes of the run; ``timeout`` bounds waiting for other ranks."""
 
     rank: int
     world_size: int
@@ -57,7 +56,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -75,19 +74,20 @@ class Ranks:
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed what dropout draws from; ``torch.manual_seed`` visits every kind of device for it."""
+    """Seed dropout's generators; faster than ``torch.manual_seed``, which seeds all devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
+        # Private: default_generators, where torch.cuda.manual_seed finds a device's generator.
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def alone(device: torch.device) -> Ranks:
-    """This process by itself, for work that does not involve the others."""
+    """This process as the only rank, for work without the other ranks."""
     return Ranks(rank=0, world_size=1, local_world_size=1, device=device)
 
 
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
-    """Join the process group that torchrun describes, or one of a single process."""
+    """Join the process group that torchrun describes, or form one of this process alone."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -100,11 +100,11 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        # cuDNN's attention builds a plan for every new shape, in tens of milliseconds.
+        # cuDNN's attention takes tens of milliseconds to build a plan for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ:
-        # All attempts of torchrun --max_restarts share one store (torch 2.13): without a prefix of
-        # its own an attempt would read the addresses of the one before and fail to connect.
+        # All attempts of torchrun --max_restarts share one store (torch 2.13). Without a prefix an
+        # attempt would read the addresses of the previous one and fail to connect.
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -123,13 +123,14 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
 
 
 def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
-    """A group of all ranks, for a little sent beside the steps.
+    """A group of all ranks for small messages that overlap the step's kernels.
 
-    On a GPU, what is sent through it takes one multiprocessor while it waits for the other ranks,
-    not the two dozen that NCCL would take from the step.
+    On a GPU, a collective that waits for other ranks occupies one multiprocessor, instead of the
+    two dozen that NCCL takes by default.
     """
     if ranks.device.type != "cuda":
         return dist.new_group(timeout=ranks.timeout)
+    # Private: min_ctas, max_ctas (NCCL's multiprocessors) and _timeout have no public setter.
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = options.config.max_ctas = 1
     options._timeout = ranks.timeout
@@ -139,10 +140,10 @@ def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
 def from_first_rank(
     ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None
 ) -> T:
-    """What ``work`` returns on rank 0, on all ranks of the group (None: the one of all).
+    """Run ``work`` on rank 0 and return its result on all ranks of the group (None: all ranks).
 
     Raises:
-        UserError: on all ranks, when ``work`` raised it on rank 0.
+        UserError: on all ranks, if ``work`` raised it on rank 0.
     """
     outcome: list[Any] = [None, None]
     if ranks.is_first:
@@ -159,10 +160,10 @@ def from_first_rank(
 
 
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0, then on the others, which find its result cached on disk.
+    """Run ``work`` on rank 0, then on the other ranks, which find its result cached on disk.
 
     Raises:
-        UserError: on all ranks, when ``work`` raised it on rank 0.
+        UserError: on all ranks, if ``work`` raised it on rank 0.
     """
     results: list[T] = []
     from_first_rank(ranks, lambda: results.append(work()))
@@ -170,22 +171,21 @@ def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def exit_rank(code: int = 0) -> NoReturn:
-    """End this rank's process without taking the interpreter down.
+    """End this rank's process without finalizing the interpreter.
 
-    A thread of gloo frees the tensors of the last collective when it gets to it, and to do so while
-    the interpreter is being taken down aborts the process (torch 2.13): a rank that has done all
-    its work would end the whole job as failed.
+    A gloo thread frees the tensors of the last collective late; during finalization this aborts
+    the process (torch 2.13), and the whole job would count as failed.
 
-    NCCL's communicators are left to the end of the process: to close one waits for the other ranks,
-    and for ever if a CUDA graph that sends through it is alive.
+    NCCL communicators are not destroyed: that would wait for the other ranks, and without end
+    while a CUDA graph that communicates is alive.
     """
     if _has_nccl():
-        with suppress(RuntimeError):  # a rank is gone: no reason to stay
+        with suppress(RuntimeError):  # another rank is gone
             torch.cuda.synchronize()
-            dist.all_reduce(torch.zeros(1))  # nobody reads this rank's memory any more
+            dist.all_reduce(torch.zeros(1))  # afterwards no rank reads this rank's memory
     elif dist.is_initialized():
         dist.destroy_process_group()
-    with suppress(BrokenPipeError):  # who reads our output may have seen enough
+    with suppress(BrokenPipeError):  # the reader of our output, such as head, may have ended
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
@@ -229,7 +229,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _users_to_fix(error: Exception) -> str | None:
-    """What to tell a user who can do something about an error; None: it is a bug of ours."""
+    """The message about an error that the user can fix; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -245,17 +245,15 @@ def _users_to_fix(error: Exception) -> str | None:
 
 
 def _silence_libraries() -> None:
-    """Drop exactly the messages listed above; anything new or unexpected is still shown.
-
-    TensorBoard's writer thread shows its traceback though its error comes out at the next write.
-    """
+    """Drop only the messages listed above, so that new ones are still shown."""
+    # Private: TensorBoard's writer thread, _AsyncWriterThread. Its traceback is redundant, because
+    # the next write raises the error.
     show = threading.excepthook
     threading.excepthook = lambda failed: (
         None if type(failed.thread).__name__ == "_AsyncWriterThread" else show(failed)
     )
     for category, message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    for name, beginning in _LOG_LINES:
-        logging.getLogger(name).addFilter(
-            lambda record, beginning=beginning: not record.getMessage().startswith(beginning)
-        )
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(
+        lambda record: not record.getMessage().startswith("is_fx_tracing will return true")
+    )

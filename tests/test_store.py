@@ -115,7 +115,9 @@ def test_reused_until_the_fingerprint_changes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["items.npy", "offsets.npy", "catalog.parquet", "users.parquet"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete"])
-def test_damaged_store_is_rebuilt(tmp_path: Path, file: str, damage: str) -> None:
+def test_damaged_store_is_rebuilt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
     path = tmp_path / "s"
     open_or_build(path, {}, small_store)
     content = bytearray((path / file).read_bytes())
@@ -127,6 +129,8 @@ def test_damaged_store_is_rebuilt(tmp_path: Path, file: str, damage: str) -> Non
     with pytest.raises(UserError, match=f"{file} is damaged"):
         SequenceStore.open(path)
     assert open_or_build(path, {}, small_store).items.tolist() == ITEMS
+    warning = f"warning: {path / file} is damaged: delete the folder to have it rebuilt; preparing"
+    assert capsys.readouterr().err == f"{warning} the data again\n"
     assert SequenceStore.open(path).catalog.title(1) == "A"
 
 
