@@ -202,7 +202,8 @@ def open_or_build(
             return store
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.parent / f".{path.name}.lock"):
-            return _open_if_current(path, fingerprint) or _build(path, fingerprint, build)
+            store = _open_if_current(path, fingerprint, warn_if_damaged=True)
+            return store or _build(path, fingerprint, build)
     except OSError as error:
         raise UserError(
             f"cannot write the prepared data to {path.parent}: {error.strerror or error}; "
@@ -220,11 +221,13 @@ def _build(
     return SequenceStore.open(path)
 
 
-def _open_if_current(path: Path, fingerprint: dict[str, Any]) -> SequenceStore | None:
+def _open_if_current(
+    path: Path, fingerprint: dict[str, Any], warn_if_damaged: bool = False
+) -> SequenceStore | None:
     try:
         store = SequenceStore.open(path)
     except UserError as error:
-        if path.exists():
+        if warn_if_damaged and path.exists():
             warn(f"{error}; preparing the data again")
         return None
     return store if store.fingerprint == fingerprint else None
