@@ -1,4 +1,4 @@
-"""The one exception that is a user's to fix; everything else that escapes is a bug of ours."""
+"""Errors that the user can fix, and warnings; any other exception that escapes is a bug."""
 
 import sys
 
@@ -6,11 +6,11 @@ import sys
 class UserError(ValueError):
     """A mistake in a flag, a file or a run folder.
 
-    The message is one line that says what is wrong, where (``file:line`` or ``--flag``) and what
-    to do about it. The scripts print it alone and end every rank with exit code 2.
+    The message is one line: what is wrong, where (``file:line`` or ``--flag``), what to do. The
+    scripts print only this line and end every rank with exit code 2.
     """
 
 
 def warn(text: str) -> None:
-    """Print a warning on stderr."""
+    """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

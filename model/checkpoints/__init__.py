@@ -8,5 +8,5 @@
     export.py        the trained model as safetensors
 
 May import: pipeline.errors, pipeline.files, pipeline.preparation.catalog, model.distributed,
-model.step. Private and unstable names of torch are marked by a comment that begins "Private:".
+model.tables, model.step. A comment that begins "Private:" marks a private or unstable name of torch.
 """
