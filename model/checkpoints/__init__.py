@@ -8,5 +8,5 @@
     export.py        the trained model as safetensors
 
 May import: pipeline.errors, pipeline.files, pipeline.preparation.catalog, model.distributed,
-model.tables, model.step. A comment that begins "Private:" marks a private or unstable name of torch.
+model.tables, model.step. Comments that begin "Private:" mark private or unstable names of torch.
 """
