@@ -1,10 +1,10 @@
-"""Products with weights in half precision, and what stands between two of them.
+"""Linear layers in bfloat16, and bias, GELU and dropout between two of them.
 
     linear          F.linear; the weight is cast once for both passes, its gradient is float32
-    gelu_dropout    hidden + bias -> GELU -> dropout in one pass; backward one, with the bias' sum
+    gelu_dropout    dropout(GELU(hidden + bias)): one kernel forward, one backward
 
-Autocast casts a weight at each use and its gradient back, and a bias' gradient is summed in half
-the time that the products take.
+Autocast instead casts a weight at each use and its gradient back, and torch sums the gradient of a
+bias in half the time that the products take.
 
 Shapes: T rows, D and N widths, P programs.
 """
@@ -17,25 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from model.kernels.dropout_bits import Dropout, dropout_options, kept
+from model.kernels.compiler import tl, triton
+from model.kernels.dropout_bits import Dropout, drop, dropout_options
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
-
-# Values that a program of a kernel holds of each tensor at a time, and the columns of these.
+# Values of each tensor that a program of a kernel holds at a time, and their columns.
 _TILE, _COLUMNS = 2048, 128
-# Programs that sum over rows: as many as a large device runs at once, four a multiprocessor; of
-# those that do nothing else, twice as many.
+# Programs that sum over rows: as many as a large device runs at once, four a multiprocessor;
+# ``column_sum``, which does nothing else, runs twice as many.
 _PROGRAMS = 528
 
 
 def linear(module: nn.Linear, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
-    """``module`` of rows [T, D] -> [T, N], with or without its bias.
+    """``module(rows)``, [T, D] -> [T, N], with or without its bias.
 
-    Rows in half precision on CUDA are multiplied in it, even outside of autocast.
+    bfloat16 rows on CUDA are multiplied in bfloat16, even outside of autocast.
     """
     bias = module.bias if with_bias else None
     if not _takes(rows, module.weight):
@@ -44,14 +39,11 @@ def linear(module: nn.Linear, rows: torch.Tensor, with_bias: bool = True) -> tor
 
 
 def gelu_dropout(hidden: torch.Tensor, bias: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """dropout(GELU(hidden + bias)), GELU by its tanh approximation.
+    """dropout(GELU(hidden + bias)), half precision [T, N]; GELU by its tanh approximation.
 
     Args:
         hidden: half precision [T, N] on CUDA.
         bias: float32 [N].
-
-    Returns:
-        As ``hidden``.
     """
     return _GeluDropout.apply(hidden.contiguous(), bias, dropout)
 
@@ -63,14 +55,14 @@ def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def column_sum(rows: torch.Tensor) -> torch.Tensor:
-    """The sum of all rows [T, N], contiguous on CUDA: float32 [N], the same bits in every run."""
+    """The sum, float32 [N], of rows [T, N], contiguous on CUDA; the same bits in every run."""
     partial = _partial(rows, 2 * _PROGRAMS)
     _column_sum[_grid(partial)](rows, partial, *_shape(rows))
     return partial.sum(dim=0)
 
 
 def _weight_gradient(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[T, N] and [T, D] in half precision -> float32 [N, D], as it was summed."""
+    """[T, N] and [T, D] in half precision -> float32 [N, D], not rounded after the sum."""
     if not len(rows):
         return torch.zeros(grad.shape[1], rows.shape[1], device=rows.device)
     return torch.mm(grad.t(), rows, out_dtype=torch.float32)
@@ -82,7 +74,7 @@ def _shape(rows: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 def _partial(rows: torch.Tensor, programs: int) -> torch.Tensor:
-    """Room for the sums of each program's rows: float32 [P, N]; for a program each, about."""
+    """Memory for the sum of each program's rows: float32 [P, N], P about ``programs``."""
     count, width, block, columns = _shape(rows)
     programs = min(triton.cdiv(count, block), programs // triton.cdiv(width, columns))
     return torch.empty(max(1, programs), width, device=rows.device)
@@ -118,10 +110,9 @@ class _GeluDropout(torch.autograd.Function):
     ) -> torch.Tensor:
         result = torch.empty_like(hidden)
         count, width, block, columns = _shape(hidden)
-        seed, options = dropout_options(dropout, hidden)
         if count:
             grid = triton.cdiv(count, block), triton.cdiv(width, columns)
-            _gelu[grid](hidden, bias, seed, result, *_shape(hidden), **options)
+            _gelu[grid](hidden, bias, result, *_shape(hidden), **dropout_options(dropout))
         ctx.save_for_backward(hidden, bias)
         ctx.dropout = dropout
         return result
@@ -131,10 +122,9 @@ class _GeluDropout(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
         gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
-        seed, options = dropout_options(ctx.dropout, hidden)
-        _gelu_gradient[_grid(partial)](
-            hidden, bias, seed, grad.contiguous(), gradient, partial, *_shape(hidden), **options
-        )
+        tensors = hidden, bias, grad.contiguous(), gradient, partial
+        options = dropout_options(ctx.dropout)
+        _gelu_gradient[_grid(partial)](*tensors, *_shape(hidden), **options)
         return gradient, partial.sum(dim=0), None
 
 
@@ -150,15 +140,14 @@ if triton is not None:
     def _gelu(
         hidden,
         bias,
-        seed,
         result,
         count,
         width,
         block: tl.constexpr,
         columns: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -167,15 +156,13 @@ if triton is not None:
         values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
         values += tl.load(bias + column, mask=wide, other=0.0)
         values *= _gate(values)
-        if drops:
-            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+        values = drop(values, seed, row, column, limit, scale)
         tl.store(result + at, values, mask=inside)
 
     @triton.jit
     def _gelu_gradient(
         hidden,
         bias,
-        seed,
         grad,
         gradient,
         partial,
@@ -183,9 +170,9 @@ if triton is not None:
         width,
         block: tl.constexpr,
         columns: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         column = tl.program_id(1) * columns + tl.arange(0, columns)
         wide = column < width
@@ -199,8 +186,7 @@ if triton is not None:
             gate = _gate(values)
             steep = 1.5957691216057308 * (1.0 + 0.134145 * values * values)
             slope *= gate + values * gate * (1.0 - gate) * steep
-            if drops:
-                slope = tl.where(kept(seed, row, column, limit), slope * scale, 0.0)
+            slope = drop(slope, seed, row, column, limit, scale)
             sums += slope
             tl.store(gradient + at, slope, mask=inside)
         tl.store(partial + tl.program_id(0) * width + column, tl.sum(sums, axis=0), mask=wide)

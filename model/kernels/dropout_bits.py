@@ -1,12 +1,11 @@
-"""Which values dropout keeps, decided inside kernels and not written down.
+"""Dropout masks computed inside kernels from a seed, so that none is stored.
 
-    generator of the device -> seeds int32 [N, 4], one for each place
-    seed, row, column -> hash -> kept or not, the same forward and backward
+    generator of the device -> seeds int32 [N, 4], one for each place with dropout
+    seed, row, column -> hash -> keep or drop, the same in forward and backward
 
-The seeds are drawn by torch: they follow ``torch.cuda.manual_seed``, and a CUDA graph that is
-replayed draws others. What they say about a value is a hash of where it is: the row's two keys are
-mixed from all of the seed, and the column is mixed with both. That is a tenth of the arithmetic of
-Philox, which takes longer than the memory that a kernel reads meanwhile.
+torch draws the seeds: they follow ``torch.cuda.manual_seed``, and each replay of a CUDA graph draws
+new ones. The hash takes a tenth of the arithmetic of Philox, which would take longer than the
+memory traffic of the kernels.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton takes annotations of a kernel for its own
 
@@ -15,13 +14,9 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import tl, triton
 
-# Hashes are compared as numbers of so many bits.
+# Hashes are compared as numbers of this many bits.
 _BITS = 31
 
 
@@ -30,7 +25,7 @@ class Dropout:
     """Dropout at one place.
 
     Attributes:
-        share: of the values that is dropped, in (0, 1).
+        share: share of the values that is dropped, in (0, 1).
         seed: int32 [4], on the device.
     """
 
@@ -39,24 +34,22 @@ class Dropout:
 
 
 def new_dropouts(share: float, places: int, device: torch.device) -> list[Dropout | None]:
-    """Dropout at so many places, all from one draw of the device's generator; None without any."""
+    """Dropout at ``places`` places, seeded by one draw; all None if ``share`` is 0."""
     if not share:
         return [None] * places
     seeds = torch.randint(2**31 - 1, (places, 4), dtype=torch.int32, device=device)
     return [Dropout(share, seed) for seed in seeds]
 
 
-def dropout_options(
-    dropout: Dropout | None, other: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The seed (``other`` where there is none) and what else kernels are told about dropout."""
+def dropout_options(dropout: Dropout | None) -> dict[str, Any]:
+    """The arguments ``seed``, ``limit`` and ``scale`` of a kernel with dropout."""
     if dropout is None:
-        return other, {"limit": 0, "scale": 1.0, "drops": False}
+        return {"seed": None, "limit": 0, "scale": 1.0}
     limit = min(round(dropout.share * 2**_BITS), 2**_BITS - 1)
-    return dropout.seed, {"limit": limit, "scale": 1 / (1 - dropout.share), "drops": True}
+    return {"seed": dropout.seed, "limit": limit, "scale": 1 / (1 - dropout.share)}
 
 
-kept = None
+kept = drop = None
 
 if triton is not None:
 
@@ -79,3 +72,10 @@ if triton is not None:
         bits = (bits ^ (bits >> 15)) * 0x846CA68B
         bits = bits ^ (bits >> 16)
         return (bits >> 1).to(tl.int32) >= limit
+
+    @triton.jit
+    def drop(values, seed, row, column, limit: tl.constexpr, scale: tl.constexpr):
+        """Dropout of values [R, C]; without a seed they are unchanged."""
+        if seed is not None:
+            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+        return values

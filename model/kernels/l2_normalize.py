@@ -1,43 +1,38 @@
-"""Rows at length 1, as cosine scores need them, and the way back for their gradients.
+"""Rows normalised to length 1, as cosine scores need them, and the gradient of that.
 
-    normalize_rows            rows -> rows / |row|, 1 / |row|          one pass over the catalog
-    normalize_rows_gradient   gradient for the unit rows -> for rows   one more
+    normalize_rows            rows -> rows / |row|, 1 / |row|
+    normalize_rows_gradient   gradient for the unit rows -> gradient for the rows
 
 In plain torch each is four passes over memory, which for a catalog of 500,000 items takes longer
-than the softmax over it: on CUDA both are kernels in Triton, the compiler that comes with torch.
+than the softmax over it; on CUDA each is one kernel and one pass.
 
 Shapes: C rows, D width.
 """
-
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
 from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import row_tiles, tl, triton
 
-# Rows are divided by their lengths, but not by less than this.
+# Rows are divided by their lengths, but by no less than this.
 _SHORTEST = 1e-12
 # Values that a program of a kernel holds at a time.
 _TILE = 2048
 
 
 def sum_dtype(vectors: torch.Tensor) -> torch.dtype:
-    """What sums over ``vectors`` are kept in: float32 at least."""
+    """The dtype of sums over ``vectors``: float32 at least."""
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
 def normalize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
-    unit = _lying_as(rows, dtype)
+    unit = _empty_at_same_offset(rows, dtype)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
-        _launch(_normalize_rows, rows, (rows, unit, inverse), shortest=_SHORTEST)
+        _launch(_normalize_rows, rows, unit, inverse, shortest=_SHORTEST)
         return unit, inverse
     inverse = torch.linalg.vector_norm(rows, dim=1, dtype=sum_dtype(rows))
     inverse = inverse.clamp_(min=_SHORTEST).reciprocal_()
@@ -48,36 +43,42 @@ def normalize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
 def normalize_rows_gradient(
     mixed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient for rows of that for their unit vectors.
+    """The gradient for rows from the gradient for their unit vectors.
 
     Args:
-        mixed: [C, D], times ``scale`` the gradient for the unit vectors over the rows' lengths.
+        mixed: [C, D]; mixed x scale is the gradient for the unit vectors divided by the rows'
+            lengths.
         scale: float32 [C].
         unit: [C, D], the unit vectors.
 
     Returns:
-        [C, D] in the dtype of ``scale``: what points along a row does not change its direction.
+        [C, D] in the dtype of ``scale``, without the part along the row, which only its length
+        would follow.
     """
-    gradient = _lying_as(unit, scale.dtype)
+    gradient = _empty_at_same_offset(unit, scale.dtype)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
-        _launch(_normalize_rows_gradient, mixed, (mixed, scale.contiguous(), unit, gradient))
+        _launch(_normalize_rows_gradient, mixed, scale.contiguous(), unit, gradient)
         return gradient
     torch.mul(mixed, scale[:, None], out=gradient)
     along = (gradient * unit).sum(dim=1, keepdim=True)
     return gradient.addcmul_(unit, along, value=-1)
 
 
-def _lying_as(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An empty [C, D] with as much memory before it as before the rows in theirs."""
+def _empty_at_same_offset(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An empty [C, D] that starts as far into its memory as ``rows`` do into theirs.
+
+    :func:`join_gradients` uses the space before it.
+    """
     before, shape = rows.storage_offset(), rows.shape
     memory = torch.empty(before + rows.numel(), dtype=dtype, device=rows.device)
     return memory[before:].view(shape)
 
 
 def join_gradients(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The gradients of both parts of a tensor [T + C, D] as one.
+    """The gradient [T + C, D] of a tensor from the gradients of its two parts.
 
-    Not copied is the second where it lies behind room for the first, as made here.
+    The second part is not copied if it lies behind space for the first, as gradients of this
+    module do.
     """
     shape = (len(first) + len(second), *first.shape[1:])
     fits = second.is_contiguous() and second.storage_offset() == first.numel()
@@ -93,13 +94,9 @@ def _has_kernels(rows: torch.Tensor) -> bool:
     return triton is not None and rows.is_cuda and fits
 
 
-def _launch(
-    kernel: Any, rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], **more: float
-) -> None:
-    count, width = rows.shape
-    columns = triton.next_power_of_2(width)
-    block = max(1, _TILE // columns)
-    kernel[(triton.cdiv(count, block),)](*tensors, count, width, block, columns, **more)
+def _launch(kernel: Any, rows: torch.Tensor, *others: torch.Tensor, **options: float) -> None:
+    tiles, block, columns = row_tiles(*rows.shape, _TILE)
+    kernel[(tiles,)](rows, *others, *rows.shape, block, columns, **options)
 
 
 if triton is not None:
@@ -127,14 +124,7 @@ if triton is not None:
 
     @triton.jit
     def _normalize_rows_gradient(
-        mixed,
-        scale,
-        unit,
-        gradient,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
+        mixed, scale, unit, gradient, count, width, block: tl.constexpr, columns: tl.constexpr
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)

@@ -1,7 +1,7 @@
-"""Sampled softmax's sum over a position's draws, on CUDA in one pass over the scores.
+"""Sampled softmax's sum over a position's negatives, on CUDA in one kernel.
 
-    scores [M, K], log counts [K], which draws are the target -> logarithm of the sum [M]
-                                                              -> masses [M, K] for the backward pass
+    scores [M, K], log counts [K], targets [M], negatives [K]
+        -> masses [M, K], tops [M], totals [M]   (see model.losses.sampled.log_sums)
 
 Shapes: M positions, K negatives.
 """
@@ -9,43 +9,29 @@ Shapes: M positions, K negatives.
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import tl, triton
 
 # Scores of a position that a program holds at a time.
 _BLOCK = 4096
 
 
 def takes(scores: torch.Tensor) -> bool:
-    """Whether :func:`log_sums` may be called with them."""
+    """Whether :func:`log_sums` can be called with these scores."""
     return triton is not None and scores.is_cuda and scores.is_contiguous() and scores.numel() > 0
 
 
 def log_sums(
     scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`model.losses.sampled.log_sums`, whose plain code it is equal to."""
+    """The kernel of :func:`model.losses.sampled.log_sums`."""
     count, draws = scores.shape
     masses = torch.empty_like(scores)
     tops, totals = torch.empty(2, count, device=scores.device).unbind()
     block = min(_BLOCK, triton.next_power_of_2(draws))
-    _log_sums[(count,)](
-        scores,
-        targets,
-        negatives,
-        log_counts,
-        masses,
-        tops,
-        totals,
-        draws,
-        torch.finfo(torch.float32).min,
-        block,
-        num_warps=8,
-    )
-    return masses, tops, totals
+    given, results = (scores, targets, negatives, log_counts), (masses, tops, totals)
+    lowest = torch.finfo(torch.float32).min
+    _log_sums[(count,)](*given, *results, draws, lowest, block, num_warps=8)
+    return results
 
 
 if triton is not None:

@@ -1,13 +1,13 @@
-"""The residual stream of a pre-norm transformer in half precision, a step in one pass over memory.
+"""The residual stream of a pre-norm transformer in half precision, one kernel for each step.
 
-    enter      items (+ lines of a table) -> norm -> dropout -> stream -> norm -> normed
-    add        stream, branch (+ its bias) -> stream + dropout(branch) -> norm -> normed
+    enter      items (+ rows of a table) -> norm -> dropout -> stream -> norm -> normed
+    add        stream + dropout(branch (+ its bias)) -> stream -> norm -> normed
 
-The stream is float32, what the norms hand to the next product is half precision. In plain torch a
-step is a pass for each of bias, dropout, sum, norm and cast, and as many backward, which together
-take longer than the matrix products between them. Kernels: :mod:`model.kernels.residual_kernels`.
+The stream is float32; the normed rows, which the next product reads, are half precision. Plain
+torch needs one pass over memory for each of bias, dropout, sum, norm and cast, and as many
+backward, which together take longer than the matrix products between them.
 
-Shapes: T rows, D width, L lines of a table.
+Shapes: T rows, D width, L rows of a table.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
+from model.kernels.compiler import row_tiles, triton
 from model.kernels.dropout_bits import Dropout, dropout_options
-from model.kernels.residual_kernels import triton
 from model.kernels.segment_sum import add_rows, sort_index
 
-# Values that a program of a kernel holds of each tensor at a time; backward it holds more tensors.
+# Values of each tensor that a program holds at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024
 # Programs that sum gradients: as many as a large device runs at once, four a multiprocessor.
 _PROGRAMS = 528
@@ -30,7 +30,7 @@ _WIDEST = 2048
 
 
 def takes(items: torch.Tensor) -> bool:
-    """Whether the stream of these items [T, D] may run so: on CUDA, inside bfloat16's autocast."""
+    """Whether these items [T, D] can take this path: on CUDA, inside bfloat16 autocast."""
     if triton is None or torch.compiler.is_compiling() or not items.is_cuda:
         return False
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
@@ -46,17 +46,13 @@ def enter(
     dropout: Dropout | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stream's first values, and the same normalised.
+    """The stream's first values, float32 [T, D], and the same normalised, ``dtype`` [T, D].
 
     Args:
         items: float32 [T, D].
-        table: float32 [L, D], of which line ``line`` (int64 [T]) is added; None: nothing is.
+        table: float32 [L, D], of which row ``line`` (int64 [T]) is added to each item; or None.
         outer, inner: the norms before and after the stream.
-        dropout: behind the outer norm.
-        dtype: of the normalised ones.
-
-    Returns:
-        float32 [T, D] and ``dtype`` [T, D].
+        dropout: applied after the outer norm.
     """
     epsilons = outer.eps, inner.eps
     norms = outer.weight, outer.bias, inner.weight, inner.bias
@@ -71,40 +67,27 @@ def add(
     dropout: Dropout | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stream with what a branch adds, and the same normalised.
+    """The stream with a branch added, float32 [T, D], and the same normalised, ``dtype`` [T, D].
 
     Args:
         stream: float32 [T, D].
         branch: any float [T, D].
-        branch_bias: float32 [D], added to every row of the branch; None: nothing is.
-        norm: behind the stream.
-        dropout: on the branch with its bias.
-        dtype: of the normalised ones.
-
-    Returns:
-        float32 [T, D] and ``dtype`` [T, D].
+        branch_bias: float32 [D], added to every row of the branch; or None.
+        norm: the norm after the sum.
+        dropout: applied to the branch with its bias.
     """
     stream, branch = stream.contiguous(), branch.contiguous()
     return _Add.apply(stream, branch, branch_bias, norm.weight, norm.bias, norm.eps, dropout, dtype)
 
 
-def _shape(rows: torch.Tensor, tile: int) -> tuple[int, int, int, int]:
-    """T, D, rows and columns of a program's tile."""
-    count, width = rows.shape
-    columns = triton.next_power_of_2(width)
-    return count, width, max(1, tile // columns), columns
-
-
 def _partial(rows: torch.Tensor, sums: int) -> torch.Tensor:
-    """Room for so many sums over the rows of each program: float32 [P, sums, D]."""
-    count, width, block, _ = _shape(rows, _GRADIENT_TILE)
-    programs = max(1, min(_PROGRAMS, triton.cdiv(count, block)))
-    return torch.empty(programs, sums, width, device=rows.device)
+    """Memory for ``sums`` sums over the rows of each program: float32 [P, sums, D]."""
+    tiles, *_ = row_tiles(*rows.shape, _GRADIENT_TILE)
+    return torch.empty(max(1, min(_PROGRAMS, tiles)), sums, rows.shape[1], device=rows.device)
 
 
-def _given(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel wants some tensor even where it reads none."""
-    return other if tensor is None else tensor.contiguous()
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 class _Enter(torch.autograd.Function):
@@ -123,29 +106,12 @@ class _Enter(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
-        count, width, block, columns = _shape(items, _TILE)
-        seed, options = dropout_options(dropout, items)
-        if count:
-            kernels.enter[(triton.cdiv(count, block),)](
-                items,
-                _given(table, items),
-                line,
-                outer_weight,
-                outer_bias,
-                inner_weight,
-                inner_bias,
-                seed,
-                stream,
-                normed,
-                count,
-                width,
-                block,
-                columns,
-                *epsilons,
-                table is not None,
-                **options,
-            )
-        ctx.save_for_backward(items, table, line, outer_weight, outer_bias, inner_weight)
+        given = items, _contiguous(table), line, outer_weight, outer_bias, inner_weight
+        tiles, *tile = row_tiles(*items.shape, _TILE)
+        if tiles:
+            tensors, sizes = (*given, inner_bias, stream, normed), (*items.shape, *tile)
+            kernels.enter[(tiles,)](*tensors, *sizes, *epsilons, **dropout_options(dropout))
+        ctx.save_for_backward(*given)
         ctx.epsilons, ctx.dropout = epsilons, dropout
         if table is not None:
             lines = len(table)
@@ -158,28 +124,14 @@ class _Enter(torch.autograd.Function):
     def backward(
         ctx: Any, grad_stream: torch.Tensor | None, grad_normed: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        items, table, line, outer_weight, outer_bias, inner_weight = ctx.saved_tensors
-        grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed
+        items, table, *_ = ctx.saved_tensors
+        grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed.contiguous()
         gradient, partial = torch.empty_like(items), _partial(items, 4)
-        seed, options = dropout_options(ctx.dropout, items)
-        kernels.enter_gradient[(len(partial),)](
-            items,
-            _given(table, items),
-            line,
-            outer_weight,
-            outer_bias,
-            inner_weight,
-            seed,
-            _given(grad_stream, items),
-            grad_normed.contiguous(),
-            gradient,
-            partial,
-            *_shape(items, _GRADIENT_TILE),
-            *ctx.epsilons,
-            table is not None,
-            grad_stream is not None,
-            **options,
-        )
+        grads = _contiguous(grad_stream), grad_normed, gradient, partial
+        tensors, options = (*ctx.saved_tensors, *grads), dropout_options(ctx.dropout)
+        _, *tile = row_tiles(*items.shape, _GRADIENT_TILE)
+        sizes = *items.shape, *tile
+        kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, **options)
         of_table = None
         if table is not None:
             of_table = torch.zeros_like(table)
@@ -201,26 +153,11 @@ class _Add(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
-        count, width, block, columns = _shape(stream, _TILE)
-        seed, options = dropout_options(dropout, stream)
-        if count:
-            kernels.add[(triton.cdiv(count, block),)](
-                stream,
-                branch,
-                _given(branch_bias, stream),
-                weight,
-                bias,
-                seed,
-                total,
-                normed,
-                count,
-                width,
-                block,
-                columns,
-                epsilon,
-                branch_bias is not None,
-                **options,
-            )
+        tiles, *tile = row_tiles(*stream.shape, _TILE)
+        if tiles:
+            tensors = stream, branch, _contiguous(branch_bias), weight, bias, total, normed
+            sizes = *stream.shape, *tile
+            kernels.add[(tiles,)](*tensors, *sizes, epsilon, **dropout_options(dropout))
         ctx.save_for_backward(total, weight)
         ctx.epsilon, ctx.dropout, ctx.dtype = epsilon, dropout, branch.dtype
         ctx.has_bias = branch_bias is not None
@@ -233,24 +170,13 @@ class _Add(torch.autograd.Function):
         ctx: Any, grad_total: torch.Tensor | None, grad_normed: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         total, weight = ctx.saved_tensors
-        grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed
+        grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed.contiguous()
         gradient, partial = torch.empty_like(total), _partial(total, 3)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
-        seed, options = dropout_options(ctx.dropout, total)
-        kernels.add_gradient[(len(partial),)](
-            total,
-            weight,
-            seed,
-            _given(grad_total, total),
-            grad_normed.contiguous(),
-            gradient,
-            of_branch,
-            partial,
-            *_shape(total, _GRADIENT_TILE),
-            ctx.epsilon,
-            grad_total is not None,
-            **options,
-        )
+        tensors = total, weight, _contiguous(grad_total), grad_normed, gradient, of_branch, partial
+        _, *tile = row_tiles(*total.shape, _GRADIENT_TILE)
+        sizes, options = (*total.shape, *tile), dropout_options(ctx.dropout)
+        kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
         of_weight, of_bias, of_branch_bias = partial.sum(dim=0).unbind()
         of_branch_bias = of_branch_bias if ctx.has_bias else None
         return gradient, of_branch, of_branch_bias, of_weight, of_bias, None, None, None

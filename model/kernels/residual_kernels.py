@@ -1,29 +1,21 @@
-"""The residual stream's steps in Triton: one pass over memory each, forward and backward.
+"""The Triton kernels of :mod:`model.kernels.residual`: each one pass over memory.
 
-    enter      items (+ lines of a table) -> norm -> dropout -> stream -> norm -> normed
-    add        stream, branch (+ its bias) -> stream + dropout(branch) -> norm -> normed
-
-Backward, means and deviations are computed anew: the row is in registers anyway. Gradients of
-weights and biases are sums over all rows, of which each program writes its own to ``partial``; who
-adds these up gets the same bits in every run. ``model.kernels.residual`` launches them.
+Backward kernels compute means and deviations again: the row is in registers anyway. Gradients of
+weights and biases are sums over all rows: each program writes its own sum to ``partial``, and
+adding these up in order gives the same bits in every run.
 
 Shapes: T rows (``count``), D values of each (``width``), P programs.
 """
 # ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
 
-from model.kernels.dropout_bits import kept
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import tl, triton
+from model.kernels.dropout_bits import drop, kept
 
 if triton is not None:
 
     @triton.jit
     def _standard(values, inside, width, epsilon: tl.constexpr):
-        """Rows without mean and at deviation 1, 0 outside; and what they were multiplied by."""
+        """Rows at mean 0 and deviation 1, 0 outside; and 1 / deviation."""
         mean = tl.sum(values, axis=1) / width
         centred = tl.where(inside, values - mean[:, None], 0.0)
         inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + epsilon)
@@ -31,7 +23,7 @@ if triton is not None:
 
     @triton.jit
     def _standard_gradient(grad, unit, inverse, width):
-        """The gradient for what ``unit`` was made of, of that for ``unit``, 0 outside."""
+        """The gradient for the values behind ``unit`` from the one for ``unit``, 0 outside."""
         mean = tl.sum(grad, axis=1) / width
         along = tl.sum(grad * unit, axis=1) / width
         return (grad - mean[:, None] - unit * along[:, None]) * inverse[:, None]
@@ -45,7 +37,6 @@ if triton is not None:
         outer_bias,
         inner_weight,
         inner_bias,
-        seed,
         stream,
         normed,
         count,
@@ -54,24 +45,22 @@ if triton is not None:
         columns: tl.constexpr,
         outer_epsilon: tl.constexpr,
         inner_epsilon: tl.constexpr,
-        has_table: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)
         wide = column < width
         at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
         values = tl.load(items + at, mask=inside, other=0.0)
-        if has_table:
+        if table is not None:
             lines = tl.load(line + row, mask=row < count, other=0)
             values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
         unit, _ = _standard(values, inside, width, outer_epsilon)
         values = unit * tl.load(outer_weight + column, mask=wide, other=0.0)
         values += tl.load(outer_bias + column, mask=wide, other=0.0)
-        if drops:
-            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+        values = drop(values, seed, row, column, limit, scale)
         tl.store(stream + at, values, mask=inside)
         unit, _ = _standard(values, inside, width, inner_epsilon)
         values = unit * tl.load(inner_weight + column, mask=wide, other=0.0)
@@ -86,7 +75,6 @@ if triton is not None:
         outer_weight,
         outer_bias,
         inner_weight,
-        seed,
         grad_stream,
         grad_normed,
         gradient,
@@ -97,11 +85,9 @@ if triton is not None:
         columns: tl.constexpr,
         outer_epsilon: tl.constexpr,
         inner_epsilon: tl.constexpr,
-        has_table: tl.constexpr,
-        has_grad: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         column = tl.arange(0, columns)
         wide = column < width
@@ -116,12 +102,12 @@ if triton is not None:
             row = (tile * block + tl.arange(0, block)).to(tl.int64)
             at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
             values = tl.load(items + at, mask=inside, other=0.0)
-            if has_table:
+            if table is not None:
                 lines = tl.load(line + row, mask=row < count, other=0)
                 values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
             unit, inverse = _standard(values, inside, width, outer_epsilon)
             values = unit * weight + bias
-            if drops:
+            if seed is not None:
                 stays = kept(seed, row, column, limit)
                 values = tl.where(stays, values * scale, 0.0)
             unit_after, inverse_after = _standard(values, inside, width, inner_epsilon)
@@ -129,9 +115,9 @@ if triton is not None:
             of_weight_after += grad * unit_after
             of_bias_after += grad
             grad = _standard_gradient(grad * weight_after, unit_after, inverse_after, width)
-            if has_grad:
+            if grad_stream is not None:
                 grad += tl.load(grad_stream + at, mask=inside, other=0.0)
-            if drops:
+            if seed is not None:
                 grad = tl.where(stays, grad * scale, 0.0)
             grad = tl.where(inside, grad, 0.0)
             of_weight += grad * unit
@@ -151,7 +137,6 @@ if triton is not None:
         branch_bias,
         norm_weight,
         norm_bias,
-        seed,
         total,
         normed,
         count,
@@ -159,20 +144,18 @@ if triton is not None:
         block: tl.constexpr,
         columns: tl.constexpr,
         epsilon: tl.constexpr,
-        has_bias: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)
         wide = column < width
         at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
         added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-        if has_bias:
+        if branch_bias is not None:
             added += tl.load(branch_bias + column, mask=wide, other=0.0)
-        if drops:
-            added = tl.where(kept(seed, row, column, limit), added * scale, 0.0)
+        added = drop(added, seed, row, column, limit, scale)
         values = tl.load(stream + at, mask=inside, other=0.0) + added
         tl.store(total + at, values, mask=inside)
         unit, _ = _standard(values, inside, width, epsilon)
@@ -184,7 +167,6 @@ if triton is not None:
     def add_gradient(
         total,
         norm_weight,
-        seed,
         grad_total,
         grad_normed,
         gradient,
@@ -195,10 +177,9 @@ if triton is not None:
         block: tl.constexpr,
         columns: tl.constexpr,
         epsilon: tl.constexpr,
-        has_grad: tl.constexpr,
+        seed,
         limit: tl.constexpr,
         scale: tl.constexpr,
-        drops: tl.constexpr,
     ) -> None:
         column = tl.arange(0, columns)
         wide = column < width
@@ -215,11 +196,10 @@ if triton is not None:
             of_weight += grad * unit
             of_bias += grad
             grad = _standard_gradient(grad * weight, unit, inverse, width)
-            if has_grad:
+            if grad_total is not None:
                 grad += tl.load(grad_total + at, mask=inside, other=0.0)
             tl.store(gradient + at, grad, mask=inside)
-            if drops:
-                grad = tl.where(kept(seed, row, column, limit), grad * scale, 0.0)
+            grad = drop(grad, seed, row, column, limit, scale)
             of_branch += grad
             tl.store(grad_branch + at, grad, mask=inside)
         sums = partial + tl.program_id(0) * 3 * width + column

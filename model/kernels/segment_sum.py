@@ -1,13 +1,13 @@
-"""Rows added to other rows, several of them to the same one, with the same bits in every run.
+"""Add rows to other rows, several to the same one, with the same bits in every run.
 
-    index 2 0 2 5 -> sorted 0 2 2 5 -> a program for each run -> rows[0] += ., rows[2] += . + ., ...
+    index 2 0 2 5 -> sorted 0 2 2 5 -> one program per run: rows[0] += ., rows[2] += . + ., ...
 
-A run that goes on from one chunk of the sorted values into the next is added up chunk by chunk, and
-a second kernel adds up these sums: the mask token's are a fifth of all. What becomes of a row's sum
-is the caller's: it is added, or it is the gradient of a step of Adam.
+Sorting brings equal indices together: they are a run. A run that crosses from one chunk of the
+sorted values into the next is summed chunk by chunk, and a second kernel adds these sums: the mask
+token's run is a fifth of all values. A run's sum is added to its row, or is the gradient of an Adam
+step of that row.
 
-``index_put_(accumulate=True)`` of torch sorts likewise, and then takes the duplicates one by one.
-An index may be sorted long before its values are there.
+torch's ``index_put_(accumulate=True)`` sorts likewise, and then adds duplicates one by one.
 
 Shapes: M values, C rows, D width.
 """
@@ -18,22 +18,21 @@ from typing import Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import tl, triton
 
-# Values of a run, and of each so many columns, that a program adds at a time; values of a chunk;
-# warps of a program.
+# Values of a run, and columns of each, that a program adds at a time; values of a chunk; warps.
 _BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
 
 
 @dataclass(frozen=True)
 class SortedIndex:
-    """An index int64 [M] of ``count`` rows, its entries ascending, and where these were.
+    """An index of rows and, where a kernel will use it, its sorted order.
 
-    The latter two are None where no kernel would want them.
+    Attributes:
+        index: int64 [M], as given.
+        count: number of rows; an entry of ``count`` or more names no row.
+        keys: [M], the entries ascending; None on a CPU.
+        order: int64 [M], the positions of ``keys`` in ``index``; None on a CPU.
     """
 
     index: torch.Tensor
@@ -46,7 +45,7 @@ class SortedIndex:
 
 
 def sort_index(index: torch.Tensor, count: int) -> SortedIndex:
-    """Sort an index of ``count`` rows: int64 [M], not negative; ``count`` and more: nowhere."""
+    """Sort an index, int64 [M], of ``count`` rows; entries are at least 0."""
     if triton is None or not index.is_cuda:
         return SortedIndex(index, count)
     # A sort passes over the keys once for every few of their bits.
@@ -61,52 +60,45 @@ def add_rows(
     values: torch.Tensor,
     more: torch.Tensor | None = None,
 ) -> None:
-    """rows[index[i]] += values[i], in place, for every i whose index is somewhere.
+    """rows[index[i]] += values[i], in place, for every i whose index names a row.
 
     Args:
         rows: float [C, D], contiguous.
         index: [M], of C + S rows.
         values: [M, D] of the same dtype.
-        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, which lie elsewhere.
+        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, in other memory.
     """
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
     assert index.count == count
     if not len(index) or not count:
         return
-    if not _has_kernel(rows, count):
-        for part, begin in ((rows, 0), (more, len(rows))):
-            if len(part):
-                _add(part, index.index - begin if begin else index.index, values)
+    if _has_kernel(rows, count):
+        _sum_runs(rows, more, index, values)
         return
-    _sum_runs(rows, more, index, values)
+    for part, begin in ((rows, 0), (more, len(rows))):
+        if len(part):
+            _add(part, index.index - begin if begin else index.index, values)
 
 
 def adam_rows(
     rows: torch.Tensor,
-    means: torch.Tensor,
-    squares: torch.Tensor,
     index: SortedIndex,
     values: torch.Tensor,
-    rates: torch.Tensor,
+    adam: tuple[Any, ...],
     scale: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
 ) -> None:
-    """A step of Adam for every row that the index names, with its values' sum as the gradient.
+    """One step of Adam for every row in the index, on CUDA; the sum of its values is the gradient.
 
     Args:
-        rows: float32 [C, D] on CUDA, contiguous.
-        means, squares: float32 [C, D], of the gradients so far.
+        rows: float32 [C, D], contiguous.
         index: [M], of C rows.
         values: float32 [M, D].
-        rates: float32 [2], see :class:`~model.tables.table_update.Step`.
-        scale: what gradients are multiplied with.
+        adam: state and constants, as for :func:`adam_step`.
+        scale: factor of the gradients.
     """
     if len(index):
-        adam = means, squares, rates, scale, beta1, beta2, eps
-        _sum_runs(rows, rows[:0], index, values, adam)
+        _sum_runs(rows, rows[:0], index, values, adam, scale)
 
 
 def _sum_runs(
@@ -115,26 +107,23 @@ def _sum_runs(
     index: SortedIndex,
     values: torch.Tensor,
     adam: tuple[Any, ...] | None = None,
+    scale: float = 1.0,
 ) -> None:
-    keys, order, limit = index.keys, index.order, index.count
+    keys, limit, width = index.keys, index.count, rows.shape[1]
     assert keys is not None
-    width, values = rows.shape[1], values.contiguous()
-    chunks, parts = triton.cdiv(len(keys), _CHUNK), triton.cdiv(width, _COLUMNS)
+    count, values = len(keys), values.contiguous()
+    chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
     edges = values.new_empty(chunks, 2, width)
-    means, squares, rates, *known = adam or (rows, rows, rows, 0.0, 0.0, 0.0, 0.0)
-    out = rows, more, len(rows), width, means, squares, rates, *known
-    sizes = adam is not None, _CHUNK, _COLUMNS
-    count = len(keys)
-    runs = keys, order, values, edges, count, limit, *out, *sizes, _BLOCK
-    _add_runs[(count, parts)](*runs, num_warps=_WARPS)
+    rest = edges, count, limit, width, (rows, more, len(rows)), adam, scale, _CHUNK, _COLUMNS
+    _add_runs[(count, parts)](keys, index.order, values, *rest, _BLOCK, num_warps=_WARPS)
     if chunks > 1:
-        _add_chunks[(chunks - 1, parts)](keys, edges, count, limit, *out, *sizes)
+        _add_chunks[(chunks - 1, parts)](keys, *rest)
 
 
 def _add(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    """In plain torch, by sorted sums, unlike those of index_add_ on CUDA."""
     inside = (index >= 0) & (index < len(rows))
     values = torch.where(inside[:, None], values, 0)
+    # Sums in a fixed order, unlike index_add_ on CUDA.
     rows.index_put_((index.clamp(0, len(rows) - 1),), values, accumulate=True)
 
 
@@ -143,40 +132,38 @@ def _has_kernel(rows: torch.Tensor, count: int) -> bool:
     return triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits
 
 
+adam_step = None
+
 if triton is not None:
 
     @triton.jit
-    def _finish(
-        key,
-        total,
-        column,
-        wide,
-        rows,
-        more,
-        split,
-        width,
-        means,
-        squares,
-        rates,
-        scale,
-        beta1,
-        beta2,
-        eps,
-        adam: tl.constexpr,
-    ) -> None:
-        row = key.to(tl.int64)
-        if adam:
-            at = row * width + column
-            grad = total * scale
-            mean = beta1 * tl.load(means + at, mask=wide, other=0.0) + (1.0 - beta1) * grad
-            square = tl.load(squares + at, mask=wide, other=0.0)
-            square = beta2 * square + (1.0 - beta2) * grad * grad
-            value = tl.load(rows + at, mask=wide, other=0.0)
-            rate, shrink = tl.load(rates), tl.load(rates + 1)
-            value -= rate * mean / (tl.sqrt(square) * shrink + eps)
-            tl.store(means + at, mean, mask=wide)
-            tl.store(squares + at, square, mask=wide)
-            tl.store(rows + at, value, mask=wide)
+    def adam_step(rows, at, inside, grad, adam) -> None:
+        """One step of Adam for values that have the gradient ``grad``.
+
+        Args:
+            rows: float32, of which the values ``at`` are updated where ``inside`` is true.
+            adam: means and squares (float32, like ``rows``), rates (float32 [2], see
+                :class:`~model.tables.table_update.Step`), beta1, beta2, eps.
+        """
+        means, squares, rates, beta1, beta2, eps = adam
+        mean = tl.load(means + at, mask=inside, other=0.0)
+        square = tl.load(squares + at, mask=inside, other=0.0)
+        value = tl.load(rows + at, mask=inside, other=0.0)
+        mean = beta1 * mean + (1.0 - beta1) * grad
+        square = beta2 * square + (1.0 - beta2) * grad * grad
+        rate, shrink = tl.load(rates), tl.load(rates + 1)
+        value -= rate * mean / (tl.sqrt(square) * shrink + eps)
+        tl.store(means + at, mean, mask=inside)
+        tl.store(squares + at, square, mask=inside)
+        tl.store(rows + at, value, mask=inside)
+
+    @triton.jit
+    def _finish(key, total, column, width, out, adam, scale) -> None:
+        """Add a run's sum to its row, or update the row by it."""
+        rows, more, split = out
+        wide, row = column < width, key.to(tl.int64)
+        if adam is not None:
+            adam_step(rows, row * width + column, wide, total * scale, adam)
         else:
             start_of = tl.where(key < split, rows + row * width, more + (row - split) * width)
             to = start_of + column
@@ -190,18 +177,10 @@ if triton is not None:
         edges,
         count,
         limit,
-        rows,
-        more,
-        split,
         width,
-        means,
-        squares,
-        rates,
+        out,
+        adam,
         scale,
-        beta1,
-        beta2,
-        eps,
-        adam: tl.constexpr,
         chunk: tl.constexpr,
         columns: tl.constexpr,
         block: tl.constexpr,
@@ -228,26 +207,9 @@ if triton is not None:
             total = tl.sum(sums, axis=0)
             follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
             if begins & (follows == 0):
-                _finish(
-                    key,
-                    total,
-                    column,
-                    wide,
-                    rows,
-                    more,
-                    split,
-                    width,
-                    means,
-                    squares,
-                    rates,
-                    scale,
-                    beta1,
-                    beta2,
-                    eps,
-                    adam,
-                )
+                _finish(key, total, column, width, out, adam, scale)
             else:
-                # Of each chunk the sum of a run from before it, and that of one that begins in it.
+                # Two sums a chunk: of a run from before it, and of a run that begins in it.
                 edge = (start // chunk) * 2 + begins.to(tl.int32)
                 tl.store(edges + edge * width + column, total, mask=wide)
 
@@ -257,18 +219,10 @@ if triton is not None:
         edges,
         count,
         limit,
-        rows,
-        more,
-        split,
         width,
-        means,
-        squares,
-        rates,
+        out,
+        adam,
         scale,
-        beta1,
-        beta2,
-        eps,
-        adam: tl.constexpr,
         chunk: tl.constexpr,
         columns: tl.constexpr,
     ) -> None:
@@ -289,21 +243,4 @@ if triton is not None:
                 end = (at + 1) * chunk
                 after = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32)
                 going = (after == key).to(tl.int32)
-            _finish(
-                key,
-                total,
-                column,
-                wide,
-                rows,
-                more,
-                split,
-                width,
-                means,
-                squares,
-                rates,
-                scale,
-                beta1,
-                beta2,
-                eps,
-                adam,
-            )
+            _finish(key, total, column, width, out, adam, scale)

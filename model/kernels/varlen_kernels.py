@@ -15,11 +15,7 @@ Shapes: T positions, H heads, W width of a head, and half of it.
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import tl, triton
 
 Calls = list[torch.Tensor | None]
 

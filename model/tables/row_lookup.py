@@ -1,31 +1,25 @@
-"""Rows of a table by their numbers; -1 is nobody's row, all zeros.
+"""Look up rows of a table by their ids; id -1 gives zeros.
 
-Shapes: T numbers, R rows, D width.
+Shapes: T ids, R rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import row_tiles, tl, triton
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
 
 
 def rows_or_zeros(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[T, D], of ``table`` [R, D], contiguous, the rows ``ids``, int64 [T] from -1 to R - 1."""
+    """The rows [T, D] of ``table`` [R, D], contiguous, at ``ids``, int64 [T] from -1 to R - 1."""
     if triton is None or not table.is_cuda or not len(ids):
         return table.index_select(0, ids.clamp(min=0)).masked_fill_((ids < 0)[:, None], 0)
     width = table.shape[1]
     found = table.new_empty(len(ids), width)
-    columns = triton.next_power_of_2(width)
-    block = max(1, _TILE // columns)
-    grid = (triton.cdiv(len(ids), block),)
-    _rows_or_zeros[grid](table, ids, found, len(ids), width, block, columns)
+    tiles, block, columns = row_tiles(len(ids), width, _TILE)
+    _rows_or_zeros[(tiles,)](table, ids, found, len(ids), width, block, columns)
     return found
 
 

@@ -16,16 +16,12 @@ Shapes: R rows of the table, C candidates, S = R - C outer rows, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from model.kernels.segment_sum import SortedIndex, adam_rows
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # torch's CPU builds come without it
-    triton = None
+from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.segment_sum import SortedIndex, adam_rows, adam_step
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
@@ -84,9 +80,11 @@ def update(
         rates: float32 [2] on the device, of adam: they count instead of the step's.
     """
     if optimizer == "adam":
-        if rates is None:
-            rates = torch.tensor(step.rates, device=table.device)
-        _launch_adam(table, *states, gradient, outer, rates, first, step)
+        count, width = table.shape
+        tiles, block, columns = row_tiles(count, width, _TILE)
+        adam = _adam_arguments(states, step, rates)
+        sizes = count, len(gradient), width, first
+        _adam[(tiles,)](table, gradient, outer, *sizes, adam, step.scale, block, columns)
         return
     last = first + len(gradient)
     for rows, of_rows in (
@@ -115,10 +113,7 @@ def update_some(
         gradients: float32 [M, D], of a row the sum of its own.
     """
     if optimizer == "adam":
-        if rates is None:
-            rates = torch.tensor(step.rates, device=table.device)
-        known = step.scale, step.beta1, step.beta2, step.eps
-        adam_rows(table, *states, index, gradients, rates, *known)
+        adam_rows(table, index, gradients, _adam_arguments(states, step, rates), step.scale)
         return
     rows, place = index.index.unique(return_inverse=True)
     sums = gradients.new_zeros(len(rows), gradients.shape[1])
@@ -129,6 +124,15 @@ def update_some(
     _UPDATES[optimizer](*parts, sums, step)
     for whole, part in zip((table, *states), parts, strict=True):
         whole[rows] = part
+
+
+def _adam_arguments(
+    states: Sequence[torch.Tensor], step: Step, rates: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """State and constants as :func:`~model.kernels.segment_sum.adam_step` takes them."""
+    if rates is None:
+        rates = torch.tensor(step.rates, device=states[0].device)
+    return *states, rates, step.beta1, step.beta2, step.eps
 
 
 def _sgd(rows: torch.Tensor, gradient: torch.Tensor, step: Step) -> None:
@@ -153,57 +157,19 @@ _UPDATES = {"sgd": _sgd, "adagrad": _adagrad, "rowwise_adagrad": _rowwise_adagra
 UPDATES = (*_UPDATES, *(("adam",) if triton is not None else ()))
 
 
-def _launch_adam(
-    table: torch.Tensor,
-    means: torch.Tensor,
-    squares: torch.Tensor,
-    gradient: torch.Tensor,
-    outer: torch.Tensor,
-    rates: torch.Tensor,
-    first: int,
-    step: Step,
-) -> None:
-    count, width = table.shape
-    columns = triton.next_power_of_2(width)
-    block = max(1, _TILE // columns)
-    _adam[(triton.cdiv(count, block),)](
-        table,
-        means,
-        squares,
-        gradient,
-        outer,
-        rates,
-        count,
-        len(gradient),
-        width,
-        first,
-        step.scale,
-        step.beta1,
-        step.beta2,
-        step.eps,
-        block,
-        columns,
-    )
-
-
 if triton is not None:
 
     @triton.jit
     def _adam(
         table,
-        means,
-        squares,
         gradient,
         outer,
-        rates,
         count,
         candidates,
         width,
         first,
+        adam,
         scale,
-        beta1,
-        beta2,
-        eps,
         block: tl.constexpr,
         columns: tl.constexpr,
     ) -> None:
@@ -217,14 +183,4 @@ if triton is not None:
         grad *= scale
         touched = tl.max(tl.abs(grad), axis=1, keep_dims=True) > 0
         inside = (scored | (of_outer & touched)) & wide
-        at = (row + first) % count * width + column
-        mean = tl.load(means + at, mask=inside, other=0.0)
-        square = tl.load(squares + at, mask=inside, other=0.0)
-        value = tl.load(table + at, mask=inside, other=0.0)
-        mean = beta1 * mean + (1.0 - beta1) * grad
-        square = beta2 * square + (1.0 - beta2) * grad * grad
-        rate, shrink = tl.load(rates), tl.load(rates + 1)
-        value -= rate * mean / (tl.sqrt(square) * shrink + eps)
-        tl.store(means + at, mean, mask=inside)
-        tl.store(squares + at, square, mask=inside)
-        tl.store(table + at, value, mask=inside)
+        adam_step(table, (row + first) % count * width + column, inside, grad, adam)
