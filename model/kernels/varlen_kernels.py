@@ -1,15 +1,15 @@
-"""What FlashAttention leaves to do around its calls, in Triton: one pass over memory each.
+"""The Triton kernels around the calls of FlashAttention in :mod:`model.kernels.varlen_attention`.
 
-    rotate    queries and keys by the angles of their positions
-    choose    each position's result from the call it belongs to; of second streams (see
-              ``pipeline/training/two_stream.py``) what they see of the items and of themselves put together
-    join      gradients likewise, and rotated back
+    rotate    rotate queries and keys by the angles of their positions
+    choose    take each position's result from its call; for second streams (see
+              ``pipeline/training/two_stream.py``) add the position itself to what it sees
+    join      do the same to gradients, and rotate them back
 
-A position's call follows from ``bounds``, int32 [3]: before the first it is one of a row with left
-context alone (0), then one of another row (1), then one of a second stream (2), then a filler (3).
+``bounds``, int32 [3], gives the call of each position: those before bounds[0] belong to call 0
+(rows with left context only), then come call 1 (other rows), call 2 (second streams), fillers (3).
 Memory that a call did not write is not read.
 
-Shapes: T positions, H heads, W width of a head, and half of it.
+Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 """
 # ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
 
@@ -21,7 +21,7 @@ Calls = list[torch.Tensor | None]
 
 
 def is_available() -> bool:
-    """Whether the kernels are there; with CUDA they are."""
+    """Whether Triton is installed."""
     return triton is not None
 
 
@@ -33,7 +33,7 @@ def rotate(
     Args:
         projected: [T, 3, H, W], contiguous.
         rotation: float32 [R, 2, W / 2], cosines and sines.
-        steps_ago: int64 [T], each position's line of ``rotation``.
+        steps_ago: int64 [T], each position's row of ``rotation``.
     """
     rotated = torch.empty_like(projected)
     positions, _, heads, width = projected.shape
@@ -48,16 +48,13 @@ def rotate(
 def choose(
     rotated: torch.Tensor, outputs: Calls, sums: Calls, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What attention gives at each position.
+    """Output [T, H, W] and log-sum-exp, float32 [H, T], of each position's own call.
 
     Args:
         rotated: [T, 3, H, W].
-        outputs: [T, H, W] of the calls 0, 1 and 2, or None.
+        outputs: [T, H, W] of calls 0, 1 and 2; call 2 may be None.
         sums: float32 [H, T] of the calls, log-sum-exp of the scores.
         bounds: see the module docstring.
-
-    Returns:
-        [T, H, W] and float32 [H, T]; of second streams with themselves among what they see.
     """
     positions, _, heads, width = rotated.shape
     output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
@@ -65,8 +62,8 @@ def choose(
     if positions:
         _choose[(positions,)](
             rotated,
-            *_given(outputs, rotated),
-            *_given(sums, log_sums),
+            tuple(outputs),
+            tuple(sums),
             bounds,
             output,
             log_sums,
@@ -76,7 +73,6 @@ def choose(
             width,
             triton.next_power_of_2(heads),
             triton.next_power_of_2(width),
-            outputs[2] is not None,
         )
     return output, log_sums
 
@@ -91,26 +87,26 @@ def join(
     rotation: torch.Tensor | None,
     steps_ago: torch.Tensor,
 ) -> torch.Tensor:
-    """The gradient for what was to be rotated: [T, 3, H, W].
+    """The gradient, [T, 3, H, W], for queries, keys and values before the rotation.
 
     Args:
-        gradients: [T, H, W] for queries, keys and values of the calls 0, 1 and 2, nine in all; None
-            where there was no such call.
-        output, log_sums: what :func:`choose` returned.
+        gradients: [T, H, W] for queries, keys and values of call 0, then of calls 1 and 2, nine in
+            all; None where there was no such call.
+        output, log_sums: results of :func:`choose`.
         grad: [T, H, W], the gradient for the output.
-        rotation: as for :func:`rotate`; None: nothing was rotated.
+        rotation, steps_ago: as for :func:`rotate`; rotation None: nothing was rotated.
     """
     positions, _, heads, width = rotated.shape
     gradient = torch.empty_like(rotated)
     if positions:
         _join[(positions,)](
             rotated,
-            *_given(gradients, rotated),
+            *(tuple(gradients[kind::3]) for kind in range(3)),
             output,
             log_sums,
             grad,
             bounds,
-            bounds if rotation is None else rotation,
+            rotation,
             steps_ago,
             gradient,
             positions,
@@ -119,15 +115,8 @@ def join(
             width // 2,
             triton.next_power_of_2(heads),
             triton.next_power_of_2(width // 2),
-            gradients[6] is not None,
-            rotation is not None,
         )
     return gradient
-
-
-def _given(tensors: Calls, other: torch.Tensor) -> list[torch.Tensor]:
-    """A kernel wants some tensor even where it reads none."""
-    return [other if tensor is None else tensor for tensor in tensors]
 
 
 if triton is not None:
@@ -151,12 +140,17 @@ if triton is not None:
         angle = rotation + step * 2 * half + pair % half
         cosine = tl.load(angle, mask=inside, other=0.0)
         sine = tl.load(angle + half, mask=inside, other=0.0)
-        low = tl.load(projected + at, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(projected + at + half, mask=inside, other=0.0).to(tl.float32)
+        low = _load(projected + at, inside)
+        high = _load(projected + at + half, inside)
         tl.store(rotated + at, low * cosine - high * sine, mask=inside)
         tl.store(rotated + at + half, low * sine + high * cosine, mask=inside)
         value = position * 3 * size + 2 * size + pair
         tl.store(rotated + value, tl.load(projected + value, mask=inside), mask=inside)
+
+    @triton.jit
+    def _load(pointers, mask):
+        """Values as float32, 0 outside the mask."""
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
     @triton.jit
     def _call_of(position, bounds):
@@ -166,23 +160,20 @@ if triton is not None:
         return call + (position >= tl.load(bounds + 2)).to(tl.int32)
 
     @triton.jit
-    def _pick(first, second, third, at, inside, call, has_third: tl.constexpr):
-        """The value of the position's own call; 0 of a filler."""
-        found = tl.load(first + at, mask=inside & (call == 0), other=0.0).to(tl.float32)
-        found += tl.load(second + at, mask=inside & (call == 1), other=0.0).to(tl.float32)
-        if has_third:
-            found += tl.load(third + at, mask=inside & (call == 2), other=0.0).to(tl.float32)
+    def _pick(parts, calls: tl.constexpr, at, inside, call):
+        """The values ``at`` of the position's own call, one of the first ``calls``; or zeros."""
+        found = _load(parts[1] + at, inside & (call == 1))
+        if parts[0] is not None:
+            found += _load(parts[0] + at, inside & (call == 0))
+        if calls == 3 and parts[2] is not None:
+            found += _load(parts[2] + at, inside & (call == 2))
         return found
 
     @triton.jit
     def _choose(
         rotated,
-        output_0,
-        output_1,
-        output_2,
-        sums_0,
-        sums_1,
-        sums_2,
+        outputs,
+        call_sums,
         bounds,
         output,
         log_sums,
@@ -192,7 +183,6 @@ if triton is not None:
         width: tl.constexpr,
         padded_heads: tl.constexpr,
         padded_width: tl.constexpr,
-        has_second: tl.constexpr,
     ) -> None:
         position = tl.program_id(0).to(tl.int64)
         call = _call_of(position, bounds)
@@ -202,16 +192,16 @@ if triton is not None:
         within = head[:, None] * width + value[None, :]
         size = heads * width
         at, of_head = position * size + within, head * positions + position
-        found = _pick(output_0, output_1, output_2, at, inside, call, has_second)
-        sums = _pick(sums_0, sums_1, sums_2, of_head, is_head, call, has_second)
-        if has_second:
-            asks = inside & (call == 2)
+        found = _pick(outputs, 3, at, inside, call)
+        sums = _pick(call_sums, 3, of_head, is_head, call)
+        if outputs[2] is not None:
+            second = inside & (call == 2)
             line = rotated + position * 3 * size + within
-            query = tl.load(line, mask=asks, other=0.0).to(tl.float32)
-            key = tl.load(line + size, mask=asks, other=0.0).to(tl.float32)
-            own = tl.load(line + 2 * size, mask=asks, other=0.0).to(tl.float32)
+            query = _load(line, second)
+            key = _load(line + size, second)
+            own = _load(line + 2 * size, second)
             score = tl.sum(query * key, axis=1) * scale
-            # A kernel that saw no item at all says infinity, and 0 for their mean.
+            # FlashAttention over no item at all gives infinity, and output 0.
             sums_of_items = tl.where(tl.abs(sums) < 1e30, sums, -1e30)
             top = tl.maximum(sums_of_items, score)
             total = top + tl.log(tl.exp(sums_of_items - top) + tl.exp(score - top))
@@ -225,15 +215,9 @@ if triton is not None:
     @triton.jit
     def _join(
         rotated,
-        query_0,
-        key_0,
-        value_0,
-        query_1,
-        key_1,
-        value_1,
-        query_2,
-        key_2,
-        value_2,
+        queries,
+        keys,
+        values,
         output,
         log_sums,
         grad,
@@ -247,8 +231,6 @@ if triton is not None:
         half: tl.constexpr,
         padded_heads: tl.constexpr,
         padded_half: tl.constexpr,
-        has_second: tl.constexpr,
-        is_rotated: tl.constexpr,
     ) -> None:
         position = tl.program_id(0).to(tl.int64)
         call = _call_of(position, bounds)
@@ -258,36 +240,36 @@ if triton is not None:
         within = head[:, None] * (2 * half) + pair[None, :]
         size = 2 * heads * half
         at = position * size + within  # of the first half of a head; the second follows
-        query_low = _pick(query_0, query_1, query_2, at, inside, call, has_second)
-        query_high = _pick(query_0, query_1, query_2, at + half, inside, call, has_second)
-        key_low = _pick(key_0, key_1, key_1, at, inside, call, False)
-        key_high = _pick(key_0, key_1, key_1, at + half, inside, call, False)
-        value_low = _pick(value_0, value_1, value_1, at, inside, call, False)
-        value_high = _pick(value_0, value_1, value_1, at + half, inside, call, False)
+        query_low = _pick(queries, 3, at, inside, call)
+        query_high = _pick(queries, 3, at + half, inside, call)
+        key_low = _pick(keys, 2, at, inside, call)
+        key_high = _pick(keys, 2, at + half, inside, call)
+        value_low = _pick(values, 2, at, inside, call)
+        value_high = _pick(values, 2, at + half, inside, call)
         line = position * 3 * size + within
-        if has_second:
-            # Rows with left context alone are also seen by their second streams.
+        if queries[2] is not None:
+            # Second streams also see the rows with left context only.
             seen = inside & (call == 0)
-            key_low += tl.load(key_2 + at, mask=seen, other=0.0).to(tl.float32)
-            key_high += tl.load(key_2 + at + half, mask=seen, other=0.0).to(tl.float32)
-            value_low += tl.load(value_2 + at, mask=seen, other=0.0).to(tl.float32)
-            value_high += tl.load(value_2 + at + half, mask=seen, other=0.0).to(tl.float32)
-            # And these see themselves: P = exp(score - log-sum-exp), dS = P (dO v - dO O).
-            asks = inside & (call == 2)
-            q_low = tl.load(rotated + line, mask=asks, other=0.0).to(tl.float32)
-            q_high = tl.load(rotated + line + half, mask=asks, other=0.0).to(tl.float32)
-            k_low = tl.load(rotated + line + size, mask=asks, other=0.0).to(tl.float32)
-            k_high = tl.load(rotated + line + size + half, mask=asks, other=0.0).to(tl.float32)
-            v_low = tl.load(rotated + line + 2 * size, mask=asks, other=0.0).to(tl.float32)
-            v_high = tl.load(rotated + line + 2 * size + half, mask=asks, other=0.0).to(tl.float32)
-            o_low = tl.load(output + at, mask=asks, other=0.0).to(tl.float32)
-            o_high = tl.load(output + at + half, mask=asks, other=0.0).to(tl.float32)
-            g_low = tl.load(grad + at, mask=asks, other=0.0).to(tl.float32)
-            g_high = tl.load(grad + at + half, mask=asks, other=0.0).to(tl.float32)
-            asking = is_head & (call == 2)
-            sums = tl.load(log_sums + head * positions + position, mask=asking, other=0.0)
+            key_low += _load(keys[2] + at, seen)
+            key_high += _load(keys[2] + at + half, seen)
+            value_low += _load(values[2] + at, seen)
+            value_high += _load(values[2] + at + half, seen)
+            # And they see themselves: P = exp(score - log-sum-exp), dS = P (dO v - dO O).
+            second = inside & (call == 2)
+            q_low = _load(rotated + line, second)
+            q_high = _load(rotated + line + half, second)
+            k_low = _load(rotated + line + size, second)
+            k_high = _load(rotated + line + size + half, second)
+            v_low = _load(rotated + line + 2 * size, second)
+            v_high = _load(rotated + line + 2 * size + half, second)
+            o_low = _load(output + at, second)
+            o_high = _load(output + at + half, second)
+            g_low = _load(grad + at, second)
+            g_high = _load(grad + at + half, second)
+            is_second = is_head & (call == 2)
+            sums = tl.load(log_sums + head * positions + position, mask=is_second, other=0.0)
             score = tl.sum(q_low * k_low + q_high * k_high, axis=1) * scale
-            share = tl.where(asking, tl.exp(score - sums), 0.0)
+            share = tl.where(is_second, tl.exp(score - sums), 0.0)
             along = tl.sum(g_low * (v_low - o_low) + g_high * (v_high - o_high), axis=1)
             slope = (share * along * scale)[:, None]
             query_low += slope * k_low
@@ -296,7 +278,7 @@ if triton is not None:
             key_high += slope * q_high
             value_low += share[:, None] * g_low
             value_high += share[:, None] * g_high
-        if is_rotated:
+        if rotation is not None:
             angle = rotation + tl.load(steps_ago + position) * 2 * half + pair
             cosine = tl.load(angle, mask=pair < half, other=0.0)[None, :]
             sine = tl.load(angle + half, mask=pair < half, other=0.0)[None, :]
