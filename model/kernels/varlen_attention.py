@@ -1,18 +1,20 @@
-"""FlashAttention over rows as they lie one after the other, several kinds of them in one batch.
+"""FlashAttention over rows of different lengths and kinds in one batch.
 
-    projected [T, 3, H, W]  q k v of all positions -> rotate
-      call 0   causal, over the rows with left context alone, which stand first
+    projected [T, 3, H, W]  queries, keys, values of all positions -> rotate
+      call 0   causal, over the rows with left context only, which come first
       call 1   both ways, over the other rows
-      call 2   causal, second streams (queries) over the rows with left context alone (keys), each
-               query row one longer than its key row: strictly before
+      call 2   causal, from second streams (queries) to the rows with left context only (keys); a
+               query row is one longer than its key row, so a position sees those strictly before it
     -> choose -> attended [T, H, W]
 
-To each call the rows of the others are empty. Backward likewise: the calls, then ``join``. That
-second streams see themselves too is put together outside of FlashAttention: its backward pass takes
-the output and the log-sum-exp of everything seen and yields what is right for the part it knows.
-After ``torch.nn.attention.varlen``, which calls the same operators for rows of one kind.
+In each call the rows of the other calls are empty. Backward: the same calls, then ``join``.
 
-Shapes: B rows, T positions of all rows, H heads, W width of a head.
+A second stream's position also sees itself. ``choose`` adds that outside of FlashAttention, whose
+backward pass, given the output and log-sum-exp over everything seen, returns the right gradients
+for the part it computes. ``torch.nn.attention.varlen`` calls the same operators for rows of one
+kind.
+
+Shapes: B rows, T positions of all rows, H heads, W width of a head, V windows.
 """
 
 from dataclasses import dataclass
@@ -28,19 +30,19 @@ _WIDEST, _STEP = 256, 8
 
 
 def takes(width: int) -> bool:
-    """Whether heads of this width can be attended so."""
+    """Whether there is a kernel for heads of this width."""
     return is_available() and width <= _WIDEST and width % _STEP == 0
 
 
 @dataclass(frozen=True)
 class JaggedRows:
-    """Where rows of which kind lie.
+    """Where the rows of each kind lie.
 
     Attributes:
         starts: int32 [B + 1], where rows begin, and T.
-        longest: no row is longer.
-        left_only: bool [V], of the first V rows those with left context alone, which come first;
-            None: there are none.
+        longest: an upper bound of the rows' lengths.
+        left_only: bool [V], which of the first V rows have left context only (these come first);
+            None: no row has.
         windows: V if rows V ... 2 V - 1 are second streams, else 0.
     """
 
@@ -50,7 +52,7 @@ class JaggedRows:
     windows: int = 0
 
     def bounds(self) -> torch.Tensor:
-        """int32 [3]: where call 1, call 2 and fillers begin."""
+        """int32 [3], the positions where call 1, call 2 and fillers begin."""
         ends = [-1, -1] if not self.windows else [self.windows, 2 * self.windows]
         left = self.starts.new_zeros(1, dtype=torch.int64)
         if self.left_only is not None:
@@ -58,7 +60,7 @@ class JaggedRows:
         return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
 
     def calls(self, bounds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool] | None]:
-        """Rows of queries, rows of keys, and whether it is causal, of the calls that are needed."""
+        """Starts of query rows and key rows, and whether causal, of each call; None: not needed."""
         left, others = bounds[0], bounds[1]
         both = self.starts.clamp(min=left, max=others)
         first = second = None
@@ -77,19 +79,15 @@ def attend(
     rotation: torch.Tensor | None,
     steps_ago: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of every position to the positions that it may see.
+    """Attention of every position to those that it may see: [T, H, W], zeros for fillers.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
-        rows: where they lie.
-        rotation: float32 [R, 2, W / 2], cosines and sines that queries and keys are rotated by;
-            None: they are not.
-        steps_ago: int64 [T], each position's line of ``rotation``.
-
-    Returns:
-        [T, H, W]; zeros behind second streams.
+        rows: where the rows lie.
+        rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
+        steps_ago: int64 [T], each position's row of ``rotation``.
     """
-    # Tensors and numbers alone: torch.compile looks into what a function of autograd is given.
+    # Only tensors and numbers: torch.compile traces the arguments of an autograd function.
     return _Attend.apply(
         projected, rows.starts, rows.left_only, rows.windows, rows.longest, rotation, steps_ago
     )
@@ -114,16 +112,10 @@ class _Attend(torch.autograd.Function):
         outputs, sums, ctx.states = [None] * 3, [None] * 3, [None] * 3
         for number, call in enumerate(rows.calls(bounds)):
             if call is not None:
+                *row_starts, causal = call
+                options = *row_starts, longest, longest, 0.0, causal, False
                 outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
-                    query,
-                    key,
-                    value,
-                    *call[:2],
-                    rows.longest,
-                    rows.longest,
-                    0.0,
-                    call[2],
-                    False,
+                    query, key, value, *options
                 )
                 ctx.states[number] = states
         output, log_sums = outputs[1], sums[1]
@@ -144,20 +136,10 @@ class _Attend(torch.autograd.Function):
             if call is None:
                 found += [None] * 3
                 continue
-            found += torch.ops.aten._flash_attention_backward(
-                grad,
-                query,
-                key,
-                value,
-                output,
-                log_sums,
-                *call[:2],
-                longest,
-                longest,
-                0.0,
-                call[2],
-                *states,
-            )
+            *row_starts, causal = call
+            given = grad, query, key, value, output, log_sums
+            options = *row_starts, longest, longest, 0.0, causal, *states
+            found += torch.ops.aten._flash_attention_backward(*given, *options)
         found = [None if each is None else each.contiguous() for each in found]
         gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
         return gradient, None, None, None, None, None, None

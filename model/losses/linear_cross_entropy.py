@@ -1,32 +1,33 @@
-"""Softmax cross-entropy over a catalog, without a value for every position and item.
+"""Softmax cross-entropy over a catalog without storing a logit for every position and item.
 
     loss = log sum_j exp(h . c_j) - h . c_target
 
-The gradient of the first term for h is the mean of the c_j weighted by the softmax, and the one for
-c_j the sum of the h weighted likewise. Both are what attention computes, tile by tile in registers:
+The first term's gradient for h is the mean of the c_j weighted by the softmax; its gradient for c_j
+is the sum of the h with the same weights. Attention computes both, tile by tile in registers:
 
     forward     attention(queries h, keys c, values c)  -> weighted means [M, D], log-sum-exp [M]
     backward    attention(queries c, keys h, values v)  -> the candidates' gradient [C, D]
-                v = weight x h / exp(log-sum-exp), and the mean undone by attention's own sums
+                v = weight x h / exp(log-sum-exp); multiplying by attention's own sums turns its
+                means back into sums
 
-so FlashAttention does the work in two launches, and memory is that of the vectors. The second trick
-needs logits that cannot overflow an exponential: cosines divided by a temperature. Where there is
-no such bound, or no kernel for the width or dtype, blocks of candidates are scored by plain matrix
-products within ``BLOCK_BYTES``, twice. ``torch.nn.functional.linear_cross_entropy`` (torch 2.13)
-has no place for the exchange between slices of a sharded catalog that ``sharded_softmax`` makes.
+So two launches of FlashAttention do the work in the memory of the vectors. The backward pass needs
+logits whose exponentials cannot overflow: cosines divided by a temperature. Without such a bound,
+or a kernel for the width or dtype, blocks of candidates are scored by plain matrix products within
+``BLOCK_BYTES``. ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) does not allow for the
+exchange between slices of a sharded catalog in ``sharded_softmax``.
 
 Shapes: M positions, C candidates, D width. Vectors are float32 (float64 in tests), or bfloat16
-inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate is right
-to 1/256 of its length, and so is the gradient, however small, of a position already learned.
+inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate has an error
+of 1/256 of its length, and so does the gradient, however small, of a position already learned.
 """
 
 import torch
 
 from model.kernels.l2_normalize import sum_dtype
 
-# Exponentials of logits within this, their sums over 1e9 rows, and their inverses are float32.
+# Exponentials of logits up to this, their sums over 1e9 rows, and the inverses fit into float32.
 MAX_BOUND = 60.0
-# What a block of logits may take where there is no fused kernel.
+# Memory of a block of logits where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
 # Head dimensions of FlashAttention on CUDA.
 _FLASH_WIDTH, _FLASH_STEP = 256, 8
@@ -43,8 +44,8 @@ def softmax_means(
     Args:
         hidden: [M, D].
         candidates: [C, D] of the same dtype; C may be 0.
-        bound: no logit is further from 0; infinity if nobody knows.
-        values: [C, E] of the same dtype, to be averaged instead of the candidates.
+        bound: upper bound of the logits' absolute values; infinity if there is none.
+        values: [C, E] of the same dtype, averaged instead of the candidates.
 
     Returns:
         [M, D] or [M, E], and [M], float32 at least; zeros and -infinity without candidates.
@@ -72,7 +73,7 @@ def softmax_means(
 
 
 def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float) -> torch.Tensor:
-    """Each position's logit [M] of its own row [M, D], rounded as :func:`softmax_means` rounds."""
+    """Each position's logit [M] of its target's row [M, D], rounded as in :func:`softmax_means`."""
     logits = (hidden * target_rows.to(sum_dtype(hidden))).sum(dim=1)
     fused = _is_fused(hidden, bound, target_rows)
     return logits if fused else logits.to(hidden.dtype).to(logits.dtype)
@@ -91,14 +92,14 @@ def weighted_hidden(
     Args:
         hidden: [M, D].
         candidates: [C, D] of the same dtype.
-        log_sums: [M], of all candidates, here or elsewhere.
+        log_sums: [M], over all candidates of all ranks.
         weights: [M], of the positions' losses.
         bound: as for :func:`softmax_means`.
-        values: [M, E] of the same dtype, to be summed instead of the hidden vectors.
+        values: [M, E] of the same dtype, summed instead of the hidden vectors.
 
     Returns:
-        [C, D] or [C, E], and [C], whose product is the sum: it is left to the caller, who passes
-        over the first anyway.
+        [C, D] or [C, E], and [C]: the sum is their product, left to the caller to save a pass over
+        the catalog.
     """
     values = hidden if values is None else values
     if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
@@ -120,7 +121,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits.
 
-    The operator behind ``scaled_dot_product_attention``, which keeps the second result to itself.
+    The operator behind ``scaled_dot_product_attention``, which does not return the log-sum-exp.
     """
     fused = torch.ops.aten._scaled_dot_product_flash_attention
     if not queries.is_cuda:
@@ -136,11 +137,11 @@ def _is_fused(hidden: torch.Tensor, bound: float, values: torch.Tensor) -> bool:
     if not hidden.is_cuda:
         return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16)
     width = hidden.shape[1]
-    # Not float16: inverse sums of exponentials are no float16 numbers.
+    # Not float16: inverse sums of exponentials underflow in it.
     fits = width <= _FLASH_WIDTH and width % _FLASH_STEP == 0
     return hidden.dtype == torch.bfloat16 and fits
 
 
 def _blocks(candidates: torch.Tensor, positions: int) -> tuple[torch.Tensor, ...]:
-    """Candidates in parts whose float32 logits take ``BLOCK_BYTES`` at most."""
+    """Candidates in parts whose float32 logits take at most ``BLOCK_BYTES``."""
     return candidates.split(max(1, BLOCK_BYTES // (4 * max(1, positions))))

@@ -1,13 +1,13 @@
 """Losses over a step's negatives instead of the whole catalog.
 
-    positives    each position's score of its own target                       [M]
-    scores       those of the K items drawn for the step, shared               [M, K]
+    positives    each position's score of its target                           [M]
+    scores       each position's scores of the K negatives of the step         [M, K]
 
-An item drawn with probability q stands, on average, K q times among the negatives. ``softmax``
-divides its exponential by that: the sum over the negatives is then on average that over all items
-but the target, which is scored itself and is no sample, so that the loss tends to the exact
-softmax as K grows (the target is not corrected: arXiv 2507.09331 says why). Draws of the target
-do not count.
+An item drawn with probability q is expected K q times among the negatives. ``softmax`` divides its
+exponential by that count: the sum over the negatives then has the expectation of the sum over all
+items but the target, and the loss tends to the exact softmax as K grows. The target is scored
+itself, without correction (arXiv 2507.09331 says why). Negatives equal to a position's target do
+not count for it.
 
 Shapes: M positions, K negatives.
 """
@@ -32,9 +32,9 @@ def softmax(
     Args:
         positives: float32 [M].
         scores: [M, K], float32 or half precision.
-        targets: int64 [M], the positions' own items, whose draws do not count.
-        negatives: int64 [K], the items drawn.
-        log_counts: float32 [K], logarithms of the draws' expected counts.
+        targets: int64 [M] item ids.
+        negatives: int64 [K] item ids, as drawn.
+        log_counts: float32 [K], logarithms of the negatives' expected counts.
     """
     return F.softplus(_LogSum.apply(scores, targets, negatives, log_counts) - positives)
 
@@ -42,11 +42,11 @@ def softmax(
 def log_sums(
     scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the logarithm of a sum over draws is made of; arguments as of :func:`softmax`.
+    """The parts of each position's log-sum-exp over the negatives; arguments as of :func:`softmax`.
 
     Returns:
-        Like ``scores``, [M, K], exp(score - log count - top), 0 of hits; the largest such exponent
-        of each position, top [M]; and the sum of its exponentials [M].
+        masses [M, K] in the dtype of ``scores``: exp(score - log count - top), 0 for hits; tops
+        [M], each position's largest exponent; totals [M], the sums of the masses.
     """
     exponents = scores - log_counts  # float32
     exponents.masked_fill_(_hits(targets, negatives), torch.finfo(exponents.dtype).min)
@@ -56,9 +56,9 @@ def log_sums(
 
 
 class _LogSum(torch.autograd.Function):
-    """Logarithm of the sum over draws of exp(score) / expected count, hits left out: [M].
+    """log of the sum over negatives, hits left out, of exp(score) / expected count: [M].
 
-    As ``logsumexp`` of the corrected scores, which autograd would keep in four copies.
+    autograd would keep four copies of the scores for ``logsumexp``.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ def gbce(
 ) -> torch.Tensor:
     """Generalised binary cross-entropy of each position (arXiv 2308.07192): float32 [M].
 
-    The sum over its terms, not the mean: gradients K times smaller would meet the optimizers' eps.
+    The sum of its terms, not the mean: gradients K times smaller would be near the optimizers' eps.
 
     Args:
         positives, scores, targets, negatives: as for :func:`softmax`.
@@ -94,17 +94,16 @@ def gbce(
 
 
 def _hits(targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """Bool [M, K], draws of a position's own target."""
+    """Bool [M, K], negatives that are the position's target."""
     return targets[:, None] == negatives
 
 
 def gbce_beta(calibration: float, num_negatives: int, num_items: int) -> float:
-    """How much of the overconfidence that sampling brings is taken back.
+    """The power of the positive's probability, against the overconfidence caused by sampling.
 
     Args:
-        calibration: 0 leaves the binary cross-entropy as it is, 1 makes scores as calibrated as
-            without sampling.
-        num_negatives, num_items: K of V.
+        calibration: 0: plain binary cross-entropy; 1: scores as calibrated as without sampling.
+        num_negatives, num_items: K, V.
     """
     rate = min(1.0, num_negatives / max(1, num_items - 1))
     return 1 - calibration * (1 - rate)

@@ -1,26 +1,24 @@
-"""Softmax cross-entropy over a catalog, held by this rank or spread over the ranks.
+"""Softmax cross-entropy over a catalog that this rank holds or that is spread over the ranks.
 
-Where it is spread, each rank holds the scoring rows of its own slice of the catalog and scores the
-hidden vectors of all ranks against them. What is exchanged makes the softmax exact:
+Spread, each rank holds the scoring rows of its slice of the catalog and scores the hidden vectors
+of all ranks. These exchanges make the softmax exact:
 
-    gather    hidden vectors, targets [W * M]    -> means and log-sum-exp over each slice
-    gather    log-sum-exp, target logits         -> losses of all positions
-    scatter   gradients of hidden vectors, summed over slices
-    backward  gather the losses' weights         -> gradients of the slice's own rows
+    gather           hidden vectors, targets [W * M]  -> means and log-sum-exp over each slice
+    gather           log-sum-exp, target logits       -> losses of all positions
+    reduce-scatter   gradients of hidden vectors, summed over slices
+    gather           (backward) the losses' weights   -> gradients of the slice's rows
 
-Communicated per rank and step: about 2 x M x D values, whatever the size of the catalog. No rank
+A rank sends about 2 x M x D values per step, whatever the size of the catalog, and its host never
 waits for its device.
 
-Teachers, models that were trained before, may have a say. With q, the mean of their probabilities,
-the loss is
+Distillation: with the mean q of the probabilities of teachers, models trained before, the loss is
 
     log sum_j exp(h . c_j) - h . ((1 - share) c_target + share sum_j q_j c_j)
 
-where the last sum is an average of rows under somebody else's softmax: the same kernels compute it,
-and its gradient, for catalogs of any size.
+The last sum is a mean of rows under another softmax: the same kernels compute it and its gradient.
 
-Shapes: W ranks, M hidden vectors of the rank that has most, m of this rank, C candidates of this
-rank, D width.
+Shapes: W ranks, m positions of this rank, M = the largest m of any rank, C candidates of this rank,
+D width, E width of a teacher.
 """
 
 from collections.abc import Sequence
@@ -37,7 +35,7 @@ from model.losses.linear_cross_entropy import softmax_means, target_logits, weig
 
 
 def gather_sizes(size: int) -> list[int]:
-    """``size`` of every rank; between hosts, so that no device is waited for."""
+    """``size`` of every rank, exchanged between hosts, so that none waits for its device."""
     sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
     dist.all_gather_into_tensor(sizes, torch.tensor([size]))
     return sizes.tolist()
@@ -46,14 +44,11 @@ def gather_sizes(size: int) -> list[int]:
 def all_gather_rows(
     rows: torch.Tensor, sizes: list[int] | None = None
 ) -> tuple[torch.Tensor, list[int]]:
-    """Rows of all ranks, each rank's part zero-padded to the longest.
+    """Rows of all ranks [W * M, ...], rank r's from r * M on, zero-padded; and m of every rank.
 
     Args:
-        rows: [m, ...], with its own m on every rank.
-        sizes: the m of every rank, if known.
-
-    Returns:
-        [W * M, ...] with rank r's rows from r * M on, and the m of every rank.
+        rows: [m, ...].
+        sizes: m of every rank, if known.
     """
     sizes = sizes or gather_sizes(rows.shape[0])
     padded = rows.contiguous()
@@ -67,13 +62,13 @@ def all_gather_rows(
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """What a teacher thinks of this rank's positions: logits, as hidden vectors and rows.
+    """A teacher's logits at this rank's positions, as the factors hidden @ rows.T.
 
     Attributes:
         hidden: [m, E], scaled.
         rows: [C, E] of the items that this rank scores.
-        bound: no logit is further from 0.
-        log_sums: [m] over the whole catalog; found out on the way.
+        bound: upper bound of the logits' absolute values.
+        log_sums: log-sum-exp [m] over the whole catalog; None until the loss has computed it.
     """
 
     hidden: torch.Tensor
@@ -98,21 +93,20 @@ def linear_cross_entropy(
 
     Args:
         hidden: float [m, D]; m may differ between ranks and be 0.
-        rows: float [C, D] of the items ``low`` ... ``low + C - 1``; where shared, C may be 0.
-        targets: int64 [m] item ids, or ids of no slice: the loss of such a position means nothing,
-            its gradient must be zero.
+        rows: float [C, D] of the items ``low`` ... ``low + C - 1``; if ``shared``, C may be 0.
+        targets: int64 [m] item ids. The loss of a position whose target is in no slice is
+            meaningless, and the gradient given for it must be zero.
         low: first item of the rows.
-        scale: what scores are multiplied with.
-        cosine: score by cosines, not dot products.
+        scale: factor of the scores.
+        cosine: score by cosines instead of dot products.
         shared: the rows are this rank's slice of the catalog, not all of it.
-        teacher_logits: the teachers'; as many on every rank.
-        teacher_share: of the aim that is theirs together; the rest is the target's.
+        teacher_logits: one for each teacher, on every rank.
+        teacher_share: weight of all teachers together; the target has the rest.
         sizes: m of every rank, if known.
 
     Returns:
-        float32 [m]. Its gradient for ``rows`` sums the losses of all ranks where shared, as their
-        owner needs it; every rank must then call ``backward``. Inside autocast, products are
-        bfloat16 and sums float32.
+        float32 [m]. If ``shared``, every rank must call ``backward``, and the gradient for ``rows``
+        is that of the losses of all ranks. Inside autocast, products are bfloat16, sums float32.
     """
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
@@ -158,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         means, log_sums = softmax_means(hidden, unit, bound)
         column = targets - low
         owned = (column >= 0) & (column < unit.shape[0])
-        # Positions without a row here add nothing, to none: many zeros for one row take time.
+        # Positions whose target is elsewhere get no row: adding many zeros to one row takes time.
         nowhere = unit.shape[0]
         index = column.masked_fill(~owned, nowhere)
         ctx.index = side_stream.start(lambda: sort_index(index, nowhere))
@@ -217,7 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _taught(
     teacher_logits: Sequence[TeacherLogits], unit: torch.Tensor, sizes: list[int]
 ) -> tuple[torch.Tensor, list[TeacherLogits]]:
-    """The mean row [W * M, D] under the teachers' probabilities, as far as this slice makes it up.
+    """This slice's part of the mean row [W * M, D] under the teachers' probabilities.
 
     And their logits at the positions of all ranks, with log-sum-exp over the whole catalog.
     """
@@ -238,7 +232,7 @@ def _taught(
 def _over_slices(
     log_sums: torch.Tensor, wanted: torch.Tensor, world_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and target logits [W * M] of the whole catalog from those of this slice."""
+    """Log-sum-exp and target logits [W * M] over the whole catalog from those of this slice."""
     parts = _gathered(torch.stack([log_sums, wanted]), world_size)
     return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
 
@@ -258,7 +252,7 @@ def _sum_scatter(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
 
 def _own(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """This rank's part of what :func:`all_gather_rows` made; all of it where nothing is shared."""
+    """This rank's part of rows from :func:`all_gather_rows`; all of them if nothing is shared."""
     if not sizes:
         return rows
     start = dist.get_rank() * max(sizes)

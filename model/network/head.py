@@ -1,15 +1,11 @@
-"""The output layer: scores of items, and the loss of the masked positions' targets.
+"""The output layer: scores of items, and the loss of the masked positions.
 
 The rows that score items come from an embedding table, looked up as the feature "candidate":
 the item table itself (head "tied") or a table of its own (head "linear"). On one rank, or with
 replicated tables, the candidates are the whole catalog. With sharded tables each rank looks up
-only its own part of it, and the softmax is computed over the parts:
-
-    hidden of all ranks [M, D] x candidates of this rank [C, D] -> partial logits [M, C]
-    all-reduce of row maxima and sums of exponentials -> exact softmax over V = sum of C
-
-so that no rank ever holds V x D values. A sampled loss has other candidates: each position's target
-and the negatives drawn for the step.
+only its own part, and the softmax is computed over the parts (see
+:mod:`model.losses.sharded_softmax`), so that no rank ever holds V x D values. The candidates of a
+sampled loss are each position's target and the negatives drawn for the step.
 
 Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
 """
@@ -72,9 +68,9 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class CatalogSlice:
-    """The half-open range of item ids that this rank scores, and how many ranks share the rest.
+    """The items ``low`` ... ``high - 1``, which this rank scores.
 
-    ``shared`` is False where every rank scores the whole catalog (one rank, or replicas).
+    ``shared`` is False if every rank scores the whole catalog (one rank, or replicas).
     """
 
     low: int
@@ -83,10 +79,10 @@ class CatalogSlice:
 
 
 def catalog_slice(num_items: int, rank: int, world_size: int, sharded: bool) -> CatalogSlice:
-    """This rank's candidates: its row-wise block of the table without padding and mask rows.
+    """This rank's candidates: its row-wise block of the table, without padding and mask rows.
 
-    TorchRec's row-wise sharding gives rank r the rows [r * k, (r + 1) * k), k = ceil(rows / ranks);
-    cutting the catalog the same way makes the lookup of candidates local to each rank.
+    TorchRec's row-wise sharding gives rank r the rows [r * k, (r + 1) * k), k = ceil(rows / ranks).
+    With the same cut of the catalog each rank finds its candidates in its own memory.
     """
     if not sharded or world_size == 1:
         return CatalogSlice(1, num_items + 1, shared=False)
@@ -102,7 +98,7 @@ class ScoringHead(nn.Module):
     Args:
         config: which scores, which loss.
         catalog: the slice of items that this rank scores.
-        num_items: V; None: the slice is all of them.
+        num_items: V; None: the slice is the whole catalog.
     """
 
     def __init__(
@@ -118,14 +114,14 @@ class ScoringHead(nn.Module):
         return F.normalize(vectors, dim=-1) if self.config.logit_temperature else vectors
 
     def num_candidates(self, targets: torch.Tensor, negatives: torch.Tensor | None) -> int:
-        """C of :meth:`forward`."""
+        """The number of rows that :meth:`forward` takes as candidates."""
         if negatives is None:
             return self.catalog.high - self.catalog.low
         return targets.numel() + negatives.numel()
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
+        """Factor of the scores: 1 / temperature."""
         return 1 / (self.config.logit_temperature or 1.0)
 
     def forward(
@@ -143,19 +139,19 @@ class ScoringHead(nn.Module):
 
         Args:
             hidden: [M, D] vectors of this rank's masked positions.
-            candidates: [C, D] rows of the items ``catalog.low`` … ``catalog.high - 1``; of a
-                sampled loss [M + K, D] rows of the targets and the negatives.
+            candidates: [C, D] rows of the items of this rank's slice; for a sampled loss [M + K, D]
+                rows of the targets and the negatives.
             targets: int64 [M] item ids; 0 where nothing is to be predicted.
             negatives: int64 [K] item ids.
-            log_counts: float32 [K], logarithms of how often each was to be expected.
-            teacher_logits, teacher_share: the teachers' logits, and their share of the exact
-                softmax's loss.
-            sizes: M of every rank, where the exact softmax is shared; None: they ask each other.
+            log_counts: float32 [K], logarithms of the negatives' expected counts.
+            teacher_logits, teacher_share: distillation in the exact softmax, see
+                :func:`~model.losses.sharded_softmax.linear_cross_entropy`.
+            sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
 
         Returns:
-            The loss to call ``backward()`` on (float32 scalar), scaled so that the mean over
-            ranks of its gradients is the gradient of the global mean; and float32 [2], the sum of
-            this rank's losses and their number, detached, for the log.
+            The loss for ``backward()``, a float32 scalar, scaled so that the mean over ranks of its
+            gradients is the gradient of the global mean; and float32 [2], detached, the sum of this
+            rank's losses and their number.
         """
         if self.config.loss == "softmax":
             losses = linear_cross_entropy(

@@ -1,16 +1,16 @@
-"""Updates of a table's rows by their gradients, as FBGEMM's fused optimizers do them.
+"""Optimizer steps on a table's rows with the formulas of FBGEMM's fused optimizers.
 
-``update_some``: rows that were looked up, gradients of equal ids summed.
-``update``: every row has a gradient: one pass over memory, in no order of ids.
+``update_some`` updates the rows of an index; gradients of equal ids are summed first.
+``update`` updates every row, in one pass over the table in memory order:
 
-    table [R, D]       row 0 | candidates, rows first ... first + C - 1 | others
-    gradients          "others", S = R - C rows, behind those of the candidates [C, D]:
-                       row i of both together is for row (first + i) mod R of the table
+    table [R, D]    outer rows 0 ... first - 1 | candidates first ... first + C - 1 | outer rows
+    gradients       of the candidates [C, D], then of the S = R - C outer rows [S, D]; row i of both
+                    together belongs to row (first + i) mod R of the table
 
-Formulas are FBGEMM's. It does not touch a row that was not looked up; here an outer row counts as
-looked up if its gradient is not zero, which only Adam can tell.
+FBGEMM leaves rows alone that were not looked up. Here an outer row counts as looked up if its
+gradient is not zero, which makes a difference only for Adam.
 
-Shapes: R rows of the table, C candidates, S = R - C outer rows, D width.
+Shapes: R rows of the table, C candidates, S outer rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
@@ -29,13 +29,13 @@ _TILE = 1024
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer needs to know besides gradients.
+    """Constants of one optimizer step.
 
     Attributes:
         lr: learning rate.
-        beta1, beta2, eps: as of Adam.
-        number: of this step, from 1.
-        scale: what gradients are multiplied with.
+        beta1, beta2, eps: constants of Adam; Adagrad has the same eps.
+        number: the step's number, from 1.
+        scale: factor of the gradients.
     """
 
     lr: float
@@ -47,9 +47,9 @@ class Step:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """What Adam multiplies its means and its roots with, bias corrections included.
+        """Factors of Adam's means and of its roots of squares, with bias corrections.
 
-        These are left to the host, which has float64.
+        Computed on the host, in float64.
         """
         return (
             self.lr / (1 - self.beta1**self.number),
@@ -72,12 +72,12 @@ def update(
     Args:
         optimizer: one of ``UPDATES``.
         table: float32 [R, D].
-        states: of FBGEMM's optimizer: two [R, D] of adam, [R, D] of adagrad, [R] of
+        states: the optimizer's state: two [R, D] for adam, [R, D] for adagrad, [R] for
             rowwise_adagrad.
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
         outer: float32 [S, D] of the other rows, contiguous; may be overwritten.
         first: the table's row of the first candidate.
-        rates: float32 [2] on the device, of adam: they count instead of the step's.
+        rates: float32 [2] on the device, used by adam instead of the step's.
     """
     if optimizer == "adam":
         count, width = table.shape
@@ -105,12 +105,12 @@ def update_some(
     step: Step,
     rates: torch.Tensor | None = None,
 ) -> None:
-    """One step of ``optimizer`` for the rows that are named, in place.
+    """One step of ``optimizer`` for the rows of an index, in place.
 
     Args:
-        table, states, rates: as of :func:`update`.
-        index: [M], rows that may occur repeatedly; R: nowhere.
-        gradients: float32 [M, D], of a row the sum of its own.
+        table, states, rates: as for :func:`update`.
+        index: [M], rows, with repetitions; R is no row.
+        gradients: float32 [M, D]; those of equal rows are summed.
     """
     if optimizer == "adam":
         adam_rows(table, index, gradients, _adam_arguments(states, step, rates), step.scale)
