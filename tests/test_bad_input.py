@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import files as sources
+from pipeline.sources import source_file as sources
 from tests.conftest import TINY, RunMain, assert_one_line, assert_refused
 
 HEAD = b"user,item,rating,timestamp\n"

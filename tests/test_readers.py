@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.sources import readers
-from pipeline.sources.files import SourceFile
 from pipeline.sources.readers import ReadRatings
+from pipeline.sources.source_file import SourceFile
 
 ROWS = {
     "user": ["1", "1", "2"],

@@ -8,7 +8,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import describe, prepare
 from pipeline.sources.datasets import DataConfig
-from pipeline.sources.synthetic import Process, SyntheticConfig, SyntheticRatings, metrics
+from pipeline.sources.synthetic import RingProcess, SyntheticConfig, SyntheticRatings, metrics
 
 SMALL = SyntheticConfig(num_users=60, num_items=40, min_length=5, max_length=9, seed=3)
 
@@ -45,12 +45,12 @@ def test_blocks_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     assert parts.best_possible == whole.best_possible
 
 
-def tiny_process() -> Process:
+def tiny_process() -> RingProcess:
     """3 of 4 items popular as .4 .3 .2 .1; item 0 is followed by 3, the others by 0; noise 1/2."""
     config = SyntheticConfig(
         num_users=2, num_items=8, min_length=3, max_length=4, successors=1, noise=0.5
     )
-    process = Process(config)
+    process = RingProcess(config)
     process.popularity = np.array([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0])
     process.favourites = np.array([[3], [0], [0], [0], [0], [0], [0], [0]])
     return process
@@ -89,7 +89,7 @@ def test_metrics_by_hand() -> None:
 def test_drawn_items_follow_the_scores() -> None:
     """Over many users the first two items are as frequent as their probabilities say."""
     config = SyntheticConfig(num_users=20_000, num_items=12, min_length=3, max_length=3)
-    process = Process(config)
+    process = RingProcess(config)
     paths, _ = process.draw()
     first = np.bincount(paths[:, 0], minlength=12) / 20_000
     assert np.abs(first - process.popularity).max() < 0.02
@@ -106,9 +106,9 @@ def test_no_other_ranking_beats_the_best_possible() -> None:
     ratings = SyntheticRatings(config)
     next(ratings)
     best = ratings.best_possible["test"]["HR@10"]
-    process = Process(config)
+    process = RingProcess(config)
     paths, lengths = process.draw()
-    popularity_only = Process(config)
+    popularity_only = RingProcess(config)
     popularity_only.favourites = np.random.default_rng(0).permuted(process.favourites, axis=0)
     guessed = metrics(popularity_only.target_ranks(paths, lengths - 1), 10)["HR@10"]
     assert 0.1 < guessed < best - 0.2 < 0.8

@@ -15,7 +15,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import ClozeMask, MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
 from pipeline.training.sampler import Chunk
-from pipeline.training.shape_buckets import RoundUp
+from pipeline.training.shape_buckets import PadToBuckets
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import WindowConfig
 
@@ -51,7 +51,7 @@ def test_by_hand() -> None:
 
 
 def test_rounding_up_keeps_positions() -> None:
-    full = next(RoundUp(IterableWrapper([streams()]), 8, M, position_unit=8, mask_unit=4))
+    full = next(PadToBuckets(IterableWrapper([streams()]), 8, M, position_unit=8, mask_unit=4))
     assert full.steps_ago.tolist() == [2, 1, 0, 1, 0, 2, 1, 0, *[0] * 8, *[0] * 8]
     assert full.targets.tolist() == [5, 6, 7, 3, 9, 0, 0, 0, 8, 0, 0, 0]
     assert full.left_only.tolist() == [True, False, True]

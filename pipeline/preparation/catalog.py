@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.files import SourceFile
-from pipeline.sources.layout import split
+from pipeline.sources.layout import split_line
+from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
 _BLOCK = 1 << 16
@@ -138,6 +138,6 @@ def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     separator = _TITLE_SEPARATORS[file.name.rsplit(".", 1)[-1] if file.name != "u.item" else "|"]
-    fields = (split(line, separator) for line in text.splitlines() if separator in line)
+    fields = (split_line(line, separator) for line in text.splitlines() if separator in line)
     titles = {line[0].strip(): line[1].strip() for line in fields}
     return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

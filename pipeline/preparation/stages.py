@@ -56,7 +56,7 @@ class Histories:
     offsets: np.ndarray
 
 
-class _ChunkStage(Stage[RatingChunk]):
+class CountingStage(Stage[RatingChunk]):
     """A stage from chunks to chunks, which counts what it lets through."""
 
     def __init__(self, source: Iterable[Any]) -> None:
@@ -82,7 +82,7 @@ class _ChunkStage(Stage[RatingChunk]):
         return {"ratings": self._ratings, "users": users, "items": items}
 
 
-class EncodeIds(_ChunkStage):
+class EncodeIds(CountingStage):
     """Original ids -> int32 codes in ascending order of the ids; Arrow tables -> `RatingChunk`s.
 
     The order is numeric where all ids are whole numbers, else that of the text, so that a code
@@ -115,7 +115,7 @@ class EncodeIds(_ChunkStage):
             yield RatingChunk(user, item, rating, timestamp)
 
 
-class FilterRatings(_ChunkStage):
+class FilterRatings(CountingStage):
     """Keep ratings >= min_rating, then drop the rating itself: what is left is implicit feedback.
 
     Raises:
@@ -138,7 +138,7 @@ class FilterRatings(_ChunkStage):
             yield chunk
 
 
-class _FilterByCount(_ChunkStage):
+class _FilterByCount(CountingStage):
     column = ""
 
     def __init__(self, source: Iterable[RatingChunk], min_count: int) -> None:
@@ -171,7 +171,7 @@ class FilterUsers(_FilterByCount):
     column = "user"
 
 
-class Densify(_ChunkStage):
+class Densify(CountingStage):
     """Renumber what is left: items 1..V (0 is padding, V+1 the mask token), users 0..U-1.
 
     The order of the codes is kept.

@@ -26,9 +26,9 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.sources.download import CHECKSUMS, download
-from pipeline.sources.files import SourceFile, is_zip, reading, zip_members
 from pipeline.sources.layout import check_columns
 from pipeline.sources.readers import ReadRatings
+from pipeline.sources.source_file import SourceFile, is_zip, reading, zip_members
 from pipeline.sources.synthetic import SyntheticConfig, SyntheticRatings
 from pipeline.stage import Stage
 

@@ -54,10 +54,10 @@ class Layout:
 
     def fields(self, line: str) -> list[str]:
         """One line cut at the separators."""
-        return split(line, self.separator)
+        return split_line(line, self.separator)
 
 
-def split(line: str, separator: str) -> list[str]:
+def split_line(line: str, separator: str) -> list[str]:
     """Cut one line at the separator, minding quotation marks where the format has them."""
     if separator in ",;|" and '"' in line:
         return next(csv.reader([line], delimiter=separator))
@@ -105,7 +105,7 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
         raise UserError(f'--separator must be one character, "tab" or "::", not {separator!r}')
     if extension == "txt" and separator == " " and "\t" in line:
         separator = "\t"
-    names = [field.strip().strip('"') for field in split(line, separator)]
+    names = [field.strip().strip('"') for field in split_line(line, separator)]
     if len(names) < 2:
         raise UserError(_wrong_separator(where, line, separator))
     wanted = check_columns(columns) if columns else {}
@@ -162,7 +162,7 @@ def _place(where: str, number: str, width: int) -> int:
 
 
 def _wrong_separator(where: str, line: str, separator: str) -> str:
-    counts = {mark: len(split(line, mark)) for mark in ("::", "\t", ",", ";", "|", " ")}
+    counts = {mark: len(split_line(line, mark)) for mark in ("::", "\t", ",", ";", "|", " ")}
     likely = max(counts, key=lambda mark: counts[mark])
     hint = (
         f"; is it {_spell(likely)}? Give --separator"

@@ -19,9 +19,9 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.files import SourceFile, reading
 from pipeline.sources.layout import ROLES, Layout, find_columns, text_layout
 from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, is_id, times_as_numbers
+from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
 BLOCK_BYTES = 1 << 24  # of text parsed together: about half a million ratings

@@ -76,7 +76,7 @@ class SyntheticRatings(Stage[pa.Table]):
         self.best_possible: dict[str, dict[str, float]] = {}
 
     def stream(self) -> Iterator[pa.Table]:
-        process = Process(self.config)
+        process = RingProcess(self.config)
         histories, lengths = process.draw()
         self.best_possible = {
             split: metrics(process.target_ranks(histories, lengths - back), cutoff=10)
@@ -86,7 +86,7 @@ class SyntheticRatings(Stage[pa.Table]):
         yield pa.table({"user": users, "item": histories[users, places] + 1})
 
 
-class Process:
+class RingProcess:
     """The random process that users follow. U users, V items, L = max_length, K successors."""
 
     def __init__(self, config: SyntheticConfig) -> None:

@@ -1,6 +1,6 @@
 """Training batches: every window, in a new order each epoch, once over all ranks.
 
-    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> RoundUp] [-> DrawNegatives]
+    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> PadToBuckets] [-> DrawNegatives]
     sample numbers     order in a step     jagged rows   cloze task
         -> ToTensors -> Prefetcher -> PackedBatch
 
@@ -35,7 +35,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import Chunk, ShuffledSamples
-from pipeline.training.shape_buckets import RoundUp, rounding_unit
+from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 from pipeline.training.to_tensors import ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowConfig, WindowTable
@@ -72,7 +72,7 @@ class TrainLoader:
         rank, world_size: this rank's share; every rank must be given the same rest.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         negatives: draws items that each step scores instead.
-        agree: as of ``RoundUp``, called by the thread that runs ahead: a
+        agree: as of ``PadToBuckets``, called by the thread that runs ahead: a
             step's batches then have as many positions, rows and masked positions on all ranks.
         pin_memory: page-locked batches; None means wherever there is CUDA.
         few_shapes: round sizes up (``pipeline/training/shape_buckets.py``); None means wherever there is CUDA.
@@ -121,12 +121,12 @@ class TrainLoader:
         few = torch.cuda.is_available() if few_shapes is None else few_shapes
         if few or agree is not None:
             of_masks = second + (1 - second) * mask.mask_prob
-            chunks = RoundUp(
+            chunks = PadToBuckets(
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
-                position_unit=rounding_unit(mean_items * (1 + second)) if few else 1,
-                mask_unit=rounding_unit(mean_items * of_masks) if few else 1,
+                position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
+                mask_unit=bucket_size(mean_items * of_masks) if few else 1,
                 agree=agree,
             )
         if negatives is not None:

@@ -23,7 +23,7 @@ from pipeline.training.sampler import Chunk, ChunkStage
 from pipeline.training.windows import jagged_positions
 
 
-def rounding_unit(usual: float) -> int:
+def bucket_size(usual: float) -> int:
     """A sixteenth of the next power of two, at least 8: few shapes, little waste.
 
     Args:
@@ -32,7 +32,7 @@ def rounding_unit(usual: float) -> int:
     return max(8, (1 << (math.ceil(usual) - 1).bit_length()) // 16)
 
 
-class RoundUp(ChunkStage[Chunk]):
+class PadToBuckets(ChunkStage[Chunk]):
     """Fill each step of the chunk up to the next multiple of the units.
 
     Args:

@@ -11,14 +11,14 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
 from pipeline.training.sampler import Chunk
-from pipeline.training.shape_buckets import RoundUp, rounding_unit
+from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 from pipeline.training.windows import WindowConfig
 
 
 def test_units_are_a_sixteenth_of_the_next_power_of_two() -> None:
-    assert rounding_unit(1) == rounding_unit(128) == 8
-    assert rounding_unit(129) == 16
-    assert rounding_unit(51_200) == 4096
+    assert bucket_size(1) == bucket_size(128) == 8
+    assert bucket_size(129) == 16
+    assert bucket_size(51_200) == 4096
 
 
 def test_the_example_of_the_module() -> None:
@@ -26,7 +26,7 @@ def test_the_example_of_the_module() -> None:
     chunk.values = np.array([7, 11, 9, 4, 11, 5, 6, 11, 2], dtype=np.int32)
     chunk.offsets = np.array([0, 3, 5, 9])
     chunk.masked, chunk.targets = np.array([1, 4, 7]), np.array([3, 2, 8], dtype=np.int32)
-    stage = RoundUp(IterableWrapper([chunk]), 4, 11, position_unit=8, mask_unit=4)
+    stage = PadToBuckets(IterableWrapper([chunk]), 4, 11, position_unit=8, mask_unit=4)
     full = next(stage)
     assert full.values.tolist() == [7, 11, 9, 4, 11, 5, 6, 11, 2] + [11] * 7
     assert np.diff(full.offsets).tolist() == [3, 2, 4, 4, 3]
