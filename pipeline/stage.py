@@ -1,27 +1,35 @@
-"""A pipeline stage written as one generator.
+"""Building blocks of the data pipeline, on `torchdata.nodes.BaseNode`.
 
-    class Doubled(Stage[int]):
-        def __init__(self, source): super().__init__(); self.source = source
-        def stream(self): yield from (2 * x for x in self.source)
+class Doubled(Stage[int]):                       a stage written as one generator
+    def __init__(self, source): super().__init__(); self.source = source
+    def stream(self): yield from (2 * x for x in self.source)
 
-`torchdata.nodes.BaseNode` asks for reset, next and get_state; a `Stage` makes them of `stream()`.
-Preparation runs once and to its end, so a state is only the number of chunks handed out, and
-resuming replays them.
+class Halved(MapStage[int, float]):              one output for each input
+    def apply(self, x): return x / 2
+
+for x in Prefetch(Halved(Doubled(source)), 4):   a thread runs up to 4 outputs ahead
 """
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import Any, Generic, TypeVar
 
 from torchdata.nodes import BaseNode
 
 T = TypeVar("T")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 class Stage(BaseNode[T]):
-    """Base of the preparation stages; subclasses implement `stream`."""
+    """A stage whose subclasses implement `stream`.
+
+    Its state is the number of chunks handed out; a reset to a state replays them.
+    """
 
     def stream(self) -> Iterator[T]:
-        """All chunks, from the first; called anew at every reset."""
+        """All chunks, from the first; called again at every reset."""
         raise NotImplementedError(type(self))
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -41,3 +49,71 @@ class Stage(BaseNode[T]):
 
     def get_state(self) -> dict[str, Any]:
         return {"handed_out": self._handed_out}
+
+
+class MapStage(BaseNode[Out], Generic[In, Out]):
+    """A stage with one output for each of its source's; its state is the source's."""
+
+    def __init__(self, source: BaseNode[In]) -> None:
+        super().__init__()
+        self.source = source
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+
+    def get_state(self) -> dict[str, Any]:
+        return self.source.state_dict()
+
+    def next(self) -> Out:
+        return self.apply(next(self.source))
+
+    def apply(self, chunk: In) -> Out:
+        raise NotImplementedError(type(self))
+
+
+class Prefetch(Iterator[T]):
+    """Iterates over ``source`` in a thread that stays at most ``count`` items ahead.
+
+    The thread starts at once. It ends with the source, at its first error (which `next` raises), at
+    `close`, or when this object is deleted. torchdata's Prefetcher can only start in the middle of
+    an epoch by way of its private state, and may leave its thread behind at a reset.
+    """
+
+    def __init__(self, source: Iterator[T], count: int) -> None:
+        self._made: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
+        self._room, self._closed = Semaphore(count), Event()
+        # The thread holds no reference to this object, so that deleting it can end the thread.
+        arguments = (source, self._made, self._room, self._closed)
+        self._thread = Thread(target=_run_ahead, args=arguments, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._closed.is_set():
+            raise StopIteration
+        item, error = self._made.get()
+        self._room.release()
+        if error is not None:
+            self._closed.set()
+            raise error
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """End the thread and wait for it; there are no more items."""
+        self._signal_close()
+        self._thread.join()
+
+    def _signal_close(self) -> None:
+        self._closed.set()
+        self._room.release()
+
+    __del__ = _signal_close
+
+
+def _run_ahead(source: Iterator, made: SimpleQueue, room: Semaphore, closed: Event) -> None:
+    while room.acquire() and not closed.is_set():
+        try:
+            made.put((next(source), None))
+        except Exception as error:  # StopIteration too
+            made.put((None, error))
+            return

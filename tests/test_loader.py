@@ -194,6 +194,16 @@ def test_epochs_follow_each_other_without_a_break(sample: int) -> None:
     assert one.state_dict() == {"epoch": 4, "sample": 44}
 
 
+def test_a_new_epoch_ends_the_iterator_of_the_one_before() -> None:
+    one = loader(prefetch_batches=3)
+    first = one.epoch(0)
+    next(first)
+    again = rows_of(one.epoch(1))
+    assert again == rows_of(loader().epoch(1))
+    assert list(first) == []
+    assert one.state_dict() == {"epoch": 1, "sample": 44}
+
+
 def test_an_epoch_may_be_consumed_in_segments() -> None:
     one = loader(prefetch_batches=3)
     batches, rows = one.epoch(0), []

@@ -8,9 +8,9 @@ import numpy as np
 from torchdata.nodes import IterableWrapper
 
 from pipeline.preparation.store import SequenceStore
+from pipeline.training.chunks import MaskedWindows
 from pipeline.training.cloze import MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.sampler import Chunk
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 from pipeline.training.windows import WindowConfig
 
@@ -22,10 +22,19 @@ def test_units_are_a_sixteenth_of_the_next_power_of_two() -> None:
 
 
 def test_the_example_of_the_module() -> None:
-    chunk = Chunk(0, [3], np.array([0, 3]), np.arange(3), np.zeros(3, np.int64))
-    chunk.values = np.array([7, 11, 9, 4, 11, 5, 6, 11, 2], dtype=np.int32)
-    chunk.offsets = np.array([0, 3, 5, 9])
-    chunk.masked, chunk.targets = np.array([1, 4, 7]), np.array([3, 2, 8], dtype=np.int32)
+    chunk = MaskedWindows(
+        epoch=0,
+        step_samples=[3],
+        window_splits=np.array([0, 3]),
+        windows=np.arange(3),
+        copies=np.zeros(3, dtype=np.int64),
+        row_splits=np.array([0, 3]),
+        values=np.array([7, 11, 9, 4, 11, 5, 6, 11, 2], dtype=np.int32),
+        offsets=np.array([0, 3, 5, 9]),
+        masked=np.array([1, 4, 7]),
+        targets=np.array([3, 2, 8], dtype=np.int32),
+        mask_splits=np.array([0, 3]),
+    )
     stage = PadToBuckets(IterableWrapper([chunk]), 4, 11, position_unit=8, mask_unit=4)
     full = next(stage)
     assert full.values.tolist() == [7, 11, 9, 4, 11, 5, 6, 11, 2] + [11] * 7
@@ -33,6 +42,7 @@ def test_the_example_of_the_module() -> None:
     assert full.masked.tolist() == [1, 4, 7, 0]
     assert full.targets.tolist() == [3, 2, 8, 0]
     assert full.row_splits.tolist() == [0, 5]
+    assert full.mask_splits.tolist() == [0, 4]
     assert full.step_windows.tolist() == [3]
 
 

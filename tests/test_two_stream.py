@@ -1,4 +1,4 @@
-"""--two_stream: rows with left context alone keep their items, second rows ask for them."""
+"""--two_stream: left-context rows keep their items, and second rows predict them."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from model.run.config import RunConfig
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
+from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import ClozeMask, MaskConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.sampler import Chunk
 from pipeline.training.shape_buckets import PadToBuckets
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import WindowConfig
@@ -23,16 +23,21 @@ NUM_ITEMS = 50
 M = NUM_ITEMS + 1
 
 
-def chunk() -> Chunk:
-    """Step 0: rows 7 3 9 (left context alone) and 5 6; step 1: row 8 (left context alone)."""
-    made = Chunk(0, [2, 3], np.array([0, 2, 3]), np.arange(3), np.zeros(3, dtype=np.int64))
-    made.values = np.array([7, 3, 9, 5, 6, 8], dtype=np.int32)
-    made.offsets = np.array([0, 3, 5, 6])
-    made.left_only = np.array([True, False, True])
-    return made
+def chunk() -> JaggedWindows:
+    """Step 0: rows 7 3 9 (left context only) and 5 6; step 1: row 8 (left context only)."""
+    return JaggedWindows(
+        epoch=0,
+        step_samples=[2, 3],
+        window_splits=np.array([0, 2, 3]),
+        windows=np.arange(3),
+        copies=np.zeros(3, dtype=np.int64),
+        left_only=np.array([True, False, True]),
+        values=np.array([7, 3, 9, 5, 6, 8], dtype=np.int32),
+        offsets=np.array([0, 3, 5, 6]),
+    )
 
 
-def streams() -> Chunk:
+def streams() -> MaskedWindows:
     config = MaskConfig(two_stream=True, mask_prob=0.999, mask_token_share=1, random_item_share=0)
     return next(TwoStreams(IterableWrapper([chunk()]), ClozeMask(config, NUM_ITEMS, 0)))
 
@@ -45,6 +50,7 @@ def test_by_hand() -> None:
     assert found.row_splits.tolist() == [0, 4, 6]
     assert found.masked.tolist() == [3, 4, 5, 6, 7, 10]
     assert found.targets.tolist() == [5, 6, 7, 3, 9, 8]
+    assert found.mask_splits.tolist() == [0, 5, 6]
     assert found.steps_ago.tolist() == [2, 1, 0, 1, 0, 2, 1, 0, 0, 0, 0, 0]
     assert found.left_only.tolist() == [True, False, True]
     assert found.step_windows.tolist() == [2, 1]

@@ -1,19 +1,19 @@
-"""Evaluation batches: what was held out, what was known before it, and what it is ranked against.
+"""Evaluation batches: held-out items, the histories before them, and the items to rank them with.
 
-One user's history, leave-one-out::
+The history of one user, leave-one-out::
 
     items            a b c d e f                train    validation   test
     validation       a b c d [mask]             a..d     e
     test             a b c d  e  [mask]         a..d     e            f
 
-At test time the validation item is part of the input: it lies before the test item. Inputs are cut
-to the newest ``max_len - 1`` items, to leave room for the mask token. ``seen`` (what a full ranking
-leaves out) covers the whole history before the target, not only that cut.
+At test time the validation item is part of the input. Inputs are cut to the newest ``max_len - 1``
+items, to leave room for the mask token. ``seen`` (which a full ranking leaves out) covers the whole
+history before the target.
 
-Sampled negatives are items that the user has nowhere in the history, held-out items included, drawn
-one after the other by popularity in the training parts, without replacement (BERT4Rec, arXiv
-1904.06690, section 4.2). They are fixed by (seed, split, user): the batch size and the number of
-ranks change nothing.
+Sampled negatives are items that occur nowhere in the user's history, held-out items included; they
+are drawn without replacement by popularity in the training parts (BERT4Rec, arXiv 1904.06690,
+section 4.2). They are fixed by (seed, split, user), so they depend neither on the batch size nor on
+the number of ranks.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torchdata.nodes import IterableWrapper, Mapper, Prefetcher
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
+from pipeline.jagged import jagged_positions
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import child_keys, key64, unit_floats
-from pipeline.training.windows import jagged_positions
+from pipeline.stage import Prefetch
 
 SPLITS = ("validation", "test")
-# Draws per user in one go; who has not enough distinct unseen items by the last is served exactly.
+# Draws per user in each round; users that still lack distinct unseen items get an exact draw.
 _DRAWS = (192, 768, 3072)
 
 
@@ -55,9 +55,9 @@ class NegativeSampler:
     """Draws unseen items by popularity.
 
     Args:
-        train_item_counts: int64 [V + 2], how often each item occurs in the training parts; items
-            without a count are never drawn.
-        config: how many, and the seed.
+        train_item_counts: int64 [V + 2], occurrences in the training parts; an item with count 0
+            is never drawn.
+        config: number of negatives N, and the seed.
         split: part of the key.
     """
 
@@ -65,7 +65,7 @@ class NegativeSampler:
         self, train_item_counts: np.ndarray, config: HoldoutConfig, split: str = "test"
     ) -> None:
         self.items = np.flatnonzero(train_item_counts)
-        self.num_negatives = min(config.num_negatives, len(self.items))  # there are no more
+        self.num_negatives = min(config.num_negatives, len(self.items))
         self.weights = train_item_counts[self.items].astype(np.float64)
         cumulated = np.cumsum(self.weights)
         self.shares = cumulated / cumulated[-1]
@@ -76,9 +76,9 @@ class NegativeSampler:
         """Negatives of B users.
 
         Args:
-            users: int64 [B], the users' numbers: the key of their draws.
-            history_keys: int64, sorted and distinct: ``b * (V + 2) + item`` for every item that the
-                b-th of them has anywhere in the history.
+            users: int64 [B], the users' numbers: part of the key.
+            history_keys: int64, sorted and distinct: ``b * (V + 2) + item`` for every item in the
+                history of user b.
 
         Returns:
             int64 [B, N], in the order drawn; a user with fewer than N unseen items of positive
@@ -90,7 +90,7 @@ class NegativeSampler:
         for num_draws in _DRAWS:
             if len(pending) == 0:
                 break
-            # The same draws again and more of them: the first N are the same whatever the round.
+            # A round repeats the draws of the one before and adds more.
             keys = child_keys(user_keys[pending, None], np.arange(num_draws)[None, :])
             drawn = self.items[np.searchsorted(self.shares, unit_floats(keys), side="right")]
             found = self._first_unseen(pending, drawn, history_keys)
@@ -104,7 +104,7 @@ class NegativeSampler:
     def _first_unseen(
         self, rows: np.ndarray, drawn: np.ndarray, history_keys: np.ndarray
     ) -> np.ndarray:
-        """The first N distinct unseen of each row's draws [B, D]: int64 [B, N], 0 where too few."""
+        """The first N distinct unseen items of each row's draws [B, D]: int64 [B, N], then 0."""
         keys = (rows[:, None] * self.id_bound + drawn).ravel()
         unseen = np.flatnonzero(~_contains(history_keys, keys))
         _, first = np.unique(keys[unseen], return_index=True)
@@ -117,10 +117,10 @@ class NegativeSampler:
         return found
 
     def _exact(self, row: int, user_key: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
-        """One user's negatives out of the list of all unseen items: int64 [N].
+        """One user's negatives, drawn from the list of all unseen items: int64 [N].
 
-        Exponential races with rates equal to the counts finish in the order of successive draws
-        without replacement (Efraimidis and Spirakis, 2006).
+        Items sorted by exponential arrival times, with the counts as rates, are in the order of
+        draws without replacement (Efraimidis and Spirakis, 2006).
         """
         unseen = ~_contains(history_keys, row * self.id_bound + self.items)
         items, weights = self.items[unseen], self.weights[unseen]
@@ -131,25 +131,25 @@ class NegativeSampler:
 
 
 class EvalLoader:
-    """One rank's evaluation batches; iterate it as often as you like.
+    """One rank's evaluation batches; may be iterated many times.
 
-    Rank r evaluates every world-size-th evaluable user from the r-th on. All ranks have equally
-    many batches with equally many rows: a rank that runs out gets a filler row (user -1, one mask
-    token, target 1, no negatives, nothing seen). Batches are made ahead by a thread; negatives are
-    drawn in the first pass and kept (4 bytes each).
+    Rank r evaluates the evaluable users r, r + world size, ... All ranks have the same number of
+    batches and rows: missing users are filler rows (user -1, one mask token, target 1, no
+    negatives, nothing seen). A thread makes batches ahead; negatives are drawn in the first pass
+    and kept (4 bytes each).
 
     Args:
         store: the histories.
         split: "validation" or "test".
-        max_len: items of a row, mask token included.
-        batch_size: users a batch.
-        config: how many negatives, and their seed.
+        max_len: most items of a row, mask token included.
+        batch_size: users per batch.
+        config: number of negatives, and their seed.
         rank, world_size: this rank's share.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
-        prefetch_batches: how many batches the thread runs ahead.
+        prefetch_batches: batches that the thread makes ahead.
 
     Raises:
-        UserError: if no user has 3 items, or a batch holds no user.
+        UserError: no user has 3 items, or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class EvalLoader:
 
     @cached_property
     def _sampler(self) -> NegativeSampler:
-        """Made when first asked for: of a large catalog it takes seconds."""
+        """Made at first use: a large catalog takes seconds."""
         return NegativeSampler(self.store.train_item_counts, self._holdout, self.split)
 
     def __len__(self) -> int:
@@ -194,11 +194,10 @@ class EvalLoader:
         return -(-len(self.users) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        batches = Mapper(IterableWrapper(range(len(self))), self._batch)
-        return iter(Prefetcher(batches, self._prefetch_batches))
+        return Prefetch(map(self._batch, range(len(self))), self._prefetch_batches)
 
     def _batch(self, index: int) -> EvalBatch:
-        """The index-th batch, in page-locked memory where there is CUDA."""
+        """The index-th batch, in page-locked memory if there is CUDA."""
         padded = self.users[index * self.batch_size : (index + 1) * self.batch_size]
         users = padded[padded >= 0]
         num_fillers = len(padded) - len(users)
@@ -239,14 +238,14 @@ class EvalLoader:
 def _row_item_keys(
     items: np.ndarray, begin: np.ndarray, end: np.ndarray, id_bound: int
 ) -> np.ndarray:
-    """``b * id_bound + item`` for the items of B ranges: int64, ascending, each once."""
+    """``b * id_bound + item`` for the items of B ranges: int64, ascending, distinct."""
     rows = np.repeat(np.arange(len(begin)), end - begin)
     keys = np.sort(rows * id_bound + items[jagged_positions(begin, end)])
     return keys[np.diff(keys, prepend=-1) > 0]
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Which of the int64 keys [N] are among the sorted ones: bool [N]."""
+    """Which of the keys, int64 [N], are among the sorted ones: bool [N]."""
     if len(sorted_keys) == 0:
         return np.zeros(len(keys), dtype=bool)
     places = np.searchsorted(sorted_keys, keys)

@@ -1,36 +1,35 @@
-"""The cloze task: hide items of a window, remember what stood there.
+"""The cloze task: mask items of a window; the model predicts the items that were there.
 
 A row of five items, V = 50 items (so 51 is the mask token)::
 
     before   7  3  9  4  2
-    masked      *     *            each position with --mask_prob, on its own
+    masked      *     *            each position with --mask_prob, independently
     after    7 51  9 23  2         3 became the mask token, 4 a random item
     targets     3     4
 
-Of the masked positions a share becomes the mask token, a share a uniformly drawn item and the rest
-stays as it is (BERT: 0.8 / 0.1 / rest; TorchRec's example: 0.8 / 0.2 / none). A row in which
-nothing was drawn gets one masked position, drawn uniformly. A share of the rows is masked at its
-last item alone, as at evaluation, always by the mask token (BERT4Rec, arXiv 1904.06690, section
-3.6).
+A masked position becomes the mask token, a uniformly drawn item, or keeps its item (BERT: 0.8 / 0.1
+/ 0.1; TorchRec's example: 0.8 / 0.2 / 0). A row without a masked position gets one, drawn
+uniformly. In a share of the rows only the last item is masked, always by the mask token, as in
+evaluation (BERT4Rec, arXiv 1904.06690, section 3.6). two_stream.py has another way for left-context
+rows.
 
-``pipeline/training/two_stream.py`` has another way for rows with left context alone.
-
-Every draw is keyed by (seed, epoch, window, copy, position): the batch, the rank and the number of
-ranks change nothing.
+Draws are keyed by (seed, epoch, window, copy, position), so they depend neither on the batch size
+nor on the number of ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
 from pipeline.errors import UserError
+from pipeline.jagged import jagged_positions
 from pipeline.rng import below, child_keys, high32, key64, low32, mix32, position_draws, scaled
-from pipeline.training.sampler import Chunk, ChunkStage
-from pipeline.training.windows import jagged_positions
+from pipeline.stage import MapStage
+from pipeline.training.chunks import JaggedWindows, MaskedWindows, SampledWindows
 
 MAX_COPIES = 1 << 16
-# Constants that part the draws which come from the same key.
+# Constants that make the draws of one key independent of each other.
 _MASK_LAST, _FORCED, _ACTION, _RANDOM_ITEM = 0x2545F491, 0x68E31DA4, 0x1B56C4E9, 0x5BD1E995
 _LEFT_CONTEXT = 0x7ED55D16
 
@@ -99,7 +98,7 @@ class MaskConfig:
 
 
 class ClozeMask:
-    """Masks chunks of rows; holds the configuration, no state."""
+    """Masks rows; it has no state."""
 
     def __init__(self, config: MaskConfig, num_items: int, seed: int) -> None:
         self.config = config
@@ -118,19 +117,19 @@ class ClozeMask:
         """Mask B rows of T items **in place**.
 
         Args:
-            values: int32 [T], item ids 1..V; the masked ones are overwritten.
+            values: int32 [T], item ids 1..V; those at masked positions are overwritten.
             offsets: int64 [B + 1]; row b is ``values[offsets[b]:offsets[b + 1]]``, never empty.
             epoch: part of the key.
             windows: int64 [B], the rows' windows; part of the key.
             copies: int64 [B], which of ``dupe_factor`` copies; part of the key.
 
         Returns:
-            masked, int64 [M] ascending flat positions, and targets, int32 [M], the items there.
+            masked, int64 [M] ascending positions, and targets, int32 [M], the items there before.
         """
         assert len(offsets) == len(windows) + 1 == len(copies) + 1
         if len(windows) == 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
-        keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
+        keys = self._row_keys(epoch, windows, copies)
         draws = position_draws(low32(keys), offsets)
         chosen, only_last = self._choose(draws, high32(keys), offsets)
         masked = np.flatnonzero(chosen)
@@ -140,17 +139,19 @@ class ClozeMask:
         return masked, targets
 
     def left_only(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray | None:
-        """Which rows attend to the left alone: bool [B], or None if there never are any."""
+        """Which rows attend only to the left: bool [B], or None if the share of such rows is 0."""
         if not self.config.left_context_share:
             return None
-        keys = child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
-        draws = mix32(high32(keys) ^ np.uint32(_LEFT_CONTEXT))
+        draws = mix32(high32(self._row_keys(epoch, windows, copies)) ^ np.uint32(_LEFT_CONTEXT))
         return below(draws, self.config.left_context_share)
+
+    def _row_keys(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray:
+        return child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
 
     def _choose(
         self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [T], true at masked positions, and the positions of rows masked at their last."""
+        """Bool [T], true at masked positions; the last positions of the rows masked only there."""
         chosen = below(draws, self.config.mask_prob)
         starts, ends = offsets[:-1], offsets[1:]
         only_last = ends[:0]
@@ -166,7 +167,7 @@ class ClozeMask:
         return chosen, only_last
 
     def _replacements(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """What stands at the masked positions afterwards: int32 [M]."""
+        """int32 [M]: what the masked positions hold afterwards."""
         config = self.config
         actions = mix32(draws ^ np.uint32(_ACTION))
         replaced = np.full(len(targets), self.mask_token, dtype=np.int32)
@@ -179,35 +180,46 @@ class ClozeMask:
         return replaced
 
 
-class MaskItems(ChunkStage[Chunk]):
-    """Mask the chunk's rows: sets masked and targets and overwrites values."""
+class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
+    """Mask the rows by the cloze task; the values are overwritten."""
 
-    def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
+    def __init__(self, source: BaseNode[JaggedWindows], cloze: ClozeMask) -> None:
         super().__init__(source)
         self.cloze = cloze
 
-    def apply(self, chunk: Chunk) -> Chunk:
-        chunk.masked, chunk.targets = self.cloze(
+    def apply(self, chunk: JaggedWindows) -> MaskedWindows:
+        masked, targets = self.cloze(
             chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
         )
-        return chunk
+        row_splits = chunk.window_splits
+        return MaskedWindows(
+            **vars(chunk),
+            row_splits=row_splits,
+            masked=masked,
+            targets=targets,
+            mask_splits=np.searchsorted(masked, chunk.offsets[row_splits]),
+        )
 
 
-class LeftContextFirst(ChunkStage[Chunk]):
-    """Choose the rows that attend to the left alone: sets left_only, puts them first in each step.
+class LeftContextFirst(MapStage[SampledWindows, SampledWindows]):
+    """Choose the left-context rows and put them first in each step.
 
-    Standing together they can be attended to as one jagged batch, and the rest as another.
+    Attention then works on two jagged batches: the causal rows and the others.
     """
 
-    def __init__(self, source: BaseNode[Chunk], cloze: ClozeMask) -> None:
+    def __init__(self, source: BaseNode[SampledWindows], cloze: ClozeMask) -> None:
         super().__init__(source)
         self.cloze = cloze
 
-    def apply(self, chunk: Chunk) -> Chunk:
+    def apply(self, chunk: SampledWindows) -> SampledWindows:
         left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
-        if left_only is not None:
-            step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
-            order = np.argsort(2 * step + ~left_only, kind="stable")
-            chunk.windows, chunk.copies = chunk.windows[order], chunk.copies[order]
-            chunk.left_only = left_only[order]
-        return chunk
+        if left_only is None:
+            return chunk
+        step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
+        order = np.argsort(2 * step + ~left_only, kind="stable")
+        return replace(
+            chunk,
+            windows=chunk.windows[order],
+            copies=chunk.copies[order],
+            left_only=left_only[order],
+        )

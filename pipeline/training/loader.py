@@ -1,19 +1,16 @@
-"""Training batches: every window, in a new order each epoch, once over all ranks.
+"""Training batches: every window once an epoch over all ranks, in a new order each epoch.
 
-    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems [-> PadToBuckets] [-> DrawNegatives]
-    sample numbers     order in a step     jagged rows   cloze task
-        -> ToTensors -> Prefetcher -> PackedBatch
+    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems or TwoStreams
+    which windows      order in a step     items         cloze task
+        [-> PadToBuckets] [-> DrawNegatives] -> ToTensors -> Prefetch -> PackedBatch
+        few shapes        sampled losses                     a thread
 
-The Prefetcher's thread runs all stages before it ahead.
+sampler.py says which rank trains which window. All ranks have the same number of batches: a rank
+without a share of an epoch's last, partial step gets a filler row, one mask token without a target.
 
-A sample is one of ``dupe_factor`` copies of a window; ``pipeline/training/sampler.py`` says which rank
-trains which. All ranks have equally many batches: one that gets no part of an epoch's last, partial
-step is given a filler row, a lone mask token with nothing to predict.
-
-Stages, and the thread, work on chunks of several steps, which is what makes small batches cheap: a
-step's batch is a slice of its chunk. Draws are keyed by window, so chunks change nothing. The state
-is {"epoch", "sample"}, the samples consumed by all ranks together, and goes on at any world size or
-batch size::
+Stages and thread work on chunks of several steps (chunks.py); a step's batch is a slice of its
+chunk. The state is {"epoch", "sample"}, the samples consumed by all ranks together; training can go
+on from it at any world size and batch size::
 
     loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
     batches = loader.epoch(3)
@@ -27,21 +24,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torchdata.nodes import BaseNode, Prefetcher
+from torchdata.nodes import BaseNode
 
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
+from pipeline.stage import Prefetch
+from pipeline.training.chunks import MaskedWindows
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
-from pipeline.training.sampler import Chunk, ShuffledSamples
+from pipeline.training.sampler import ShuffledSamples
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
-from pipeline.training.to_tensors import ToTensors
+from pipeline.training.to_tensors import PackedSteps, ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowConfig, WindowTable
 
-# Enough items a chunk that NumPy's fixed cost a call vanishes, few enough to be made in some
-# milliseconds.
+# Large enough that NumPy's fixed cost per call vanishes; a chunk takes some milliseconds to make.
 _CHUNK_ITEMS = 1 << 18
 
 
@@ -64,21 +62,21 @@ class LoaderConfig:
 
 
 class TrainLoader:
-    """All stages put together, for one rank.
+    """All training stages, for one rank.
 
     Args:
         store: the histories.
         windows, mask, config: how to cut, mask and batch them.
-        rank, world_size: this rank's share; every rank must be given the same rest.
+        rank, world_size: this rank's share; all other arguments must be equal on all ranks.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
-        negatives: draws items that each step scores instead.
-        agree: as of ``PadToBuckets``, called by the thread that runs ahead: a
-            step's batches then have as many positions, rows and masked positions on all ranks.
-        pin_memory: page-locked batches; None means wherever there is CUDA.
-        few_shapes: round sizes up (``pipeline/training/shape_buckets.py``); None means wherever there is CUDA.
+        pin_memory: whether batches are page-locked; None: if there is CUDA.
+        few_shapes: whether to pad to few shapes (shape_buckets.py); None: if there is CUDA.
+        negatives: draws the items that each step scores instead of the candidate range.
+        agree: as in `PadToBuckets`, called by the loader's thread: a step's batches then have the
+            same number of positions, rows and masked positions on all ranks.
 
     Raises:
-        UserError: if there is no window to train on.
+        UserError: there is no window to train on.
     """
 
     def __init__(
@@ -113,68 +111,72 @@ class TrainLoader:
             steps_per_chunk=steps_per_chunk,
         )
         cloze = ClozeMask(mask, store.num_items, config.seed)
-        ordered = LeftContextFirst(self._samples, cloze)
-        cut = CutWindows(ordered, store.items, table)
-        pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-        chunks: BaseNode[Chunk] = (TwoStreams if mask.two_stream else MaskItems)(cut, cloze)
-        second = mask.left_context_share if mask.two_stream else 0.0  # tokens of it for each item
+        cut = CutWindows(LeftContextFirst(self._samples, cloze), store.items, table)
+        make_rows = TwoStreams if mask.two_stream else MaskItems
+        chunks: BaseNode[MaskedWindows] = make_rows(cut, cloze)
         few = torch.cuda.is_available() if few_shapes is None else few_shapes
         if few or agree is not None:
-            of_masks = second + (1 - second) * mask.mask_prob
+            second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
+            masked_share = second + (1 - second) * mask.mask_prob
             chunks = PadToBuckets(
                 chunks,
                 windows.max_len,
                 cloze.mask_token,
                 position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
-                mask_unit=bucket_size(mean_items * of_masks) if few else 1,
+                mask_unit=bucket_size(mean_items * masked_share) if few else 1,
                 agree=agree,
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)
-        tensors = ToTensors(chunks, cloze.mask_token, candidate_range, pin)
-        # More than one chunk, so that an epoch's first, which takes longer, is not waited for.
-        ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
-        self._prefetcher = Prefetcher(tensors, prefetch_factor=ahead)
+        pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin)
+        # At least two chunks, because an epoch's first chunk takes longer to make.
+        self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
+        self._prefetch: Prefetch[PackedSteps] | None = None
         self._state = {"epoch": 0, "sample": 0}
 
     @property
     def num_samples(self) -> int:
-        """Windows times ``dupe_factor``: what an epoch trains over all ranks."""
+        """Windows times ``dupe_factor``: samples of an epoch over all ranks."""
         return self._samples.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of a whole epoch, the same on every rank."""
+        """Batches of an epoch, the same on every rank."""
         return self.steps_left(0)
 
     def steps_left(self, sample: int) -> int:
-        """Batches of an epoch of which ``sample`` samples are already trained."""
+        """Batches of an epoch after its first ``sample`` samples."""
         return -(-(self.num_samples - sample) // self._samples.global_batch_size)
 
     def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[PackedBatch]:
-        """The batches of one epoch, from ``sample`` on, made ahead by a thread from now on.
+        """The batches of one epoch, from ``sample`` on; a thread starts to make them at once.
 
-        May be consumed in parts. The iterator of an earlier call is dead from now on.
+        They may be consumed in parts. The iterator of an earlier call ends.
 
         Args:
             epoch, sample: where to begin.
-            stop: the batches of the epochs up to this one follow without a break: to begin anew
-                costs some milliseconds, several steps' worth.
+            stop: go on, without a break, with the epochs before this one. A new call would cost
+                some milliseconds, as much as several steps.
         """
+        if self._prefetch is not None:
+            self._prefetch.close()
         self._state = {"epoch": epoch, "sample": sample}
-        begin = self._state | {"stop": epoch + 1 if stop is None else stop}
-        self._prefetcher.reset({"snapshot": begin, "steps_since_snapshot": 0})
-        return self._consume()
+        self._stages.reset(self._state | {"stop": epoch + 1 if stop is None else stop})
+        self._prefetch = Prefetch(self._stages, self._chunks_ahead)
+        return self._consume(self._prefetch)
 
     def state_dict(self) -> dict[str, int]:
-        """{"epoch", "sample"}: what was handed out so far, however far the thread has run ahead.
+        """{"epoch", "sample"} after the last batch handed out, however far the thread is ahead.
 
         The same on every rank, JSON-able, and the arguments of :meth:`epoch`.
         """
         return dict(self._state)
 
-    def _consume(self) -> Iterator[PackedBatch]:
-        for chunk in self._prefetcher:
+    def _consume(self, chunks: Iterator[PackedSteps]) -> Iterator[PackedBatch]:
+        for chunk in chunks:
             for batch, sample in chunk.batches():
+                if chunks is not self._prefetch:  # `epoch` was called again
+                    return
                 self._state = {"epoch": chunk.epoch, "sample": sample}
                 yield batch

@@ -1,27 +1,27 @@
-"""Items that a step's predictions are held against, when not against all: drawn, not enumerated.
+"""Negative sampling: K items per step, shared by all positions and ranks.
 
-A step has one set of K draws, with replacement, for all its positions and all ranks. They are a
-function of (seed, epoch, position in the data order) alone: another number of ranks, or a resumed
-run, draws the same. Each comes with the logarithm of its expected count in the step, K x its
-probability, by which a sampled softmax corrects its score.
+They are drawn with replacement, keyed by (seed, epoch, position in the data order), so another
+number of ranks or a resumed run draws the same. Each comes with the logarithm of its expected count
+in the step, K times its probability, by which a sampled softmax corrects its score.
 
     SharedNegatives(4096, num_items, seed, store.train_item_counts[1:-1] + 1)    by popularity
-    SharedNegatives(4096, num_items, seed)                                         uniformly
+    SharedNegatives(4096, num_items, seed)                                       uniformly
 
-Draws by popularity take two look-ups each, whatever the number of items (Walker's alias method;
-the tables are made by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
+A draw by popularity takes two look-ups, however many items there are (Walker's alias method; its
+tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
 from pipeline.errors import UserError
 from pipeline.rng import child_keys, high32, key64, low32, position_draws, scaled
-from pipeline.training.sampler import Chunk, ChunkStage
+from pipeline.stage import MapStage
+from pipeline.training.chunks import MaskedWindows
 
-# Parts these draws from others that come from the same key.
+# Makes these draws independent of others with the same key.
 _NEGATIVES = 0x3C6EF372
 
 
@@ -42,7 +42,7 @@ class NegativesConfig:
 class AliasTable:
     """Draws of 0 ... V - 1 with given probabilities.
 
-    Cells are equally likely; cell i is i where a uniform uint32 is below ``keep[i]``, else
+    All cells are equally likely; cell i yields i if a uniform uint32 is below ``keep[i]``, else
     ``other[i]``.
 
     Args:
@@ -55,19 +55,19 @@ class AliasTable:
         keep = np.minimum(share, 1)
         self.other = np.arange(size, dtype=np.int32)
         light, heavy = np.flatnonzero(share < 1), np.flatnonzero(share >= 1)
-        # Light cells are filled up in order from the surplus of heavy ones, in order.
+        # Heavy items, in order, fill up the light cells, in order, from their surplus.
         missing = np.concatenate([[0.0], np.cumsum(1 - share[light])])
         surplus = np.cumsum(share[heavy] - 1)
         giver = np.searchsorted(surplus, missing[:-1], side="right")
         self.other[light] = heavy[np.minimum(giver, len(heavy) - 1)]
-        # A heavy item that gave more than its surplus lacks it in its own cell: the next one gives.
+        # A heavy item may give more than its surplus; the next heavy item fills its cell up.
         served = np.searchsorted(missing[:-1], surplus, side="left")
         keep[heavy] = np.clip(1 + surplus - missing[served], 0, 1)
         self.other[heavy[:-1]] = heavy[1:]
         self.keep = np.minimum(keep * 2.0**32, 2**32 - 1).astype(np.uint32)
 
     def __call__(self, cells: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """int64 [N] drawn by uniform cells int64 [N] and uniform uint32 [N]."""
+        """int64 [N] of uniform cells int64 [N] and uniform uint32 [N]."""
         return np.where(draws < self.keep[cells], cells, self.other[cells])
 
 
@@ -75,10 +75,11 @@ class SharedNegatives:
     """Draws the negatives of steps.
 
     Args:
-        count: K, draws a step.
+        count: K, items per step.
         num_items: V.
         seed: part of the key.
-        weights: [V], how likely items 1 ... V are, up to a factor, all positive; None: equally.
+        weights: [V], positive numbers proportional to the probabilities of items 1 ... V; None:
+            uniform.
     """
 
     def __init__(
@@ -93,28 +94,28 @@ class SharedNegatives:
             self._log_counts = np.log(count * probabilities).astype(np.float32)
 
     def __call__(self, epoch: int, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Items int64 [S, K] and the logarithms of their expected counts float32 [S, K] of S steps.
+        """Items int64 [S, K] of S steps, and logarithms of their expected counts float32 [S, K].
 
         Args:
-            epoch: the epoch.
-            samples: each step's position in the data order; with the epoch, the key.
+            epoch: part of the key.
+            samples: each step's position in the data order; part of the key.
         """
         keys = child_keys(key64(self.seed, epoch, _NEGATIVES), np.array(samples))
-        whole = np.arange(len(samples) + 1) * self.count
-        items = scaled(position_draws(low32(keys), whole), self.num_items)
+        step_splits = np.arange(len(samples) + 1) * self.count
+        items = scaled(position_draws(low32(keys), step_splits), self.num_items)
         if self._table is not None:
-            items = self._table(items, position_draws(high32(keys), whole))
+            items = self._table(items, position_draws(high32(keys), step_splits))
         items = items.reshape(len(samples), self.count)
         return items + 1, self._log_counts[items]
 
 
-class DrawNegatives(ChunkStage[Chunk]):
-    """Give each of the chunk's steps its negatives: sets negatives and log_counts."""
+class DrawNegatives(MapStage[MaskedWindows, MaskedWindows]):
+    """Draw the negatives of the chunk's steps."""
 
-    def __init__(self, source: BaseNode[Chunk], sampler: SharedNegatives) -> None:
+    def __init__(self, source: BaseNode[MaskedWindows], sampler: SharedNegatives) -> None:
         super().__init__(source)
         self.sampler = sampler
 
-    def apply(self, chunk: Chunk) -> Chunk:
-        chunk.negatives, chunk.log_counts = self.sampler(chunk.epoch, chunk.step_samples)
-        return chunk
+    def apply(self, chunk: MaskedWindows) -> MaskedWindows:
+        negatives, log_counts = self.sampler(chunk.epoch, chunk.step_samples)
+        return replace(chunk, negatives=negatives, log_counts=log_counts)

@@ -1,52 +1,50 @@
-"""Few batch shapes: positions and masked positions rounded up, where the device gains by it.
+"""Few batch shapes: positions and masked positions of each step padded to bucket sizes.
 
-Matrix libraries choose a kernel anew, allocators a block, and CUDA graphs must be captured, for
-every new shape; histories have different lengths, so without this every step has a new one. Each
-step gets filler rows of mask tokens with nothing to predict, as many as may ever be needed (those
-not needed are empty), and masked positions with target 0, the padding item, which counts for
-nothing. Three rows, ``max_len`` 4, rounded up to a multiple of 8 positions and 4 masked ones::
+For every new shape, matrix libraries choose a kernel, allocators a block, and CUDA graphs must be
+captured; without padding, every step has a new shape. Each step gets filler rows of mask tokens
+without targets, always the same number for the same shape (surplus ones are empty), and masked
+positions with target 0, the padding item, which the loss ignores. Three rows, ``max_len`` 4, padded
+to a multiple of 8 positions and 4 masked ones::
 
     values    7 11  9 | 4 11 | 5 6 11 2         7 11 9 | 4 11 | 5 6 11 2 | 11 11 11 11 | 11 11 11
     masked       1        4        7      ->    1 4 7 0
     targets      3        2        8            3 2 8 0
 
-Ranks that agree on their steps' sizes get batches of the same shapes, those of the largest.
+Ranks that exchange their sizes (``agree``) get the same shapes: those of the largest rank.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from pipeline.training.sampler import Chunk, ChunkStage
-from pipeline.training.windows import jagged_positions
+from pipeline.jagged import jagged_positions, splits
+from pipeline.stage import MapStage
+from pipeline.training.chunks import MaskedWindows
 
 
-def bucket_size(usual: float) -> int:
-    """A sixteenth of the next power of two, at least 8: few shapes, little waste.
-
-    Args:
-        usual: positions of a step, on average.
-    """
-    return max(8, (1 << (math.ceil(usual) - 1).bit_length()) // 16)
+def bucket_size(mean_positions: float) -> int:
+    """A sixteenth of the next power of two, at least 8: few shapes, little padding."""
+    return max(8, (1 << (math.ceil(mean_positions) - 1).bit_length()) // 16)
 
 
-class PadToBuckets(ChunkStage[Chunk]):
-    """Fill each step of the chunk up to the next multiple of the units.
+class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
+    """Pad each step to the next multiple of the bucket sizes.
 
     Args:
-        source: masked chunks.
-        max_len: items of a filler row, at most.
-        mask_token: what filler rows are made of.
-        position_unit, mask_unit: positions and masked positions of a step become multiples.
-        agree: gives the largest of each number on all ranks, which all ask alike; None: this rank's
-            sizes are nobody else's concern. Sets the chunk's ``alike``.
+        source: masked windows.
+        max_len: most items of a filler row.
+        mask_token: the item of filler rows.
+        position_unit, mask_unit: bucket sizes of positions and of masked positions.
+        agree: element-wise maximum over all ranks of an integer array, called by every rank for
+            every chunk; None: ranks may have different shapes. Sets the chunk's ``equal_shapes``.
     """
 
     def __init__(
         self,
-        source: BaseNode[Chunk],
+        source: BaseNode[MaskedWindows],
         max_len: int,
         mask_token: int,
         position_unit: int,
@@ -58,67 +56,74 @@ class PadToBuckets(ChunkStage[Chunk]):
         self.position_unit, self.mask_unit = position_unit, mask_unit
         self.agree = agree
 
-    def apply(self, chunk: Chunk) -> Chunk:
-        rows = np.diff(chunk.row_splits)
+    def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         value_splits = chunk.offsets[chunk.row_splits]
-        mask_splits = np.searchsorted(chunk.masked, value_splits)
-        positions, masks = np.diff(value_splits), np.diff(mask_splits)
-        new_positions, new_masks, new_rows = self._sizes(chunk, positions, masks, rows)
+        rows, masks = np.diff(chunk.row_splits), np.diff(chunk.mask_splits)
+        positions = np.diff(value_splits)
+        new_positions, new_masks, new_rows, equal_shapes = self._sizes(
+            positions, masks, rows, chunk.step_windows
+        )
+        new_value_splits, new_row_splits = splits(new_positions), splits(new_rows)
+        new_mask_splits = splits(new_masks)
 
-        new_value_splits, new_row_splits = _splits(new_positions), _splits(new_rows)
+        # The first filler rows of a step take ``max_len`` of the missing positions each.
         fillers = new_rows - rows
-        firsts = np.repeat(_splits(fillers)[:-1], fillers)
-        before = self.max_len * (np.arange(fillers.sum()) - firsts)
-        missing = np.repeat(new_positions - positions, fillers)
+        filler = np.arange(fillers.sum()) - np.repeat(splits(fillers)[:-1], fillers)
+        missing = np.repeat(new_positions - positions, fillers) - self.max_len * filler
         lengths = np.empty(new_row_splits[-1], dtype=np.int64)
         lengths[_heads(new_row_splits, rows)] = np.diff(chunk.offsets)
         filler_rows = jagged_positions(new_row_splits[1:] - fillers, new_row_splits[1:])
-        lengths[filler_rows] = np.clip(missing - before, 0, self.max_len)
-        values = np.full(new_value_splits[-1], self.mask_token, dtype=chunk.values.dtype)
-        values[_heads(new_value_splits, positions)] = chunk.values
+        lengths[filler_rows] = np.clip(missing, 0, self.max_len)
 
-        if chunk.steps_ago is not None:
-            steps_ago = np.zeros(new_value_splits[-1], dtype=chunk.steps_ago.dtype)
-            steps_ago[_heads(new_value_splits, positions)] = chunk.steps_ago
-            chunk.steps_ago = steps_ago
-
-        new_mask_splits = _splits(new_masks)
-        masked = np.repeat(new_value_splits[:-1], new_masks)  # a step's first position, target 0
-        targets = np.zeros(new_mask_splits[-1], dtype=chunk.targets.dtype)
-        heads = _heads(new_mask_splits, masks)
-        masked[heads] = chunk.masked + np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
-        targets[heads] = chunk.targets
-
-        chunk.values, chunk.offsets, chunk.row_splits = values, _splits(lengths), new_row_splits
-        chunk.masked, chunk.targets, chunk.mask_splits = masked, targets, new_mask_splits
-        return chunk
+        heads, mask_heads = _heads(new_value_splits, positions), _heads(new_mask_splits, masks)
+        moved = np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
+        masked = np.repeat(new_value_splits[:-1], new_masks)  # the step's first position
+        masked[mask_heads] = chunk.masked + moved
+        steps_ago = chunk.steps_ago
+        if steps_ago is not None:
+            steps_ago = _padded(steps_ago, heads, new_value_splits[-1], 0)
+        return replace(
+            chunk,
+            values=_padded(chunk.values, heads, new_value_splits[-1], self.mask_token),
+            offsets=splits(lengths),
+            row_splits=new_row_splits,
+            masked=masked,
+            targets=_padded(chunk.targets, mask_heads, new_mask_splits[-1], 0),
+            mask_splits=new_mask_splits,
+            steps_ago=steps_ago,
+            equal_shapes=equal_shapes,
+        )
 
     def _sizes(
-        self, chunk: Chunk, positions: np.ndarray, masks: np.ndarray, rows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions, masked positions and rows of each step, int64 [S] each, after filling up."""
-        positions = _rounded(np.maximum(positions, 1), self.position_unit)
-        masks, fewest = _rounded(masks, self.mask_unit), positions
+        self, positions: np.ndarray, masks: np.ndarray, rows: np.ndarray, windows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Padded positions, masked positions and rows of each step, and whether ranks share them.
+
+        All int64 [S]; the last one bool [S], or None without ``agree``.
+        """
+        positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
+        masks, fewest, equal_shapes = _rounded_up(masks, self.mask_unit), positions, None
         if self.agree is not None:
-            windows = chunk.step_windows
+            # A minimum is the maximum of the negated numbers.
             agreed = self.agree(np.stack([positions, masks, rows, windows, -positions, -windows]))
             positions, masks, rows = agreed[:3]
-            fewest = -agreed[4]
-            chunk.alike = agreed[3] == -agreed[5]
-        # As many filler rows as may be needed, whatever the positions before rounding.
+            fewest, equal_shapes = -agreed[4], agreed[3] == -agreed[5]
+        # Enough filler rows for any number of positions in the bucket, on any rank.
         most_missing = positions - fewest + self.position_unit - 1
-        return positions, masks, rows - (-most_missing // self.max_len)
+        return positions, masks, rows - (-most_missing // self.max_len), equal_shapes
 
 
-def _rounded(counts: np.ndarray, unit: int) -> np.ndarray:
+def _rounded_up(counts: np.ndarray, unit: int) -> np.ndarray:
     return -(-counts // unit) * unit
-
-
-def _splits(counts: np.ndarray) -> np.ndarray:
-    """int64 [S + 1]: where each of S parts begins."""
-    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def _heads(splits: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Positions of the first ``counts[s]`` entries of every part s."""
     return jagged_positions(splits[:-1], splits[:-1] + counts)
+
+
+def _padded(entries: np.ndarray, places: np.ndarray, size: int, fill: int) -> np.ndarray:
+    """An array of ``size`` with the entries at their places and ``fill`` elsewhere."""
+    padded = np.full(size, fill, dtype=entries.dtype)
+    padded[places] = entries
+    return padded

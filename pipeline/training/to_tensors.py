@@ -8,14 +8,15 @@ PackedBatch, PackedBatch, PackedBatch
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
 from pipeline.batches.packing import Packed, float_pairs, pack
 from pipeline.batches.train_batch import PackedBatch, rounded_up
-from pipeline.training.sampler import Chunk, ChunkStage
+from pipeline.stage import MapStage
+from pipeline.training.chunks import MaskedWindows
 
 
 @dataclass(eq=False)
@@ -55,11 +56,11 @@ class PackedSteps:
             yield batch, sample
 
 
-class ToTensors(ChunkStage[PackedSteps]):
+class ToTensors(MapStage[MaskedWindows, PackedSteps]):
     """The chunk's arrays as tensors: one allocation a chunk.
 
     Args:
-        source: masked chunks.
+        source: masked windows.
         mask_token: the item of a filler row.
         candidate_range: put into each batch.
         pin_memory: use page-locked memory.
@@ -67,7 +68,7 @@ class ToTensors(ChunkStage[PackedSteps]):
 
     def __init__(
         self,
-        source: BaseNode[Chunk],
+        source: BaseNode[MaskedWindows],
         mask_token: int,
         candidate_range: tuple[int, int] | None = None,
         pin_memory: bool = False,
@@ -76,12 +77,11 @@ class ToTensors(ChunkStage[PackedSteps]):
         self.mask_token, self.candidate_range = mask_token, candidate_range
         self.pin_memory = pin_memory
 
-    def apply(self, chunk: Chunk) -> PackedSteps:
+    def apply(self, chunk: MaskedWindows) -> PackedSteps:
         if chunk.row_splits[-1] == 0:
-            self._fill(chunk)
-        lengths = np.diff(chunk.offsets)
+            chunk = self._filled(chunk)
+        lengths, equal = np.diff(chunk.offsets), chunk.equal_shapes
         longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
-        steps = len(chunk.step_samples)
         return PackedSteps(
             epoch=chunk.epoch,
             samples=chunk.step_samples,
@@ -90,28 +90,27 @@ class ToTensors(ChunkStage[PackedSteps]):
             longest=[rounded_up(each) for each in longest],
             packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
             candidate_range=self.candidate_range,
-            equal_shapes=[True] * steps if chunk.alike is None else chunk.alike.tolist(),
+            equal_shapes=[True] * len(chunk.step_samples) if equal is None else equal.tolist(),
         )
 
-    def _fill(self, chunk: Chunk) -> None:
-        """Give an epoch's last step, if this rank has no row of it, one lone mask token.
+    def _filled(self, chunk: MaskedWindows) -> MaskedWindows:
+        """An epoch's last step, of which this rank has no row, with a lone mask token.
 
-        Nothing of it is masked, so that it has no loss.
+        The token is no target, so that it has no loss.
         """
-        chunk.values = np.array([self.mask_token], dtype=np.int32)
-        chunk.offsets = chunk.row_splits = np.array([0, 1])
-        chunk.masked, chunk.targets = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
-        chunk.mask_splits = np.array([0, 0])
-        if chunk.steps_ago is not None:
-            chunk.steps_ago = np.zeros(1, dtype=np.int64)
+        return replace(
+            chunk,
+            values=np.array([self.mask_token], dtype=chunk.values.dtype),
+            offsets=np.array([0, 1]),
+            row_splits=np.array([0, 1]),
+            steps_ago=None if chunk.steps_ago is None else np.zeros(1, dtype=np.int64),
+        )
 
 
-def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts of all steps, in the order that :class:`PackedBatch` wants, and their splits."""
     rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
-    if masks is None:
-        masks = np.searchsorted(chunk.masked, items)
-    chunk.masked -= np.repeat(items[:-1], np.diff(masks))
+    masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
     steps = np.arange(len(rows))
     ends = np.diff(rows) + 1  # a step's offsets: one more than rows
     offsets = chunk.offsets[np.arange(rows[-1] + steps[-1]) - np.repeat(steps[:-1], ends)]
@@ -120,9 +119,9 @@ def _parts(chunk: Chunk, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.
     if chunk.negatives is not None:
         parts["negatives"] = _even(chunk.negatives)
     parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
-    parts["masked"] = (chunk.masked, masks)
+    parts["masked"] = (masked, masks)
     if chunk.left_only is not None:
-        parts["left_only"] = (chunk.left_only, np.cumsum([0, *chunk.step_windows]))
+        parts["left_only"] = (chunk.left_only, chunk.window_splits)
     if chunk.steps_ago is not None:
         parts["steps_ago"] = (chunk.steps_ago, items)
     if chunk.log_counts is not None:

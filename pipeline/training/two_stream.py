@@ -1,73 +1,79 @@
-"""Two streams of rows with left context alone: the items, and mask tokens that ask for them.
+"""Two streams of left-context rows: the items, and mask tokens that predict them.
 
-A masked item leaves a hole in what later positions see, but at evaluation a history has none. With
-``--two_stream`` rows with left context alone keep all their items, and each gets a second row of
-mask tokens, one for every item and one more::
+In a masked row, later positions see a hole where evaluation has none. With ``--two_stream`` the
+rows with left context only keep all their items, and each gets a second row of mask tokens: one per
+item and one more::
 
-    row         7  3  9             an item sees itself and items before it
-    its second  M  M  M  M          M t sees itself and items before item t
+    row         7  3  9             an item sees itself and the items before it
+    second row  M  M  M  M          M t sees itself and the items before item t
     steps ago   2  1  0  0
     targets     7  3  9  -
 
-so that M t sees what the mask token behind a history that ends before item t sees at evaluation,
-and every item is a target of every epoch. The one more, which predicts nothing, makes queries one
-more than keys: "causal" then means "strictly before" to attention kernels, which align the ends.
-After XLNet (arXiv 1906.08237, section 2.3). Rows that see both ways are masked as ever.
+M t sees exactly what evaluation shows to the mask token of a history that ends before item t, and
+every item is a target in every epoch. The extra M predicts nothing: with one query more than keys,
+"causal" means "strictly before" to attention kernels, which align the last query and the last key.
+After XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
 
-The rows of a step are its windows, those with left context alone first, then as many second rows in
-the same order, empty for windows that have none.
+The rows of a step are its W windows, left-context rows first, then W second rows in the same order,
+empty for windows that have none.
 """
+
+from dataclasses import replace
 
 import numpy as np
 
+from pipeline.jagged import jagged_positions, splits
+from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import MaskItems
-from pipeline.training.sampler import Chunk
-from pipeline.training.windows import jagged_positions
 
 
 class TwoStreams(MaskItems):
-    """Mask the rows that see both ways, give the others a second one; sets steps_ago too."""
+    """Mask the rows with both contexts, and give every other row a second one."""
 
-    def apply(self, chunk: Chunk) -> Chunk:
+    def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         left, lengths = chunk.left_only, np.diff(chunk.offsets)
-        ends = np.repeat(chunk.offsets[1:], lengths)
-        steps_ago = ends - np.arange(len(ends)) - 1
-        masked, targets = self._mask(chunk, ~left, lengths)
+        assert left is not None
+        steps_ago = np.repeat(chunk.offsets[1:], lengths) - np.arange(len(chunk.values)) - 1
+        masked, masked_items = self._mask(chunk, ~left, lengths)
 
-        # Where rows stand among those of both streams, step by step.
+        # Row numbers of both streams, step by step.
         step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
-        row = np.arange(len(left))
-        first, second = row + chunk.row_splits[step], row + chunk.row_splits[step + 1]
-        both = np.zeros(2 * len(left), dtype=np.int64)
-        both[first], both[second] = lengths, np.where(left, lengths + 1, 0)
-        offsets = np.concatenate([[0], np.cumsum(both)])
+        window = np.arange(len(left))
+        first, second = window + chunk.window_splits[step], window + chunk.window_splits[step + 1]
+        all_lengths = np.zeros(2 * len(left), dtype=np.int64)
+        all_lengths[first], all_lengths[second] = lengths, np.where(left, lengths + 1, 0)
+        offsets = splits(all_lengths)
 
         items = jagged_positions(offsets[first], offsets[first] + lengths)
         begin = offsets[second[left]]
-        asked = jagged_positions(begin, begin + lengths[left])
-        asked_for = np.repeat(left, lengths)
+        queries = jagged_positions(begin, begin + lengths[left])
+        predicted = np.repeat(left, lengths)
 
         values = np.full(offsets[-1], self.cloze.mask_token, dtype=chunk.values.dtype)
-        chunk.steps_ago = np.zeros(offsets[-1], dtype=np.int64)
-        chunk.steps_ago[items], chunk.steps_ago[asked] = steps_ago, steps_ago[asked_for]
-        target = np.zeros(offsets[-1], dtype=targets.dtype)  # items count from 1
-        target[items[masked]], target[asked] = targets, chunk.values[asked_for]
+        all_steps_ago = np.zeros(offsets[-1], dtype=np.int64)
+        all_steps_ago[items], all_steps_ago[queries] = steps_ago, steps_ago[predicted]
+        targets = np.zeros(offsets[-1], dtype=masked_items.dtype)  # 0: not a target
+        targets[items[masked]], targets[queries] = masked_items, chunk.values[predicted]
         values[items] = chunk.values
-
-        chunk.masked = np.flatnonzero(target)
-        chunk.targets = target[chunk.masked]
-        chunk.values, chunk.offsets, chunk.row_splits = values, offsets, 2 * chunk.row_splits
-        return chunk
+        masked, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
+        return MaskedWindows(
+            **vars(replace(chunk, values=values, offsets=offsets)),
+            row_splits=row_splits,
+            masked=masked,
+            targets=targets[masked],
+            mask_splits=np.searchsorted(masked, offsets[row_splits]),
+            steps_ago=all_steps_ago,
+        )
 
     def _mask(
-        self, chunk: Chunk, chosen: np.ndarray, lengths: np.ndarray
+        self, chunk: JaggedWindows, chosen: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mask the chosen rows in place: masked positions, and the items that stood there."""
+        """Mask the chosen rows **in place**: masked positions, and the items there before."""
         at = jagged_positions(chunk.offsets[:-1][chosen], chunk.offsets[1:][chosen])
         values = chunk.values[at]
         masked, targets = self.cloze(
             values,
-            np.concatenate([[0], np.cumsum(lengths[chosen])]),
+            splits(lengths[chosen]),
             chunk.epoch,
             chunk.windows[chosen],
             chunk.copies[chosen],

@@ -1,29 +1,30 @@
 """Cut every user's training part into windows of at most ``max_len`` items.
 
-A history no longer than ``max_len`` is one window. A longer one gets windows of exactly ``max_len``
-items that step back from its newest item, so that the newest items always end a window; the oldest
-window starts at the first item, whatever the step left over. Nine items, ``max_len`` 4,
+A history of at most ``max_len`` items is one window. A longer one is cut into windows of exactly
+``max_len`` items, from its newest item backwards in steps of the stride, so that the newest items
+always end a window; the oldest window starts at the first item. Nine items, ``max_len`` 4,
 ``window_stride`` 0.75 (3 items)::
 
     items    a b c d e f g h i
     window 2           f g h i
     window 1     c d e f
-    window 0 a b c d                 (one step back would start before a)
+    window 0 a b c d                 (a whole step back would start before a)
 
-``window_stride`` 1 makes windows overlap only in that oldest one; TorchRec's example uses 0.1.
-Every item is in at least one window, and no window crosses two users or reaches a held-out item
-(``train_on_validation`` holds out the test item alone).
+With ``window_stride`` 1 only the oldest window overlaps its successor; TorchRec's example uses 0.1.
+Every item of a training part is in at least one window; no window crosses users or holds a held-out
+item (with ``train_on_validation`` only the test item is held out).
 """
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
 from pipeline.errors import UserError
+from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.sampler import Chunk, ChunkStage
+from pipeline.stage import MapStage
+from pipeline.training.chunks import JaggedWindows, SampledWindows
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class WindowConfig:
 
 @dataclass(frozen=True, eq=False)
 class WindowTable:
-    """All windows, by user and within a user from the oldest to the newest.
+    """All W windows, by user, and from the oldest to the newest window of a user.
 
     Attributes:
         start: int64 [W], first position of the window in ``store.items``.
         end: int64 [W], one past its last position; 1 <= end - start <= max_len.
-        user: int64 [W], whose window it is.
+        user: int64 [W], the window's user.
     """
 
     start: np.ndarray
@@ -77,7 +78,7 @@ class WindowTable:
 
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
-        """The windows over the training parts of all users of ``store``."""
+        """The windows of all users' training parts."""
         lengths = store.train_lengths()
         if config.train_on_validation:
             lengths[store.evaluable_users()] += 1
@@ -95,39 +96,21 @@ class WindowTable:
         return cls(start=start, end=end, user=user)
 
 
-def jagged_positions(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The flat positions of B ranges one after the other: int64 [sum(end - start)].
+class CutWindows(MapStage[SampledWindows, JaggedWindows]):
+    """Copy the windows' items out of the memory-mapped histories."""
 
-    Args:
-        start: int64 [B], first position of each range.
-        end: int64 [B], one past the last; not below ``start``.
-    """
-    lengths = end - start
-    positions = np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
-    positions += _counted(len(positions).bit_length())[: len(positions)]
-    return positions
-
-
-@lru_cache(maxsize=2)
-def _counted(size_bits: int) -> np.ndarray:
-    """int64 0 .. 2**size_bits - 1, kept: making it anew costs as much as using it."""
-    return np.arange(1 << size_bits)
-
-
-class CutWindows(ChunkStage[Chunk]):
-    """Copy the chunk's windows out of the memory-mapped histories: sets values and offsets."""
-
-    def __init__(self, source: BaseNode[Chunk], items: np.ndarray, table: WindowTable) -> None:
+    def __init__(
+        self, source: BaseNode[SampledWindows], items: np.ndarray, table: WindowTable
+    ) -> None:
         super().__init__(source)
         self.items = np.asarray(items)
         self.table = table
 
-    def apply(self, chunk: Chunk) -> Chunk:
+    def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.start[chunk.windows], self.table.end[chunk.windows]
-        chunk.offsets = np.concatenate([[0], np.cumsum(end - start)])
-        # Rows lie far apart in memory. These reads do not wait for one another and bring the rows
-        # into the cache; the gather alone would wait for each row in turn (half the speed).
+        # Rows lie far apart in memory. These independent reads bring them into the cache; the
+        # gather below alone would wait for each row in turn (half the speed).
         self.items[start], self.items[end - 1]
-        # No position is out of range, so clipping changes none; it spares a pass that looks.
-        chunk.values = np.take(self.items, jagged_positions(start, end), mode="clip")
-        return chunk
+        # All positions are in range: "clip" changes none and skips the range check.
+        values = np.take(self.items, jagged_positions(start, end), mode="clip")
+        return JaggedWindows(**vars(chunk), values=values, offsets=splits(end - start))

@@ -1,0 +1,29 @@
+"""Arithmetic on jagged rows: B rows of different lengths, one after the other in a flat array."""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def splits(lengths: np.ndarray) -> np.ndarray:
+    """Where each row begins, and where the last one ends: int64 [B + 1] of int64 [B]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def jagged_positions(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The positions of B ranges, one after the other: int64 [sum(end - start)].
+
+    Args:
+        start: int64 [B], first position of each range.
+        end: int64 [B], one past the last; not below ``start``.
+    """
+    lengths = end - start
+    positions = np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
+    positions += _ramp(len(positions).bit_length())[: len(positions)]
+    return positions
+
+
+@lru_cache(maxsize=2)
+def _ramp(size_bits: int) -> np.ndarray:
+    """int64 0 .. 2**size_bits - 1. Cached: making it costs as much as adding it."""
+    return np.arange(1 << size_bits)

@@ -1,0 +1,90 @@
+"""The prefetching thread: order, how far it runs ahead, errors, and its end."""
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.stage import MapStage, Prefetch, Stage
+
+
+class Numbers(Stage[int]):
+    """0, 1, 2, ..., as many as given; remembers how many were made."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def stream(self) -> Iterator[int]:
+        for number in range(self.size):
+            self.made += 1
+            yield number
+
+
+class Doubled(MapStage[int, int]):
+    def apply(self, chunk: int) -> int:
+        if chunk == 5:
+            raise UserError("five: no doubling")
+        return 2 * chunk
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if reached():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited for 5 seconds")
+
+
+def test_stages_resume_where_their_state_says() -> None:
+    stage = Doubled(Numbers(5))
+    assert [next(stage), next(stage)] == [0, 2]
+    state = stage.state_dict()
+    assert list(stage) == [4, 6, 8]
+    stage.reset(state)
+    assert list(stage) == [4, 6, 8]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_thread_makes_so_many_ahead_and_no_more(count: int) -> None:
+    source = Numbers(100)
+    ahead = Prefetch(source, count)
+    wait_for(lambda: source.made == count)
+    assert next(ahead) == 0
+    wait_for(lambda: source.made == count + 1)
+    time.sleep(0.05)
+    assert source.made == count + 1
+    assert list(ahead) == list(range(1, 100))
+    with pytest.raises(StopIteration):
+        next(ahead)
+
+
+def test_errors_come_in_their_place_and_end_it() -> None:
+    ahead = Prefetch(Doubled(Numbers(9)), 2)
+    found = []
+    with pytest.raises(UserError, match="^five: no doubling$"):
+        found.extend(iter(lambda: next(ahead), None))
+    assert [next(ahead, "end")] == ["end"]
+
+
+def test_close_ends_the_thread_and_the_source_can_be_reset() -> None:
+    source, before = Numbers(100), threading.active_count()
+    first = Prefetch(source, 4)
+    assert next(first) == 0
+    first.close()
+    assert threading.active_count() == before
+    assert next(first, "end") == "end"
+    source.reset()
+    assert list(Prefetch(source, 4)) == list(range(100))
+
+
+def test_deletion_ends_the_thread() -> None:
+    before = threading.active_count()
+    ahead = Prefetch(Numbers(100), 4)
+    assert next(ahead) == 0
+    del ahead
+    gc.collect()
+    wait_for(lambda: threading.active_count() == before)
