@@ -1,13 +1,14 @@
 """Building blocks of the data pipeline, on `torchdata.nodes.BaseNode`.
 
-class Doubled(Stage[int]):                       a stage written as one generator
-    def __init__(self, source): super().__init__(); self.source = source
-    def stream(self): yield from (2 * x for x in self.source)
+    class Doubled(Stage[int]):                       a stage written as one generator
+        def stream(self): yield from (2 * x for x in self.source)
 
-class Halved(MapStage[int, float]):              one output for each input
-    def apply(self, x): return x / 2
+    class Halved(MapStage[int, float]):              one output for each input
+        def apply(self, x): return x / 2
 
-for x in Prefetch(Halved(Doubled(source)), 4):   a thread runs up to 4 outputs ahead
+    for x in Prefetch(Halved(Doubled(source)), 4):   a thread runs up to 4 outputs ahead
+
+Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """
 
 from collections.abc import Iterator
@@ -28,15 +29,18 @@ class Stage(BaseNode[T]):
     Its state is the number of chunks handed out; a reset to a state replays them.
     """
 
+    def __init__(self, source: BaseNode[Any] | None = None) -> None:
+        super().__init__()
+        self.source = source
+
     def stream(self) -> Iterator[T]:
         """All chunks, from the first; called again at every reset."""
         raise NotImplementedError(type(self))
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
-        source = getattr(self, "source", None)
-        if source is not None:
-            source.reset()
+        if self.source is not None:
+            self.source.reset()
         self._chunks = self.stream()
         self._handed_out = 0
         for _ in range(initial_state["handed_out"] if initial_state else 0):

@@ -64,10 +64,10 @@ def test_the_thread_makes_so_many_ahead_and_no_more(count: int) -> None:
 
 def test_errors_come_in_their_place_and_end_it() -> None:
     ahead = Prefetch(Doubled(Numbers(9)), 2)
-    found = []
-    with pytest.raises(UserError, match="^five: no doubling$"):
-        found.extend(iter(lambda: next(ahead), None))
-    assert [next(ahead, "end")] == ["end"]
+    assert [next(ahead) for _ in range(5)] == [0, 2, 4, 6, 8]
+    with pytest.raises(UserError, match=r"^five: no doubling$"):
+        next(ahead)
+    assert next(ahead, "end") == "end"
 
 
 def test_close_ends_the_thread_and_the_source_can_be_reset() -> None:

@@ -1,11 +1,11 @@
-"""The catalog: what the dense ids of a data set stand for.
+"""The catalog: original ids and titles of the dense ids.
 
     catalog = store.catalog
     catalog.item_id(17), catalog.title(17)     # ("1193", "One Flew Over the Cuckoo's Nest (1975)")
     catalog.write_to(run_folder)               # a run folder keeps its own copy
     Catalog.read(run_folder).fingerprint == catalog.fingerprint
 
-Dense item id i is row i - 1; ids are kept as text, exactly as the ratings file spells them.
+Dense item id i is row i - 1. Original ids are text, spelled as in the ratings file.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Catalog:
 
     Attributes:
         items: string [V], original id of each item.
-        titles: string [V], "" where the data set has none.
+        titles: string [V], "" if the data set has none.
         train_counts: int64 [V], occurrences in the training parts.
         users: string [U], original id of each user.
     """
@@ -54,7 +54,7 @@ class Catalog:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
-        """Read the copy in a store's or a run's folder.
+        """Read the catalog in a store's or a run's folder.
 
         Raises:
             UserError: there is none, or it cannot be read.
@@ -80,13 +80,13 @@ class Catalog:
 
     @staticmethod
     def copy(folder: Path, to: Path) -> None:
-        """The copy in ``folder`` to another existing one, without reading it."""
+        """Copy the catalog's files from one folder to another."""
         for name in _FILES:
             shutil.copyfile(folder / name, to / name)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
-        """int64 [V]: ``train_counts`` alone of the copy in ``folder``."""
+        """int64 [V]: only the ``train_counts`` of the catalog in ``folder``."""
         return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     @property
@@ -105,8 +105,10 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the original item ids in dense order: two data sets with equal ones give every
-        item the same dense id, so that one's weights serve the other."""
+        """Hash of the original item ids in dense order.
+
+        If two data sets have the same one, a model of one can be used with the other.
+        """
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
         for at in range(0, len(self.items), _BLOCK):
             ids = self.items.slice(at, _BLOCK)
@@ -121,12 +123,11 @@ def _text(column: pa.ChunkedArray) -> pa.StringArray:
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
-    """The titles of `items`, "" where the file has none.
+    """string [V]: the titles of the items with these original ids, "" if the file has none.
 
     Args:
         file: GroupLens' movies.dat (``::``), movies.csv or u.item (``|``), or RecBole's ``.item``
             (tab, header); UTF-8 or Latin-1. The title is the second field of a line.
-        items: original ids.
 
     Raises:
         UserError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""From a data set's name to its sequence store, with all counts.
+"""From a data set's name to its sequence store.
 
     ReadRatings -> EncodeIds -> FilterRatings -> FilterItems -> FilterUsers -> Densify -> GroupBy-
       text ids     int32 codes   --min_rating    --min_item_    --min_user_     1..V       User
@@ -7,8 +7,8 @@
     store = prepare(DataConfig(dataset_name="ml-1m", dataset_path="ml-1m.zip"))
     print(describe(store))
 
-Each filter is one pass, in this order, as in TorchRec's examples/bert4rec: dropping users may leave
-items below --min_item_count.
+Each filter is one pass, in this order, as in TorchRec's examples/bert4rec; dropping users may leave
+items with fewer than --min_item_count ratings.
 """
 
 from typing import Any
@@ -31,10 +31,10 @@ from pipeline.sources.datasets import DataConfig, DataSource, resolve
 
 
 def prepare(config: DataConfig) -> SequenceStore:
-    """The data set's sequence store: reused from the cache folder if it is there, else built.
+    """The data set's sequence store, from the cache folder or else built.
 
     Raises:
-        UserError: whatever is wrong with the flags or the data; nothing half-written is left.
+        UserError: a mistake in the flags or the data; no partial store is left.
     """
     source = resolve(config)
     return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
@@ -44,7 +44,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     """Run all preparation stages; the store is in memory.
 
     Raises:
-        UserError: as `prepare`; also a filter that drops everything, or no user with 3 items.
+        UserError: a mistake in the data, a filter that drops all ratings, or no user with 3 items.
     """
     encoded = EncodeIds(source.ratings)
     rated = FilterRatings(encoded, config.min_rating)
@@ -103,7 +103,7 @@ def _measure(store: SequenceStore, trained: np.ndarray) -> dict[str, Any]:
 
 
 def describe(store: SequenceStore) -> str:
-    """A few lines of text: what each stage kept, history lengths, cold targets."""
+    """A text for the user: what each stage kept, history lengths, cold targets."""
     counts = store.counts
     lines = [f"{counts['name']}: what each stage kept"]
     for stage in counts["stages"]:

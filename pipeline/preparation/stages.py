@@ -1,4 +1,4 @@
-"""The stages between a ratings file and histories: number, filter, densify, group.
+"""The stages between a ratings file and histories: encode, filter, densify, group.
 
     source = EncodeIds(ReadRatings("ratings.csv"))     # text ids -> int32 codes
     source = FilterRatings(source, min_rating=4)       # one pass each, in this order
@@ -7,17 +7,16 @@
     source = Densify(source)                           # items 1..V, users 0..U-1
     histories = next(GroupByUser(source))
 
-A stage is a `torchdata.nodes.BaseNode` over chunks of ratings. What a stage let through is in its
-`counts` afterwards.
+What a stage let through is in its `counts` afterwards.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from torchdata.nodes import BaseNode
 
 from pipeline.errors import UserError
 from pipeline.sources.ratings import EXACT
@@ -32,7 +31,7 @@ class RatingChunk:
         user: int32 [N] user codes from 0.
         item: int32 [N] item codes from 0 (dense ids from 1 once densified).
         rating: float64 [N], or None.
-        timestamp: int64 or float64 [N], or None: the file's order is the time order.
+        timestamp: int64 or float64 [N], or None: file order is time order.
     """
 
     user: np.ndarray
@@ -41,7 +40,7 @@ class RatingChunk:
     timestamp: np.ndarray | None = None
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
-        """The ratings where bool [N] `keep` is set."""
+        """The ratings for which bool [N] `keep` is true."""
         if keep.all():
             return self
         columns = (self.user, self.item, self.rating, self.timestamp)
@@ -50,26 +49,22 @@ class RatingChunk:
 
 @dataclass(frozen=True)
 class Histories:
-    """items: int32 [R] user by user in time order; offsets: int64 [U+1]."""
+    """User u's items, in time order: items[offsets[u]:offsets[u + 1]]; int32 [R], int64 [U+1]."""
 
     items: np.ndarray
     offsets: np.ndarray
 
 
 class CountingStage(Stage[RatingChunk]):
-    """A stage from chunks to chunks, which counts what it lets through."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        super().__init__()
-        self.source = source
+    """A stage whose subclasses implement `chunks`; it counts what they let through."""
 
     def stream(self) -> Iterator[RatingChunk]:
         self._ratings, self._users, self._items = 0, np.zeros(0, bool), np.zeros(0, bool)
         for chunk in self.chunks():
             if len(chunk.user):
                 self._ratings += len(chunk.user)
-                self._users = _mark(self._users, chunk.user)
-                self._items = _mark(self._items, chunk.item)
+                self._users = _marked(self._users, chunk.user)
+                self._items = _marked(self._items, chunk.item)
                 yield chunk
 
     def chunks(self) -> Iterator[RatingChunk]:
@@ -78,15 +73,18 @@ class CountingStage(Stage[RatingChunk]):
     @property
     def counts(self) -> dict[str, int]:
         """Ratings, distinct users and distinct items let through so far."""
-        users, items = int(self._users.sum()), int(self._items.sum())
-        return {"ratings": self._ratings, "users": users, "items": items}
+        return {
+            "ratings": self._ratings,
+            "users": int(self._users.sum()),
+            "items": int(self._items.sum()),
+        }
 
 
 class EncodeIds(CountingStage):
-    """Original ids -> int32 codes in ascending order of the ids; Arrow tables -> `RatingChunk`s.
+    """Arrow tables -> `RatingChunk`s: original ids become int32 codes, in ascending order of ids.
 
-    The order is numeric where all ids are whole numbers, else that of the text, so that a code
-    does not depend on how the file was chunked. Spaces around an id do not count.
+    Ids are sorted as numbers if all are whole numbers, else as text, so codes do not depend on the
+    file's chunks. Spaces around an id are removed.
 
     Attributes:
         users, items: string arrays, the original id of every code (once streamed).
@@ -107,22 +105,22 @@ class EncodeIds(CountingStage):
                 rest.append((_numpy(batch, "rating"), _numpy(batch, "timestamp")))
         if not rest:
             raise UserError("there are no ratings in the data set")
-        self.users, users = _number(ids["user"])
-        self.items, items = _number(ids["item"])
+        self.users, users = _encoded(ids["user"])
+        self.items, items = _encoded(ids["item"])
         for at, (rating, timestamp) in enumerate(rest):
             user, item = users[at][local["user"][at]], items[at][local["item"][at]]
-            local["user"][at] = local["item"][at] = rest[at] = None  # hold no rating twice
+            local["user"][at] = local["item"][at] = rest[at] = None  # free the memory
             yield RatingChunk(user, item, rating, timestamp)
 
 
 class FilterRatings(CountingStage):
-    """Keep ratings >= min_rating, then drop the rating itself: what is left is implicit feedback.
+    """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback.
 
     Raises:
-        UserError: there are no ratings to compare, only users and items.
+        UserError: min_rating is positive and the data has no rating column.
     """
 
-    def __init__(self, source: Iterable[RatingChunk], min_rating: float = 0.0) -> None:
+    def __init__(self, source: BaseNode[RatingChunk], min_rating: float = 0.0) -> None:
         super().__init__(source)
         self.min_rating = min_rating
 
@@ -141,7 +139,7 @@ class FilterRatings(CountingStage):
 class _FilterByCount(CountingStage):
     column = ""
 
-    def __init__(self, source: Iterable[RatingChunk], min_count: int) -> None:
+    def __init__(self, source: BaseNode[RatingChunk], min_count: int) -> None:
         super().__init__(source)
         self.min_count = min_count
 
@@ -172,20 +170,18 @@ class FilterUsers(_FilterByCount):
 
 
 class Densify(CountingStage):
-    """Renumber what is left: items 1..V (0 is padding, V+1 the mask token), users 0..U-1.
-
-    The order of the codes is kept.
+    """Renumber without gaps, in order of the codes: items 1..V, users 0..U-1.
 
     Attributes:
-        kept_users: int64 [U], the code that each dense user had.
-        kept_items: int64 [V], the code that dense item i+1 had.
+        kept_users: int64 [U], code of each dense user.
+        kept_items: int64 [V], code of dense item i + 1.
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
         chunks = list(self.source)
         users, items = np.zeros(0, bool), np.zeros(0, bool)
         for chunk in chunks:
-            users, items = _mark(users, chunk.user), _mark(items, chunk.item)
+            users, items = _marked(users, chunk.user), _marked(items, chunk.item)
         self.kept_users, self.kept_items = np.flatnonzero(users), np.flatnonzero(items)
         dense_user = (np.cumsum(users) - 1).astype(np.int32)
         dense_item = np.cumsum(items).astype(np.int32)
@@ -194,15 +190,11 @@ class Densify(CountingStage):
 
 
 class GroupByUser(Stage[Histories]):
-    """All chunks -> one `Histories`: user by user, in time order.
+    """All chunks -> one `Histories`, by a stable sort by user and time.
 
-    Ratings of one user at the same time keep the order of the file (stable sort). An unstable sort
-    moves the targets of data such as MovieLens, where many times are equal.
+    A user's ratings with equal times keep the order of the file: an unstable sort would change the
+    targets of data such as MovieLens, where many times are equal.
     """
-
-    def __init__(self, source: Iterable[RatingChunk]) -> None:
-        super().__init__()
-        self.source = source
 
     def stream(self) -> Iterator[Histories]:
         chunks = list(self.source)
@@ -210,7 +202,7 @@ class GroupByUser(Stage[Histories]):
             return
         times = None
         if chunks[0].timestamp is not None:
-            times = _joined([chunk.timestamp for chunk in chunks])
+            times = _all_times([chunk.timestamp for chunk in chunks])
         users = np.concatenate([chunk.user for chunk in chunks])
         items = np.concatenate([chunk.item for chunk in chunks])
         del chunks
@@ -219,11 +211,11 @@ class GroupByUser(Stage[Histories]):
         yield Histories(items if order is None else items[order], offsets.astype(np.int64))
 
 
-def _joined(times: list[np.ndarray]) -> np.ndarray:
-    """All times in one array: int64, or float64 if some are decimal.
+def _all_times(times: list[np.ndarray]) -> np.ndarray:
+    """The times in one array: int64, or float64 if some are decimal.
 
     Raises:
-        UserError: some are decimal and others too large to be compared with them exactly.
+        UserError: some are decimal, and float64 cannot hold others exactly.
     """
     joined = np.concatenate(times)
     for part in times:
@@ -245,7 +237,7 @@ def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | Non
         else:
             times = np.unique(times, return_inverse=True)[1]
             span = int(times.max()) + 1
-        # One sort by a combined key is four times as fast as np.lexsort.
+        # Four times as fast as np.lexsort.
         key = users * np.int64(span)
         key += times
     if (key[1:] >= key[:-1]).all():
@@ -253,7 +245,8 @@ def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | Non
     return np.argsort(key, kind="stable")
 
 
-def _mark(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Bool marks, grown if need be, with those of the codes set."""
     size = int(codes.max()) + 1 if len(codes) else 0
     if size > len(marks):
         marks = np.concatenate([marks, np.zeros(max(size, 2 * len(marks)) - len(marks), bool)])
@@ -262,7 +255,7 @@ def _mark(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def _drained(chunks: list[RatingChunk]) -> Iterator[RatingChunk]:
-    """Hand the chunks on and forget them, so that no rating is held twice."""
+    """The chunks, each removed from the list when it is yielded, to free its memory."""
     for at, chunk in enumerate(chunks):
         chunks[at] = None
         yield chunk
@@ -272,24 +265,24 @@ def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:
     return batch.column(role).to_numpy() if role in batch.schema.names else None
 
 
-def _number(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
-    """Distinct ids in ascending order, and for each part the int32 number of each of its ids."""
+def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
+    """The distinct ids in ascending order, and each part as int32 codes: places in that order."""
     if not all(pa.types.is_integer(part.type) for part in parts):
         parts = [pc.utf8_trim_whitespace(part.cast(pa.string())) for part in parts]
     else:
         parts = [part.cast(pa.int64()) for part in parts]
     encoded = pa.concat_arrays(parts).dictionary_encode()
     order = pc.sort_indices(_sortable(encoded.dictionary)).to_numpy()
-    number = np.empty(len(order), np.int32)
-    number[order] = np.arange(len(order), dtype=np.int32)
-    numbers = number[encoded.indices.to_numpy()]
+    code = np.empty(len(order), np.int32)
+    code[order] = np.arange(len(order), dtype=np.int32)
+    codes = code[encoded.indices.to_numpy()]
     ends = np.cumsum([len(part) for part in parts])
     ids = encoded.dictionary.take(pa.array(order)).cast(pa.string())
-    return ids, np.split(numbers, ends[:-1])
+    return ids, np.split(codes, ends[:-1])
 
 
 def _sortable(ids: pa.Array) -> pa.Array:
-    """The ids as numbers if that is what they all are, else as they are."""
+    """The ids as int64 if all are whole numbers in plain notation, else unchanged."""
     if pa.types.is_integer(ids.type):
         return ids
     try:

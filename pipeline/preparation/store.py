@@ -36,21 +36,21 @@ _BLOCK = 1 << 22  # ids looked at together, so that counting never copies the wh
 class SequenceStore:
     """Histories of all users: memory-mapped, read-only.
 
-    R ratings, U users, V items. Items are dense ids 1..V; 0 is padding and V+1 the mask token,
-    neither occurs here. Leave-one-out: of a user with at least 3 items the last is the test target,
-    the one before the validation target, the rest trains; users with fewer only train.
+    R ratings, U users, V items. Items are dense ids 1..V; 0 (padding) and V+1 (the mask token) do
+    not occur. Leave-one-out: the last item of a user with at least 3 items is the test target, the
+    one before it the validation target, the rest is the training part; of other users all is.
 
     Attributes:
         items: int32 [R], user by user, in time order.
         offsets: int64 [U+1]; user u's history is ``items[offsets[u]:offsets[u+1]]``.
         num_users: U.
         num_items: V.
-        path: the store's folder, or None for one in memory.
+        path: the store's folder; None: in memory.
         counts: what each preparation stage kept, cold targets, history lengths.
         best_possible: of generated data, the metrics that no model can beat on average,
             ``{"test": {"HR@10": ..., "NDCG@10": ...}, "validation": {...}}``; else None.
         fingerprint: the source and the flags that the store was made from.
-        catalog: original ids and titles (read from disk when first asked for).
+        catalog: original ids and titles (read from disk at first use).
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class SequenceStore:
         num_items: int,
         **more: Any,
     ) -> "SequenceStore":
-        """A store in memory, for tests and small uses; original ids are the dense ids as text.
+        """A store in memory; original ids are the dense ids as text.
 
         Raises:
             UserError: offsets do not run from 0 to len(items), or an item is not in 1..num_items.
@@ -119,7 +119,7 @@ class SequenceStore:
             fingerprint=manifest["fingerprint"],
             path=path,
         )
-        if "catalog" in manifest:  # stores of earlier versions have to read it
+        if "catalog" in manifest:  # not in stores of earlier versions
             store.catalog_fingerprint = manifest["catalog"]
         return store
 
@@ -132,11 +132,11 @@ class SequenceStore:
         return Catalog.read(self.path)
 
     def lengths(self) -> np.ndarray:
-        """int64 [U]: how many items each user has."""
+        """int64 [U]: items of each user."""
         return np.diff(self.offsets)
 
     def train_lengths(self) -> np.ndarray:
-        """int64 [U]: leave-one-out, length - 2 of users with at least 3 items, else length."""
+        """int64 [U]: items of each user's training part."""
         lengths = self.lengths()
         return np.where(lengths >= 3, lengths - 2, lengths)
 
@@ -151,16 +151,16 @@ class SequenceStore:
 
     @cached_property
     def catalog_fingerprint(self) -> str:
-        """The catalog's; what is on disk knows it without reading the catalog."""
+        """The catalog's fingerprint; a store on disk has it in the manifest."""
         return self.catalog.fingerprint
 
     @cached_property
     def train_item_counts(self) -> np.ndarray:
-        """int64 [V+2]: how often each dense id occurs in the training parts."""
+        """int64 [V+2]: occurrences of each dense id in the training parts."""
         if self.path is not None:
             return np.concatenate([[0], Catalog.read_train_counts(self.path), [0]])
         counts = np.zeros(self.num_items + 2, dtype=np.int64)
-        # In place: each block's counts by themselves would be as many as there are items.
+        # In place: np.bincount would allocate V counts for each block.
         for start in range(0, len(self.items), _BLOCK):
             np.add.at(counts, self.items[start : start + _BLOCK], 1)
         for split in ("validation", "test"):
@@ -189,12 +189,12 @@ class SequenceStore:
 def open_or_build(
     path: Path, fingerprint: dict[str, Any], build: Callable[[], SequenceStore]
 ) -> SequenceStore:
-    """The store at `path` if it is whole and has this fingerprint, else build it there.
+    """The store at `path` if it is undamaged and has this fingerprint, else build it there.
 
-    Any number of processes may call this at once: one builds, the others wait and reuse its store.
+    Many processes may call this at once: one builds, the others wait and open its store.
 
     Raises:
-        UserError: from `build`, or the folder cannot be written (nothing half-written is left).
+        UserError: from `build`, or the folder cannot be written (no partial store is left).
     """
     try:
         store = _open_if_current(path, fingerprint)
