@@ -39,7 +39,7 @@ def test_nothing_repeats_and_lengths_are_in_range() -> None:
 def test_blocks_do_not_change_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = SyntheticRatings(SMALL)
     expected = next(whole)
-    monkeypatch.setattr("pipeline.sources.synthetic._SCORES_AT_ONCE", 40 * 7)
+    monkeypatch.setattr("pipeline.sources.synthetic._BLOCK_SCORES", 40 * 7)
     parts = SyntheticRatings(SMALL)
     assert next(parts).equals(expected)
     assert parts.best_possible == whole.best_possible

@@ -1,14 +1,16 @@
-"""The data sets by name, and where each one's ratings come from.
+"""The data sets by name, and the files or generators of their ratings.
 
---dataset_name synthetic                               generated, best possible metrics known
---dataset_name random --random_size 8000000            uniform, for measuring speed
---dataset_name ml-1m                                   downloaded from GroupLens once
---dataset_name ml-1m --dataset_path ~/data             ~/data/ml-1m.zip, or ~/data/ml-1m/, or
-                                                       ~/data/ratings.dat
---dataset_path clicks.csv --columns "who,what,,when"   any ratings file (see pipeline.layout)
+    --dataset_name synthetic                               generated, best possible metrics known
+    --dataset_name random --random_size 8000000            uniform, for measuring speed
+    --dataset_name ml-1m                                   downloaded from GroupLens once
+    --dataset_name ml-1m --dataset_path ~/data             ~/data/ml-1m.zip, or ~/data/ml-1m/, or
+                                                           ~/data/ratings.dat
+    --dataset_path clicks.csv --columns "who,what,,when"   any ratings file (layout.py)
 
-source = resolve(DataConfig(dataset_name="ml-1m"))
-next(source.ratings)                                   # the first table of ratings
+In Python::
+
+    source = resolve(DataConfig(dataset_name="ml-1m"))
+    next(source.ratings)                                   # the first table of ratings
 """
 
 import hashlib
@@ -148,14 +150,14 @@ def _expanded(flag: str, path: str) -> Path:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set, found.
+    """The files or the generator of a data set.
 
     Attributes:
-        name: what to call it.
-        ratings: source stage that streams its ratings.
+        name: the data set's name.
+        ratings: source stage that streams the ratings.
         titles: file with the items' titles, if there is one.
         fingerprint: everything that the prepared store depends on (JSON values).
-        store_path: where that store belongs.
+        store_path: folder of the prepared store.
     """
 
     name: str
@@ -166,10 +168,10 @@ class DataSource:
 
 
 def resolve(config: DataConfig) -> DataSource:
-    """Find the data set's ratings, downloading them if that is what it takes.
+    """Find the data set's ratings; download them if need be.
 
     Raises:
-        UserError: no such file, nothing that looks like ratings in it, or a failed download.
+        UserError: no such file, no ratings in it, or a failed download.
     """
     flags: dict[str, Any] = {
         flag: getattr(config, flag) for flag in ("min_rating", "min_item_count", "min_user_count")
@@ -207,28 +209,28 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     """The ratings files and the titles file of a data set.
 
     Args:
-        path: a ratings file; a zip or folder that holds one (GroupLens' layout, or one ``.inter``,
-            or one file only); a folder of Parquet files; or, of a MovieLens data set, the folder
-            that holds NAME/ or NAME.zip.
-        name: the data set's name; of a MovieLens one its own ratings file is asked for, so that
-            another one's folder is not taken for it.
+        path: a ratings file; a zip or folder that holds one (GroupLens' layout, one ``.inter``, or
+            one file only); a folder of Parquet files; or, for a MovieLens data set, a folder that
+            holds NAME/ or NAME.zip.
+        name: the data set's name; for MovieLens only its own ratings file is accepted, so that the
+            folder of another MovieLens data set is an error.
 
     Raises:
-        UserError: no such file or folder, or no ratings, or several in it.
+        UserError: no such file or folder, or no or several ratings files in it.
     """
     with reading(path):
         path.stat()
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder; see --dataset_path")
     if path.is_file() and not is_zip(path):
-        titles = path.with_name(_titles_beside(path.name))
+        titles = path.with_name(_titles_file(path.name))
         return [SourceFile(path)], SourceFile(titles) if titles.is_file() else None
     if path.is_dir() and name in CHECKSUMS:
         inner, archive = path / name, path / f"{name}.zip"
-        if inner.is_dir() or (archive.is_file() and not (path / _expected(name)).exists()):
+        if inner.is_dir() or (archive.is_file() and not (path / _ratings_file(name)).exists()):
             return find_ratings(inner if inner.is_dir() else archive, name)
     names = _files_below(path) if path.is_dir() else zip_members(path)
-    wanted = (_expected(name), f"{name}.inter") if name in CHECKSUMS else _GROUPLENS_FILES
+    wanted = (_ratings_file(name), f"{name}.inter") if name in CHECKSUMS else _GROUPLENS_FILES
     found = [each for each in names if _is_ratings(each, wanted, name in CHECKSUMS)]
     depth = min((each.count("/") for each in found), default=0)
     found = sorted(each for each in found if each.count("/") == depth)
@@ -242,14 +244,14 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
         expected = "" if found else f"; looked for {', '.join(wanted)}"
         raise UserError(f"{path}: {what} in it{expected}; give the file with --dataset_path")
     folder, _, file = found[0].rpartition("/")
-    titles = f"{folder}/{_titles_beside(file)}".lstrip("/")
+    titles = f"{folder}/{_titles_file(file)}".lstrip("/")
     return [_inside(path, found[0])], _inside(path, titles) if titles in names else None
 
 
 class RandomRatings(Stage[pa.Table]):
     """Source stage: `size` ratings of uniformly drawn users and items, in time order.
 
-    As the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks.
+    Like the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks.
     """
 
     def __init__(
@@ -269,12 +271,12 @@ class RandomRatings(Stage[pa.Table]):
             yield pa.table({"user": users, "item": items, "rating": rating})
 
 
-def _expected(name: str) -> str:
+def _ratings_file(name: str) -> str:
     return _RATINGS_FILE.get(name, "ratings.csv")
 
 
-def _titles_beside(ratings_file: str) -> str:
-    """Name of the file that would hold the titles ("-" if the format has none)."""
+def _titles_file(ratings_file: str) -> str:
+    """Name of the file with the titles ("-" if the format has none)."""
     name = ratings_file.removesuffix(".gz")
     if name.endswith(".inter"):
         return name.removesuffix(".inter") + ".item"
@@ -291,7 +293,7 @@ def _inside(path: Path, name: str) -> SourceFile:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Names of the files in a folder and the folders in it, without hidden ones."""
+    """Names of the files in a folder and its subfolders, except hidden ones."""
     with reading(folder):
         here = [file for file in folder.iterdir() if not file.name.startswith((".", "_"))]
         below = [each for inner in here if inner.is_dir() for each in inner.iterdir()]

@@ -1,9 +1,9 @@
-"""MovieLens archives, downloaded once from GroupLens and checked against its checksums.
+"""MovieLens archives, downloaded once from GroupLens and verified by its checksums.
 
     download("ml-1m", Path("~/.cache/bert4rec").expanduser())    # .../ml-1m.zip
 
-The archive is written beside its place as ``.part``, checked and renamed, so what is in the cache
-folder is whole. Licences forbid handing the data on; see the README inside each archive.
+An archive is written as ``.part``, verified and renamed, so archives in the cache folder are
+complete. Their licences forbid redistribution; see the README inside each archive.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ _TIMEOUT_SECONDS = 20
 
 
 def download(name: str, folder: Path) -> Path:
-    """The archive's path in `folder`, downloaded if it is not there.
+    """Path of the archive in `folder`, downloaded if it is missing.
 
-    Several processes may call this at once; one downloads, the others wait.
+    Many processes may call this at once: one downloads, the others wait.
 
     Raises:
         UserError: no network, an unexpected checksum, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""How a ratings file is laid out: its separator and where user, item, rating and time stand.
+"""The layout of a ratings file: its separator and the places of user, item, rating and time.
 
     ratings.csv   userId,movieId,rating,timestamp     header, ","     (GroupLens, TSV with tabs)
     ml.inter      user_id:token  item_id:token  ...   header, tab     (RecBole)
@@ -6,9 +6,9 @@
     u.data        196  242  3  881250949              no header, tab  (MovieLens 100K)
     beauty.txt    1 17                                no header, one space; time order
 
-`--columns` names user, item[, rating[, timestamp]] in this order, e.g. "customer,asin,stars,date";
-an empty place leaves one out ("user,item,,time"); numbers are places, from 1, in a file without a
-header ("1,2,4,3"). Without it the well-known names below are looked for.
+`--columns` names user, item[, rating[, timestamp]] in this order, e.g. "customer,asin,stars,date".
+An empty name skips a column ("user,item,,time"); numbers are places, from 1, in a file without a
+header ("1,2,4,3"). Without the flag, columns are found by the well-known names below.
 """
 
 import csv
@@ -33,13 +33,13 @@ _SPELLED = {"tab": "\t", "\\t": "\t", "space": " ", "comma": ",", "semicolon": "
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the columns of one file stand.
+    """The layout of one file.
 
     Attributes:
         separator: between two fields.
-        width: fields in a line.
-        places: place of each role that the file has, from 0.
-        has_header: the first line holds names.
+        width: fields of a line.
+        places: place, from 0, of each role that the file has.
+        has_header: whether the first line holds names.
     """
 
     separator: str
@@ -49,26 +49,25 @@ class Layout:
 
     @property
     def quoted(self) -> bool:
-        """Only comma-like formats quote; elsewhere a quotation mark is part of an id."""
+        """Whether quotation marks enclose fields; in other formats they belong to an id."""
         return self.separator in ",;|"
 
     def fields(self, line: str) -> list[str]:
-        """One line cut at the separators."""
         return split_line(line, self.separator)
 
 
 def split_line(line: str, separator: str) -> list[str]:
-    """Cut one line at the separator, minding quotation marks where the format has them."""
+    """The fields of a line; quotation marks enclose fields if the format has them."""
     if separator in ",;|" and '"' in line:
         return next(csv.reader([line], delimiter=separator))
     return line.split(separator)
 
 
 def check_columns(columns: str) -> dict[str, str]:
-    """The flag's name or number of each role.
+    """Name or number of each role's column by the flag.
 
     Raises:
-        UserError: it does not name at least user and item, or names more than four columns.
+        UserError: user or item is missing, there are more than four, or one is named twice.
     """
     names = [name.strip() for name in columns.split(",")]
     if not 2 <= len(names) <= len(ROLES) or not all(names[:2]):
@@ -86,13 +85,13 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
     """The layout of a text file whose first line is `line`.
 
     Args:
-        where: the file as messages name it.
-        name: file name that tells the format by its extension.
+        where: the file's name for messages.
+        name: the file's name, whose extension tells the format.
         line: the first line, without line end.
-        columns, separator: the flags, "" to tell by the format.
+        columns, separator: the flags; "": by the format.
 
     Raises:
-        UserError: no such format, wrong separator, or a column that is not there.
+        UserError: an unknown format, a wrong separator, or a missing column.
     """
     extension = name.rsplit(".", 1)[-1].lower() if "." in name else ""
     separator = _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(extension, "")
@@ -119,10 +118,10 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
 
 
 def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
-    """Place of each role among a file's column names, from 0.
+    """Place of each role, from 0, among a file's column names.
 
     Raises:
-        UserError: no such column; the message lists those there are.
+        UserError: no such column; the message lists the file's columns.
     """
     plain = [name.split(":")[0].lower() for name in names]
     places = {}

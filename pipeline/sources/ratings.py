@@ -1,10 +1,10 @@
-"""A table of ratings: the kinds of its columns, and what must not be in it.
+"""Tables of ratings: types of the columns, and checks of their values.
 
-user, item   text, usually as a dictionary, or whole numbers
-rating       float64
-timestamp    int64 or float64, or dates
+    user, item   text, usually as a dictionary, or whole numbers
+    rating       float64
+    timestamp    int64 or float64, or dates
 
-table = times_as_numbers(checked(table))
+A reader's tables pass through ``times_as_numbers(checked(table))``.
 """
 
 import pyarrow as pa
@@ -17,16 +17,16 @@ _ID_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 
 
 def is_id(kind: pa.DataType) -> bool:
-    """Whether ids may be of this kind."""
+    """Whether ids may have this type."""
     return any(fits(kind) for fits in _ID_KINDS)
 
 
 def checked(table: pa.Table) -> pa.Table:
-    """The table with dates in nanoseconds, once nothing is missing in it.
+    """The table, with dates in nanoseconds.
 
     Raises:
-        ValueError: an empty id or one that is no UTF-8; a missing, infinite or not-a-number rating
-            or timestamp.
+        ValueError: an id is missing, empty or no UTF-8, or a rating or timestamp is missing or not
+            finite.
     """
     for role in table.column_names:
         column = table[role]
@@ -45,7 +45,7 @@ def checked(table: pa.Table) -> pa.Table:
 
 
 def columns_of(table: pa.Table) -> list[str]:
-    """Names of the columns, and whether times are dates: what files read together must share."""
+    """Names of the columns, with a mark at dates; files read together must have the same."""
     return [
         f"{name} (as dates)" if pa.types.is_temporal(table[name].type) else name
         for name in table.column_names

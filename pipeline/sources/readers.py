@@ -1,10 +1,10 @@
-"""Read ratings from files, as a stream of Arrow tables.
+"""Read ratings from files as a stream of Arrow tables.
 
     reader = ReadRatings("ml-1m/ratings.dat")
     next(reader)      # pyarrow.Table: user, item (dictionary of text), rating (double), timestamp
 
-Formats and how their columns are found: see ``layout.py``; packed files: ``files.py``.
-Ids are read as text, whatever they look like, so that none is rounded, merged or reordered.
+Formats and columns: layout.py; packed files: source_file.py. Ids in text files are read as text,
+even if they are numbers, so that none is rounded, merged or reordered.
 """
 
 import math
@@ -24,28 +24,28 @@ from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, is_id
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
-BLOCK_BYTES = 1 << 24  # of text parsed together: about half a million ratings
+BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BLOCK_ROWS = 1 << 19
 _BOM = b"\xef\xbb\xbf"
-# A timestamp that Arrow rejects though it is a whole number is too large for 64 bits.
+# Arrow's message on a whole number that does not fit into 64 bits.
 _WHOLE_NUMBER = re.compile(r"to int64: invalid value '\s*[+-]?[0-9]+\s*'")
 
 
 class ReadRatings(Stage[pa.Table]):
     """Source stage: files -> tables of about half a million ratings, in file order.
 
-    Columns: ``user`` and ``item`` (text or whole numbers, usually as a dictionary), and where the
-    file has them ``rating`` (float64) and ``timestamp`` (int64 or float64, the file's own unit;
-    dates and times become nanoseconds).
+    Columns: ``user`` and ``item`` (text or whole numbers, usually as a dictionary), and if the file
+    has them ``rating`` (float64) and ``timestamp`` (int64 or float64 in the file's own unit; dates
+    become nanoseconds).
 
     Args:
         files: paths or `SourceFile`s, read one after the other.
-        columns: names of user, item[, rating[, timestamp]], "" to find them by well-known names.
-        separator: between two fields of a text file, "" to tell it by the file's extension.
+        columns: names of user, item[, rating[, timestamp]]; "": well-known names.
+        separator: between two fields of a text file; "": by the file's extension.
 
     Raises:
-        UserError: (while reading) the file is missing, empty, damaged, of another format, has no
-            such column, or a line of it makes no sense; the message says ``file:line``.
+        UserError: (while reading) a file is missing, empty, damaged, of another format or without
+            such a column, or a line is malformed; the message begins with ``file:line``.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ def _read_text(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Ta
 def _parse_times(
     file: SourceFile, block: bytes, layout: Layout, types: dict[str, pa.DataType]
 ) -> pa.Table:
-    """`_parse`; whole times may turn into decimal ones later in the file, which is no mistake."""
+    """`_parse`; switches to decimal times if whole ones are followed by decimal ones."""
     try:
         return _parse(block, layout, types)
     except (pa.ArrowException, ValueError) as error:
         if types.get("timestamp") != pa.int64() or _WHOLE_NUMBER.search(str(error)):
             raise
         table = _parse(block, layout, types | {"timestamp": pa.float64()})
-    if pc.max(pc.abs(table["timestamp"])).as_py() >= EXACT:  # from here on it rounds
+    if pc.max(pc.abs(table["timestamp"])).as_py() >= EXACT:  # float64 rounds them
         raise UserError(
             f"{file}: decimal timestamps among whole ones above 2^53 cannot be compared exactly: "
             "write all in one way"
@@ -118,7 +118,7 @@ def _parse_times(
 
 
 def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines of text), about BLOCK_BYTES at a time."""
+    """Complete lines, about BLOCK_BYTES at a time, and the number of the first one."""
     with file.open() as stream:
         tail, line, unpacked = b"", 1, 0
         while True:
@@ -142,13 +142,13 @@ def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _types(layout: Layout, block: bytes) -> dict[str, pa.DataType]:
-    """Arrow types of the columns; times are whole, decimal or dates as in the first line."""
+    """Arrow types of the columns; the first line tells whole, decimal and date times apart."""
     types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
     fields = layout.fields(block.lstrip().partition(b"\n")[0].decode(errors="replace"))
     if "timestamp" in layout.places and len(fields) == layout.width:
         text = fields[layout.places["timestamp"]].strip()
         if not text.lstrip("-").isdigit():
-            types["timestamp"] = pa.float64() if _number(text) else TIME
+            types["timestamp"] = pa.float64() if _is_number(text) else TIME
     return {role: types[role] for role in ROLES if role in layout.places}
 
 
@@ -156,7 +156,7 @@ def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Ta
     """One block of lines as a table.
 
     Raises:
-        pa.ArrowInvalid, ValueError: a line that makes no sense is in it.
+        pa.ArrowInvalid, ValueError: a malformed line.
     """
     if not block.strip():
         return pa.table({role: pa.array([], kind) for role, kind in types.items()})
@@ -185,7 +185,7 @@ def _explain(
     block: bytes,
     error: Exception,
 ) -> str:
-    """Which line of the block made no sense, looked for only once parsing has failed."""
+    """A message on the block's first malformed line; called after parsing has failed."""
     for number, raw in enumerate(block.split(b"\n"), first_line):
         if not raw.strip():
             continue
@@ -196,7 +196,7 @@ def _explain(
             text = fields[layout.places[role]].strip()
             if kind == ID and not text:
                 return f"{file}:{number}: the {role} id is empty"
-            if kind in (pa.float64(), pa.int64()) and not _number(text):
+            if kind in (pa.float64(), pa.int64()) and not _is_number(text):
                 return f"{file}:{number}: the {role} {text[:40]!r} is not a number"
             if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
                 return f"{file}:{number}: the {role} {text[:40]!r} does not fit into 64 bits"
@@ -209,8 +209,8 @@ def _explain(
     return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
 
 
-def _number(text: str) -> bool:
-    """Whether it is a finite number to Arrow, which is stricter than Python ("1_0")."""
+def _is_number(text: str) -> bool:
+    """Whether Arrow reads a finite number; Python accepts more ("1_0")."""
     try:
         return math.isfinite(pa.array([text]).cast(pa.float64())[0].as_py())
     except pa.ArrowInvalid:

@@ -1,11 +1,11 @@
-"""Files that ratings come from: opening them, whatever they are packed in, and naming them.
+"""Files of ratings: plain, gzipped, or in a zip archive.
 
     SourceFile(Path("ratings.csv"))                              # text, also gzipped
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
     SourceFile(Path("events/part-0.parquet"))
 
-What a file is packed in is told by its first bytes, not by its name. Every way in which opening or
-reading can fail ends in a UserError that names the file.
+The first bytes of a file tell how it is packed, not its name. Every failure to open or read it
+becomes a `UserError` with the file's name.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 
-# Text packs ten to one, perhaps thirty to one; what packs far better is no table of ratings.
+# Ratings as text shrink to a tenth, perhaps a thirtieth; a file that shrinks far more is no table.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 _BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
@@ -34,7 +34,7 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """The name that tells the format: the member's or the file's, without ``.gz``."""
+        """Name of the member or else the file, without ``.gz``; its extension tells the format."""
         name = (self.member or self.path.name).rsplit("/", 1)[-1]
         return name[:-3] if name.lower().endswith(".gz") else name
 
@@ -42,16 +42,16 @@ class SourceFile:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     def stamp(self) -> list[Any]:
-        """[path, member, size in bytes, mtime in ns]: changes when the file does."""
+        """[path, member, size in bytes, mtime in ns]; changes with the file."""
         with reading(self):
             status = self.path.stat()
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
     def check_unpacked(self, size: int) -> None:
-        """Refuse to go on when the file unpacks to far more than a table of ratings would.
+        """Stop at a file that unpacks to far more than a table of ratings.
 
         Raises:
-            UserError: more than BOMB_BYTES have come out, and BOMB_RATIO times what went in.
+            UserError: `size` exceeds both BOMB_BYTES and BOMB_RATIO times the file's size.
         """
         if size > max(BOMB_BYTES, BOMB_RATIO * self.path.stat().st_size):
             raise UserError(
@@ -64,8 +64,7 @@ class SourceFile:
         """The unpacked bytes.
 
         Raises:
-            UserError: the file is missing, unreadable, truncated or no proper archive, whether it
-                shows on opening or later while reading.
+            UserError: (also while reading) the file is missing, unreadable, truncated or damaged.
         """
         with reading(self):
             if not self.member:
@@ -81,7 +80,7 @@ class SourceFile:
 
 @contextmanager
 def reading(source: SourceFile | Path) -> Iterator[None]:
-    """Turn every failure to read `source` into a UserError that names it."""
+    """Turn every failure to read `source` into a `UserError` with its name."""
     try:
         yield
     except FileNotFoundError as error:
@@ -94,7 +93,7 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
 
 
 def zip_members(path: Path) -> list[str]:
-    """Names of the files in a zip archive, without what macOS adds."""
+    """Names of the files in a zip archive, except those that macOS adds."""
     with reading(path), zipfile.ZipFile(path) as archive:
         return [
             info.filename

@@ -1,14 +1,13 @@
-"""Generated ratings whose best possible metrics are known.
+"""Generated ratings with known best possible metrics.
 
-Items are popular by Zipf's law. They also stand on a ring, as episodes of a series do, and the
-favourite successors of an item are the next few on it. A user's next item is
+Items are popular by Zipf's law. They also form a ring, like the episodes of a series: the favourite
+successors of an item are the next few items on the ring. A user's next item is drawn by
 
     P(next | history)  ~  (1 - noise) * successor[last item, next]  +  noise * popularity[next]
 
-over the items that the user has not had yet: nothing repeats. Ranking the unseen items by this very
-probability is therefore the best that any model can do when it ranks all items with the seen ones
-removed, and its HR@10 and NDCG@10 on the actual targets are what a trained model is measured
-against (a model may be a little above it by luck on few users, never on average).
+over the items not yet in the history, so nothing repeats. Ranking the unseen items by this
+probability is the best that any model can do in a full ranking; its HR@10 and NDCG@10 on the actual
+targets are the yardstick for trained models (luck may lift a model above it on few users).
 
     ratings = SyntheticRatings(SyntheticConfig(num_users=500))
     table = next(ratings)               # user, item: user by user, in time order
@@ -24,7 +23,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.stage import Stage
 
-_SCORES_AT_ONCE = 1 << 22  # bounds users x items held together
+_BLOCK_SCORES = 1 << 22  # most users x items in memory
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,13 @@ class SyntheticConfig:
     """Sizes and shape of the generated data.
 
     Attributes:
-        num_users, num_items: how many.
+        num_users, num_items: U and V.
         min_length, max_length: items of a user, uniform in this range.
-        successors: favourites that each item has.
-        decay: probability of each favourite over that of the one before.
-        noise: share of next items that come from popularity alone.
+        successors: favourites of each item.
+        decay: ratio between the probabilities of consecutive favourites.
+        noise: weight of popularity.
         zipf: popularity of the r-th most popular item ~ r ** -zipf.
-        seed: of everything.
+        seed: of all draws.
     """
 
     num_users: int = 3000
@@ -87,7 +86,7 @@ class SyntheticRatings(Stage[pa.Table]):
 
 
 class RingProcess:
-    """The random process that users follow. U users, V items, L = max_length, K successors."""
+    """The random process of all users. U users, V items, L = max_length, K successors."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
@@ -95,7 +94,6 @@ class RingProcess:
         popularity = np.arange(1, config.num_items + 1, dtype=np.float64) ** -config.zipf
         generator.shuffle(popularity)
         self.popularity = popularity / popularity.sum()  # [V]
-        # Items stand on a ring in a random order; an item's favourites are the next ones on it.
         ring = generator.permutation(config.num_items)
         place = np.argsort(ring)
         ahead = np.arange(1, config.successors + 1)
@@ -107,7 +105,7 @@ class RingProcess:
         """float64 [B, V]: P(next) of each item before normalisation, 0 for seen ones.
 
         Args:
-            last: [B] the last known item, from 0; -1 where nothing is known yet.
+            last: [B] the last item, from 0; -1: empty history.
             seen: bool [B, V].
         """
         scores = np.tile(self.config.noise * self.popularity, (len(last), 1))
@@ -119,19 +117,19 @@ class RingProcess:
     def draw(self) -> tuple[np.ndarray, np.ndarray]:
         """Histories int64 [U, L] of items from 0 (-1 past the end), lengths int64 [U]."""
         config = self.config
-        # Row u of this table is all the luck that user u has, whatever else is drawn.
-        luck = np.random.default_rng((config.seed, 2)).random(
+        # One row per user, so that a user's history does not depend on the number of users.
+        uniform = np.random.default_rng((config.seed, 2)).random(
             (config.num_users, config.max_length + 1)
         )
         spread = config.max_length - config.min_length + 1
-        lengths = config.min_length + (luck[:, -1] * spread).astype(np.int64)
+        lengths = config.min_length + (uniform[:, -1] * spread).astype(np.int64)
         histories = np.full((config.num_users, config.max_length), -1)
         for block in self._blocks():
-            seen = np.zeros((len(luck[block]), config.num_items), bool)
+            seen = np.zeros((len(uniform[block]), config.num_items), bool)
             last = np.full(len(seen), -1)
             for step in range(config.max_length):
                 cumulated = np.cumsum(self.scores(last, seen), axis=1)
-                aim = luck[block, step, None] * cumulated[:, -1:]
+                aim = uniform[block, step, None] * cumulated[:, -1:]
                 last = (cumulated <= aim).sum(axis=1)
                 seen[np.arange(len(seen)), last] = True
                 histories[block, step] = last
@@ -139,9 +137,10 @@ class RingProcess:
         return histories, lengths
 
     def target_ranks(self, histories: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """int64 [U]: rank from 1 of each user's item at place `at` among all items of the data.
+        """int64 [U]: rank, from 1, of each user's item at place `at`, int64 [U].
 
-        Ranked by `scores` given the items before it; equal scores count against the target.
+        It is ranked among all items of the data by `scores`, given the items before it; equal
+        scores count against it.
         """
         occurs = np.zeros(self.config.num_items, bool)
         occurs[histories[histories >= 0]] = True
@@ -154,17 +153,17 @@ class RingProcess:
             last = np.take_along_axis(history, place - 1, axis=1)[:, 0]
             scores = self.scores(last, seen)
             target = np.take_along_axis(scores, np.take_along_axis(history, place, axis=1), axis=1)
-            ranks[block] = (scores >= target).sum(axis=1)  # the target itself makes it at least 1
+            ranks[block] = (scores >= target).sum(axis=1)  # at least 1: the target itself
         return ranks
 
     def _blocks(self) -> Iterator[slice]:
-        size = max(1, _SCORES_AT_ONCE // self.config.num_items)
+        size = max(1, _BLOCK_SCORES // self.config.num_items)
         for start in range(0, self.config.num_users, size):
             yield slice(start, start + size)
 
 
 def metrics(ranks: np.ndarray, cutoff: int) -> dict[str, float]:
-    """Mean HR and NDCG at a cutoff, of one target's rank (from 1) a user."""
+    """Mean HR and NDCG at a cutoff of targets with these ranks, from 1."""
     hits = ranks <= cutoff
     gains = np.where(hits, 1 / np.log2(ranks + 1), 0)
     return {f"HR@{cutoff}": float(hits.mean()), f"NDCG@{cutoff}": float(gains.mean())}
