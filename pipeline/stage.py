@@ -31,7 +31,7 @@ class Stage(BaseNode[T]):
 
     def __init__(self, source: BaseNode[Any] | None = None) -> None:
         super().__init__()
-        self.source = source
+        self.source: Any = source
 
     def stream(self) -> Iterator[T]:
         """All chunks, from the first; called again at every reset."""

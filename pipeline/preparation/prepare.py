@@ -64,6 +64,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
                 "lower it"
             )
         stages.append({"stage": flag} | stage.counts)
+    assert histories is not None
     untouched = stages[0]["ratings"] == stages[-1]["ratings"]
     store = SequenceStore(
         histories.items,

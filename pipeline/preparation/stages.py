@@ -12,6 +12,7 @@ What a stage let through is in its `counts` afterwards.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from torchdata.nodes import BaseNode
 from pipeline.errors import UserError
 from pipeline.sources.ratings import EXACT
 from pipeline.stage import Stage
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class RatingChunk:
         """The ratings for which bool [N] `keep` is true."""
         if keep.all():
             return self
-        columns = (self.user, self.item, self.rating, self.timestamp)
-        return RatingChunk(*(None if each is None else each[keep] for each in columns))
+        rating = None if self.rating is None else self.rating[keep]
+        timestamp = None if self.timestamp is None else self.timestamp[keep]
+        return RatingChunk(self.user[keep], self.item[keep], rating, timestamp)
 
 
 @dataclass(frozen=True)
@@ -91,26 +95,24 @@ class EncodeIds(CountingStage):
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
-        local: dict[str, list[np.ndarray]] = {"user": [], "item": []}
-        ids: dict[str, list[pa.Array]] = {"user": [], "item": []}
-        rest: list[tuple[np.ndarray | None, np.ndarray | None]] = []
+        batches: list[tuple[np.ndarray | None, ...]] = []
+        dictionaries: dict[str, list[pa.Array]] = {"user": [], "item": []}
         for table in self.source:
             for batch in table.to_batches():
-                for role in ids:
+                indices = []
+                for role, of_role in dictionaries.items():
                     column = batch.column(role)
                     if not pa.types.is_dictionary(column.type):
                         column = column.dictionary_encode()
-                    local[role].append(column.indices.to_numpy(zero_copy_only=False))
-                    ids[role].append(column.dictionary)
-                rest.append((_numpy(batch, "rating"), _numpy(batch, "timestamp")))
-        if not rest:
+                    of_role.append(column.dictionary)
+                    indices.append(column.indices.to_numpy(zero_copy_only=False))
+                batches.append((*indices, _numpy(batch, "rating"), _numpy(batch, "timestamp")))
+        if not batches:
             raise UserError("there are no ratings in the data set")
-        self.users, users = _encoded(ids["user"])
-        self.items, items = _encoded(ids["item"])
-        for at, (rating, timestamp) in enumerate(rest):
-            user, item = users[at][local["user"][at]], items[at][local["item"][at]]
-            local["user"][at] = local["item"][at] = rest[at] = None  # free the memory
-            yield RatingChunk(user, item, rating, timestamp)
+        self.users, users = _encoded(dictionaries["user"])
+        self.items, items = _encoded(dictionaries["item"])
+        for at, (user, item, rating, timestamp) in enumerate(_drained(batches)):
+            yield RatingChunk(users[at][user], items[at][item], rating, timestamp)
 
 
 class FilterRatings(CountingStage):
@@ -254,11 +256,11 @@ def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return marks
 
 
-def _drained(chunks: list[RatingChunk]) -> Iterator[RatingChunk]:
-    """The chunks, each removed from the list when it is yielded, to free its memory."""
-    for at, chunk in enumerate(chunks):
-        chunks[at] = None
-        yield chunk
+def _drained(chunks: list[T]) -> Iterator[T]:
+    """The elements of the list, each removed from it when it is yielded, to free its memory."""
+    chunks.reverse()
+    while chunks:
+        yield chunks.pop()
 
 
 def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:

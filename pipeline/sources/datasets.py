@@ -223,8 +223,8 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder; see --dataset_path")
     if path.is_file() and not is_zip(path):
-        titles = path.with_name(_titles_file(path.name))
-        return [SourceFile(path)], SourceFile(titles) if titles.is_file() else None
+        beside = path.with_name(_titles_file(path.name))
+        return [SourceFile(path)], SourceFile(beside) if beside.is_file() else None
     if path.is_dir() and name in CHECKSUMS:
         inner, archive = path / name, path / f"{name}.zip"
         if inner.is_dir() or (archive.is_file() and not (path / _ratings_file(name)).exists()):
@@ -234,11 +234,11 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     found = [each for each in names if _is_ratings(each, wanted, name in CHECKSUMS)]
     depth = min((each.count("/") for each in found), default=0)
     found = sorted(each for each in found if each.count("/") == depth)
-    if not found:
-        found = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
-        if found:
-            return [_inside(path, each) for each in found], None
-        found = names if name not in CHECKSUMS and len(names) == 1 else []
+    parquet = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
+    if not found and parquet:
+        return [_inside(path, each) for each in parquet], None
+    if not found and name not in CHECKSUMS and len(names) == 1:
+        found = names
     if len(found) != 1:
         what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
         expected = "" if found else f"; looked for {', '.join(wanted)}"

@@ -9,14 +9,13 @@ becomes a `UserError` with the file's name.
 """
 
 import gzip
-import io
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from pipeline.errors import UserError
 
@@ -60,7 +59,7 @@ class SourceFile:
             )
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self) -> Iterator[IO[bytes]]:
         """The unpacked bytes.
 
         Raises:
@@ -107,6 +106,6 @@ def is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _unzipped(stream: BinaryIO) -> BinaryIO:
-    buffered = io.BufferedReader(stream, 1 << 20) if not hasattr(stream, "peek") else stream
-    return gzip.open(buffered) if buffered.peek(2)[:2] == b"\x1f\x8b" else buffered
+def _unzipped(stream: Any) -> Any:
+    """The stream, decompressed if it is gzipped."""
+    return gzip.open(stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
