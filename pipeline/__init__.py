@@ -1,35 +1,44 @@
-"""The data pipeline: from a ratings file to batches for TorchRec.
+"""The data pipeline: from a ratings file to the batches of one training step.
 
-Every stage is one small class on `torchdata.nodes`, the successor of TorchData's DataPipes (which
-were removed in 0.10). Stages work on chunks (Arrow tables, NumPy arrays), never row by row, and
-each can be used alone:
+    sources/       ReadRatings        .dat .csv .inter .parquet ... -> user, item, rating, timestamp
+    preparation/   EncodeIds          text ids -> int32 codes
+                   FilterRatings      --min_rating
+                   FilterItems        --min_item_count
+                   FilterUsers        --min_user_count
+                   Densify            items 1..V, users 0..U-1
+                   GroupByUser        histories in time order
+                   SequenceStore      written once, memory-mapped by every rank
+    training/      ShuffledSamples    which windows a rank trains in which step
+                   LeftContextFirst   which rows attend only to the left
+                   CutWindows         the windows' items
+                   MaskItems          cloze masks, or TwoStreams
+                   PadToBuckets       few batch shapes (with CUDA)
+                   DrawNegatives      (with sampled losses)
+                   ToTensors          -> batches/: PackedBatch -> TrainBatch
+    evaluation/    EvalLoader         held-out items, sampled negatives -> batches/: EvalBatch
 
-    preparation, once a data set, to disk            training and evaluation, on every rank
-    -------------------------------------            --------------------------------------
-    ReadRatings      .dat .csv .inter .parquet ...   SequenceStore
-        |  Arrow: user, item, rating, timestamp          |  memory-mapped histories
-    EncodeIds        text ids -> int32 codes         windows      max_len items, stride
-        |  RatingChunk                                   |
-    FilterRatings    --min_rating                    mask         cloze, by (seed, epoch, window)
-    FilterItems      --min_item_count                    |
-    FilterUsers      --min_user_count                batch        KeyedJaggedTensor, truly jagged
-        |                                                |
-    Densify          items 1..V, users 0..U-1        sharded model
-        |
-    GroupByUser      time order, stable
-        |  Histories
-    SequenceStore -------------------------------------> (memory-mapped by every rank)
+Every stage is one small class on `torchdata.nodes` (stage.py) and can be used alone. Each room may
+import from the rooms above it and from the files beside them; training/ and evaluation/ import
+batches/ and not each other. Nothing here imports model/.
 
-A worked example, of a file ``clicks.csv`` with the columns user, item and time:
+A worked example, with a file ``clicks.csv`` whose columns are user, item and time::
 
-    from pipeline.sources.datasets import DataConfig
     from pipeline.preparation.prepare import describe, prepare
+    from pipeline.sources.datasets import DataConfig
+    from pipeline.training.cloze import MaskConfig
+    from pipeline.training.loader import LoaderConfig, TrainLoader
+    from pipeline.training.windows import WindowConfig
 
     store = prepare(DataConfig(dataset_path="clicks.csv", min_user_count=3))
-    print(describe(store))                                   # what each stage kept
-    history = store.items[store.offsets[7] : store.offsets[8]]     # user 7, oldest item first
-    store.catalog.item_id(history[-1])                       # what the file calls it
+    print(describe(store))                                         # what each stage kept
+    history = store.items[store.offsets[0] : store.offsets[1]]     # user 0, oldest item first
+    print(store.catalog.item_id(history[-1]))                      # its newest item's original id
 
-Item ids are dense: 1..V, 0 is padding, V+1 the mask token. Leave-one-out: the last item of a user
+    loader = TrainLoader(store, WindowConfig(max_len=50), MaskConfig(), LoaderConfig())
+    for packed in loader.epoch(0):
+        batch = packed.unpack()
+        print(batch.features["item"].values(), batch.masked, batch.targets)
+
+Item ids are dense: 1..V; 0 is padding, V+1 the mask token. Leave-one-out: the last item of a user
 is the test target, the one before it the validation target. A user's mistake raises `UserError`.
 """

@@ -1,14 +1,14 @@
-"""Random draws that are a function of their key alone: the same on any rank, in any batch.
+"""Random draws as a function of a key: the same on any rank, in any batch.
 
-A counter-based hash stands in for a generator with a state: to draw again, hash again::
+A counter-based hash replaces a generator with state::
 
     key = key64(seed, epoch)                       one Python int
-    row_keys = child_keys(key, windows)            uint64 [B], one a window
+    row_keys = child_keys(key, windows)            uint64 [B], one per window
     draws = low32(row_keys)                        uint32 [B], uniform
     chosen = below(draws, 0.15)                    bool [B], true for 15 % of them
     items = 1 + scaled(draws, num_items)           int64 [B], uniform in 1..num_items
 
-The 64-bit mixer is splitmix64's (Steele, Lea, Flood 2014), the 32-bit one is lowbias32 (Wellons,
+The 64-bit mixer is splitmix64 (Steele, Lea, Flood 2014), the 32-bit one lowbias32 (Wellons,
 hash-prospector). Neither is cryptographic.
 """
 
@@ -24,12 +24,12 @@ _LOWBIAS32 = (
     (np.uint32(15), np.uint32(0x846CA68B)),
 )
 _LAST_SHIFT = np.uint32(16)
-# Values mixed at a time: eight passes over a block that stays in the processor's cache.
+# Values mixed at a time, so that all passes over them stay in the processor's cache.
 _BLOCK = 1 << 14
 
 
 def key64(*parts: int) -> int:
-    """One 64-bit key for a tuple of integers of any size and sign; order matters."""
+    """One 64-bit key of integers of any size and sign; their order matters."""
     key = 0
     for part in parts:
         key = (key + _GOLDEN64 + part) & _MASK64
@@ -40,7 +40,7 @@ def key64(*parts: int) -> int:
 
 
 def child_keys(key: int | np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """One key per part: uint64 [N] of a parent key (an int, or uint64 [N]) and integers [N]."""
+    """uint64 [N]: a key per part, of a parent key (an int, or uint64 [N]) and integers [N]."""
     parent = np.uint64(key) if isinstance(key, int) else key
     return _mix64(parts.astype(np.uint64) * np.uint64(_GOLDEN64) + parent)
 
@@ -56,14 +56,11 @@ def high32(keys: np.ndarray) -> np.ndarray:
 
 
 def position_draws(row_keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """A uniform uint32 for every position of every jagged row, keyed by (row key, position).
+    """Uniform uint32 [T], one per position of B jagged rows, keyed by (row key, position in row).
 
     Args:
         row_keys: uint32 [B].
-        offsets: int64 [B + 1], where rows begin in the flat positions.
-
-    Returns:
-        uint32 [T], T = offsets[-1].
+        offsets: int64 [B + 1]; row b has the positions offsets[b]:offsets[b + 1] of T.
     """
     bases = row_keys - offsets[:-1].astype(np.uint32) * _GOLDEN32
     draws = np.repeat(bases, np.diff(offsets))
@@ -92,7 +89,7 @@ def mix32(values: np.ndarray) -> np.ndarray:
 
 
 def below(draws: np.ndarray, probability: float) -> np.ndarray:
-    """Bool [N]: true with this probability for uniform uint32 draws; exactly always for 1."""
+    """Bool [N]: true with this probability, of uniform uint32 draws [N]; always true for 1."""
     bound = round(probability * 2**32)
     if bound >= 2**32:
         return np.ones(len(draws), dtype=bool)
@@ -100,7 +97,7 @@ def below(draws: np.ndarray, probability: float) -> np.ndarray:
 
 
 def scaled(draws: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
-    """Uniform uint32 draws [N] as int64 [N] in 0..bound-1; bound below 2**31, one or [N]."""
+    """Int64 [N], uniform in 0..bound-1, of uniform uint32 draws [N]; bound < 2**31, one or [N]."""
     product = draws.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)
     return (product >> np.uint64(32)).astype(np.int64)
 

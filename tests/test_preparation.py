@@ -1,5 +1,6 @@
 """The stages alone and together: filters, dense ids, stable time order, counts."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.nodes import BaseNode, IterableWrapper
 
+import pipeline
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import describe, prepare
 from pipeline.preparation.stages import (
@@ -245,3 +247,19 @@ def test_every_rating_is_accounted_for_and_order_kept(
     }
     assert encoded.counts["ratings"] == len(rows)
     assert dense.counts["ratings"] == len(left)
+
+
+def test_the_worked_example_of_the_package_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = ["u,cup,3", "u,hat,1", "u,pen,2", "v,cup,1", "v,hat,2"]  # v has too few
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,time", *rows]))
+    assert pipeline.__doc__ is not None
+    example = pipeline.__doc__.partition("::\n")[2].partition("\nItem ids")[0]
+    exec(textwrap.dedent(example), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert "cup" in printed  # u's newest item
+    # The training part is "hat" alone, dense id 2 of 3: masked, so 4 or by chance another item.
+    assert printed[-1].endswith("tensor([0]) tensor([2])")

@@ -33,6 +33,11 @@ def read(*files: Path | SourceFile, **flags: str) -> dict[str, list]:
     ).to_pydict()
 
 
+def plain_id(value: object) -> str | None:
+    """A test id without the content of files: gzip's holds the time, so it changes."""
+    return "" if isinstance(value, bytes) else None
+
+
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -56,8 +61,9 @@ def write(path: Path, content: bytes) -> Path:
         ("quoted.csv", CSV.replace(b"userId", b'"userId"').replace(b"10", b'"10"')),
         ("UPPER.CSV", CSV.upper()),
     ],
+    ids=plain_id,
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 def test_formats(tmp_path: Path, name: str, content: bytes, packed: bool) -> None:
     if packed:
         name, content = name + ".gz", gzip.compress(content)
@@ -210,6 +216,7 @@ HEADER = b"user,item,rating,timestamp\n"
         ("a.parquet", b"PAR1 nonsense PAR1", r"cannot read .*a\.parquet"),
         ("a.parquet", b"not parquet,x\n", r"a\.parquet is no Parquet file in spite of its name"),
     ],
+    ids=plain_id,
 )
 def test_mistakes_in_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     file = write(tmp_path / name, content)
