@@ -35,6 +35,9 @@ _WARNINGS = (
     (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
     (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # torch 2.13
     (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
+    # TorchRec 1.6 with torch 2.11
+    (UserWarning, "`_get_pg_default_device` will be deprecated"),
+    (UserWarning, "Multiple backends are registered with this ProcessGroup"),
     (UserWarning, r"(?s).*\[FBGEMM_GPU\] NOTE: The training optimizer 'adam'"),
 )
 # A full disk, a quota, a read-only disk.

@@ -4,44 +4,63 @@ torchrun --nproc_per_node 2 tests/workers/clipping.py FILE
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from model.distributed import Ranks, run_script, start
+from model.network.encoder import EncoderConfig
+from model.run.build import build_model, train_loader
+from model.run.config import RunConfig
+from model.run.execution import plan_execution
+from model.step.optimizers import OptimizerConfig, Optimizers
+from model.step.pipelines import train_pipeline
 from model.tables.distribute import replicated
-from tests.workers.sharded import WAYS, Built, config_of
+from model.tables.sharding_plan import ShardingConfig
+from pipeline.preparation.store import SequenceStore
+from pipeline.training.loader import LoaderConfig
+from pipeline.training.windows import WindowConfig
 
-WAYS_CLIPPED = ("row_wise", "table_wise", "ddp")
-LIMITS = (0.0, 0.01, 100.0)
+NUM_ITEMS, GLOBAL_BATCH = 21, 8
+WAYS = {
+    "row_wise": ShardingConfig("dmp", "row_wise"),
+    "table_wise": ShardingConfig("dmp", "table_wise"),
+    "ddp": ShardingConfig("ddp"),
+}
+LIMITS = (0.0, 0.01, 100.0)  # none, less than the norm, more than it
 
-
-def gradients(ranks: Ranks, way: str, limit: float) -> dict[str, torch.Tensor]:
-    """What AdamW stepped with in the first step: the gradient of each replicated parameter."""
-    config = config_of(WAYS[way], ranks)
-    config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=limit))
-    built = Built.of(config, ranks)
-    optimizers = built.optimizers()
-    optimizers.zero_grad()
-    batch = next(built.loader().epoch(0))
-    loss, _ = built.model(batch.to(ranks.device))
-    loss.backward()
-    optimizers.step()
-    parameters = replicated(built.model).items()
-    return {
-        name.split("module.")[-1]: p.grad.clone() for name, p in parameters if p.grad is not None
-    }
+Gradients = dict[tuple[str, float], dict[str, torch.Tensor]]
 
 
-def answers(ranks: Ranks) -> dict[tuple[str, float], dict[str, torch.Tensor]]:
-    return {(way, limit): gradients(ranks, way, limit) for way in WAYS_CLIPPED for limit in LIMITS}
+def step_gradients(ranks: Ranks, way: str, limit: float) -> dict[str, torch.Tensor]:
+    """The gradient of each replicated parameter that AdamW was given in the first step."""
+    config = RunConfig(
+        windows=WindowConfig(max_len=6),
+        loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),
+        encoder=EncoderConfig(16, 2, 1, dropout=0),
+        sharding=WAYS[way],
+        optimizer=OptimizerConfig(max_grad_norm=limit),
+    )
+    items = np.random.default_rng(2).integers(1, NUM_ITEMS + 1, size=8 * GLOBAL_BATCH)
+    store = SequenceStore.from_arrays(items, np.arange(GLOBAL_BATCH + 1) * 8, NUM_ITEMS)
+    plan = plan_execution(config, NUM_ITEMS, ranks)
+    model = build_model(config, NUM_ITEMS, ranks, plan)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    batches = train_loader(config, store, ranks, plan).epoch(0)
+    train_pipeline(model, optimizers, plan, ranks.device).progress(batches)
+    parameters = replicated(model).items()
+    return {name.split("module.")[-1]: parameter.grad.clone() for name, parameter in parameters}
+
+
+def all_gradients(ranks: Ranks) -> Gradients:
+    return {(way, limit): step_gradients(ranks, way, limit) for way in WAYS for limit in LIMITS}
 
 
 def main() -> None:
     torch.set_num_threads(1)
     ranks = start()
-    found = answers(ranks)
+    found = all_gradients(ranks)
     if ranks.is_first:
         torch.save(found, Path(sys.argv[1]))
 
