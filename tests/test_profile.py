@@ -12,12 +12,12 @@ from torch.autograd import DeviceType
 from torch.nn.modules.module import Module
 
 from model.distributed import Ranks
-from model.step.pipelines import train_pipeline
+from model.execution import ExecutionPlan
+from model.run.build import build_plain_model
+from model.run.config import RunConfig
 from model.training.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun
-from tests.workers import sharded
-from tests.workers.sharded import Built
 
 STEPS = 3
 
@@ -57,6 +57,7 @@ def test_a_trace_of_steady_steps_with_its_stages(
         "encoder",
         "head",
         "## copy_batch_to_gpu ##",
+        "## start_sparse_data_dist ##",
         "## forward ##",
         "## optimizer ##",
     ):
@@ -68,8 +69,7 @@ def test_a_trace_of_steady_steps_with_its_stages(
     (line,) = (line for line in outcome.out.splitlines() if "a step takes the host" in line)
     assert line.startswith(f"{tmp_path / 'profile'}: ")
     times = dict(part.rsplit(" ", 1) for part in line.split("ms: ")[1].split(", "))
-    # One rank exchanges no features; the others are of CUDA graphs.
-    assert times.keys() == STAGES.keys() - {"input distribution", "encoder and head", "step"}
+    assert times.keys() == STAGES.keys() - {"encoder and head", "step"}  # of CUDA graphs
     assert all(float(time) > 0 for stage, time in times.items() if stage != "data wait")
     assert len(hooks) == 3
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
@@ -103,20 +103,20 @@ def test_a_short_run_is_recorded_from_its_first_step(
 def test_the_graph_of_the_whole_step_is_off_for_a_second_trace(
     one_rank: Ranks, tmp_path: Path
 ) -> None:
-    built = Built.of(sharded.config_of(sharded.WAYS["row_wise"], one_rank), one_rank, graphs="step")
-    model, plan = built.model, built.plan
-    pipeline = train_pipeline(model, built.optimizers(), plan, one_rank.device)
+    bert = build_plain_model(RunConfig(), 20, one_rank)
+    plan = ExecutionPlan(lookup="own", graphs="step")
+    pipeline = SimpleNamespace(train_step=SimpleNamespace(is_eager=False))
     said: list[str] = []
     profiler = StepProfiler(
-        ProfileConfig(STEPS), model, plan, pipeline, tmp_path, one_rank, 14, said.append
+        ProfileConfig(STEPS), bert, plan, pipeline, tmp_path, one_rank, 14, said.append
     )
-    whole = []
+    eager = []
     with profiler:
         for _ in range(14):
-            whole.append(not pipeline.train_step.is_eager)
+            eager.append(pipeline.train_step.is_eager)
             profiler.step()
     # Two steps before, two to warm up and three recorded, twice, and two that run out.
-    assert whole == [*[True] * 7, *[False] * 5, *[True] * 2]
+    assert eager == [*[False] * 7, *[True] * 5, *[False] * 2]
     apart, as_trained = sorted(tmp_path.glob("profile/*.gz"))
     assert apart.name.startswith("rank0-apart.")
     for trace in (as_trained, apart):

@@ -7,7 +7,7 @@ import torch
 
 import train
 from model.distributed import run_script
-from model.step.optimizers import unwrap
+from model.tables.distribute import unwrap
 from model.training.trainer import Trainer
 
 AT_STEP = 10
