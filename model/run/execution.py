@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 
 # A catalog of fewer items than a step has positions is cheap to look up for scoring.
 ITEMS_A_POSITION = 1
-# Gathering sends the rows of all ranks to each; above this, TorchRec's all-to-all is worth its calls.
+# Gathering sends the rows of all ranks to each; above this TorchRec sends fewer bytes in more calls.
 GATHERED_BYTES = 256 << 20
 
 
