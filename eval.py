@@ -12,17 +12,25 @@ eval_<split>-discount-<discount>.json).
 import sys
 from pathlib import Path
 
-from model.distributed import first_rank_first, run_script, start
-from model.evaluation.report import format_report, write_result
-from model.run.build import evaluator
+from model.run.config import EvalFlags
 from model.run.flags import FlagParser
-from model.run.trained import EvalFlags, TrainedRun
-from pipeline.preparation.prepare import prepare
+from model.run.script import start_script
 
 
-def main() -> None:
-    """Parse the flags, load the model, evaluate it, print and write the result."""
-    flags: EvalFlags = FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
+def read_flags() -> EvalFlags:
+    """The flags on the command line."""
+    return FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
+
+
+def evaluate(flags: EvalFlags) -> None:
+    """Load the model, evaluate it, print and write the result."""
+    # Imported here because torch and TorchRec take seconds: read_flags does without them.
+    from model.distributed import first_rank_first, start
+    from model.evaluation.report import format_report, write_result
+    from model.run.build import evaluator
+    from model.run.trained import TrainedRun
+    from pipeline.preparation.prepare import prepare
+
     ranks = start()
     run = TrainedRun(flags)
     store = first_rank_first(ranks, lambda: prepare(run.config.data))
@@ -38,5 +46,10 @@ def main() -> None:
         write_result(Path(flags.checkpoint), name, result)
 
 
+def main() -> None:
+    """Evaluate as the command line says."""
+    start_script(read_flags, evaluate)
+
+
 if __name__ == "__main__":
-    run_script(main)
+    main()

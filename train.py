@@ -11,34 +11,46 @@ from contextlib import closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-from model.checkpoints.export import export
-from model.distributed import alone, first_rank_first, run_script, start
-from model.run.build import build_model, build_plain_model, evaluator, train_loader
-from model.run.config import RunConfig
-from model.run.execution import plan_execution
+from model.run.config import MAIN_FLAGS, RunConfig
 from model.run.flags import FlagParser, build, flatten
-from model.run.folder import RunFolder, versions
 from model.run.recipes import with_recipe
-from model.run.trained import load_teachers
-from model.step.optimizers import Optimizers
-from model.step.pipelines import train_pipeline
-from model.tables.distribute import describe_shards
-from model.training.profile import StepProfiler
-from model.training.run_log import RunLog
-from model.training.trainer import Pipeline, Trainer
-from pipeline.preparation.prepare import describe, prepare
+from model.run.script import start_script
+
+if TYPE_CHECKING:
+    from model.training.trainer import Pipeline
 
 
-def main(make_pipeline: Callable[..., Pipeline] = train_pipeline) -> None:
-    """Parse the flags, train, test the best model, export it.
+def read_flags() -> RunConfig:
+    """The config that the command line describes."""
+    given = FlagParser(__doc__, RunConfig, MAIN_FLAGS).given(sys.argv[1:])
+    return build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
+
+
+def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = None) -> None:
+    """Train, test the best model, export it.
 
     Args:
-        make_pipeline: called with the model, its optimizers, the execution plan and the device.
+        make_pipeline: called with the model, its optimizers, the execution plan and the device;
+            None: :func:`model.step.pipelines.train_pipeline`.
     """
-    given = FlagParser(__doc__, RunConfig).given(sys.argv[1:])
-    config = build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
+    # Imported here because torch and TorchRec take seconds: read_flags does without them.
+    from model.checkpoints.checkpoints import PORTABLE, Checkpoints
+    from model.checkpoints.export import export
+    from model.distributed import alone, first_rank_first, start
+    from model.run.build import build_model, build_plain_model, evaluator, train_loader
+    from model.run.execution import plan_execution
+    from model.run.folder import RunFolder, versions
+    from model.run.trained import load_teachers
+    from model.step.optimizers import Optimizers
+    from model.step.pipelines import train_pipeline
+    from model.tables.distribute import describe_shards
+    from model.training.profile import StepProfiler
+    from model.training.run_log import RunLog
+    from model.training.trainer import Trainer
+    from pipeline.preparation.prepare import describe, prepare
+
     ranks = start(timedelta(minutes=config.training.rank_timeout))
     store = first_rank_first(ranks, lambda: prepare(config.data))
     ranks.say(describe(store))
@@ -48,7 +60,7 @@ def main(make_pipeline: Callable[..., Pipeline] = train_pipeline) -> None:
     teachers = load_teachers(config, store, ranks, plan.precision)
     model = build_model(config, store.num_items, ranks, plan, teachers)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
-    pipeline = make_pipeline(model, optimizers, plan, ranks.device)
+    pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = RunFolder(config, ranks, store)
     shards = describe_shards(model, ranks.world_size)
@@ -97,5 +109,10 @@ def main(make_pipeline: Callable[..., Pipeline] = train_pipeline) -> None:
         export(checkpoints.path(best_step), plain, folder.path, targets)
 
 
+def main() -> None:
+    """Train as the command line says."""
+    start_script(read_flags, train)
+
+
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -20,10 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor, versions
-from model.distributed import first_rank_first, run_script, start
+from model.distributed import first_rank_first, start
 from model.run.build import evaluator
+from model.run.config import EvalFlags
 from model.run.flags import FlagParser
-from model.run.trained import EvalFlags, TrainedRun
+from model.run.script import start_script
+from model.run.trained import TrainedRun
 from model.training.profile import covered
 from pipeline.preparation.prepare import prepare
 
@@ -61,8 +63,12 @@ def table(events: list[Any], seconds: float) -> str:
 
 
 def main() -> None:
+    """Measure as the command line says."""
+    start_script(lambda: FlagParser(__doc__, EvalFlags).parse(sys.argv[1:]), measure)
+
+
+def measure(flags: EvalFlags) -> None:
     """Evaluate: once to warm up, once for its time, once under the profiler."""
-    flags: EvalFlags = FlagParser(__doc__, EvalFlags).parse(sys.argv[1:])
     ranks = start()
     run = TrainedRun(flags)
     store = first_rank_first(ranks, lambda: prepare(run.config.data))
@@ -88,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

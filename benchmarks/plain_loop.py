@@ -14,8 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from model.distributed import run_script
 from model.execution import ExecutionPlan
+from model.run.script import start_script
 from model.step.train_step import Stepper, TrainStep
 
 
@@ -44,4 +44,4 @@ class PlainLoop:
 
 
 if __name__ == "__main__":
-    run_script(lambda: train.main(PlainLoop))
+    start_script(train.read_flags, lambda config: train.train(config, PlainLoop))

@@ -11,21 +11,19 @@ import re
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import UserError, warn
+from pipeline.errors import UserError, exit_with_message, warn
 
 T = TypeVar("T")
 
@@ -200,12 +198,7 @@ def _has_nccl() -> bool:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2.
-
-    All ranks usually fail alike. Rank 0 speaks at once; the others wait for torchrun to end them
-    and speak only if it does not, that is if the mistake was theirs alone.
-    """
-    rank = int(os.environ.get("RANK", 0))
+    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
     _silence_libraries()
     try:
         main()
@@ -221,11 +214,7 @@ def run_script(main: Callable[[], None]) -> None:
                 traceback.print_exc()
                 os._exit(1)
             raise
-        if rank:
-            time.sleep(3)
-        where = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: {where}{message}", file=sys.stderr, flush=True)
-        os._exit(2)
+        exit_with_message(message)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,10 @@
 """Errors that the user can fix, and warnings; any other exception that escapes is a bug."""
 
+import os
 import sys
+import time
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -14,3 +18,17 @@ class UserError(ValueError):
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def exit_with_message(message: str) -> NoReturn:
+    """Print one line on stderr and end this process with exit code 2.
+
+    Usually all ranks fail in the same way, so only rank 0 prints at once. The others wait for
+    torchrun to end them, and print if it does not: then the mistake was theirs alone.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(3)
+    where = f"rank {rank}: " if rank else ""
+    print(f"{Path(sys.argv[0]).name}: {where}{message}", file=sys.stderr, flush=True)
+    os._exit(2)

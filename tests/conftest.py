@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from model.distributed import Ranks, run_script, start
+from model.distributed import Ranks, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +80,7 @@ def run_main(
             patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
             patch.setattr(os, "_exit", exits)
             try:
-                run_script(importlib.import_module(script).main)
+                importlib.import_module(script).main()
             except SystemExit as end:
                 code = end.code
         return Outcome(code, *capsys.readouterr())

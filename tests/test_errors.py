@@ -169,11 +169,14 @@ def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> N
     [
         ([], "--checkpoint is needed"),
         (["--checkpoint=nowhere"], "nowhere is no run folder: config.json cannot be read"),
-        (["--checkpoint=nowhere", "--split=train"], "--split: invalid choice: 'train'"),
+        (
+            ["--checkpoint=nowhere", "--split=train"],
+            "--split must be one of test, validation, not 'train'",
+        ),
         (["--checkpoint=nowhere", "--batch_size=0"], "--batch_size must be at least 1, not 0"),
         (
             ["--checkpoint=nowhere", "--popularity_discount=1.5"],
-            "--popularity_discount must be in [0, 1], not 1.5",
+            "--popularity_discount must be at least 0 and at most 1, not 1.5",
         ),
     ],
 )

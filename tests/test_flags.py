@@ -1,17 +1,26 @@
 """Flags of both scripts: their names, help, errors, and the way into a file and back."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model.run.config import RunConfig
-from model.run.flags import FlagParser, build, flags_of, flatten
+from model.bert4rec import TABLE_PRECISIONS
+from model.run.config import MAIN_FLAGS, EvalFlags, RunConfig
+from model.run.flags import FlagParser, build, current_flags, flags_of, flatten
 from model.run.folder import read_config, write_config
-from model.run.trained import EvalFlags
+from model.tables.config import EMBEDDING_OPTIMIZERS
+from model.tables.sharding_plan import FUSED_OPTIMIZERS
+from pipeline.config import Config, flag
 from pipeline.errors import UserError
+from pipeline.sources.config import MOVIELENS
+from pipeline.sources.download import CHECKSUMS
+from tests.conftest import ROOT, TINY, RunMain, assert_one_line, environment
 
 # Every flag of TorchRec's examples/bert4rec/bert4rec_main.py that is about the model or the data.
 EXAMPLE_FLAGS = """
@@ -29,22 +38,22 @@ EXAMPLE_COMMAND = (
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Config):
     """An inner group."""
 
-    width: int = field(default=4, metadata={"help": "how wide"})
-    share: float = field(default=0.5, metadata={"help": "100 % of it"})
-    limit: int | None = field(default=None, metadata={"help": "if any"})
+    width: int = flag(4, "how wide", at_least=1, below=100, reason="paper is narrow")
+    share: float = flag(0.5, "100 % of it", above=-2, aliases=("part",))
+    limit: int | None = flag(None, "largest (default: none)", at_least=1)
 
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Config):
     """All flags of a script."""
 
     inner: Inner = field(default_factory=Inner)
-    name: str = field(default="", metadata={"help": "what to call it"})
-    fast: bool = field(default=False, metadata={"help": "hurry"})
-    kind: str = field(default="a", metadata={"help": "which", "choices": ("a", "b")})
+    name: str = flag("", "what to call it (default: nothing)")
+    fast: bool = flag(False, "hurry")
+    kind: str = flag("a", "which", choices=("a", "b"))
 
 
 def parse(*arguments: str) -> Outer:
@@ -83,7 +92,13 @@ def test_hyphens_are_underscores_in_names_alone() -> None:
         (["--share=nan"], "--share must be a finite number, not nan"),
         (["--share=inf"], "--share must be a finite number, not inf"),
         (["--fast=yes"], "--fast: must be true or false, not 'yes'"),
-        (["--kind=c"], "--kind: invalid choice: 'c'"),
+        (["--kind=c"], "--kind must be one of a, b, not 'c'"),
+        (["--width=0"], "--width must be at least 1 and below 100, not 0: paper is narrow"),
+        (["--width=100"], "--width must be at least 1 and below 100, not 100: paper is narrow"),
+        (["--share=-2"], "--share must be above -2, not -2.0"),
+        (["--part=-3"], "--share must be above -2, not -3.0"),
+        (["--part=half"], "--part: invalid float value: 'half'"),
+        (["--limit=0"], "--limit must be at least 1, not 0"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
@@ -93,6 +108,86 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_python_values_are_checked_too() -> None:
+    assert Inner(width=99).width == 99
+    with pytest.raises(UserError, match="--width must be at least 1 and below 100, not 100"):
+        Inner(width=100)
+    with pytest.raises(UserError, match="--share must be a finite number, not nan"):
+        Inner(share=float("nan"))
+    assert Inner(limit=None).limit is None
+
+
+def test_an_old_name_sets_the_flag() -> None:
+    assert parse("--part=0.25").inner.share == 0.25
+    assert parse("--part=0.25", "--share=0.75").inner.share == 0.75
+    assert "--part" not in FlagParser("", Outer).format_help()
+    config = FlagParser("", RunConfig).parse(["--num_negatives=7", "--negative-seed=3"])
+    assert (config.holdout.eval_negatives, config.holdout.eval_negatives_seed) == (7, 3)
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        FlagParser("Trains.", Outer, main_flags=("name", "width")).given(arguments)
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_main_flags_and_help_all_the_rest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = printed(capsys, "--help")
+    assert short.index("--name TEXT") < short.index("--width N")
+    assert "--fast" not in short and "--share" not in short
+    assert short.splitlines()[-1].startswith("--help-all shows all flags, by group")
+    for spelling in ("--help-all", "--help_all"):
+        everything = printed(capsys, spelling)
+        assert "An inner group:" in everything
+        assert everything.startswith("usage: ") and "Trains." in everything
+        for name in flags_of(Outer):
+            assert f"--{name} " in everything
+
+
+def test_train_py_has_about_fifteen_main_flags() -> None:
+    assert set(MAIN_FLAGS) <= flags_of(RunConfig).keys()
+    assert 12 <= len(set(MAIN_FLAGS)) == len(MAIN_FLAGS) <= 18
+    parser = FlagParser("", RunConfig, MAIN_FLAGS)
+    assert parser.parse([]) == RunConfig()
+    assert parser.parse(["--two_stream=true"]).mask.two_stream  # hidden, not unknown
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code"),
+    [
+        ("train", ["--help"], 0),
+        ("train", ["--help-all"], 0),
+        ("train", ["--lr=fast"], 2),
+        ("train", ["--mask_prob=2"], 2),
+        ("eval", ["--help"], 0),
+        ("eval", ["--split=training"], 2),
+    ],
+)
+def test_flags_are_read_without_what_is_slow_to_import(
+    script: str, arguments: list[str], code: int
+) -> None:
+    command = [sys.executable, "-X", "importtime", ROOT / f"{script}.py", *arguments]
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert time.monotonic() - started < 2
+    assert done.returncode == code
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "model.run.config" in imported
+    slow = {"torch", "torchrec", "fbgemm_gpu", "torchdata", "numpy", "pyarrow", "pandas"}
+    assert not imported & slow
+    if code:
+        assert done.stderr.splitlines()[-1].startswith(f"{script}.py: --")
+
+
+def test_choices_are_those_of_the_libraries() -> None:
+    assert tuple(CHECKSUMS) == MOVIELENS
+    assert tuple(FUSED_OPTIMIZERS) == EMBEDDING_OPTIMIZERS
+    assert tuple(TABLE_PRECISIONS) == flags_of(RunConfig)["table_precision"].metadata["choices"]
+
+
 @pytest.mark.parametrize("config_class", [RunConfig, EvalFlags])
 def test_every_flag_says_what_it_is_and_is_shown(config_class: type) -> None:
     flags, shown = flags_of(config_class), FlagParser("", config_class).format_help()
@@ -100,16 +195,17 @@ def test_every_flag_says_what_it_is_and_is_shown(config_class: type) -> None:
         text = entry.metadata["help"]
         assert text.strip() == text and text[0] != "-" and not text.endswith("."), name
         assert f"--{name} " in shown, name
-        if entry.default not in (None, ""):
-            assert f"(default:{entry.default})" in "".join(shown.split()), name
-        if choices := entry.metadata.get("choices"):
+        default = "(default:" if entry.default in (None, "") else f"(default:{entry.default})"
+        assert default in "".join((text + shown).split()), name
+        assert "default" in text or entry.default not in (None, ""), name
+        if choices := entry.metadata["choices"]:
             assert entry.default in choices, name
 
 
 def test_a_wrong_choice_is_refused_by_config_files_too() -> None:
     for name, entry in flags_of(RunConfig).items():
-        if "choices" in entry.metadata:
-            with pytest.raises(UserError, match=f"--{name}"):
+        if entry.metadata["choices"]:
+            with pytest.raises(UserError, match=f"--{name} must be one of"):
                 build(RunConfig, {name: "nonsense"})
 
 
@@ -160,11 +256,80 @@ def test_config_json_and_back(tmp_path: Path) -> None:
         ({"emb_dim": None}, "--emb_dim must be of type int, not None"),
         ({"lr": float("nan")}, "--lr must be a finite number, not nan"),
         ({"embdim": 64}, "unknown settings embdim"),
+        ({"num_negatives": 64}, "unknown settings num_negatives"),
     ],
 )
 def test_a_file_of_settings_is_checked(flat: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(RunConfig, flat)
+
+
+EARLIER = {
+    "attention_dropout": 0.0,
+    "positions": "none",
+    "acceleration": "auto",
+    "num_negatives": 50,
+    "negative_seed": 3,
+    "emb_dim": 32,
+}
+
+
+def test_flags_of_earlier_versions_get_their_new_names() -> None:
+    assert current_flags(RunConfig, EARLIER) == {
+        "positions": "none",
+        "acceleration": "auto",
+        "eval_negatives": 50,
+        "eval_negatives_seed": 3,
+        "emb_dim": 32,
+    }
+    assert current_flags(RunConfig, {"attention_dropout": 0}) == {}  # JSON of another writer
+    flat = flatten(RunConfig())
+    assert current_flags(RunConfig, flat) == flat
+
+
+UNCHANGED = {"positions": "rotary", "attention_dropout": 0.0, "acceleration": "auto"}
+RETIRED = [("positions", "bias"), ("attention_dropout", 0.1), ("acceleration", "compile")]
+
+
+@pytest.mark.parametrize(("name", "value"), RETIRED)
+def test_what_this_version_no_longer_has_is_refused(name: str, value: Any) -> None:
+    message = f"made with --{name} {value}, which this version no longer has"
+    with pytest.raises(UserError, match=message):
+        current_flags(RunConfig, EARLIER | {name: value})
+
+
+def rewrite_flags(folder: Path, **flags: Any) -> None:
+    """Make config.json one that an earlier version might have written."""
+    path = folder / "config.json"
+    recorded = json.loads(path.read_text())
+    for name in ("eval_negatives", "eval_negatives_seed"):
+        recorded["flags"].pop(name, None)
+    recorded["flags"] |= {"num_negatives": 30, "negative_seed": 0, **flags}
+    path.write_text(json.dumps(recorded))
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_resumed_exported_and_teaches(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    run, common = tmp_path / "run", (*TINY, f"--cache_dir={cache_dir}", "--eval_negatives=30")
+    assert run_main("train", *common, f"--run_dir={run}", "--num_epochs=1").code == 0
+    resume = ("train", *common, f"--run_dir={run}", "--resume=auto", "--num_epochs=2")
+    taught = ("train", *common, f"--run_dir={tmp_path / 'taught'}", f"--teachers={run}")
+    evaluate = ("eval", f"--checkpoint={run}")
+    for name, value in RETIRED:
+        for folder in (run, run / "model"):
+            rewrite_flags(folder, **(UNCHANGED | {name: value}))
+        for command in (evaluate, resume, taught, ("eval", f"--checkpoint={run / 'model'}")):
+            message = f"config.json: made with --{name} {value}, which this version no longer has"
+            assert_one_line(run_main(*command), command[0], message)
+    for folder in (run, run / "model"):
+        rewrite_flags(folder, **UNCHANGED)
+        assert run_main("eval", f"--checkpoint={folder}").code == 0
+    for command in (taught, (*resume, f"--export_root={tmp_path / 'exported'}")):
+        outcome = run_main(*command)
+        assert outcome.code == 0, outcome.err
+    assert run_main("eval", f"--checkpoint={tmp_path / 'exported'}").code == 0
+    assert "attention_dropout" not in json.loads((run / "config.json").read_text())["flags"]
 
 
 def test_whole_numbers_of_a_file_become_floats() -> None:

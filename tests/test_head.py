@@ -173,7 +173,7 @@ def test_large_logits_do_not_overflow(sharded: Path) -> None:
 
 
 def test_flags_out_of_range() -> None:
-    with pytest.raises(UserError, match="--head must be tied or linear, not 'none'"):
+    with pytest.raises(UserError, match="--head must be one of tied, linear, not 'none'"):
         HeadConfig(head="none")
-    with pytest.raises(UserError, match=r"--logit_temperature must not be negative: -0\.1"):
+    with pytest.raises(UserError, match=r"--logit_temperature must be at least 0, not -0\.1"):
         HeadConfig(logit_temperature=-0.1)

@@ -114,13 +114,13 @@ def test_errors_are_the_users_to_fix() -> None:
         EvalLoader(store_of([[1, 2]], 2), "test", 8, 2)
     with pytest.raises(UserError, match="--val_batch_size must be at least 1, not 0"):
         EvalLoader(store_of(HISTORIES, NUM_ITEMS), "validation", 8, 0)
-    with pytest.raises(UserError, match="--num_negatives must be at least 1, not 0"):
-        HoldoutConfig(num_negatives=0)
+    with pytest.raises(UserError, match="--eval_negatives must be at least 1, not 0"):
+        HoldoutConfig(eval_negatives=0)
 
 
 def first_draws(counts: list[int], num_users: int, draws: tuple[int, ...]) -> np.ndarray:
     """Two negatives of each of many users, none of whom has seen anything."""
-    sampler = NegativeSampler(np.array([0, *counts, 0]), HoldoutConfig(num_negatives=2))
+    sampler = NegativeSampler(np.array([0, *counts, 0]), HoldoutConfig(eval_negatives=2))
     nothing = np.empty(0, dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.evaluation.holdout._DRAWS", draws)
@@ -150,7 +150,7 @@ def test_splits_and_seeds_draw_other_negatives() -> None:
     store = store_of([list(range(1, 200)), [1, 2, 3]], 200)
 
     def negatives(split: str, seed: int) -> list[int]:
-        config = HoldoutConfig(num_negatives=20, negative_seed=seed)
+        config = HoldoutConfig(eval_negatives=20, eval_negatives_seed=seed)
         (batch,) = EvalLoader(store, split, 8, 2, config)
         return batch.negatives[1].tolist()
 

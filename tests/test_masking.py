@@ -181,13 +181,19 @@ def test_copies_do_not_depend_on_how_many_there_are() -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"mask_prob": 0.0}, "--mask_prob must be in"),
-        ({"mask_prob": 1.0}, "--mask_prob must be in"),
-        ({"mask_prob": float("nan")}, "--mask_prob must be in"),
-        ({"dupe_factor": 0}, "--dupe_factor must be in"),
-        ({"mask_last_share": 1.5}, "--mask_last_share must be in"),
-        ({"mask_token_share": -0.1}, "--mask_token_share must be in"),
-        ({"random_item_share": 1.1}, "--random_item_share must be in"),
+        ({"mask_prob": 0.0}, "--mask_prob must be above 0 and below 1, not 0.0"),
+        ({"mask_prob": 1.0}, "--mask_prob must be above 0 and below 1, not 1.0"),
+        ({"mask_prob": float("nan")}, "--mask_prob must be a finite number, not nan"),
+        ({"dupe_factor": 0}, "--dupe_factor must be at least 1 and at most 65,536, not 0"),
+        ({"mask_last_share": 1.5}, "--mask_last_share must be at least 0 and at most 1, not 1.5"),
+        (
+            {"mask_token_share": -0.1},
+            "--mask_token_share must be at least 0 and at most 1, not -0.1",
+        ),
+        (
+            {"random_item_share": 1.1},
+            "--random_item_share must be at least 0 and at most 1, not 1.1",
+        ),
         ({"mask_token_share": 0.8, "random_item_share": 0.3}, "--random_item_share must not"),
     ],
 )

@@ -10,8 +10,9 @@ from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.cloze import MaskConfig
+from pipeline.training.config import NegativesConfig
 from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.negatives import AliasTable, NegativesConfig, SharedNegatives
+from pipeline.training.negatives import AliasTable, SharedNegatives
 from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS, DRAWS = 9, 5

@@ -175,5 +175,5 @@ def test_covered_by_hand() -> None:
 
 
 def test_a_negative_number_of_steps() -> None:
-    with pytest.raises(UserError, match="--profile must be a number of steps, 0 for none, not -1"):
+    with pytest.raises(UserError, match="--profile must be at least 0, not -1"):
         ProfileConfig(profile=-1)

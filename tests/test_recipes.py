@@ -1,11 +1,14 @@
 """Recipes are valid flags; the data set chooses one, the command line overrides it."""
 
+from pathlib import Path
+
 import pytest
 
 from model.run.config import RunConfig
-from model.run.flags import build, flags_of
+from model.run.flags import build, flags_of, flatten
 from model.run.recipes import RECIPES, with_recipe
 from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -54,3 +57,63 @@ def test_an_unknown_recipe_is_refused() -> None:
 )
 def test_taught_models_have_recipes_of_their_own(given: dict[str, str], name: str) -> None:
     assert with_recipe(given, "synthetic")["recipe"] == name
+
+
+# Defaults of examples/bert4rec/bert4rec_main.py in TorchRec, and what its code does without a flag.
+EXAMPLE_DEFAULTS = {
+    "min_user_count": 5,
+    "min_item_count": 0,
+    "max_len": 100,
+    "mask_prob": 0.15,
+    "min_rating": 0.0,
+    "num_epochs": 100,
+    "lr": 0.001,
+    "decay_step": 25,
+    "weight_decay": 0.0,
+    "gamma": 1.0,
+    "train_batch_size": 128,
+    "val_batch_size": 128,
+    "test_batch_size": 128,
+    "emb_dim": 256,
+    "nhead": 2,
+    "num_layers": 2,
+    "random_user_count": 10,
+    "random_item_count": 30,
+    "random_size": 300,
+    "dupe_factor": 3,
+    "mode": "dmp",
+}
+EXAMPLE_CODE = {
+    "dropout": 0.1,
+    "head": "linear",
+    "logit_temperature": 0.0,
+    "mask_token_share": 0.8,
+    "random_item_share": 0.2,
+    "window_stride": 0.1,
+    "left_context_share": 0.0,
+    "eval_negatives": 100,
+}
+
+
+def test_torchrec_example_has_its_defaults() -> None:
+    flat = flatten(build(RunConfig, with_recipe({"recipe": "torchrec-example"}, "synthetic")))
+    expected = EXAMPLE_DEFAULTS | EXAMPLE_CODE
+    assert {name: flat[name] for name in expected} == expected
+    ours = flatten(RunConfig())
+    differ = {name for name, value in EXAMPLE_DEFAULTS.items() if ours[name] != value}
+    assert differ == {
+        "mask_prob",
+        "num_epochs",
+        "weight_decay",
+        "val_batch_size",
+        "test_batch_size",
+        "emb_dim",
+        "dupe_factor",
+    }
+
+
+def test_torchrec_example_trains(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:
+    folders = [f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / 'run'}"]
+    flags = ["--recipe=torchrec-example", "--max_steps=1"]
+    outcome = run_main("train", *TINY, *folders, *flags)
+    assert outcome.code == 0, outcome.err

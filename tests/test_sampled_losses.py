@@ -156,7 +156,9 @@ def test_no_masked_position() -> None:
 def test_flags_out_of_range() -> None:
     with pytest.raises(UserError, match="--loss must be one of softmax, sampled_softmax, gbce"):
         HeadConfig(loss="hinge")
-    with pytest.raises(UserError, match=r"--gbce_calibration must be in \[0, 1\], not 2"):
+    with pytest.raises(
+        UserError, match="--gbce_calibration must be at least 0 and at most 1, not 2"
+    ):
         HeadConfig(gbce_calibration=2)
 
 

@@ -11,8 +11,9 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.execution import ExecutionPlan
 from model.losses import linear_cross_entropy as core
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
+from model.network.config import TeachersConfig
 from model.network.dense_step import DenseStep, StepInput
-from model.network.distillation import Teacher, Teachers, TeachersConfig
+from model.network.distillation import Teacher, Teachers
 from model.network.encoder import EncoderConfig
 from model.network.head import CatalogSlice, HeadConfig
 from model.run import build as run
@@ -159,7 +160,10 @@ def test_two_ranks_learn_from_teachers_as_one_does(
     [
         ("--teachers=none", "none is no run folder: config.json cannot be read"),
         ("--teachers=TEACHER,,", "names an empty folder: see the commas"),
-        ("--teachers=TEACHER --teacher_share=0", "--teacher_share must be in (0, 1], not 0.0"),
+        (
+            "--teachers=TEACHER --teacher_share=0",
+            "--teacher_share must be above 0 and at most 1, not 0.0",
+        ),
         ("--teachers=TEACHER --loss=gbce", "--teachers needs --loss softmax, not gbce"),
         ("--teachers=TEACHER --max_len=17", "reads windows of 16 items at most"),
         ("--teachers=TEACHER --synthetic_item_count=90", "items that are not the"),

@@ -19,7 +19,7 @@ from tests.workers import sharded
 from tests.workers.replayed import Replayed
 from tests.workers.sharded import Built
 
-ENCODER = EncoderConfig(64, 2, 1, dropout=0.2, attention_dropout=0)
+ENCODER = EncoderConfig(64, 2, 1, dropout=0.2)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import torch
 from torchdata.nodes import IterableWrapper
 
 from model.network.encoder import Encoder, EncoderConfig
-from model.run.config import RunConfig
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
@@ -157,5 +156,3 @@ def test_a_mask_token_sees_nothing_from_its_item_on(positions: str) -> None:
 def test_flags() -> None:
     with pytest.raises(UserError, match="raise --left_context_share or leave it out"):
         MaskConfig(two_stream=True, left_context_share=0.0)
-    with pytest.raises(UserError, match="--two_stream has no place for the distances of --pos"):
-        RunConfig(mask=MaskConfig(two_stream=True), encoder=EncoderConfig(positions="bias"))

@@ -21,7 +21,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
+from model.checkpoints.config import CheckpointConfig
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
@@ -46,39 +46,6 @@ PORTABLE = "model"
 # lost, which the training loop explains.
 _SAVE_ERRORS = (dcp.api.CheckpointException, OSError, UserError)
 _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save, and how much of it to keep."""
-
-    checkpoint_every: float = field(
-        default=10.0,
-        metadata={
-            "help": "minutes between checkpoints; besides them, each better evaluation saves one"
-        },
-    )
-    keep_last: int = field(
-        default=2, metadata={"help": "newest checkpoints to keep besides the best"}
-    )
-    on_save_error: str = field(
-        default="stop",
-        metadata={
-            "help": "when a checkpoint or the log cannot be written: stop, or go on with a warning",
-            "choices": ("stop", "continue"),
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if not self.checkpoint_every > 0:
-            raise UserError(
-                f"--checkpoint_every must be a positive number of minutes, not "
-                f"{self.checkpoint_every}"
-            )
-        if self.keep_last < 1:
-            raise UserError(f"--keep_last must be at least 1, not {self.keep_last}")
-        if self.on_save_error not in ("stop", "continue"):
-            raise UserError(f"--on_save_error must be stop or continue, not {self.on_save_error!r}")
 
 
 class Checkpoints:

@@ -13,42 +13,13 @@ students.
 Shapes: T positions, M masked ones, C items of this rank's slice, E a teacher's width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from model.losses.sharded_softmax import TeacherLogits
 from model.network.encoder import Encoder
 from model.network.head import ScoringHead
-from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class TeachersConfig:
-    """Who teaches, and how much that counts."""
-
-    teachers: str = field(
-        default="",
-        metadata={
-            "help": "trained models to learn from besides the data: run folders or exported "
-            "models, separated by commas"
-        },
-    )
-    teacher_share: float = field(
-        default=0.8,
-        metadata={"help": "of the loss that is about the teachers' probabilities, not the targets"},
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.teacher_share <= 1:
-            raise UserError(f"--teacher_share must be in (0, 1], not {self.teacher_share}")
-        if self.teachers and not all(self.folders):
-            raise UserError(f"--teachers {self.teachers!r} names an empty folder: see the commas")
-
-    @property
-    def folders(self) -> list[str]:
-        """The teachers' folders."""
-        return [folder.strip() for folder in self.teachers.split(",")] if self.teachers else []
 
 
 class Teacher:

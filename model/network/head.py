@@ -11,7 +11,7 @@ Shapes: M masked positions, C candidates of this rank, K negatives, V items, D w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,49 +21,9 @@ from torch import nn
 from model.losses import sampled as sampled_losses
 from model.losses.sampled import gbce_beta
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
-from pipeline.errors import UserError
+from model.network.config import HeadConfig
 
 NO_TARGET = 0  # the padding item
-LOSSES = ("softmax", "sampled_softmax", "gbce")
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """How a hidden vector turns into scores."""
-
-    head: str = field(
-        default="tied",
-        metadata={
-            "help": "tied: the item table scores items; linear: a table of its own does",
-            "choices": ("tied", "linear"),
-        },
-    )
-    logit_temperature: float = field(
-        default=0.07,
-        metadata={"help": "scores are cosines divided by this; 0 means plain dot products"},
-    )
-    loss: str = field(
-        default="softmax",
-        metadata={
-            "help": "softmax: exact, over all items; sampled_softmax: over --train_negatives "
-            "drawn by popularity, corrected; gbce: binary, over as many drawn uniformly",
-            "choices": LOSSES,
-        },
-    )
-    gbce_calibration: float = field(
-        default=0.75,
-        metadata={"help": "of --loss gbce: 0 is plain binary cross-entropy, 1 fully calibrated"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"--loss must be one of {', '.join(LOSSES)}, not {self.loss!r}")
-        if not 0 <= self.gbce_calibration <= 1:
-            raise UserError(f"--gbce_calibration must be in [0, 1], not {self.gbce_calibration}")
-        if self.head not in ("tied", "linear"):
-            raise UserError(f"--head must be tied or linear, not {self.head!r}")
-        if self.logit_temperature < 0:
-            raise UserError(f"--logit_temperature must not be negative: {self.logit_temperature}")
 
 
 @dataclass(frozen=True)

@@ -1,91 +1,86 @@
-"""All flags of train.py, in the groups of their rooms; nothing here needs torch."""
+"""All flags of train.py and eval.py, in the groups of their rooms."""
 
 from dataclasses import dataclass, field
 
-from model.checkpoints.checkpoints import CheckpointConfig
-from model.network.distillation import TeachersConfig
-from model.network.encoder import EncoderConfig
-from model.network.head import HeadConfig
+from model.checkpoints.config import CheckpointConfig
+from model.network.config import EncoderConfig, HeadConfig, TeachersConfig
 from model.run.recipes import CHOICES
-from model.step.optimizers import OptimizerConfig
-from model.tables.sharding_plan import ShardingConfig
-from model.training.profile import ProfileConfig
-from model.training.schedule import TrainingConfig
+from model.step.config import OptimizerConfig
+from model.tables.config import ShardingConfig
+from model.training.config import ProfileConfig, TrainingConfig
+from pipeline.config import Config, flag
 from pipeline.errors import UserError
-from pipeline.evaluation.holdout import HoldoutConfig
-from pipeline.sources.datasets import DataConfig
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig
-from pipeline.training.negatives import NegativesConfig
-from pipeline.training.windows import WindowConfig
+from pipeline.evaluation.config import HoldoutConfig
+from pipeline.sources.config import DataConfig
+from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 
-ACCELERATIONS = ("auto", "none", "graphs", "compile")
+# What `train.py --help` shows; `--help-all` shows the rest too.
+MAIN_FLAGS = (
+    "dataset_path",
+    "dataset_name",
+    "columns",
+    "run_dir",
+    "resume",
+    "export_root",
+    "recipe",
+    "mode",
+    "max_len",
+    "emb_dim",
+    "num_layers",
+    "loss",
+    "num_epochs",
+    "train_batch_size",
+    "lr",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
-class OutputConfig:
-    """What is written where, and in which precision to compute."""
+class OutputConfig(Config):
+    """Files, precision and evaluation batches."""
 
-    run_dir: str = field(
-        default="",
-        metadata={"help": "folder of this run; without it runs/<data set>-<date>-<time>"},
+    run_dir: str = flag(
+        "",
+        "folder for everything that this run writes (default: runs/<data set>-<date>-<time>)",
     )
-    resume: str = field(
-        default="never",
-        metadata={
-            "help": "auto: go on from the newest checkpoint of --run_dir, if there is one",
-            "choices": ("never", "auto"),
-        },
+    resume: str = flag(
+        "never",
+        "auto: continue the run in --run_dir from its newest checkpoint, if there is one",
+        choices=("never", "auto"),
     )
-    export_root: str = field(
-        default="", metadata={"help": "also write the best model here: safetensors and catalog"}
+    export_root: str = flag(
+        "",
+        "folder for a second copy of the exported model: safetensors and catalog "
+        "(default: only <run folder>/model)",
     )
-    precision: str = field(
-        default="auto",
-        metadata={
-            "help": "of the encoder: bf16 or fp32; auto: bf16 on CUDA, fp32 on CPU",
-            "choices": ("auto", "bf16", "fp32"),
-        },
+    precision: str = flag(
+        "auto",
+        "precision of the encoder; auto: bf16 on CUDA, fp32 on CPU",
+        choices=("auto", "bf16", "fp32"),
     )
-    acceleration: str = field(
-        default="auto",
-        metadata={
-            "help": "of the encoder's training in bf16 on CUDA: none; graphs: CUDA graphs; "
-            "compile: those of torch.compile's code, after a minute of compiling; auto: graphs",
-            "choices": ACCELERATIONS,
-        },
+    acceleration: str = flag(
+        "auto",
+        "how bf16 training steps are launched on CUDA; graphs: as CUDA graphs, none: kernel by "
+        "kernel, auto: graphs",
+        choices=("auto", "none", "graphs"),
     )
-    val_batch_size: int = field(
-        default=256, metadata={"help": "users a rank evaluates at once on validation"}
-    )
-    test_batch_size: int = field(
-        default=256, metadata={"help": "users a rank evaluates at once on test"}
-    )
+    val_batch_size: int = flag(256, "users per validation batch and rank", at_least=1)
+    test_batch_size: int = flag(256, "users per test batch and rank", at_least=1)
 
-    def __post_init__(self) -> None:
-        if self.resume not in ("never", "auto"):
-            raise UserError(f"--resume must be never or auto, not {self.resume!r}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"--precision must be auto, bf16 or fp32, not {self.precision!r}")
-        if self.acceleration not in ACCELERATIONS:
-            raise UserError(f"--acceleration must be one of {', '.join(ACCELERATIONS)}")
-        for name in ("val_batch_size", "test_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+    def check(self) -> None:
         if self.resume == "auto" and not self.run_dir:
             raise UserError("--resume auto needs --run_dir: the folder of the run to go on with")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Every flag of train.py."""
+class RunConfig(Config):
+    """All flags of train.py."""
 
-    recipe: str = field(
-        default="auto",
-        metadata={
-            "help": "flags to start from; auto: the recipe named like the data set, if any",
-            "choices": CHOICES,
-        },
+    recipe: str = flag(
+        "auto",
+        "defaults to start from, which other flags override; auto: the recipe named like the data "
+        "set, if there is one",
+        choices=CHOICES,
     )
     data: DataConfig = field(default_factory=DataConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
@@ -103,7 +98,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     profiling: ProfileConfig = field(default_factory=ProfileConfig)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.windows.train_on_validation and self.training.patience is not None:
             raise UserError(
                 "--patience needs validation items that are not trained on: leave it out, or "
@@ -111,11 +106,36 @@ class RunConfig:
             )
         if self.teaching.teachers and self.head.loss != "softmax":
             raise UserError(
-                f"--teachers needs --loss softmax, not {self.head.loss}: teachers have something "
-                "to say of all items"
+                f"--teachers needs --loss softmax, not {self.head.loss}: teachers give "
+                "probabilities of all items"
             )
-        if self.mask.two_stream and self.encoder.positions == "bias":
-            raise UserError(
-                "--two_stream has no place for the distances of --positions bias: use rotary or "
-                "none"
-            )
+
+
+@dataclass(frozen=True)
+class EvalFlags(Config):
+    """All flags of eval.py."""
+
+    checkpoint: str = flag(
+        "",
+        "run folder, whose best checkpoint is evaluated, or exported model (no default: it is "
+        "needed)",
+    )
+    split: str = flag("test", "held-out items to evaluate on", choices=("test", "validation"))
+    dataset_path: str = flag(
+        "", "where the ratings are now, if they were moved (default: as in training)"
+    )
+    cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
+    batch_size: int | None = flag(
+        None, "users per batch and rank (default: as in training)", at_least=1
+    )
+    popularity_discount: float = flag(
+        0.0,
+        "subtract this times the logarithm of an item's training count from its score; 0: rank by "
+        "likelihood, 1: rank by lift over the item's popularity",
+        at_least=0,
+        at_most=1,
+    )
+
+    def check(self) -> None:
+        if not self.checkpoint:
+            raise UserError("--checkpoint is needed: the --run_dir of a training run")

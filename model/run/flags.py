@@ -1,8 +1,7 @@
-"""Command line flags from config dataclasses: one field, one flag, one default.
+"""Command line flags from config classes: one field, one flag, one default.
 
-Every config class declares its flags as fields with a help text and checks them itself; this module
-only turns fields into an argument parser and back. Names are flat: ``--max_len`` is the field
-``max_len`` of whatever group has it.
+Names are flat: ``--max_len`` is the field ``max_len`` of whichever group declares it. The config
+classes check values themselves (:mod:`pipeline.config`); this module converts and finds names.
 
     parser = FlagParser("Train BERT4Rec", RunConfig)
     config = parser.parse(["--mode", "ddp", "--num-epochs", "3"])     # hyphens work too
@@ -12,7 +11,6 @@ only turns fields into an argument parser and back. Names are flat: ``--max_len`
 import argparse
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,18 +21,19 @@ from pipeline.errors import UserError
 C = TypeVar("C")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}
+_CLOSING_LINE = "--help-all shows all flags, by group; hyphens in names work too"
+# Flags that earlier versions wrote into config.json, each with the value that changes nothing now.
+_RETIRED_FLAGS = {"attention_dropout": 0.0}
+# Values that earlier versions wrote into config.json and this version refuses.
+_RETIRED_VALUES = {"positions": "bias", "acceleration": "compile"}
 
 
-def flags_of(group_class: type) -> dict[str, dataclasses.Field]:
-    """All flags of a config class: its own fields and, recursively, those of its groups.
-
-    A class with groups holds config dataclasses as fields; a name in two groups is a bug of ours.
-    """
+def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
+    """All flags of a config class by name, those of its nested groups included."""
     flags: dict[str, dataclasses.Field] = {}
-    hints = typing.get_type_hints(group_class)
     for entry in dataclasses.fields(group_class):
-        kind = hints[entry.name]
-        found = flags_of(kind) if dataclasses.is_dataclass(kind) else {entry.name: entry}
+        is_group = dataclasses.is_dataclass(entry.type)
+        found = flags_of(entry.type) if is_group else {entry.name: entry}
         clash = flags.keys() & found.keys()
         assert not clash, f"flags declared twice: {clash}"
         flags |= found
@@ -51,72 +50,103 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
-    """The config that ``flat`` describes; missing flags keep their defaults.
+    """The config with the flag values ``flat``; missing flags keep their defaults.
 
     Raises:
-        UserError: an unknown flag, a value of another type, or one the config refuses.
+        UserError: an unknown flag, a value of another type, or one that the config refuses.
     """
     unknown = flat.keys() - flags_of(config_class).keys()
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}: made by another version?")
-    hints = typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
-    for entry in dataclasses.fields(config_class):
-        kind = hints[entry.name]
-        if dataclasses.is_dataclass(kind):
-            inside = flags_of(kind).keys() & flat.keys()
-            values[entry.name] = build(kind, {name: flat[name] for name in inside})
+    for entry in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(entry.type):
+            inside = flat.keys() & flags_of(entry.type).keys()
+            values[entry.name] = build(entry.type, {name: flat[name] for name in inside})
         elif entry.name in flat:
-            values[entry.name] = _checked(entry, kind, flat[entry.name])
+            values[entry.name] = _converted(entry, flat[entry.name])
     return config_class(**values)
 
 
+def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a config.json, which an earlier version may have written, for :func:`build`.
+
+    Raises:
+        UserError: a value that this version no longer has.
+    """
+    new_names = {
+        alias: name
+        for name, entry in flags_of(config_class).items()
+        for alias in entry.metadata["aliases"]
+    }
+    flat: dict[str, Any] = {}
+    for name, value in recorded.items():
+        if name in _RETIRED_FLAGS and value == _RETIRED_FLAGS[name]:
+            continue
+        if name in _RETIRED_FLAGS or value == _RETIRED_VALUES.get(name, ...):
+            raise UserError(
+                f"made with --{name} {value}, which this version no longer has: use the version "
+                "that made it"
+            )
+        flat[new_names.get(name, name)] = value
+    return flat
+
+
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser over a config class whose complaints are one line.
+    """An argument parser over a config class whose error messages are one line.
 
     Args:
-        description: for ``--help``.
+        description: text above the flags in ``--help``.
         config_class: its flags, nested groups included.
+        main_flags: the flags that ``--help`` shows, while ``--help-all`` shows all by group; None:
+            ``--help`` shows all.
     """
 
-    def __init__(self, description: str, config_class: type[C]) -> None:
+    def __init__(
+        self, description: str, config_class: type[C], main_flags: Sequence[str] | None = None
+    ) -> None:
         super().__init__(
             description=description,
+            epilog=None if main_flags is None else _CLOSING_LINE,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage="%(prog)s [--flag value] ...",
         )
-        self._config_class = config_class
-        self._add_group(config_class, self)
+        self.config_class = config_class
+        if main_flags is None:
+            self._add_group(config_class, self)
+            return
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help=argparse.SUPPRESS)
+        flags = flags_of(config_class)
+        main_group = self.add_argument_group("main flags")
+        for name in main_flags:
+            _add_flag(main_group, flags.pop(name))
+        for entry in flags.values():
+            _add_flag(self, entry, hidden=True)
 
-    def _add_group(self, group_class: type, where: Any) -> None:
-        hints = typing.get_type_hints(group_class)
+    def _add_group(self, group_class: Any, where: Any) -> None:
         for entry in dataclasses.fields(group_class):
-            kind = hints[entry.name]
-            if dataclasses.is_dataclass(kind):
-                title = (kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")
-                self._add_group(kind, self.add_argument_group(title))
-                continue
-            shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
-            where.add_argument(
-                f"--{entry.name}",
-                type=_reader(kind),
-                choices=entry.metadata.get("choices"),
-                help=entry.metadata["help"].replace("%", "%%") + shown,
-                metavar=None if "choices" in entry.metadata else _METAVARS[_plain(kind)],
-            )
+            if dataclasses.is_dataclass(entry.type):
+                title = (entry.type.__doc__ or "").splitlines()[0].rstrip(".")
+                self._add_group(entry.type, self.add_argument_group(title))
+            else:
+                _add_flag(where, entry)
 
     def parse(self, arguments: Sequence[str]) -> Any:
-        """The config that the command line asks for.
+        """The config that a command line describes.
 
         Raises:
             UserError: an unknown flag or a bad value.
         """
-        return build(self._config_class, self.given(arguments))
+        return build(self.config_class, self.given(arguments))
 
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Only what the command line says, by flag name."""
+        """The flags on a command line, by name, without defaults.
+
+        Raises:
+            UserError: an unknown flag, or a value of another type.
+        """
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
             names = [option for option in self._option_string_actions if option.startswith("--")]
@@ -126,8 +156,31 @@ class FlagParser(argparse.ArgumentParser):
         return vars(known)
 
     def error(self, message: str) -> typing.NoReturn:
-        """One line instead of the usage text."""
+        """Raise the message instead of printing the usage."""
         raise UserError(message.removeprefix("argument "))
+
+
+class _HelpAll(argparse.Action):
+    """Print all flags and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, FlagParser)
+        FlagParser(parser.description or "", parser.config_class).print_help()
+        parser.exit()
+
+
+def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> None:
+    plain, choices = _plain(entry.type), entry.metadata["choices"]
+    shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
+    text = entry.metadata["help"].replace("%", "%%") + shown
+    for name in (entry.name, *entry.metadata["aliases"]):
+        where.add_argument(
+            f"--{name}",
+            dest=entry.name,
+            type=_boolean if plain is bool else plain,
+            help=argparse.SUPPRESS if hidden or name != entry.name else text,
+            metavar=f"{{{','.join(choices)}}}" if choices else _METAVARS[plain],
+        )
 
 
 def _underscored(argument: str) -> str:
@@ -144,30 +197,20 @@ def _plain(kind: Any) -> type:
     return kind
 
 
-def _reader(kind: Any) -> Any:
-    plain = _plain(kind)
-    return _boolean if plain is bool else plain
-
-
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text.lower() == "true"
 
 
-def _checked(entry: dataclasses.Field, kind: Any, value: Any) -> Any:
-    """``value`` if it is of the flag's type and among its choices (a file may hold anything)."""
-    name, choices = entry.name, entry.metadata.get("choices")
-    if value is None and isinstance(kind, types.UnionType):
+def _converted(entry: dataclasses.Field, value: Any) -> Any:
+    """``value`` as the flag's type: a file may hold anything."""
+    if value is None and isinstance(entry.type, types.UnionType):
         return None
-    plain = _plain(kind)
-    fits = isinstance(value, plain) and (plain is bool or not isinstance(value, bool))
-    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+    plain = _plain(entry.type)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if plain is float and is_number:
         return float(value)
-    if not fits:
-        raise UserError(f"--{name} must be of type {plain.__name__}, not {value!r}")
-    if choices and value not in choices:
-        raise UserError(f"--{name} must be one of {', '.join(choices)}, not {value!r}")
-    if plain is float and not math.isfinite(value):
-        raise UserError(f"--{name} must be a finite number, not {value}")
+    if not isinstance(value, plain) or (plain is int and not is_number):
+        raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {value!r}")
     return value

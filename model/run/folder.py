@@ -24,7 +24,7 @@ import torch
 from model.checkpoints.export import WEIGHTS
 from model.distributed import Ranks, from_first_rank
 from model.run.config import RunConfig
-from model.run.flags import flatten
+from model.run.flags import current_flags, flatten
 from pipeline.errors import UserError
 from pipeline.files import lock, write_json
 from pipeline.preparation.catalog import Catalog
@@ -127,7 +127,10 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
             "another folder"
         )
     recorded = read_config(path)
-    before = recorded["flags"]
+    try:
+        before = current_flags(RunConfig, recorded["flags"])
+    except UserError as error:
+        raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
     groups = (
         config.data,
         config.windows,

@@ -1,14 +1,26 @@
-"""Flags to start from for each data set, as plain data.
+"""Recipes: flags to start from for each data set, as plain data.
 
     python train.py --dataset_name ml-1m                      takes the recipe "ml-1m" by itself
     python train.py --dataset_name mine --dataset_path x.csv --recipe ml-1m
     python train.py --dataset_name ml-1m --recipe none        the general defaults
     python train.py --dataset_name ml-1m --num_epochs 20      flags given override the recipe
     python train.py --dataset_name ml-1m --teachers a,b       takes the recipe "ml-1m-taught"
+    python train.py --dataset_name ml-1m --recipe torchrec-example
 
-``ml-1m``, ``beauty`` and ``ml-100k`` were chosen among those of ``benchmarks/ABLATIONS.md``, on
-validation only. ``ml-20m`` was not measured: it is ML-1M's with less dropout and a shorter schedule
-for twenty times as much data. Rates of tables are for Adam, the default on CUDA.
+``ml-1m``, ``beauty`` and ``ml-100k`` were chosen from the experiments in
+``benchmarks/ABLATIONS.md``, on validation only. ``ml-20m`` was not measured: it is ML-1M's with
+less dropout and a shorter schedule for twenty times as much data. Learning rates of tables are for
+Adam, the default on CUDA.
+
+``torchrec-example`` sets what TorchRec's ``examples/bert4rec`` does, as far as flags can. Eight of
+its defaults differ from ours: mask_prob 0.15, dupe_factor 3, emb_dim 256, num_epochs 100,
+weight_decay 0, val_batch_size and test_batch_size 128, and dataset_name ml-1m, which no recipe
+sets. What the example has no flags for: a linear head with plain dot products, masked positions
+that become the mask token (0.8) or a random item (0.2), windows that advance by a tenth of max_len,
+learned positions only, no windows with left context, dropout 0.1, Adam with beta2 0.999, a constant
+learning rate without warm-up, and no gradient clipping. Not reproduced: ReLU (here GELU), a bias of
+the output layer, dropout on attention probabilities, layer norm over all positions of a window at
+once, no norm after the last layer, and initial weights.
 """
 
 from collections.abc import Mapping
@@ -55,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_epochs": 60,
     },
     "ml-1m": _ML_1M,
-    # Teachers say how likely everything is: there is less to overfit to.
+    # Teachers give probabilities of all items: there is less to overfit to.
     "ml-1m-taught": _ML_1M | {"dropout": 0.0, "teacher_share": 0.9},
     "ml-20m": _ML_1M | {"dropout": 0.1, "num_epochs": 60},
     "beauty": _ML_1M
@@ -68,6 +80,32 @@ RECIPES: dict[str, dict[str, Any]] = {
         "embedding_lr": 1e-3,
         "num_epochs": 60,
     },
+    "torchrec-example": {
+        "max_len": 100,
+        "mask_prob": 0.15,
+        "dupe_factor": 3,
+        "emb_dim": 256,
+        "nhead": 2,
+        "num_layers": 2,
+        "num_epochs": 100,
+        "train_batch_size": 128,
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "val_batch_size": 128,
+        "test_batch_size": 128,
+        "window_stride": 0.1,
+        "mask_token_share": 0.8,
+        "random_item_share": 0.2,
+        "left_context_share": 0.0,
+        "head": "linear",
+        "logit_temperature": 0.0,
+        "positions": "none",
+        "dropout": 0.1,
+        "beta2": 0.999,
+        "max_grad_norm": 0.0,
+        "lr_schedule": "constant",
+        "warmup_share": 0.0,
+    },
 }
 CHOICES = ("auto", "none", *RECIPES)
 
@@ -76,12 +114,12 @@ def with_recipe(given: Mapping[str, Any], default_dataset: str) -> dict[str, Any
     """The flags given on a command line on top of their recipe's.
 
     Args:
-        given: flags by name; ``recipe`` names one, "auto" (or nothing) means the one called like
-            the data set, if there is one, or, of a model with teachers, like that and "-taught".
-        default_dataset: the data set where ``dataset_name`` is not given.
+        given: flags by name. Without ``recipe``, or with "auto", the recipe is the one named like
+            the data set, if there is one; with ``teachers``, the one named like that and "-taught".
+        default_dataset: the data set if ``dataset_name`` is not given.
 
     Returns:
-        All flags that differ from the defaults; ``recipe`` says what was taken.
+        All flags that differ from the defaults; ``recipe`` is the name of the recipe taken.
 
     Raises:
         UserError: there is no such recipe.

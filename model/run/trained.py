@@ -6,7 +6,7 @@ run.check_catalog(store)
 model = run.model(ranks)
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,52 +19,13 @@ from model.distributed import Ranks, alone
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
-from model.run.config import RunConfig
+from model.run.config import EvalFlags, RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import build
+from model.run.flags import build, current_flags
 from model.run.folder import read_config
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-
-
-@dataclass(frozen=True)
-class EvalFlags:
-    """Every flag of eval.py."""
-
-    checkpoint: str = field(
-        default="", metadata={"help": "folder of a run (its best checkpoint) or exported model"}
-    )
-    split: str = field(
-        default="test",
-        metadata={"help": "which held-out items to rank", "choices": ("test", "validation")},
-    )
-    dataset_path: str = field(
-        default="", metadata={"help": "where the ratings are now, if they were moved"}
-    )
-    cache_dir: str = field(default="", metadata={"help": "downloads and prepared data"})
-    batch_size: int | None = field(
-        default=None, metadata={"help": "users a rank evaluates at once; as in training without it"}
-    )
-    popularity_discount: float = field(
-        default=0.0,
-        metadata={
-            "help": "lower logits by this times the logarithm of an item's count in training: 0 "
-            "asks what comes next, 1 what comes next more than it does elsewhere"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.popularity_discount <= 1:
-            raise UserError(
-                f"--popularity_discount must be in [0, 1], not {self.popularity_discount}"
-            )
-        if not self.checkpoint:
-            raise UserError("--checkpoint is needed: the --run_dir of a training run")
-        if self.split not in ("test", "validation"):
-            raise UserError(f"--split must be test or validation, not {self.split!r}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
 
 
 class TrainedRun:
@@ -83,7 +44,7 @@ class TrainedRun:
         if flags.batch_size:
             settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
         try:
-            self.config = build(RunConfig, settings)
+            self.config = build(RunConfig, current_flags(RunConfig, settings))
         except UserError as error:
             raise UserError(f"{self.folder / 'config.json'}: {error}") from error
         if flags.split == "validation" and self.config.windows.train_on_validation:

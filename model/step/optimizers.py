@@ -1,7 +1,5 @@
 """The fused optimizer of the tables and AdamW of everything else, under one learning rate."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
@@ -9,30 +7,9 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer
+from model.step.config import OptimizerConfig
 from model.step.graphed_optimizer import GraphedOptimizer
 from model.tables.distribute import replicated
-from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW of the encoder and the learning rate that both optimizers share."""
-
-    lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    weight_decay: float = field(
-        default=0.01, metadata={"help": "decoupled weight decay on the encoder's matrices"}
-    )
-    beta2: float = field(default=0.98, metadata={"help": "Adam's decay of squared gradients"})
-    max_grad_norm: float = field(
-        default=5.0, metadata={"help": "clip the norm of the encoder's gradients; 0 does not"}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative: {getattr(self, name)}")
-        if not 0 < self.beta2 < 1:
-            raise UserError(f"--beta2 must be in (0, 1), not {self.beta2}")
 
 
 class Optimizers:

@@ -5,8 +5,6 @@ column_wise   every rank holds a part of each row's width
 table_wise    one rank holds a whole table
 """
 
-from dataclasses import dataclass, field
-
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -20,82 +18,17 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ShardingPlan
 
-from model.bert4rec import TABLE_PRECISIONS, BERT4Rec
+from model.bert4rec import BERT4Rec
 from model.distributed import Ranks
+from model.tables.config import SHARDINGS, ShardingConfig
 from pipeline.errors import UserError
 
-SHARDINGS = ("row_wise", "table_wise", "column_wise")
-COMPUTE_KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
 FUSED_OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
 }
-
-
-@dataclass(frozen=True)
-class ShardingConfig:
-    """How tables are spread over ranks and how they are updated."""
-
-    mode: str = field(
-        default="dmp",
-        metadata={"help": "dmp: sharded tables; ddp: replicated", "choices": ("dmp", "ddp")},
-    )
-    sharding: str = field(
-        default="row_wise",
-        metadata={
-            "help": "how dmp cuts the tables; auto leaves it to TorchRec's planner",
-            "choices": (*SHARDINGS, "auto"),
-        },
-    )
-    embedding_optimizer: str = field(
-        default="auto",
-        metadata={
-            "help": "of the tables in dmp; auto: adam on CUDA, rowwise_adagrad on CPU and for "
-            "tables in half precision (ddp: the tables share the encoder's Adam)",
-            "choices": ("auto", *FUSED_OPTIMIZERS),
-        },
-    )
-    embedding_lr: float | None = field(
-        default=None,
-        metadata={"help": "learning rate of the tables; default: --lr, 20 times it for Adagrad"},
-    )
-    table_precision: str = field(
-        default="fp32",
-        metadata={
-            "help": "of the tables in dmp; half precision halves them, updates are rounded at "
-            "random on CUDA",
-            "choices": tuple(TABLE_PRECISIONS),
-        },
-    )
-    compute_kernel: str = field(
-        default="fused",
-        metadata={
-            "help": "where dmp keeps tables: fused in GPU memory, fused_uvm in the host's, "
-            "fused_uvm_caching in the host's behind a cache on the GPU",
-            "choices": COMPUTE_KERNELS,
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("mode", ("dmp", "ddp")),
-            ("sharding", (*SHARDINGS, "auto")),
-            ("embedding_optimizer", ("auto", *FUSED_OPTIMIZERS)),
-            ("table_precision", TABLE_PRECISIONS),
-            ("compute_kernel", COMPUTE_KERNELS),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--{name} must be one of {', '.join(choices)}")
-        for name, plain in (("table_precision", "fp32"), ("compute_kernel", "fused")):
-            if self.mode == "ddp" and getattr(self, name) != plain:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
-                    "as ordinary weights"
-                )
-        if self.embedding_lr is not None and self.embedding_lr < 0:
-            raise UserError(f"--embedding_lr must not be negative: {self.embedding_lr}")
 
 
 def plan_tables(

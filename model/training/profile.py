@@ -23,7 +23,6 @@ between ``##`` are TorchRec's, or follow them.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +37,7 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.step.train_step import TrainStep
 from model.tables.distribute import unwrap
-from pipeline.errors import UserError
+from model.training.config import ProfileConfig
 
 # Steps before the trace: the first ones choose kernels, allocate memory, capture CUDA graphs.
 _SKIPPED, _WARM_UP = 100, 2
@@ -57,23 +56,6 @@ STAGES = {
     "optimizer": "## optimizer ",
     "step": "## step ##",
 }
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """Which training steps to record."""
-
-    profile: int = field(
-        default=0,
-        metadata={
-            "help": "steady steps to record for TensorBoard or Perfetto, in <run folder>/profile; "
-            "where a step is one CUDA graph, as many more without it"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.profile < 0:
-            raise UserError(f"--profile must be a number of steps, 0 for none, not {self.profile}")
 
 
 class StepProfiler:

@@ -29,9 +29,10 @@ from model.evaluation.evaluate import Result
 from model.step.optimizers import Optimizers
 from model.tables.upstream import set_table_steps
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
+from model.training.config import TrainingConfig
 from model.training.progress import Feed, HostThrottle, LogWindow, StepNote
 from model.training.run_log import RunLog
-from model.training.schedule import TrainingConfig, lr_factor
+from model.training.schedule import lr_factor
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader

@@ -17,7 +17,6 @@ the number of ranks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +26,7 @@ from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
+from pipeline.evaluation.config import HoldoutConfig
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import child_keys, key64, unit_floats
@@ -35,20 +35,6 @@ from pipeline.stage import Prefetch
 SPLITS = ("validation", "test")
 # Draws per user in each round; users that still lack distinct unseen items get an exact draw.
 _DRAWS = (192, 768, 3072)
-
-
-@dataclass(frozen=True)
-class HoldoutConfig:
-    """The sampled protocol."""
-
-    num_negatives: int = field(
-        default=100, metadata={"help": "unseen items that the target is ranked against"}
-    )
-    negative_seed: int = field(default=0, metadata={"help": "seed of these items"})
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 1:
-            raise UserError(f"--num_negatives must be at least 1, not {self.num_negatives}")
 
 
 class NegativeSampler:
@@ -65,12 +51,12 @@ class NegativeSampler:
         self, train_item_counts: np.ndarray, config: HoldoutConfig, split: str = "test"
     ) -> None:
         self.items = np.flatnonzero(train_item_counts)
-        self.num_negatives = min(config.num_negatives, len(self.items))
+        self.num_negatives = min(config.eval_negatives, len(self.items))  # there are no more
         self.weights = train_item_counts[self.items].astype(np.float64)
         cumulated = np.cumsum(self.weights)
         self.shares = cumulated / cumulated[-1]
         self.id_bound = len(train_item_counts)
-        self.key = key64(config.negative_seed, SPLITS.index(split))
+        self.key = key64(config.eval_negatives_seed, SPLITS.index(split))
 
     def __call__(self, users: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
         """Negatives of B users.

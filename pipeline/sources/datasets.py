@@ -15,11 +15,8 @@ In Python::
 
 import hashlib
 import json
-import math
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,125 +24,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.download import CHECKSUMS, download
-from pipeline.sources.layout import check_columns
+from pipeline.sources.config import MOVIELENS, DataConfig, expanded
+from pipeline.sources.download import download
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.source_file import SourceFile, is_zip, reading, zip_members
-from pipeline.sources.synthetic import SyntheticConfig, SyntheticRatings
+from pipeline.sources.synthetic import SyntheticRatings
 from pipeline.stage import Stage
 
-DATASET_NAMES = ("synthetic", "random", *CHECKSUMS)
 _GROUPLENS_FILES = ("ratings.csv", "ratings.dat", "u.data")
 _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: ratings.csv
 _TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _RANDOM_CHUNK = 1 << 19
-_SYNTHETIC_MOST = 10**7
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which ratings to train on and which of them to keep.
-
-    Raises:
-        UserError: a value out of its range, or a combination that makes no sense.
-    """
-
-    dataset_name: str = field(
-        default="synthetic",
-        metadata={"help": f"{', '.join(DATASET_NAMES)}, or a name for --dataset_path"},
-    )
-    dataset_path: str = field(
-        default="",
-        metadata={"help": "ratings file, folder or zip; MovieLens is downloaded without it"},
-    )
-    columns: str = field(
-        default="",
-        metadata={"help": 'columns "user,item[,rating[,timestamp]]"; found by name without it'},
-    )
-    separator: str = field(
-        default="", metadata={"help": 'between fields, e.g. ";" or "tab"; by extension without it'}
-    )
-    min_rating: float = field(default=0.0, metadata={"help": "keep ratings of at least this"})
-    min_item_count: int = field(
-        default=0, metadata={"help": "then keep items with at least this many ratings"}
-    )
-    min_user_count: int = field(
-        default=5, metadata={"help": "then keep users with at least this many ratings"}
-    )
-    random_user_count: int = field(default=10, metadata={"help": "users of the random data set"})
-    random_item_count: int = field(default=30, metadata={"help": "items of the random data set"})
-    random_size: int = field(default=300, metadata={"help": "ratings of the random data set"})
-    synthetic_user_count: int = field(
-        default=SyntheticConfig.num_users, metadata={"help": "users of the synthetic data set"}
-    )
-    synthetic_item_count: int = field(
-        default=SyntheticConfig.num_items, metadata={"help": "items of the synthetic data set"}
-    )
-    data_seed: int = field(
-        default=0, metadata={"help": "seed of the synthetic and random data sets"}
-    )
-    cache_dir: str = field(
-        default="", metadata={"help": "downloads and prepared data; ~/.cache/bert4rec without it"}
-    )
-
-    def __post_init__(self) -> None:
-        for flag in ("min_item_count", "min_user_count", "data_seed"):
-            if getattr(self, flag) < 0:
-                raise UserError(f"--{flag} must not be negative, not {getattr(self, flag)}")
-        for flag in ("random_user_count", "random_item_count", "random_size"):
-            if not 1 <= getattr(self, flag) < 1 << 31:
-                raise UserError(f"--{flag} must be in 1..2^31-1, not {getattr(self, flag)}")
-        self.synthetic()
-        for flag in ("synthetic_user_count", "synthetic_item_count"):
-            if getattr(self, flag) > _SYNTHETIC_MOST:
-                raise UserError(
-                    f"--{flag} must be at most {_SYNTHETIC_MOST:,}, not {getattr(self, flag)}: the "
-                    "data are made in memory"
-                )
-        if not math.isfinite(self.min_rating):
-            raise UserError(f"--min_rating must be a number, not {self.min_rating}")
-        if self.columns:
-            check_columns(self.columns)
-        if not re.fullmatch(r"[\w.-]+", self.dataset_name):
-            raise UserError(
-                f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
-                f"{self.dataset_name!r}; a file goes into --dataset_path"
-            )
-        if self.dataset_name == "random" and self.dataset_path:
-            raise UserError("--dataset_name random is generated: leave --dataset_path out")
-        if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
-            raise UserError(
-                f"--dataset_name {self.dataset_name!r} is none of {', '.join(DATASET_NAMES)}: for "
-                "data of your own give the file with --dataset_path"
-            )
-
-    @property
-    def name(self) -> str:
-        """What to call the data: the file's name where only --dataset_path was given."""
-        if self.dataset_path and self.dataset_name == "synthetic":
-            return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
-        return self.dataset_name
-
-    @property
-    def cache_folder(self) -> Path:
-        if self.cache_dir:
-            return _expanded("cache_dir", self.cache_dir)
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
-
-    def synthetic(self) -> SyntheticConfig:
-        return SyntheticConfig(
-            num_users=self.synthetic_user_count,
-            num_items=self.synthetic_item_count,
-            seed=self.data_seed,
-        )
-
-
-def _expanded(flag: str, path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"--{flag} {path}: there is no such user's home folder") from error
 
 
 @dataclass(frozen=True)
@@ -192,7 +81,7 @@ def resolve(config: DataConfig) -> DataSource:
         origin = ["synthetic ring", vars(config.synthetic())]
         ratings = SyntheticRatings(config.synthetic())
     else:
-        path = _expanded("dataset_path", config.dataset_path)
+        path = expanded("dataset_path", config.dataset_path)
         if not config.dataset_path:
             path = download(config.dataset_name, config.cache_folder)
         files, titles = find_ratings(path, config.dataset_name)
@@ -225,19 +114,19 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     if path.is_file() and not is_zip(path):
         beside = path.with_name(_titles_file(path.name))
         return [SourceFile(path)], SourceFile(beside) if beside.is_file() else None
-    if path.is_dir() and name in CHECKSUMS:
+    if path.is_dir() and name in MOVIELENS:
         inner, archive = path / name, path / f"{name}.zip"
         if inner.is_dir() or (archive.is_file() and not (path / _ratings_file(name)).exists()):
             return find_ratings(inner if inner.is_dir() else archive, name)
     names = _files_below(path) if path.is_dir() else zip_members(path)
-    wanted = (_ratings_file(name), f"{name}.inter") if name in CHECKSUMS else _GROUPLENS_FILES
-    found = [each for each in names if _is_ratings(each, wanted, name in CHECKSUMS)]
+    wanted = (_ratings_file(name), f"{name}.inter") if name in MOVIELENS else _GROUPLENS_FILES
+    found = [each for each in names if _is_ratings(each, wanted, name in MOVIELENS)]
     depth = min((each.count("/") for each in found), default=0)
     found = sorted(each for each in found if each.count("/") == depth)
     parquet = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
     if not found and parquet:
         return [_inside(path, each) for each in parquet], None
-    if not found and name not in CHECKSUMS and len(names) == 1:
+    if not found and name not in MOVIELENS and len(names) == 1:
         found = names
     if len(found) != 1:
         what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"

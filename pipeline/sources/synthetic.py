@@ -15,51 +15,14 @@ targets are the yardstick for trained models (luck may lift a model above it on 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.sources.config import SyntheticConfig
 from pipeline.stage import Stage
 
 _BLOCK_SCORES = 1 << 22  # most users x items in memory
-
-
-@dataclass(frozen=True)
-class SyntheticConfig:
-    """Sizes and shape of the generated data.
-
-    Attributes:
-        num_users, num_items: U and V.
-        min_length, max_length: items of a user, uniform in this range.
-        successors: favourites of each item.
-        decay: ratio between the probabilities of consecutive favourites.
-        noise: weight of popularity.
-        zipf: popularity of the r-th most popular item ~ r ** -zipf.
-        seed: of all draws.
-    """
-
-    num_users: int = 3000
-    num_items: int = 500
-    min_length: int = 20
-    max_length: int = 40
-    successors: int = 6
-    decay: float = 0.7
-    noise: float = 0.3
-    zipf: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_users < 1:
-            raise UserError(f"--synthetic_user_count must be at least 1, not {self.num_users}")
-        if self.num_items < 2 * self.max_length:
-            raise UserError(
-                f"--synthetic_item_count must be at least {2 * self.max_length}, twice the longest "
-                f"history (nothing repeats in one), not {self.num_items}"
-            )
-        assert 3 <= self.min_length <= self.max_length
-        assert 1 <= self.successors < self.num_items
 
 
 class SyntheticRatings(Stage[pa.Table]):

@@ -17,84 +17,20 @@ Draws are keyed by (seed, epoch, window, copy, position), so they depend neither
 nor on the number of ranks.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions
 from pipeline.rng import below, child_keys, high32, key64, low32, mix32, position_draws, scaled
 from pipeline.stage import MapStage
 from pipeline.training.chunks import JaggedWindows, MaskedWindows, SampledWindows
+from pipeline.training.config import MAX_COPIES, MaskConfig
 
-MAX_COPIES = 1 << 16
 # Constants that make the draws of one key independent of each other.
 _MASK_LAST, _FORCED, _ACTION, _RANDOM_ITEM = 0x2545F491, 0x68E31DA4, 0x1B56C4E9, 0x5BD1E995
 _LEFT_CONTEXT = 0x7ED55D16
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Which positions are masked and what takes their place."""
-
-    mask_prob: float = field(
-        default=0.3, metadata={"help": "probability that a position is masked"}
-    )
-    dupe_factor: int = field(
-        default=1, metadata={"help": "differently masked copies of a window in an epoch"}
-    )
-    mask_last_share: float = field(
-        default=0.0, metadata={"help": "share of rows with only the last item masked"}
-    )
-    left_context_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "share of rows in which positions see only what came before them, as the "
-            "last one does at evaluation"
-        },
-    )
-    two_stream: bool = field(
-        default=False,
-        metadata={
-            "help": "such rows keep all their items, and a second row of mask tokens asks for each "
-            "of them from what came before it"
-        },
-    )
-    mask_token_share: float = field(
-        default=0.8, metadata={"help": "share of masked positions that become the mask token"}
-    )
-    random_item_share: float = field(
-        default=0.1,
-        metadata={"help": "share of masked positions that become a random item; the rest is kept"},
-    )
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.mask_prob < 1.0:
-            raise UserError(
-                f"--mask_prob must be in (0, 1), not {self.mask_prob}: "
-                "something must be hidden and something must be left to see"
-            )
-        if not 1 <= self.dupe_factor <= MAX_COPIES:
-            raise UserError(f"--dupe_factor must be in 1..{MAX_COPIES}, not {self.dupe_factor}")
-        for flag in (
-            "mask_last_share",
-            "left_context_share",
-            "mask_token_share",
-            "random_item_share",
-        ):
-            if not 0.0 <= getattr(self, flag) <= 1.0:
-                raise UserError(f"--{flag} must be in [0, 1], not {getattr(self, flag)}")
-        if self.two_stream and not self.left_context_share:
-            raise UserError(
-                "--two_stream is about rows with left context alone, of which there are none: "
-                "raise --left_context_share or leave it out"
-            )
-        if self.mask_token_share + self.random_item_share > 1.0 + 1e-9:
-            raise UserError(
-                "--mask_token_share and --random_item_share must not exceed 1 together, "
-                f"but {self.mask_token_share} + {self.random_item_share} do: lower one of them"
-            )
 
 
 class ClozeMask:

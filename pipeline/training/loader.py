@@ -20,7 +20,6 @@ on from it at any world size and batch size::
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,34 +30,17 @@ from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.stage import Prefetch
 from pipeline.training.chunks import MaskedWindows
-from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskConfig, MaskItems
+from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskItems
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import ShuffledSamples
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 from pipeline.training.to_tensors import PackedSteps, ToTensors
 from pipeline.training.two_stream import TwoStreams
-from pipeline.training.windows import CutWindows, WindowConfig, WindowTable
+from pipeline.training.windows import CutWindows, WindowTable
 
 # Large enough that NumPy's fixed cost per call vanishes; a chunk takes some milliseconds to make.
 _CHUNK_ITEMS = 1 << 18
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """How windows become batches."""
-
-    train_batch_size: int = field(default=128, metadata={"help": "windows a rank trains in a step"})
-    prefetch_batches: int = field(
-        default=8, metadata={"help": "batches made ahead by a background thread, at least"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
-
-    def __post_init__(self) -> None:
-        for flag in ("train_batch_size", "prefetch_batches"):
-            if getattr(self, flag) < 1:
-                raise UserError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError(f"--seed must be in 0..2^63-1, not {self.seed}")
 
 
 class TrainLoader:

@@ -11,32 +11,17 @@ A draw by popularity takes two look-ups, however many items there are (Walker's 
 tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from pipeline.errors import UserError
 from pipeline.rng import child_keys, high32, key64, low32, position_draws, scaled
 from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
 
 # Makes these draws independent of others with the same key.
 _NEGATIVES = 0x3C6EF372
-
-
-@dataclass(frozen=True)
-class NegativesConfig:
-    """How many negatives a step has, where the loss wants any."""
-
-    train_negatives: int = field(
-        default=4096,
-        metadata={"help": "items drawn for each step, shared by its positions (sampled losses)"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.train_negatives < 1:
-            raise UserError(f"--train_negatives must be at least 1, not {self.train_negatives}")
 
 
 class AliasTable:

@@ -15,48 +15,16 @@ Every item of a training part is in at least one window; no window crosses users
 item (with ``train_on_validation`` only the test item is held out).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.store import SequenceStore
 from pipeline.stage import MapStage
 from pipeline.training.chunks import JaggedWindows, SampledWindows
-
-
-@dataclass(frozen=True)
-class WindowConfig:
-    """How long windows are and how much they overlap."""
-
-    max_len: int = field(default=100, metadata={"help": "most items in a window"})
-    window_stride: float = field(
-        default=1.0,
-        metadata={"help": "step between a long history's windows, as a share of max_len"},
-    )
-    train_on_validation: bool = field(
-        default=False,
-        metadata={
-            "help": "train on the validation items too, evaluate nothing meanwhile and test the "
-            "last model: for a final run of a recipe that was chosen before"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.max_len < 1:
-            raise UserError(f"--max_len must be at least 1, not {self.max_len}")
-        if not 0.0 < self.window_stride <= 1.0:
-            raise UserError(
-                f"--window_stride must be in (0, 1], not {self.window_stride}: "
-                "it is a share of --max_len (1 = no overlap)"
-            )
-
-    @property
-    def stride(self) -> int:
-        """Items between the starts of two windows, at least 1."""
-        return max(1, round(self.max_len * self.window_stride))
+from pipeline.training.config import WindowConfig
 
 
 @dataclass(frozen=True, eq=False)

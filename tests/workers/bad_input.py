@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 
 import train
-from model import distributed as ranks
+from pipeline import errors
 
 TINY = (
     *("--recipe=none", "--max_len=8", "--emb_dim=16", "--num_layers=1", "--train_batch_size=8"),
@@ -63,7 +63,7 @@ def end(number: int, arguments: list[str]) -> dict[str, object]:
     said, started, code = io.StringIO(), time.monotonic(), 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
-            ranks.run_script(train.main)
+            train.main()
         except SystemExit as ended:
             code = ended.code
     return {"code": code, "seconds": time.monotonic() - started, "said": said.getvalue()}
@@ -76,7 +76,7 @@ def leave(code: int) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os._exit = leave
-    ranks.time = SimpleNamespace(sleep=lambda seconds: None)  # no torchrun ends rank 1 here
+    errors.time = SimpleNamespace(sleep=lambda seconds: None)  # no torchrun ends rank 1 here
     rank, found = int(os.environ["RANK"]), {}
     for number, (name, expected, flags) in enumerate(cases(folder)):
         folders = [f"--cache_dir={folder / 'cache'}", f"--run_dir={folder / f'run-{number}'}"]

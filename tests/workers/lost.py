@@ -11,7 +11,6 @@ import torch
 
 import train
 from model.checkpoints.checkpoints import Checkpoints
-from model.distributed import run_script
 from model.training.agreement import Agreement
 from pipeline.errors import UserError
 
@@ -33,7 +32,7 @@ def main() -> None:
         return explain(self, *arguments)
 
     Checkpoints.save, Agreement.explain = lost, slow
-    run_script(train.main)
+    train.main()
 
 
 if __name__ == "__main__":

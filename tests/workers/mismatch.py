@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 import train
-from model.distributed import run_script
 from model.training.trainer import Trainer
 
 AT_STEP = 10
@@ -27,7 +26,7 @@ def main() -> None:
             one_too_many()
 
     Trainer._step = patched
-    run_script(train.main)
+    train.main()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Flags of the network: encoder, scoring head and teachers."""
+
+from dataclasses import dataclass
+
+from pipeline.config import Config, flag
+from pipeline.errors import UserError
+
+POSITIONS = ("rotary", "none")
+HEADS = ("tied", "linear")
+LOSSES = ("softmax", "sampled_softmax", "gbce")
+
+
+@dataclass(frozen=True)
+class EncoderConfig(Config):
+    """Size and regularisation of the encoder."""
+
+    emb_dim: int = flag(
+        64, "width of item embeddings and encoder layers, a multiple of 4 and --nhead", at_least=1
+    )
+    nhead: int = flag(2, "attention heads of a layer; must divide --emb_dim", at_least=1)
+    num_layers: int = flag(2, "transformer layers of the encoder", at_least=1)
+    dropout: float = flag(
+        0.2, "dropout probability on embeddings and on the branches of layers", at_least=0, below=1
+    )
+    positions: str = flag(
+        "rotary",
+        "how attention sees the distance of two positions; rotary: rotated queries and keys, "
+        "none: not at all",
+        choices=POSITIONS,
+    )
+    learned_positions: bool = flag(
+        True,
+        "add a learned vector for the number of steps between a position and the window's end",
+    )
+
+    def check(self) -> None:
+        if self.emb_dim % 4:
+            raise UserError(
+                f"--emb_dim must be a multiple of 4, not {self.emb_dim}: the embedding kernels "
+                "read rows in groups of four values"
+            )
+        if self.emb_dim % self.nhead:
+            raise UserError(
+                f"--nhead {self.nhead} does not divide --emb_dim {self.emb_dim}: "
+                "every head gets an equal part of the width"
+            )
+        if self.positions == "none" and not self.learned_positions:
+            raise UserError(
+                "--positions none needs --learned_positions true: else the order of items is lost"
+            )
+        if self.positions == "rotary" and self.emb_dim // self.nhead % 2:
+            raise UserError(
+                f"--positions rotary needs heads of even width, not {self.emb_dim // self.nhead}: "
+                "change --nhead or --emb_dim"
+            )
+
+
+@dataclass(frozen=True)
+class HeadConfig(Config):
+    """How items are scored, and the loss."""
+
+    head: str = flag(
+        "tied",
+        "table that scores items; tied: the item table, linear: a second table of its own",
+        choices=HEADS,
+    )
+    logit_temperature: float = flag(
+        0.07,
+        "scores are cosines divided by this temperature; 0: plain dot products",
+        at_least=0,
+    )
+    loss: str = flag(
+        "softmax",
+        "training loss; softmax: exact, over all items, sampled_softmax: over --train_negatives "
+        "items drawn by popularity, gbce: binary, over as many drawn uniformly",
+        choices=LOSSES,
+    )
+    gbce_calibration: float = flag(
+        0.75,
+        "calibration t of --loss gbce; 0: plain binary cross-entropy, 1: fully calibrated",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
+class TeachersConfig(Config):
+    """Trained models to learn from (knowledge distillation)."""
+
+    teachers: str = flag(
+        "",
+        "trained models to learn from besides the data: run folders or exported models, separated "
+        "by commas (default: none)",
+    )
+    teacher_share: float = flag(
+        0.8,
+        "weight of the teachers' probabilities in the loss; the targets have the rest",
+        above=0,
+        at_most=1,
+    )
+
+    def check(self) -> None:
+        if self.teachers and not all(self.folders):
+            raise UserError(f"--teachers {self.teachers!r} names an empty folder: see the commas")
+
+    @property
+    def folders(self) -> list[str]:
+        """The teachers' folders."""
+        return [folder.strip() for folder in self.teachers.split(",")] if self.teachers else []

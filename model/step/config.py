@@ -1,0 +1,19 @@
+"""Flags of the encoder's optimizer."""
+
+from dataclasses import dataclass
+
+from pipeline.config import Config, flag
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Config):
+    """The encoder's optimizer, AdamW."""
+
+    lr: float = flag(1e-3, "peak learning rate of the encoder", at_least=0)
+    weight_decay: float = flag(0.01, "decoupled weight decay on the encoder's matrices", at_least=0)
+    beta2: float = flag(
+        0.98, "decay rate of Adam's second moments, in encoder and tables", above=0, below=1
+    )
+    max_grad_norm: float = flag(
+        5.0, "norm to which the encoder's gradients are clipped; 0: no clipping", at_least=0
+    )

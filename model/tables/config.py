@@ -1,0 +1,57 @@
+"""Flags of the embedding tables: how they are sharded, stored and updated."""
+
+from dataclasses import dataclass
+
+from pipeline.config import Config, flag
+from pipeline.errors import UserError
+
+SHARDINGS = ("row_wise", "table_wise", "column_wise")
+EMBEDDING_OPTIMIZERS = ("adam", "rowwise_adagrad", "adagrad", "sgd")
+
+
+@dataclass(frozen=True)
+class ShardingConfig(Config):
+    """How tables are spread over ranks, stored and updated."""
+
+    mode: str = flag(
+        "dmp",
+        "parallelism of the embedding tables; dmp: sharded over the ranks, ddp: replicated on each",
+        choices=("dmp", "ddp"),
+    )
+    sharding: str = flag(
+        "row_wise",
+        "how --mode dmp cuts the tables; auto: TorchRec's planner decides",
+        choices=(*SHARDINGS, "auto"),
+    )
+    embedding_optimizer: str = flag(
+        "auto",
+        "optimizer of the tables in --mode dmp (in ddp they share the encoder's AdamW); auto: adam "
+        "on CUDA, rowwise_adagrad on CPU and for fp16 tables",
+        choices=("auto", *EMBEDDING_OPTIMIZERS),
+    )
+    embedding_lr: float | None = flag(
+        None,
+        "peak learning rate of the tables in --mode dmp (default: --lr, with Adagrad 20 times "
+        "--lr)",
+        at_least=0,
+    )
+    table_precision: str = flag(
+        "fp32",
+        "precision of the tables in --mode dmp; fp16 halves their memory, and updates are rounded "
+        "stochastically on CUDA",
+        choices=("fp32", "fp16"),
+    )
+    compute_kernel: str = flag(
+        "fused",
+        "where --mode dmp stores the tables; fused: GPU memory, fused_uvm: host memory, "
+        "fused_uvm_caching: host memory with a cache on the GPU",
+        choices=("fused", "fused_uvm", "fused_uvm_caching"),
+    )
+
+    def check(self) -> None:
+        for name, plain in (("table_precision", "fp32"), ("compute_kernel", "fused")):
+            if self.mode == "ddp" and getattr(self, name) != plain:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
+                    "as ordinary weights"
+                )

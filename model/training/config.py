@@ -1,0 +1,57 @@
+"""Flags of the training loop: length, learning rate schedule, evaluation, log and profile."""
+
+from dataclasses import dataclass
+
+from pipeline.config import Config, flag
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """How long to train, and the learning rate schedule."""
+
+    num_epochs: int = flag(20, "passes over all training windows", at_least=1)
+    warmup_share: float = flag(
+        0.03, "share of training in which the learning rate rises from 0", at_least=0, below=1
+    )
+    lr_schedule: str = flag(
+        "linear",
+        "learning rate after warm-up; linear, cosine: falling to zero, constant",
+        choices=("linear", "cosine", "constant"),
+    )
+    decay_step: int = flag(25, "epochs after which --gamma is applied once more", at_least=1)
+    gamma: float = flag(
+        1.0, "factor on the learning rate every --decay_step epochs", above=0, at_most=1
+    )
+    eval_every: int = flag(1, "epochs between two evaluations on validation", at_least=1)
+    patience: int | None = flag(
+        None,
+        "evaluations without a better full NDCG@10 after which training ends (default: never)",
+        at_least=1,
+    )
+    log_every: int = flag(50, "steps between two lines of the log", at_least=1)
+    max_steps: int | None = flag(
+        None,
+        "end after this many steps, without evaluation or checkpoint: to try a set-up or measure "
+        "its speed (default: no limit)",
+        at_least=1,
+    )
+    rank_timeout: float = flag(
+        10.0, "minutes to wait for the other ranks before giving up", above=0, below=10**6
+    )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run, if ``--patience`` does not end it."""
+        steps = self.num_epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+@dataclass(frozen=True)
+class ProfileConfig(Config):
+    """Profile of training steps."""
+
+    profile: int = flag(
+        0,
+        "steady steps to record for TensorBoard or Perfetto, in <run folder>/profile; where a "
+        "step is one CUDA graph, as many more are recorded without it",
+        at_least=0,
+    )

@@ -1,0 +1,92 @@
+"""Config classes: frozen dataclasses whose fields declare a flag, its help and its allowed values.
+
+    @dataclass(frozen=True)
+    class WindowConfig(Config):
+        max_len: int = flag(100, "maximum number of items in a window", at_least=1)
+
+    WindowConfig(max_len=0)          UserError: --max_len must be at least 1, not 0
+
+Choices and bounds are checked here alone, whether a value comes from the command line, from a file
+or from Python. :mod:`model.run.flags` turns config classes into command line flags.
+
+Modules named ``config.py`` import nothing large (no torch, no pyarrow), so that ``--help`` and
+errors in flags appear at once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import Field, field, fields
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    reason: str = "",
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A dataclass field that is a command line flag.
+
+    Args:
+        help: what the flag does and its unit; one clause, no full stop.
+        choices: the allowed values.
+        at_least, above, at_most, below: bounds of a number.
+        reason: why the bounds are what they are; ends the error message.
+        aliases: other names, accepted on the command line and in config.json.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+        "reason": reason,
+        "aliases": tuple(aliases),
+    }
+    return field(default=default, metadata=metadata)
+
+
+class Config:
+    """Base of the config classes: a new instance checks its flags.
+
+    Raises:
+        UserError: a value that is not allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            if "choices" in entry.metadata:
+                _check_value(entry, getattr(self, entry.name))
+        self.check()
+
+    def check(self) -> None:
+        """Rules about more than one flag; subclasses raise UserError."""
+
+
+def _check_value(entry: Field, value: Any) -> None:
+    choices, bounds = entry.metadata["choices"], entry.metadata["bounds"]
+    if choices and value not in choices:
+        raise UserError(f"--{entry.name} must be one of {', '.join(choices)}, not {value!r}")
+    if not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"--{entry.name} must be a finite number, not {value}")
+    if not all(_HOLDS[word](value, bound) for word, bound in bounds.items()):
+        allowed = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
+        reason = f": {entry.metadata['reason']}" if entry.metadata["reason"] else ""
+        raise UserError(f"--{entry.name} must be {allowed}, not {value}{reason}")
+
+
+_HOLDS = {
+    "at least": lambda value, bound: value >= bound,
+    "above": lambda value, bound: value > bound,
+    "at most": lambda value, bound: value <= bound,
+    "below": lambda value, bound: value < bound,
+}

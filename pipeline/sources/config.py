@@ -1,0 +1,145 @@
+"""Flags of the data: which ratings to read and which of them to keep."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Config, flag
+from pipeline.errors import UserError
+from pipeline.sources.layout import check_columns
+
+MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
+DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Sizes and shape of the synthetic data.
+
+    Attributes:
+        num_users, num_items: how many.
+        min_length, max_length: range of the history lengths, drawn uniformly.
+        successors: number of favourite successors of an item.
+        decay: probability of a favourite divided by that of the one before it.
+        noise: share of next items that are drawn by popularity alone.
+        zipf: popularity of the r-th most popular item ~ r ** -zipf.
+        seed: seed of all draws.
+    """
+
+    num_users: int = 3000
+    num_items: int = 500
+    min_length: int = 20
+    max_length: int = 40
+    successors: int = 6
+    decay: float = 0.7
+    noise: float = 0.3
+    zipf: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert 3 <= self.min_length <= self.max_length
+        # No item repeats in a history, and its last item still needs unseen successors.
+        assert self.num_users >= 1 and self.num_items >= 2 * self.max_length
+        assert 1 <= self.successors < self.num_items
+
+
+def _random(default: int, help: str) -> int:
+    return flag(default, help, at_least=1, at_most=(1 << 31) - 1)
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Which ratings to train on and which of them to keep."""
+
+    dataset_name: str = flag(
+        "synthetic",
+        f"data set: {', '.join(DATASET_NAMES)}, or any name for the file of --dataset_path",
+    )
+    dataset_path: str = flag(
+        "",
+        "ratings file, or a folder or zip that holds one (default: generate the data set, or "
+        "download it from GroupLens)",
+    )
+    columns: str = flag(
+        "",
+        'columns of the ratings file, by name or number: "user,item[,rating[,timestamp]]" '
+        "(default: well-known names)",
+    )
+    separator: str = flag(
+        "", 'character between columns, e.g. ";" or "tab" (default: by the file extension)'
+    )
+    min_rating: float = flag(0.0, "filter 1: drop ratings below this value")
+    min_item_count: int = flag(0, "filter 2: drop items with fewer ratings than this", at_least=0)
+    min_user_count: int = flag(5, "filter 3: drop users with fewer ratings than this", at_least=0)
+    random_user_count: int = _random(10, "number of users of --dataset_name random")
+    random_item_count: int = _random(30, "number of items of --dataset_name random")
+    random_size: int = _random(300, "number of ratings of --dataset_name random")
+    synthetic_user_count: int = flag(
+        SyntheticConfig.num_users,
+        "number of users of --dataset_name synthetic",
+        at_least=1,
+        at_most=10**7,
+        reason="the data are generated in memory",
+    )
+    synthetic_item_count: int = flag(
+        SyntheticConfig.num_items,
+        "number of items of --dataset_name synthetic",
+        at_least=2 * SyntheticConfig.max_length,
+        at_most=10**7,
+        reason="no item repeats in a history of up to "
+        f"{SyntheticConfig.max_length} items, and the data are generated in memory",
+    )
+    data_seed: int = flag(0, "seed of the synthetic and random data sets", at_least=0)
+    cache_dir: str = flag("", "folder for downloads and prepared data (default: ~/.cache/bert4rec)")
+
+    def check(self) -> None:
+        if self.columns:
+            check_columns(self.columns)
+        if not re.fullmatch(r"[\w.-]+", self.dataset_name):
+            raise UserError(
+                f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
+                f"{self.dataset_name!r}; a file goes into --dataset_path"
+            )
+        if self.dataset_name == "random" and self.dataset_path:
+            raise UserError("--dataset_name random is generated: leave --dataset_path out")
+        if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
+            raise UserError(
+                f"--dataset_name {self.dataset_name!r} is none of {', '.join(DATASET_NAMES)}: for "
+                "data of your own give the file with --dataset_path"
+            )
+
+    @property
+    def name(self) -> str:
+        """The data set's name: that of the file if only --dataset_path was given."""
+        if self.dataset_path and self.dataset_name == "synthetic":
+            return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
+        return self.dataset_name
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder for downloads and prepared data."""
+        if self.cache_dir:
+            return expanded("cache_dir", self.cache_dir)
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
+
+    def synthetic(self) -> SyntheticConfig:
+        """The part of the flags that shapes the synthetic data."""
+        return SyntheticConfig(
+            num_users=self.synthetic_user_count,
+            num_items=self.synthetic_item_count,
+            seed=self.data_seed,
+        )
+
+
+def expanded(flag_name: str, path: str) -> Path:
+    """``path`` with ``~`` replaced by the home folder.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--{flag_name} {path}: there is no such user's home folder") from error
