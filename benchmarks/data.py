@@ -43,9 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import ROOT, commit, processor, versions
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.windows import WindowConfig
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 
 NUM_RATINGS, NUM_USERS, NUM_ITEMS, MIN_LENGTH = 20_000_000, 138_493, 26_744, 20
 # Items a window, windows a batch, and the goal in sequences a second.
@@ -60,7 +59,7 @@ CASES = (
 _CHUNK_USERS = 4096
 _PREPARE = """
 import resource, sys
-from pipeline.sources.datasets import DataConfig
+from pipeline.sources.config import DataConfig
 from pipeline.preparation.prepare import describe, prepare
 print(describe(prepare(DataConfig(dataset_path=sys.argv[1], cache_dir=sys.argv[2]))))
 print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

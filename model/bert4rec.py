@@ -18,10 +18,11 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
 from model.execution import ExecutionPlan
+from model.network.config import EncoderConfig, HeadConfig
 from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teachers
-from model.network.encoder import Encoder, EncoderConfig
-from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.network.encoder import Encoder
+from model.network.head import CatalogSlice, ScoringHead
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.train_batch import TrainBatch
 

@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.sources import download as download_module
-from pipeline.sources.datasets import DataConfig, RandomRatings, find_ratings, resolve
+from pipeline.sources.config import DataConfig
+from pipeline.sources.datasets import RandomRatings, find_ratings, resolve
 from pipeline.sources.download import download
 
 REAL_DATA = Path(os.environ.get("BERT4REC_DATA", Path(__file__).parents[2] / "shared" / "data"))

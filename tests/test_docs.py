@@ -10,10 +10,9 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from benchmarks.rows import ROWS, SETS
-from model.run.config import RunConfig
+from model.run.config import EvalFlags, RunConfig
 from model.run.flags import FlagParser, build
 from model.run.recipes import with_recipe
-from model.run.trained import EvalFlags
 from tests.conftest import ROOT, TINY, run_process
 
 README = ROOT / "README.md"

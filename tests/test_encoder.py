@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.network.encoder import Encoder, EncoderConfig, EncoderLayer
+from model.network.config import EncoderConfig
+from model.network.encoder import Encoder, EncoderLayer
 from pipeline.batches.train_batch import rounded_up
 
 MAX_LEN = 6

@@ -15,8 +15,8 @@ from model.evaluation import catalog_scores
 from model.evaluation.evaluate import EncodedUsers, Result, evaluate, target_ranks
 from model.evaluation.metrics import METRICS
 from model.evaluation.report import format_report, write_result
-from model.network.encoder import EncoderConfig
-from model.network.head import CatalogSlice, HeadConfig
+from model.network.config import EncoderConfig, HeadConfig
+from model.network.head import CatalogSlice
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore

@@ -9,17 +9,13 @@ import torch
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.kernels import varlen_attention
-from model.network.encoder import EncoderConfig
-from model.network.head import HeadConfig
+from model.network.config import EncoderConfig, HeadConfig
 from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
 from model.tables import table_update
-from model.tables.sharding_plan import ShardingConfig
+from model.tables.config import ShardingConfig
 from pipeline.errors import UserError
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig
-from pipeline.training.negatives import NegativesConfig
-from pipeline.training.windows import WindowConfig
+from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 
 
 def planned(

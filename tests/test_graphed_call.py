@@ -8,9 +8,10 @@ import torch
 from model.execution import ExecutionPlan
 from model.kernels import graphed_call
 from model.kernels.graphed_call import replaced
+from model.network.config import EncoderConfig, HeadConfig
 from model.network.dense_step import DenseStep, StepInput
-from model.network.encoder import Encoder, EncoderConfig
-from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.network.encoder import Encoder
+from model.network.head import CatalogSlice, ScoringHead
 from model.step.graphed_optimizer import GraphedOptimizer
 from model.training.progress import HostThrottle
 

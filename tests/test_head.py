@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.network.encoder import EncoderConfig
-from model.network.head import CatalogSlice, HeadConfig, ScoringHead, catalog_slice
+from model.network.config import EncoderConfig, HeadConfig
+from model.network.head import CatalogSlice, ScoringHead, catalog_slice
 from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError

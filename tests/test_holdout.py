@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
-from pipeline.evaluation.holdout import EvalLoader, HoldoutConfig, NegativeSampler
+from pipeline.evaluation.config import HoldoutConfig
+from pipeline.evaluation.holdout import EvalLoader, NegativeSampler
 from pipeline.preparation.store import SequenceStore
 
 # User 1 has too few items; user 2's target 5 was seen before; item 9 is in no training part.

@@ -14,9 +14,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from model.distributed import Ranks
 from model.network.head import CatalogSlice
+from model.tables.config import ShardingConfig
 from model.tables.item_table import TableShard, _LookUp
 from model.tables.row_exchange import RowExchange
-from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig
+from model.tables.sharding_plan import FUSED_OPTIMIZERS
 from model.tables.table_update import UPDATES, Step, update
 from tests.conftest import RunMain, whole_and_in_parts
 from tests.workers import sharded

@@ -8,9 +8,9 @@ from model.network.config import POSITIONS, EncoderConfig
 from model.network.encoder import Encoder
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.cloze import ClozeMask, MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.windows import WindowConfig
+from pipeline.training.cloze import ClozeMask
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 
 
 def test_their_share_is_kept_and_keyed_by_window() -> None:

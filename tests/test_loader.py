@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.windows import WindowConfig
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 
 NUM_ITEMS = 400
 MASK_TOKEN = NUM_ITEMS + 1

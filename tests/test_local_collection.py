@@ -7,7 +7,8 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
 from model.kernels import l2_normalize
-from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.network.config import HeadConfig
+from model.network.head import CatalogSlice, ScoringHead
 from model.tables.distribute import unwrap
 from model.tables.local_collection import LocalCollection, _Split
 from tests.workers import sharded

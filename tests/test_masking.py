@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.training.cloze import ClozeMask, MaskConfig
+from pipeline.training.cloze import ClozeMask
+from pipeline.training.config import MaskConfig
 
 NUM_ITEMS = 50
 MASK = NUM_ITEMS + 1

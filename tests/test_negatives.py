@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.config import NegativesConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 from pipeline.training.negatives import AliasTable, SharedNegatives
-from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS, DRAWS = 9, 5
 WEIGHTS = np.array([1, 5, 1, 1, 20, 2, 1, 1, 3])

@@ -6,9 +6,10 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.distributed import Ranks
-from model.network.encoder import EncoderConfig
-from model.network.head import HeadConfig, catalog_slice
-from model.tables.sharding_plan import ShardingConfig, column_width, plan_tables
+from model.network.config import EncoderConfig, HeadConfig
+from model.network.head import catalog_slice
+from model.tables.config import ShardingConfig
+from model.tables.sharding_plan import column_width, plan_tables
 
 NUM_ITEMS, WIDTH = 98, 32
 

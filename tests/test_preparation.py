@@ -23,7 +23,7 @@ from pipeline.preparation.stages import (
     RatingChunk,
 )
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources.datasets import DataConfig
+from pipeline.sources.config import DataConfig
 
 
 def chunk(user: list[int], item: list[int], rating: list[float] | None = None) -> RatingChunk:

@@ -15,7 +15,8 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.run.build import build_plain_model
 from model.run.config import RunConfig
-from model.training.profile import STAGES, ProfileConfig, StepProfiler, covered, summary
+from model.training.config import ProfileConfig
+from model.training.profile import STAGES, StepProfiler, covered, summary
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, torchrun
 

@@ -23,10 +23,10 @@ from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources import readers
-from pipeline.sources.datasets import DataConfig, resolve
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.windows import WindowConfig
+from pipeline.sources.config import DataConfig
+from pipeline.sources.datasets import resolve
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 
 # Ids that a careless reader merges, cuts or reorders.
 IDS = st.sampled_from(["1", "2", "10", "007", "7", "-3", "a", "A", "b c", "é", "1e3", "NaN"])

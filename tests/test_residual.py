@@ -7,7 +7,8 @@ from torch import nn
 
 from model.kernels import residual
 from model.kernels.dropout_bits import Dropout, new_dropouts
-from model.network.encoder import Encoder, EncoderConfig
+from model.network.config import EncoderConfig
+from model.network.encoder import Encoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need CUDA")
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from model.losses import sampled as sampled_losses
 from model.losses.sampled import gbce_beta
-from model.network.head import CatalogSlice, HeadConfig, ScoringHead
+from model.network.config import HeadConfig
+from model.network.head import CatalogSlice, ScoringHead
 from pipeline.errors import UserError
 from pipeline.training.negatives import SharedNegatives
 

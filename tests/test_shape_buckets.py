@@ -9,10 +9,9 @@ from torchdata.nodes import IterableWrapper
 
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.chunks import MaskedWindows
-from pipeline.training.cloze import MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
-from pipeline.training.windows import WindowConfig
 
 
 def test_units_are_a_sixteenth_of_the_next_power_of_two() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import describe, prepare
-from pipeline.sources.datasets import DataConfig
-from pipeline.sources.synthetic import RingProcess, SyntheticConfig, SyntheticRatings, metrics
+from pipeline.sources.config import DataConfig, SyntheticConfig
+from pipeline.sources.synthetic import RingProcess, SyntheticRatings, metrics
 
 SMALL = SyntheticConfig(num_users=60, num_items=40, min_length=5, max_length=9, seed=3)
 

@@ -12,7 +12,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from model.distributed import Ranks
 from model.run import build as model_run
 from model.run.execution import plan_execution
-from model.tables.sharding_plan import ShardingConfig, table_optimizer
+from model.tables.config import ShardingConfig
+from model.tables.sharding_plan import table_optimizer
 from model.tables.upstream import set_table_steps
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, whole_and_in_parts

@@ -11,11 +11,10 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.execution import ExecutionPlan
 from model.losses import linear_cross_entropy as core
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
-from model.network.config import TeachersConfig
+from model.network.config import EncoderConfig, HeadConfig, TeachersConfig
 from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teacher, Teachers
-from model.network.encoder import EncoderConfig
-from model.network.head import CatalogSlice, HeadConfig
+from model.network.head import CatalogSlice
 from model.run import build as run
 from model.run.config import RunConfig
 from model.run.trained import _teacher

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from model.distributed import Ranks, seed_dropout, start
-from model.network.encoder import EncoderConfig
+from model.network.config import EncoderConfig
 from model.step import train_step
 from model.step.train_step import TrainStep
+from model.tables.config import ShardingConfig
 from model.tables.distribute import unwrap
-from model.tables.sharding_plan import ShardingConfig
 from pipeline.training.loader import TrainLoader
 from tests.workers import sharded
 from tests.workers.replayed import Replayed

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 
 from model.distributed import Ranks
-from model.step.optimizers import OptimizerConfig, Optimizers
+from model.step.config import OptimizerConfig
+from model.step.optimizers import Optimizers
 from model.training.agreement import NOTHING, SAVE, TIMED_OUT, Agreement
+from model.training.config import TrainingConfig
 from model.training.progress import HostThrottle
-from model.training.schedule import TrainingConfig, lr_factor
+from model.training.schedule import lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torchdata.nodes import IterableWrapper
 
-from model.network.encoder import Encoder, EncoderConfig
+from model.network.config import EncoderConfig
+from model.network.encoder import Encoder
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
-from pipeline.training.cloze import ClozeMask, MaskConfig
-from pipeline.training.loader import LoaderConfig, TrainLoader
+from pipeline.training.cloze import ClozeMask
+from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 from pipeline.training.shape_buckets import PadToBuckets
 from pipeline.training.two_stream import TwoStreams
-from pipeline.training.windows import WindowConfig
 
 NUM_ITEMS = 50
 M = NUM_ITEMS + 1

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.windows import WindowConfig, WindowTable
+from pipeline.training.config import WindowConfig
+from pipeline.training.windows import WindowTable
 
 
 def table_of(lengths: list[int], max_len: int, window_stride: float) -> list[tuple[int, int, int]]:

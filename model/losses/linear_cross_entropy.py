@@ -17,8 +17,8 @@ or a kernel for the width or dtype, blocks of candidates are scored by plain mat
 exchange between slices of a sharded catalog in ``sharded_softmax``.
 
 Shapes: M positions, C candidates, D width. Vectors are float32 (float64 in tests), or bfloat16
-inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate has an
-error of 1/256 of its length, and so does the gradient, however small, of a position already learned.
+inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate is wrong by
+at most 1/256 of its length, and so is the gradient, however small, of a position already learned.
 """
 
 import torch

@@ -6,14 +6,15 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.kernels import varlen_attention
 from model.run.config import RunConfig
-from model.step.optimizers import OptimizerConfig
-from model.tables.sharding_plan import ShardingConfig, table_optimizer
+from model.step.config import OptimizerConfig
+from model.tables.config import ShardingConfig
+from model.tables.sharding_plan import table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
 # A catalog of fewer items than a step has positions is cheap to look up for scoring.
 ITEMS_A_POSITION = 1
-# Gathering sends the rows of all ranks to each; above this TorchRec sends fewer bytes in more calls.
+# Gathering sends the rows of all ranks to each rank; for more bytes TorchRec's way is better.
 GATHERED_BYTES = 256 << 20
 
 

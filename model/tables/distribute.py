@@ -23,10 +23,11 @@ from model.bert4rec import BERT4Rec
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
+from model.tables.config import ShardingConfig
 from model.tables.item_table import ItemTableSharder
 from model.tables.local_collection import LocalSharder
 from model.tables.row_exchange import RowExchange
-from model.tables.sharding_plan import FUSED_OPTIMIZERS, ShardingConfig, plan_tables
+from model.tables.sharding_plan import FUSED_OPTIMIZERS, plan_tables
 
 
 def distribute(

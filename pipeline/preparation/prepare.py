@@ -27,7 +27,8 @@ from pipeline.preparation.stages import (
     GroupByUser,
 )
 from pipeline.preparation.store import SequenceStore, open_or_build
-from pipeline.sources.datasets import DataConfig, DataSource, resolve
+from pipeline.sources.config import DataConfig
+from pipeline.sources.datasets import DataSource, resolve
 
 
 def prepare(config: DataConfig) -> SequenceStore:

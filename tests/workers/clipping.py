@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from model.distributed import Ranks, run_script, start
-from model.network.encoder import EncoderConfig
+from model.network.config import EncoderConfig
 from model.run.build import build_model, train_loader
 from model.run.config import RunConfig
 from model.run.execution import plan_execution
-from model.step.optimizers import OptimizerConfig, Optimizers
+from model.step.config import OptimizerConfig
+from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
+from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated
-from model.tables.sharding_plan import ShardingConfig
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.loader import LoaderConfig
-from pipeline.training.windows import WindowConfig
+from pipeline.training.config import LoaderConfig, WindowConfig
 
 NUM_ITEMS, GLOBAL_BATCH = 21, 8
 WAYS = {

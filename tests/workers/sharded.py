@@ -24,21 +24,20 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from model.distributed import Ranks, exit_rank, start
 from model.evaluation import catalog_scores
 from model.execution import ExecutionPlan
-from model.network.encoder import EncoderConfig
-from model.network.head import HeadConfig
+from model.network.config import EncoderConfig, HeadConfig
 from model.run.build import build_model, build_plain_model, evaluator, train_loader
 from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
 from model.step.averaging import AveragingOptimizer
-from model.step.optimizers import OptimizerConfig, Optimizers
+from model.step.config import OptimizerConfig
+from model.step.optimizers import Optimizers
 from model.step.pipelines import CopyingPipeline, train_pipeline
+from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
-from model.tables.sharding_plan import ShardingConfig
 from pipeline.batches.features import ITEM, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.loader import LoaderConfig, TrainLoader
-from pipeline.training.negatives import NegativesConfig
-from pipeline.training.windows import WindowConfig
+from pipeline.training.config import LoaderConfig, NegativesConfig, WindowConfig
+from pipeline.training.loader import TrainLoader
 from tests.workers.replayed import as_on_cuda
 
 NUM_ITEMS, MAX_LEN, GLOBAL_BATCH, LR = 21, 6, 8, 0.1
