@@ -113,6 +113,8 @@ class RowLayout:
 class SelfAttention(nn.Module):
     """Multi-head attention within rows: jagged in half precision on CUDA, else padded."""
 
+    rotation: torch.Tensor
+
     def __init__(self, width: int, heads: int, max_len: int, positions: str) -> None:
         super().__init__()
         self.heads = heads

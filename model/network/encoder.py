@@ -10,6 +10,8 @@ Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual` comput
 Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -77,7 +79,7 @@ class EncoderLayer(nn.Module):
         packed, normed = residual.add(
             packed, *attended, self.feed_forward_norm, dropouts[0], normed.dtype
         )
-        into, _, _, out = self.feed_forward
+        into, out = (cast(nn.Linear, self.feed_forward[place]) for place in (0, 3))
         hidden = gelu_dropout(linear(into, normed, with_bias=False), into.bias, dropouts[1])
         fed = linear(out, hidden, with_bias=False), out.bias
         norm, dtype = following
@@ -157,20 +159,21 @@ class Encoder(nn.Module):
         """:meth:`encode` on CUDA under autocast: one kernel between two matrix products."""
         half, full = torch.get_autocast_dtype("cuda"), torch.float32
         share = self.dropout.p if self.training else 0.0
-        first, *dropouts = new_dropouts(share, 1 + 3 * len(self.layers), items.device)
+        layers = cast(list[EncoderLayer], list(self.layers))
+        first, *dropouts = new_dropouts(share, 1 + 3 * len(layers), items.device)
         table = None if self.positions is None else self.positions.weight
         packed, normed = residual.enter(
             items,
             table,
             layout.steps_ago,
             self.embedding_norm,
-            self.layers[0].attention_norm,
+            layers[0].attention_norm,
             first,
             half,
         )
-        norms = [(layer.attention_norm, half) for layer in self.layers[1:]]
-        for layer, following in zip(self.layers, [*norms, (self.final_norm, full)], strict=True):
-            wanted = masked if layer is self.layers[-1] else None
+        norms = [(layer.attention_norm, half) for layer in layers[1:]]
+        for layer, following in zip(layers, [*norms, (self.final_norm, full)], strict=True):
+            wanted = masked if layer is layers[-1] else None
             own, dropouts = dropouts[:3], dropouts[3:]
             packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, following)
         return normed

@@ -62,7 +62,8 @@ def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
     for entry in dataclasses.fields(config_class):  # type: ignore[arg-type]
         if dataclasses.is_dataclass(entry.type):
             inside = flat.keys() & flags_of(entry.type).keys()
-            values[entry.name] = build(entry.type, {name: flat[name] for name in inside})
+            group = typing.cast(type, entry.type)
+            values[entry.name] = build(group, {name: flat[name] for name in inside})
         elif entry.name in flat:
             values[entry.name] = _converted(entry, flat[entry.name])
     return config_class(**values)

@@ -6,7 +6,6 @@ torchrun --nproc_per_node 2 tests/workers/nan.py <flags of train.py>
 import torch
 
 import train
-from model.distributed import run_script
 from model.tables.distribute import unwrap
 from model.training.trainer import Trainer
 
@@ -24,7 +23,7 @@ def main() -> None:
         step(self, *arguments)
 
     Trainer._step = patched
-    run_script(train.main)
+    train.main()
 
 
 if __name__ == "__main__":
