@@ -12,6 +12,7 @@ Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any, Generic, TypeVar
@@ -55,12 +56,14 @@ class Stage(BaseNode[T]):
         return {"handed_out": self._handed_out}
 
 
+@dataclass(eq=False)
 class MapStage(BaseNode[Out], Generic[In, Out]):
     """A stage with one output for each of its source's; its state is the source's."""
 
-    def __init__(self, source: BaseNode[In]) -> None:
+    source: BaseNode[In]
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.source = source
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)

@@ -20,7 +20,6 @@ nor on the number of ranks.
 from dataclasses import replace
 
 import numpy as np
-from torchdata.nodes import BaseNode
 
 from pipeline.jagged import jagged_positions
 from pipeline.rng import below, child_keys, high32, key64, low32, mix32, position_draws, scaled
@@ -36,11 +35,13 @@ _LEFT_CONTEXT = 0x7ED55D16
 class ClozeMask:
     """Masks rows; it has no state."""
 
-    def __init__(self, config: MaskConfig, num_items: int, seed: int) -> None:
-        self.config = config
-        self.num_items = num_items
-        self.mask_token = num_items + 1
-        self.seed = seed
+    config: MaskConfig
+    num_items: int
+    seed: int
+
+    @property
+    def mask_token(self) -> int:
+        return self.num_items + 1
 
     def __call__(
         self,
@@ -116,12 +117,11 @@ class ClozeMask:
         return replaced
 
 
+@dataclass(eq=False)
 class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
     """Mask the rows by the cloze task; the values are overwritten."""
 
-    def __init__(self, source: BaseNode[JaggedWindows], cloze: ClozeMask) -> None:
-        super().__init__(source)
-        self.cloze = cloze
+    cloze: ClozeMask
 
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         masked, targets = self.cloze(
@@ -137,15 +137,14 @@ class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
         )
 
 
+@dataclass(eq=False)
 class LeftContextFirst(MapStage[SampledWindows, SampledWindows]):
     """Choose the left-context rows and put them first in each step.
 
     Attention then works on two jagged batches: the causal rows and the others.
     """
 
-    def __init__(self, source: BaseNode[SampledWindows], cloze: ClozeMask) -> None:
-        super().__init__(source)
-        self.cloze = cloze
+    cloze: ClozeMask
 
     def apply(self, chunk: SampledWindows) -> SampledWindows:
         left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)

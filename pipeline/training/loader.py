@@ -93,7 +93,7 @@ class TrainLoader:
             steps_per_chunk=steps_per_chunk,
         )
         cloze = ClozeMask(mask, store.num_items, config.seed)
-        cut = CutWindows(LeftContextFirst(self._samples, cloze), store.items, table)
+        cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
         make_rows = TwoStreams if mask.two_stream else MaskItems
         chunks: BaseNode[MaskedWindows] = make_rows(cut, cloze)
         few = torch.cuda.is_available() if few_shapes is None else few_shapes

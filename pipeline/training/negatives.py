@@ -14,7 +14,6 @@ tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.002
 from dataclasses import replace
 
 import numpy as np
-from torchdata.nodes import BaseNode
 
 from pipeline.rng import child_keys, high32, key64, low32, position_draws, scaled
 from pipeline.stage import MapStage
@@ -94,12 +93,11 @@ class SharedNegatives:
         return items + 1, self._log_counts[items]
 
 
+@dataclass(eq=False)
 class DrawNegatives(MapStage[MaskedWindows, MaskedWindows]):
     """Draw the negatives of the chunk's steps."""
 
-    def __init__(self, source: BaseNode[MaskedWindows], sampler: SharedNegatives) -> None:
-        super().__init__(source)
-        self.sampler = sampler
+    sampler: SharedNegatives
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         negatives, log_counts = self.sampler(chunk.epoch, chunk.step_samples)

@@ -13,6 +13,7 @@ a contiguous part::
 So every sample is trained once an epoch at any world size.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.rng import key64
 from pipeline.training.chunks import SampledWindows
 
 
+@dataclass(eq=False)
 class ShuffledSamples(BaseNode[SampledWindows]):
     """Source stage: the windows of this rank's next steps.
 
@@ -29,27 +31,20 @@ class ShuffledSamples(BaseNode[SampledWindows]):
     epoch ``stop``.
     """
 
-    def __init__(
-        self,
-        num_windows: int,
-        dupe_factor: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        steps_per_chunk: int = 1,
-    ) -> None:
+    num_windows: int
+    dupe_factor: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    steps_per_chunk: int = 1
+
+    def __post_init__(self) -> None:
         super().__init__()
-        assert 0 <= rank < world_size
-        self.num_windows = num_windows
-        self.num_samples = num_windows * dupe_factor
-        self.global_batch_size = batch_size * world_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.steps_per_chunk = steps_per_chunk
-        self._order = np.empty(0, dtype=np.int64)
-        self._order_epoch: int | None = None
+        assert 0 <= self.rank < self.world_size
+        self.num_samples = self.num_windows * self.dupe_factor
+        self.global_batch_size = self.batch_size * self.world_size
+        self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
         self._epoch, self._sample, self._stop = 0, 0, 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:

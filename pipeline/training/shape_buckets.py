@@ -15,10 +15,9 @@ Ranks that exchange their sizes (``agree``) get the same shapes: those of the la
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torchdata.nodes import BaseNode
 
 from pipeline.jagged import jagged_positions, splits
 from pipeline.stage import MapStage
@@ -30,6 +29,7 @@ def bucket_size(mean_positions: float) -> int:
     return max(8, (1 << (math.ceil(mean_positions) - 1).bit_length()) // 16)
 
 
+@dataclass(eq=False)
 class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
     """Pad each step to the next multiple of the bucket sizes.
 
@@ -42,19 +42,11 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
             every chunk; None: ranks may have different shapes. Sets the chunk's ``equal_shapes``.
     """
 
-    def __init__(
-        self,
-        source: BaseNode[MaskedWindows],
-        max_len: int,
-        mask_token: int,
-        position_unit: int,
-        mask_unit: int,
-        agree: Callable[[np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        super().__init__(source)
-        self.max_len, self.mask_token = max_len, mask_token
-        self.position_unit, self.mask_unit = position_unit, mask_unit
-        self.agree = agree
+    max_len: int
+    mask_token: int
+    position_unit: int
+    mask_unit: int
+    agree: Callable[[np.ndarray], np.ndarray] | None = None
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         value_splits = chunk.offsets[chunk.row_splits]

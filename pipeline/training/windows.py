@@ -18,7 +18,6 @@ item (with ``train_on_validation`` only the test item is held out).
 from dataclasses import dataclass
 
 import numpy as np
-from torchdata.nodes import BaseNode
 
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.store import SequenceStore
@@ -64,15 +63,12 @@ class WindowTable:
         return cls(start=start, end=end, user=user)
 
 
+@dataclass(eq=False)
 class CutWindows(MapStage[SampledWindows, JaggedWindows]):
     """Copy the windows' items out of the memory-mapped histories."""
 
-    def __init__(
-        self, source: BaseNode[SampledWindows], items: np.ndarray, table: WindowTable
-    ) -> None:
-        super().__init__(source)
-        self.items = np.asarray(items)
-        self.table = table
+    items: np.ndarray
+    table: WindowTable
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.start[chunk.windows], self.table.end[chunk.windows]
