@@ -82,9 +82,9 @@ class MapStage(BaseNode[Out], Generic[In, Out]):
 class Prefetch(Iterator[T]):
     """Iterates over ``source`` in a thread that stays at most ``count`` items ahead.
 
-    The thread starts at once. It ends with the source, at its first error (which `next` raises), at
-    `close`, or when this object is deleted. torchdata's Prefetcher can only start in the middle of
-    an epoch by way of its private state, and may leave its thread behind at a reset.
+    The thread starts at once. It ends with the source, at the source's first error (which `next`
+    raises), at `close`, or when this object is deleted. torchdata's Prefetcher can start in the
+    middle of an epoch only by its private state, and a reset may leave its thread running.
     """
 
     def __init__(self, source: Iterator[T], count: int) -> None:

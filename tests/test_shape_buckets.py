@@ -1,4 +1,4 @@
-"""Rounded-up steps hold the same windows and targets, and fillers that count for nothing."""
+"""Padded steps hold the same windows and targets, and fillers that the loss ignores."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from pipeline.training.loader import TrainLoader
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 
 
-def test_units_are_a_sixteenth_of_the_next_power_of_two() -> None:
+def test_buckets_are_a_sixteenth_of_the_next_power_of_two() -> None:
     assert bucket_size(1) == bucket_size(128) == 8
     assert bucket_size(129) == 16
     assert bucket_size(51_200) == 4096
@@ -45,7 +45,7 @@ def test_the_example_of_the_module() -> None:
     assert full.step_windows.tolist() == [3]
 
 
-def test_rounding_adds_only_what_counts_for_nothing() -> None:
+def test_padding_adds_only_what_the_loss_ignores() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(3, 40, 50)
     store = SequenceStore.from_arrays(
@@ -84,22 +84,22 @@ def test_rounding_adds_only_what_counts_for_nothing() -> None:
             assert after.num_windows == before.num_windows
 
 
-def test_ranks_that_agree_have_the_same_shapes() -> None:
+def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
     generator = np.random.default_rng(1)
     lengths = generator.integers(3, 40, 40)
     store = SequenceStore.from_arrays(
         generator.integers(1, 21, lengths.sum()), np.concatenate([[0], lengths.cumsum()]), 20
     )
     mask = MaskConfig(left_context_share=0.5)
-    ranks, told = 3, threading.Barrier(3)
-    asked: list[dict[int, np.ndarray]] = [{}]
+    ranks, barrier = 3, threading.Barrier(3)
+    sizes_of: list[dict[int, np.ndarray]] = [{}]
 
     def largest_on(rank: int, sizes: np.ndarray) -> np.ndarray:
-        here = asked[-1]
+        here = sizes_of[-1]
         here[rank] = sizes
-        if told.wait() == 0:
-            asked.append({})
-        told.wait()
+        if barrier.wait() == 0:
+            sizes_of.append({})
+        barrier.wait()
         return np.max([here[each] for each in range(ranks)], axis=0)
 
     def batches(rank: int, few_shapes: bool, alone: bool = False) -> list:
@@ -119,11 +119,11 @@ def test_ranks_that_agree_have_the_same_shapes() -> None:
         with ThreadPoolExecutor(ranks) as pool:
             found = [*pool.map(partial(batches, few_shapes=few_shapes), range(ranks))]
         plain = [batches(rank, few_shapes, alone=True) for rank in range(ranks)]
-        alike = []
+        equal_shapes = []
         for step, of_step in enumerate(zip(*found, strict=True)):
             windows = [batch.num_windows for batch in of_step]
-            alike.append(len({*windows}) == 1)
-            assert {batch.equal_shapes for batch in of_step} == {alike[-1]}
+            equal_shapes.append(len({*windows}) == 1)
+            assert {batch.alike for batch in of_step} == {equal_shapes[-1]}
             for sizes in (
                 [len(batch.ids) for batch in of_step],
                 [len(batch.masked) for batch in of_step],
@@ -143,4 +143,4 @@ def test_ranks_that_agree_have_the_same_shapes() -> None:
                 assert (batch.targets[len(masked) :] == 0).all()
                 assert int(batch.row_offsets[-1]) == len(batch.ids)
                 assert int(batch.row_offsets.diff().max()) <= 10
-        assert alike.count(True) == len(alike) - 1 > 3  # the last step is not whole
+        assert equal_shapes.count(True) == len(equal_shapes) - 1 > 3  # the last step is not whole

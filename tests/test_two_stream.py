@@ -56,7 +56,7 @@ def test_by_hand() -> None:
     assert found.step_windows.tolist() == [2, 1]
 
 
-def test_rounding_up_keeps_positions() -> None:
+def test_padding_keeps_positions() -> None:
     full = next(PadToBuckets(IterableWrapper([streams()]), 8, M, position_unit=8, mask_unit=4))
     assert full.steps_ago.tolist() == [2, 1, 0, 1, 0, 2, 1, 0, *[0] * 8, *[0] * 8]
     assert full.targets.tolist() == [5, 6, 7, 3, 9, 0, 0, 0, 8, 0, 0, 0]
