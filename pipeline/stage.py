@@ -24,15 +24,17 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+@dataclass(eq=False)
 class Stage(BaseNode[T]):
     """A stage whose subclasses implement `stream`.
 
     Its state is the number of chunks handed out; a reset to a state replays them.
     """
 
-    def __init__(self, source: BaseNode[Any] | None = None) -> None:
+    source: Any = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.source: Any = source
 
     def stream(self) -> Iterator[T]:
         """All chunks, from the first; called again at every reset."""

@@ -1,9 +1,5 @@
 """From a data set's name to its sequence store.
 
-    ReadRatings -> EncodeIds -> FilterRatings -> FilterItems -> FilterUsers -> Densify -> GroupBy-
-      text ids     int32 codes   --min_rating    --min_item_    --min_user_     1..V       User
-                                                   count          count                   histories
-
     store = prepare(DataConfig(dataset_name="ml-1m", dataset_path="ml-1m.zip"))
     print(describe(store))
 

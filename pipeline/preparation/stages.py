@@ -12,12 +12,11 @@ What a stage let through is in its `counts` afterwards.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from torchdata.nodes import BaseNode
 
 from pipeline.errors import UserError
 from pipeline.sources.ratings import EXACT
@@ -115,6 +114,7 @@ class EncodeIds(CountingStage):
             yield RatingChunk(users[at][user], items[at][item], rating, timestamp)
 
 
+@dataclass(eq=False)
 class FilterRatings(CountingStage):
     """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback.
 
@@ -122,9 +122,7 @@ class FilterRatings(CountingStage):
         UserError: min_rating is positive and the data has no rating column.
     """
 
-    def __init__(self, source: BaseNode[RatingChunk], min_rating: float = 0.0) -> None:
-        super().__init__(source)
-        self.min_rating = min_rating
+    min_rating: float = 0.0
 
     def chunks(self) -> Iterator[RatingChunk]:
         for chunk in self.source:
@@ -138,12 +136,10 @@ class FilterRatings(CountingStage):
             yield chunk
 
 
+@dataclass(eq=False)
 class _FilterByCount(CountingStage):
-    column = ""
-
-    def __init__(self, source: BaseNode[RatingChunk], min_count: int) -> None:
-        super().__init__(source)
-        self.min_count = min_count
+    min_count: int = 0
+    column: ClassVar[str]
 
     def chunks(self) -> Iterator[RatingChunk]:
         if self.min_count <= 1:

@@ -13,12 +13,6 @@ import pyarrow.compute as pc
 ID = pa.dictionary(pa.int32(), pa.string())
 TIME = pa.timestamp("ns")
 EXACT = 1 << 53  # float64 holds every whole number up to this
-_ID_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-
-
-def is_id(kind: pa.DataType) -> bool:
-    """Whether ids may have this type."""
-    return any(fits(kind) for fits in _ID_KINDS)
 
 
 def checked(table: pa.Table) -> pa.Table:

@@ -20,12 +20,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.sources.layout import ROLES, Layout, find_columns, text_layout
-from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, is_id, times_as_numbers
+from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, times_as_numbers
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BLOCK_ROWS = 1 << 19
+_IS_ID = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 _BOM = b"\xef\xbb\xbf"
 # Arrow's message on a whole number that does not fit into 64 bits.
 _WHOLE_NUMBER = re.compile(r"to int64: invalid value '\s*[+-]?[0-9]+\s*'")
@@ -267,7 +268,7 @@ def _checked_parquet(file: SourceFile, table: pa.Table, first_row: int) -> pa.Ta
             raise UserError(f"{file}: row {bad:,} (from 0) has no {role}")
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if role in ("user", "item"):
-            if not is_id(kind):
+            if not any(fits(kind) for fits in _IS_ID):
                 raise UserError(f"{file}: the {role} ids are {kind}, not text or whole numbers")
             column = column.cast(kind)
             if not pa.types.is_integer(kind) or kind == pa.uint64():
