@@ -1,8 +1,9 @@
 """Triton, the compiler of the kernels; ``None`` where it is not installed, as in CPU builds.
 
-Kernels and their plain counterparts are imported everywhere: kernels are defined only inside
-``if triton is not None``, and every launcher has a check that callers, or itself, make first.
+Modules define their kernels inside ``if triton is not None``.
 """
+
+from collections.abc import Sequence
 
 try:
     import triton
@@ -13,12 +14,13 @@ except ImportError:
 __all__ = ["row_tiles", "tl", "triton"]
 
 
-def row_tiles(count: int, width: int, values: int) -> tuple[int, int, int]:
-    """Cut [count, width] into tiles of whole rows, about ``values`` values each.
+def row_tiles(shape: Sequence[int], values: int) -> tuple[int, int, int]:
+    """Cut a tensor of ``shape`` [count, width] into tiles of whole rows, of ``values`` values.
 
     Returns:
         Number of tiles, rows of a tile, and its columns: ``width`` rounded up to a power of two.
     """
+    count, width = shape
     columns = triton.next_power_of_2(width)
     block = max(1, values // columns)
     return triton.cdiv(count, block), block, columns

@@ -49,7 +49,8 @@ def dropout_options(dropout: Dropout | None) -> dict[str, Any]:
     return {"seed": dropout.seed, "limit": limit, "scale": 1 / (1 - dropout.share)}
 
 
-kept = drop = None
+kept: Any = None
+drop: Any = None
 
 if triton is not None:
 

@@ -95,8 +95,8 @@ def _has_kernels(rows: torch.Tensor) -> bool:
 
 
 def _launch(kernel: Any, rows: torch.Tensor, *others: torch.Tensor, **options: float) -> None:
-    tiles, block, columns = row_tiles(*rows.shape, _TILE)
-    kernel[(tiles,)](rows, *others, *rows.shape, block, columns, **options)
+    tiles, *tile = row_tiles(rows.shape, _TILE)
+    kernel[(tiles,)](rows, *others, *rows.shape, *tile, **options)
 
 
 if triton is not None:

@@ -82,7 +82,7 @@ def add(
 
 def _partial(rows: torch.Tensor, sums: int) -> torch.Tensor:
     """Memory for ``sums`` sums over the rows of each program: float32 [P, sums, D]."""
-    tiles, *_ = row_tiles(*rows.shape, _GRADIENT_TILE)
+    tiles, *_ = row_tiles(rows.shape, _GRADIENT_TILE)
     return torch.empty(max(1, min(_PROGRAMS, tiles)), sums, rows.shape[1], device=rows.device)
 
 
@@ -107,7 +107,7 @@ class _Enter(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
         given = items, _contiguous(table), line, outer_weight, outer_bias, inner_weight
-        tiles, *tile = row_tiles(*items.shape, _TILE)
+        tiles, *tile = row_tiles(items.shape, _TILE)
         if tiles:
             tensors, sizes = (*given, inner_bias, stream, normed), (*items.shape, *tile)
             kernels.enter[(tiles,)](*tensors, *sizes, *epsilons, **dropout_options(dropout))
@@ -129,7 +129,7 @@ class _Enter(torch.autograd.Function):
         gradient, partial = torch.empty_like(items), _partial(items, 4)
         grads = _contiguous(grad_stream), grad_normed, gradient, partial
         tensors, options = (*ctx.saved_tensors, *grads), dropout_options(ctx.dropout)
-        _, *tile = row_tiles(*items.shape, _GRADIENT_TILE)
+        _, *tile = row_tiles(items.shape, _GRADIENT_TILE)
         sizes = *items.shape, *tile
         kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, **options)
         of_table = None
@@ -153,7 +153,7 @@ class _Add(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
-        tiles, *tile = row_tiles(*stream.shape, _TILE)
+        tiles, *tile = row_tiles(stream.shape, _TILE)
         if tiles:
             tensors = stream, branch, _contiguous(branch_bias), weight, bias, total, normed
             sizes = *stream.shape, *tile
@@ -174,7 +174,7 @@ class _Add(torch.autograd.Function):
         gradient, partial = torch.empty_like(total), _partial(total, 3)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
         tensors = total, weight, _contiguous(grad_total), grad_normed, gradient, of_branch, partial
-        _, *tile = row_tiles(*total.shape, _GRADIENT_TILE)
+        _, *tile = row_tiles(total.shape, _GRADIENT_TILE)
         sizes, options = (*total.shape, *tile), dropout_options(ctx.dropout)
         kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
         of_weight, of_bias, of_branch_bias = partial.sum(dim=0).unbind()

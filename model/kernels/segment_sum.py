@@ -132,7 +132,7 @@ def _has_kernel(rows: torch.Tensor, count: int) -> bool:
     return triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits
 
 
-adam_step = None
+adam_step: Any = None
 
 if triton is not None:
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from model.kernels.varlen_kernels import choose, is_available, join, rotate
+from model.kernels.compiler import triton
+from model.kernels.varlen_kernels import choose, join, rotate
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8
@@ -31,7 +32,7 @@ _WIDEST, _STEP = 256, 8
 
 def takes(width: int) -> bool:
     """Whether there is a kernel for heads of this width."""
-    return is_available() and width <= _WIDEST and width % _STEP == 0
+    return triton is not None and width <= _WIDEST and width % _STEP == 0
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,6 @@ from model.kernels.compiler import tl, triton
 Calls = list[torch.Tensor | None]
 
 
-def is_available() -> bool:
-    """Whether Triton is installed."""
-    return triton is not None
-
-
 def rotate(
     projected: torch.Tensor, rotation: torch.Tensor, steps_ago: torch.Tensor
 ) -> torch.Tensor:

@@ -16,9 +16,11 @@ or a kernel for the width or dtype, blocks of candidates are scored by plain mat
 ``BLOCK_BYTES``. ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) does not allow for the
 exchange between slices of a sharded catalog in ``sharded_softmax``.
 
-Shapes: M positions, C candidates, D width. Vectors are float32 (float64 in tests), or bfloat16
-inside autocast; log-sum-exp and losses are float32 at least. In bfloat16 a mean candidate is wrong by
-at most 1/256 of its length, and so is the gradient, however small, of a position already learned.
+Vectors are float32 (float64 in tests), or bfloat16 inside autocast; log-sum-exp and losses are
+float32 at least. In bfloat16 a mean candidate is wrong by at most 1/256 of its length, and so is
+the gradient, however small, of a position already learned.
+
+Shapes: M positions, C candidates, D width.
 """
 
 import torch

@@ -110,18 +110,8 @@ def linear_cross_entropy(
     """
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
-    return _LinearCrossEntropy.apply(
-        hidden * scale,
-        rows,
-        targets,
-        low,
-        bound,
-        cosine,
-        shared,
-        teacher_logits,
-        teacher_share,
-        sizes,
-    )
+    options = low, bound, cosine, shared, teacher_logits, teacher_share, sizes
+    return _LinearCrossEntropy.apply(hidden * scale, rows, targets, *options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

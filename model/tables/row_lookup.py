@@ -16,10 +16,9 @@ def rows_or_zeros(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The rows [T, D] of ``table`` [R, D], contiguous, at ``ids``, int64 [T] from -1 to R - 1."""
     if triton is None or not table.is_cuda or not len(ids):
         return table.index_select(0, ids.clamp(min=0)).masked_fill_((ids < 0)[:, None], 0)
-    width = table.shape[1]
-    found = table.new_empty(len(ids), width)
-    tiles, block, columns = row_tiles(len(ids), width, _TILE)
-    _rows_or_zeros[(tiles,)](table, ids, found, len(ids), width, block, columns)
+    found = table.new_empty(len(ids), table.shape[1])
+    tiles, *tile = row_tiles(found.shape, _TILE)
+    _rows_or_zeros[(tiles,)](table, ids, found, *found.shape, *tile)
     return found
 
 

@@ -80,11 +80,10 @@ def update(
         rates: float32 [2] on the device, used by adam instead of the step's.
     """
     if optimizer == "adam":
-        count, width = table.shape
-        tiles, block, columns = row_tiles(count, width, _TILE)
+        tiles, *tile = row_tiles(table.shape, _TILE)
         adam = _adam_arguments(states, step, rates)
-        sizes = count, len(gradient), width, first
-        _adam[(tiles,)](table, gradient, outer, *sizes, adam, step.scale, block, columns)
+        sizes = *table.shape, len(gradient), first
+        _adam[(tiles,)](table, gradient, outer, *sizes, adam, step.scale, *tile)
         return
     last = first + len(gradient)
     for rows, of_rows in (
@@ -165,8 +164,8 @@ if triton is not None:
         gradient,
         outer,
         count,
-        candidates,
         width,
+        candidates,
         first,
         adam,
         scale,
