@@ -40,7 +40,7 @@ train: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) types
+	$(BIN)/mypy
 
 types: install
 	$(BIN)/mypy

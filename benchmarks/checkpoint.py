@@ -1,12 +1,16 @@
-"""How long training stands still for a checkpoint: written while it waits, or by a thread.
+"""How long training stands still while a checkpoint is saved.
 
     python benchmarks/checkpoint.py                              three sizes of the tables
     torchrun --nproc_per_node 2 benchmarks/checkpoint.py --items 3706 -- --emb_dim 256
 
-A model of that many items is built as train.py builds it, optimizer state and all, and saved a few
-times both ways, without steps in between: medians. "stands still" is what train.py waits for in the
-middle of an epoch (a copy in host memory), "written after" when the checkpoint is complete then,
-"if waited for" a save at the end of an epoch. Flags after ``--`` go to the model.
+Builds a model of that many items as train.py does, with optimizer state, and saves it a few times
+in two ways. Each column is a median in milliseconds:
+
+    stands still     a save in the middle of an epoch: training waits for a copy in host memory
+    written after    the time until a thread has written that copy
+    if waited for    a save at the end of an epoch: training waits until it is written
+
+Flags after ``--`` go to the model.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +41,7 @@ REPEATS = 5
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds."""
+    """Milliseconds that the work takes, on a GPU until all of its kernels have run."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -57,12 +62,12 @@ def row(items: int, flags: list[str], ranks: Ranks, folder: Path) -> str:
     for step in range(1, 2 * REPEATS, 2):
         position = Position(step=step, best_step=step)
         pause = timed(
-            lambda at=position: checkpoints.save(model, optimizers, at, wait=False), ranks.device
+            partial(checkpoints.save, model, optimizers, position, wait=False), ranks.device
         )
         pauses.append(pause)
         written.append(pause + timed(checkpoints.finish, ranks.device))
         after = Position(step=step + 1, best_step=step + 1)
-        waited.append(timed(lambda at=after: checkpoints.save(model, optimizers, at), ranks.device))
+        waited.append(timed(partial(checkpoints.save, model, optimizers, after), ranks.device))
     files = (file for file in checkpoints.path(2 * REPEATS).iterdir() if file.is_file())
     size = sum(file.stat().st_size for file in files) / 1e6
     medians = " | ".join(f"{statistics.median(each):,.0f}" for each in (pauses, written, waited))

@@ -1,16 +1,16 @@
-"""Counts what training steps send: every collective that reaches torch's dispatcher.
+"""Count the bytes that training steps send, in every collective that reaches torch's dispatcher.
 
     counter = CollectiveCounter()
     with counter:
-        pipeline.progress(batches)      TorchRec's, DDP's and the loss's collectives alike
+        pipeline.progress(batches)      collectives of TorchRec, DDP and the loss
     counter.calls                       [("all-reduce, float32", bytes that this rank sends), ...]
 
-Bytes are those that a rank hands to the others by the usual algorithms, W ranks, S bytes:
+Bytes that a rank sends to others by the usual algorithms, with W ranks and tensors of S bytes:
 
     all-reduce       2 (W - 1) / W S      ring: reduce-scatter, then all-gather
-    all-gather         (W - 1) S          S: what this rank brings
-    reduce-scatter     (W - 1) S          S: what this rank keeps
-    all-to-all                 S          S: what is meant for others; its own part stays
+    all-gather         (W - 1) S          S: the rank's input
+    reduce-scatter     (W - 1) S          S: the rank's output
+    all-to-all                 S          S: the rank's input for other ranks
 """
 
 import itertools
@@ -33,15 +33,15 @@ from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
 from pipeline.preparation.prepare import prepare
 
-# Steps before the counted ones: the pipeline fills, DDP arranges its buckets.
+# Steps before the counted ones, while the pipeline fills and DDP arranges its buckets.
 WARM_UP = 3
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """While entered, notes the kind and dtype of every collective and what this rank sends in it.
+    """While entered, records kind, dtype and sent bytes of every collective of this rank.
 
     Raises:
-        NotImplementedError: on a collective that it does not know, instead of leaving it out.
+        NotImplementedError: an unknown collective, whose bytes would be missing.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _sent(name: str, args: tuple[Any, ...]) -> tuple[str, torch.dtype, float]:
-    """Kind of collective, dtype, and bytes that this rank sends to others."""
+    """Kind of a collective, its dtype, and the bytes that this rank sends to others."""
     world_size = dist.get_world_size()
     others = world_size - 1
     if name == "allreduce_":
@@ -82,15 +82,15 @@ def _sent(name: str, args: tuple[Any, ...]) -> tuple[str, torch.dtype, float]:
 
 
 def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
-    """Calls and bytes a step of real training steps; every rank must call it.
+    """Calls and bytes per step of real training steps; every rank must call it.
 
     Args:
-        flags: of train.py.
+        flags: flags of train.py.
 
     Returns:
         ``{"items": V, "parameters": n, "collectives": {kind: {"calls", "mean", "most"}}}``: calls
-        and bytes a step, the mean over the ranks and those of the busiest. With sharded tables n
-        are the parameters of this rank.
+        and bytes per step, as the mean over the ranks and of the busiest rank. n counts the
+        parameters of this rank.
     """
     config = FlagParser("", RunConfig).parse(flags)
     store = first_rank_first(ranks, lambda: prepare(config.data))
@@ -100,7 +100,7 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = train_pipeline(model, optimizers, plan, ranks.device)
     model.train()
-    # Two batches more than steps: the pipeline reads ahead and must not run dry while counted.
+    # Two batches more than steps: the pipeline reads ahead, and must be full while steps count.
     batches = itertools.islice(loader.epoch(0), WARM_UP + steps + 2)
     for _ in range(WARM_UP):
         pipeline.progress(batches)
@@ -110,19 +110,19 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
             pipeline.progress(batches)
     for _ in range(2):
         pipeline.progress(batches)
-    everyone: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(everyone, counter.calls)
+    of_all: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(of_all, counter.calls)
     return {
         "items": store.num_items,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "collectives": per_step(everyone, steps),
+        "collectives": per_step(of_all, steps),
     }
 
 
 def per_step(calls: list[list[tuple[str, float]]], steps: int) -> dict[str, dict[str, float]]:
-    """Calls and bytes a step by kind, from what each rank noted in ``steps`` steps.
+    """Calls and bytes per step by kind, from the calls of each rank in ``steps`` steps.
 
-    "most" adds up, call by call, the rank that sends most: the others wait for it.
+    "most" sums, call by call, the bytes of the rank that sends most: the others wait for it.
     """
     found: dict[str, dict[str, float]] = {}
     for same in zip(*calls, strict=True):
@@ -136,7 +136,7 @@ def per_step(calls: list[list[tuple[str, float]]], steps: int) -> dict[str, dict
 
 
 def main(jobs: Path, steps: int) -> None:
-    """Replace the lists of flags in the JSON file ``jobs`` by what was counted with each.
+    """Replace each list of flags in the JSON file ``jobs`` by its counts.
 
     torchrun --nproc_per_node N -m benchmarks.collectives jobs.json 3
     """

@@ -1,27 +1,26 @@
-"""Bytes that DDP and DMP send in a training step, counted, and what they cost on several GPUs.
+"""Count the bytes that DDP and DMP send in a training step, and model the step on several GPUs.
 
     python benchmarks/communication.py                            500k items, 2 and 4 ranks on CPU
     python benchmarks/communication.py --ranks 2 4 8 --ways ddp row_wise
-    python benchmarks/communication.py --show --latency_us 15     counted before, another machine
+    python benchmarks/communication.py --show --latency_us 15     kept counts, another machine
     python benchmarks/communication.py -- --loss=sampled_softmax --train_negatives=4096
 
 Bytes do not depend on the hardware: benchmarks/collectives.py counts every collective of real
 training steps over gloo. The second table models the step on GPUs:
 
     communication = calls x latency + bytes of the busiest rank / (bandwidth x efficiency)
-    compute       of one GPU, less what row-wise sharding spares it of the passes over the table
-    step          between max(compute, communication), all of it hidden, and their sum, nothing
+    compute       = step of one GPU, minus the passes over the rows that other ranks hold (row-wise)
+    step          between max(compute, communication), with full overlap, and their sum, with none
 
-Bytes grow linearly with the batch, so two batch sizes are counted and others follow from them.
-One GPU's step is as benchmarks/throughput.py measured it (rows exact-8, exact-128, exact-1024 of
-``--throughput``, or sampled-..., in the same mode) or as ``--compute_ms`` says. With the exact
-softmax it passes over the whole table, for as long as benchmarks/limits.py says; of N GPUs, each
-over an N-th. Of what the host has to do besides, as DDP's hooks and TorchRec's exchange, which
-table-wise and column-wise sharding use, this knows nothing: that counts where steps are short.
+Bytes grow linearly with the batch: two batch sizes are counted, others are interpolated. The step
+of one GPU comes from ``--compute_ms`` or from results of benchmarks/throughput.py (rows exact-8,
+exact-128, exact-1024 or sampled-... of ``--throughput``, in the same mode). With the exact softmax
+one GPU passes over the whole table, in the time that benchmarks/limits.py gives, and each of N GPUs
+over one N-th. The model leaves out the host's work, such as DDP's hooks and TorchRec's exchange for
+table-wise and column-wise sharding. That work dominates short steps.
 
-The default bandwidth is one direction of an H100's NVLink (900 GB/s both), the efficiency what
-NCCL's own tests usually reach of it, the latency that of a small collective among 8 GPUs: all three
-are assumptions to be replaced by what a machine gives.
+The defaults are assumptions: bandwidth of one direction of an H100's NVLink (900 GB/s both), the
+efficiency that NCCL's own tests usually reach, and the latency of a small collective among 8 GPUs.
 """
 
 import argparse
@@ -56,7 +55,7 @@ Count = dict[str, Any]
 
 
 def count(ranks: int, options: argparse.Namespace) -> list[Count]:
-    """Run benchmarks/collectives.py on ``ranks`` processes, in every way at every batch size."""
+    """Run benchmarks/collectives.py on ``ranks`` processes, for each way and batch size."""
     jobs = [(way, batch) for batch in options.batches for way in options.ways]
     data = [*_DATA, *([f"--cache_dir={options.cache_dir}"] if options.cache_dir else [])]
     flags = [
@@ -87,12 +86,12 @@ def count(ranks: int, options: argparse.Namespace) -> list[Count]:
 
 
 def identity(count: Count) -> tuple[Any, ...]:
-    """What was counted: way, ranks, batch, size of the table and further flags."""
+    """Key of a count: way, ranks, batch, and flags, which hold the size of the table."""
     return (count["way"], count["ranks"], count["batch"], *count["flags"])
 
 
 def counts_table(counts: list[Count]) -> str:
-    """Markdown: bytes a step and rank, by collective, and DDP's over those of each way."""
+    """Markdown: bytes per step and rank, by collective, and the ratio of DDP's bytes to them."""
     kinds = sorted({kind for each in counts for kind in each["collectives"]})
     lines = ["| ranks | local batch | | " + " | ".join(kinds) + " | all | busiest | DDP : it |"]
     lines.append("|---" * (len(kinds) + 6) + "|")
@@ -108,12 +107,12 @@ def counts_table(counts: list[Count]) -> str:
 
 
 def total(count: Count, which: str) -> float:
-    """Bytes of all collectives: the ranks' "mean", or "most": of the busiest rank in each."""
+    """Bytes of all collectives: "mean" over the ranks, or "most", those of the busiest rank."""
     return sum(entry[which] for entry in count["collectives"].values())
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Bytes with three digits and a unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -122,9 +121,9 @@ def size(count: float) -> str:
 
 
 def at_batch(counts: list[Count], way: str, ranks: int, batch: int) -> tuple[float, float] | None:
-    """(Calls, bytes of the busiest rank) a step, on the line through the counted batch sizes.
+    """(Calls, bytes of the busiest rank) per step, on the line through the counted batch sizes.
 
-    All that DDP sends are all-reduces, so its bytes at other numbers of ranks are known, too.
+    DDP sends all-reduces only, so its bytes at other numbers of ranks follow from those counted.
     """
     found = [c for c in counts if (c["way"], c["ranks"]) == (way, ranks)]
     if way == "ddp" and not found:
@@ -175,7 +174,7 @@ def communication_ms(calls: float, sent: float, options: argparse.Namespace) -> 
 
 
 def compute_at(way: str, ranks: int, batch: int, options: argparse.Namespace) -> float | None:
-    """Milliseconds that a GPU computes in a step, one of ``ranks``; None: not known."""
+    """Milliseconds that each of ``ranks`` GPUs computes in a step; None: not known."""
     compute = options.compute.get(("ddp" if way == "ddp" else "dmp", batch))
     if compute is None or way != "row_wise" or _is_sampled(options.flags):
         return compute
@@ -193,7 +192,7 @@ def _bounds(compute: float, step: tuple[float, float], records: int) -> list[str
 
 
 def _gain(bounds: dict[str, tuple[float, float]], way: str) -> str:
-    """How many times as fast as DDP, both with everything hidden and with nothing."""
+    """Speed relative to DDP, with full overlap and with none."""
     if way == "ddp" or "ddp" not in bounds:
         return "-"
     gains = sorted(ddp / own for ddp, own in zip(bounds["ddp"], bounds[way], strict=True))
@@ -201,7 +200,7 @@ def _gain(bounds: dict[str, tuple[float, float]], way: str) -> str:
 
 
 def compute_ms(options: argparse.Namespace) -> dict[tuple[str, int], float]:
-    """Milliseconds of a step on one GPU by (mode, local batch)."""
+    """Milliseconds of a step on one GPU, by (mode, local batch)."""
     found = {}
     if options.throughput and options.throughput.exists():
         for result in json.loads(options.throughput.read_text()):
@@ -224,13 +223,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
-    parser.add_argument("--steps", type=int, default=3, help="counted, after a warm-up")
+    parser.add_argument("--steps", type=int, default=3, help="steps to count after the warm-up")
     parser.add_argument("--items", type=int, default=500_000)
     parser.add_argument("--emb_dim", type=int, default=128)
-    parser.add_argument("--cache_dir", help="prepared data; that of train.py without it")
+    parser.add_argument("--cache_dir", help="prepared data; default: as train.py")
     parser.add_argument("--bandwidth", type=float, default=450.0, help="GB/s a GPU can send")
-    parser.add_argument("--efficiency", type=float, default=0.8, help="share of it that is reached")
-    parser.add_argument("--latency_us", type=float, default=20.0, help="of a collective")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.8, help="reached share of the bandwidth"
+    )
+    parser.add_argument("--latency_us", type=float, default=20.0, help="latency of a collective")
     parser.add_argument("--throughput", type=Path, default=results / "throughput-cuda.json")
     parser.add_argument(
         "--compute_ms",
@@ -243,9 +244,9 @@ def _options() -> argparse.Namespace:
         "--out",
         type=Path,
         default=results / "communication.json",
-        help="counts are kept here; one made again replaces itself",
+        help="file of counts; a new count replaces the earlier one",
     )
-    parser.add_argument("--show", action="store_true", help="count nothing, print what is kept")
+    parser.add_argument("--show", action="store_true", help="count nothing, print kept counts")
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     options = parser.parse_args(given[:cut])
@@ -256,7 +257,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Count what is asked for, keep it, print both tables."""
+    """Count, write the counts, print both tables."""
     options = _options()
     counts = json.loads(options.out.read_text()) if options.out.exists() else []
     for ranks in options.ranks if not options.show else ():

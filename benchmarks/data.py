@@ -4,19 +4,18 @@
     python benchmarks/data.py --only loader           or --only preparation
     python benchmarks/data.py --ratings 1000000 --seconds 1
 
-**Preparation**: a ratings.csv in ML-20M's shape (138,493 users with at least 20 ratings each,
-26,744 items, sorted by user and item as GroupLens' is) is made with a fixed seed and kept for the
-next run, then prepared in a process of its own: wall time and peak memory are its whole, imports
-included.
+**Preparation** makes a ratings.csv of ML-20M's shape with a fixed seed (138,493 users with at least
+20 ratings each, 26,744 items, sorted by user and item as GroupLens' file is) and keeps it for the
+next run. A new process then prepares it; wall time and peak memory include its imports.
 
-**Loader**: how fast one core cuts, masks and batches windows, the model left out. Histories are
-random, seeded and in memory: 20 million ratings, all histories of one length, so that every window
-is full. Batches go through the same stages as in training, the prefetching thread included; the
-process is held to one core. Each row is the best of three equal stretches. The column before last
-divides by the processor time used instead of the time passed: the two agree on a core that does
-nothing else. The last one is what the process holds more than before its first batch.
+**Loader** measures how fast one core cuts, masks and batches windows, without a model. The 20
+million ratings are random, seeded and in memory; all histories have one length, so every window is
+full. Batches go through the same stages as in training, including the prefetching thread, in a
+process bound to one core. Each row is the best of three periods. "sequences/CPU s" divides by
+processor time instead of wall time; both agree on an idle core. "MiB" is the memory that the
+process has gained since before its first batch.
 
-Both are added to ``--out``.
+Both results are added to ``--out``.
 """
 
 import argparse
@@ -47,7 +46,7 @@ from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
 
 NUM_RATINGS, NUM_USERS, NUM_ITEMS, MIN_LENGTH = 20_000_000, 138_493, 26_744, 20
-# Items a window, windows a batch, and the goal in sequences a second.
+# Items per window, windows per batch, goal in sequences/s.
 CASES = (
     (100, 256, 400_000),
     (200, 256, None),
@@ -70,7 +69,7 @@ print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def make_ratings(path: Path, num_ratings: int, seed: int = 0) -> None:
-    """Write a seeded ratings.csv: log-normal history lengths, Zipf-like items, ML-20M's times."""
+    """Write a seeded ratings.csv: log-normal history lengths, Zipf-like items, ML-20M's dates."""
     generator = np.random.default_rng(seed)
     num_users = max(1, NUM_USERS * num_ratings // NUM_RATINGS)
     spare = num_ratings - MIN_LENGTH * num_users
@@ -99,7 +98,7 @@ def make_ratings(path: Path, num_ratings: int, seed: int = 0) -> None:
 
 
 def preparation(folder: Path, num_ratings: int) -> dict[str, Any]:
-    """Seconds, peak GiB and what ``describe`` says of preparing the file in a fresh process."""
+    """Seconds, peak GiB and the output of ``describe`` of a new process that prepares the file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"ratings-{num_ratings}.csv"
     if not path.exists():
@@ -130,7 +129,7 @@ def preparation(folder: Path, num_ratings: int) -> dict[str, Any]:
 
 
 def made_store(length: int, num_ratings: int) -> SequenceStore:
-    """Users with ``length`` training items each and two held out."""
+    """Users with ``length`` training items each and two held-out ones."""
     num_users = num_ratings // (length + 2)
     items = np.random.default_rng(0).integers(
         1, NUM_ITEMS + 1, num_users * (length + 2), dtype=np.int32
@@ -139,9 +138,9 @@ def made_store(length: int, num_ratings: int) -> SequenceStore:
 
 
 def loading(length: int, batch: int, num_ratings: int, seconds: float) -> dict[str, Any]:
-    """Sequences and masked positions a second, sequences a second of processor time, memory."""
+    """Sequences/s, masked positions/s, sequences per second of processor time, and memory."""
     torch.set_num_threads(1)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a notice of its own
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # hides a notice
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     loader = TrainLoader(
@@ -178,14 +177,14 @@ def _stretch(batches: Iterator[PackedBatch], seconds: float) -> tuple[float, ...
 
 
 def _resident() -> int:
-    """Bytes of memory that this process holds (0 where the system does not tell)."""
+    """Resident bytes of this process; 0 on systems without /proc."""
     statm = Path("/proc/self/statm")
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _loading_lines(num_ratings: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Print the loader's table while it is measured, every row in a process of its own."""
+    """Measure each row of the loader's table in a new process and print it."""
     print("| length | batch | sequences/s | of goal | masked positions/s | sequences/CPU s | MiB |")
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
@@ -200,18 +199,18 @@ def _loading_lines(num_ratings: int, seconds: float) -> Iterator[dict[str, Any]]
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure both, print and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("preparation", "loader"))
     parser.add_argument("--ratings", type=int, default=NUM_RATINGS)
-    parser.add_argument("--seconds", type=float, default=6.0, help="to measure each loader row")
+    parser.add_argument("--seconds", type=float, default=6.0, help="measured per loader row")
     parser.add_argument(
         "--folder",
         type=Path,
         default=Path(tempfile.gettempdir()) / "bert4rec-benchmark",
-        help="where the ratings file is made and kept",
+        help="folder of the generated ratings file",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Where the time of an evaluation goes: flags of eval.py, one evaluation under torch's profiler.
+"""Profile one evaluation with torch's profiler; takes the flags of eval.py.
 
     python benchmarks/evaluation.py --checkpoint runs/ml-1m
     torchrun --standalone --nproc_per_node 2 benchmarks/evaluation.py --checkpoint runs/ml-1m
 
-Prints the seconds of an evaluation without the profiler, and of one with it the share of the time
-in which the GPU computed, how many operations the host launched, and what took longest.
+Prints the seconds of an evaluation without the profiler. Then, of one with it: how long the GPU
+was busy, how many operations the host launched, and the slowest operations.
 """
 
 import sys
@@ -33,11 +33,11 @@ SHOWN = 12
 
 
 def table(events: list[Any], seconds: float) -> str:
-    """What took longest: kernels where there are some, else operations without what they call.
+    """The slowest kernels or, without a GPU, operations by their own time.
 
     Args:
         events: ``torch.profiler.profile.events()`` of an evaluation.
-        seconds: that it took.
+        seconds: duration of that evaluation.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     device = [
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def measure(flags: EvalFlags) -> None:
-    """Evaluate: once to warm up, once for its time, once under the profiler."""
+    """Evaluate three times: to warm up, to measure the time, and under the profiler."""
     ranks = start()
     run = TrainedRun(flags)
     store = first_rank_first(ranks, lambda: prepare(run.config.data))

@@ -1,16 +1,16 @@
-"""The least time a training step can take on a GPU: its bytes over the memory's speed, or its
-operations over the tensor cores', whichever is more. Launches and the host come on top.
+"""Lower bound of a training step's time on a GPU: the larger of its bytes over the memory's speed
+and its operations over the tensor cores' speed. Launches and the host's work come on top.
 
     least_ms(row, items)        of an H100: 3 TB/s, 790 TFLOP/s of bfloat16
 
-What is counted, for B windows of L items, M masked positions, C items scored, D width, N layers::
+Counted for B windows of L items, M masked positions, C scored items, width D and N layers::
 
     operations   3 x (N B L (24 D^2 + 4 L D) + 2 M C D)       forward, and twice that backward
-    bytes        40 D a row of the table that the step touches: its weight and Adam's two moments
-                 read and written, its gradient written and read, itself read to look up and score
+    bytes        40 D for each row of the table that the step touches: weight and Adam's two moments
+                 read and written, gradient written and read, weight read by lookup and scoring
 
-All windows are taken to be full, and the last layer to work on all positions: with short histories,
-or where a kernel leaves work out, a step may come closer to this than it seems.
+Windows count as full, and the last layer as computed at all positions. For short histories, or with
+kernels that skip work, the bound is too high.
 """
 
 from benchmarks.rows import Row
@@ -19,7 +19,7 @@ BYTES_PER_SECOND, OPERATIONS_PER_SECOND = 3e12, 790e12
 
 
 def least_ms(row: Row, items: int) -> float:
-    """Milliseconds of a step of ``row``, which trains, over a table of ``items`` rows."""
+    """Milliseconds of a training step of ``row`` with a table of ``items`` rows."""
     flags = dict(flag.removeprefix("--").split("=") for flag in row.flags)
     length, width = int(flags["max_len"]), int(flags["emb_dim"])
     layers = int(flags.get("num_layers", 2))
@@ -35,5 +35,5 @@ def least_ms(row: Row, items: int) -> float:
 
 
 def table_ms(touched: float, width: int) -> float:
-    """Milliseconds of a step's passes over so many rows of the table."""
+    """Milliseconds of a step's passes over ``touched`` rows of the table."""
     return 1e3 * 40 * width * touched / BYTES_PER_SECOND

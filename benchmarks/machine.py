@@ -1,4 +1,4 @@
-"""What a benchmark ran on: hardware, versions and commit, to stand beside its figures."""
+"""The hardware, versions and commit of a benchmark, recorded with its figures."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchdata", "
 
 
 def processor() -> str:
-    """The processor's name and how many cores of it this process may use."""
+    """The processor's name and the number of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -20,7 +20,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide speed, as installed."""
+    """Installed versions of Python and of the packages that decide speed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this working tree, "-dirty" behind it if it has other changes."""
+    """The commit of this working tree, followed by "-dirty" if files have changed since."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude", "*"],

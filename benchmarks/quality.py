@@ -1,18 +1,21 @@
-"""Quality of the recipes: recipe x seeds through train.py, mean and deviation on the test split.
+"""Quality of a recipe: several seeds through train.py, mean and deviation on the test split.
 
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip
     python benchmarks/quality.py beauty --dataset_path beauty.txt.gz --seeds 3 --jobs 3
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --final
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --teachers 3 --discount 0.3 --jobs 4
 
-The model of each run is chosen on validation alone (full NDCG@10) by train.py. With --final the
-recipe is trained on the validation items too, as in BERT4Rec's paper: then nothing is chosen, the
-recipe's last model is tested. With --teachers N so many models are trained first, from other seeds,
-and the measured ones learn from them (``train.py --teachers``, which takes the recipe
-<recipe>-taught if there is one); with --seeds 0 that is all. With --discount the same models are
-tested a second time, with ``eval.py --popularity_discount``. Every run is an ordinary run folder
-below --runs; the table and what made it go to results/quality-<recipe>[-final][-taught].json.
-Further flags after ``--`` go to train.py. Jobs spread over the GPUs.
+train.py chooses each run's model on validation alone (full NDCG@10).
+
+    --final        train on the validation items too, as BERT4Rec's paper does; test the last model
+    --teachers N   first train N models from other seeds; the measured models learn from them
+                   (``train.py --teachers``, with the recipe <recipe>-taught if there is one).
+                   With --seeds 0, train the teachers only
+    --discount     test the same models a second time, with ``eval.py --popularity_discount``
+
+Each run is an ordinary run folder below --runs. Results are written to
+results/quality-<recipe>[-final][-taught].json. Flags after ``--`` go to train.py. Jobs are spread
+over the GPUs.
 """
 
 import argparse
@@ -54,12 +57,12 @@ ANCHORS: dict[str, dict[str, tuple[float | None, ...]]] = {
 }
 
 
-# Seeds of teachers begin here.
+# The first seed of the teachers.
 FIRST_TEACHER = 1000
 
 
 class Scripts:
-    """train.py and eval.py in processes of their own, on the GPU with the fewest of them."""
+    """Run train.py and eval.py as processes, each on the GPU with the fewest of them."""
 
     def __init__(self) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -68,10 +71,10 @@ class Scripts:
         self._lock = Lock()
 
     def run(self, script: str, log: Path, *flags: str) -> None:
-        """Waits until it has ended; what it prints goes to ``log``.
+        """Run a script to its end and append its output to ``log``.
 
         Raises:
-            subprocess.CalledProcessError: it failed; the log says why.
+            subprocess.CalledProcessError: the script failed; the log has its error.
         """
         with self._on_a_gpu() as environment, log.open("a") as file:
             subprocess.run(
@@ -107,10 +110,10 @@ def train(
     discount: float,
     more: list[str],
 ) -> dict[str, Any]:
-    """One run through the shipped scripts: its metrics, config and training seconds."""
+    """Metrics, config and training seconds of one run of train.py."""
     run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
     flags = ["--dataset_name", recipe, "--seed", str(seed)]
-    # What was cut short goes on where it stood when it is called again.
+    # An interrupted benchmark continues its runs.
     scripts.run("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((run_dir / "config.json").read_text())
@@ -120,7 +123,7 @@ def train(
         (step - before) * line["step_ms"]
         for before, step, line in zip(steps[:-1], steps[1:], training, strict=True)
     )
-    for flag in ("dataset_path", "run_dir", "cache_dir"):  # where things lay says nothing
+    for flag in ("dataset_path", "run_dir", "cache_dir"):  # only names are worth keeping
         config["flags"][flag] = Path(config["flags"][flag]).name
     teachers = config["flags"]["teachers"].split(",")
     config["flags"]["teachers"] = ",".join(Path(teacher).name for teacher in teachers)
@@ -148,10 +151,10 @@ def table(
     lines = ["| | " + " | ".join(f"{p} {n}" for p, n in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for label, row in ANCHORS.get(recipe, {}).items():
-        cells = ("-" if value is None else f"{value:.4f}" for value in row)
+        cells = ["-" if value is None else f"{value:.4f}" for value in row]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     popularity = results[0]["test"]["popularity"]
-    cells = (f"{popularity[protocol][name]:.4f}" for protocol, name in columns)
+    cells = [f"{popularity[protocol][name]:.4f}" for protocol, name in columns]
     lines.append("| popularity | " + " | ".join(cells) + " |")
     rows = [("the teachers", [each["test"] for each in teachers])] if teachers else []
     rows.append(("**this project**", [result["test"] for result in results]))
@@ -170,7 +173,7 @@ def table(
 
 
 def command(arguments: list[str]) -> str:
-    """What was typed, of paths the last part: where things lay says nothing."""
+    """The command line, with the last part of each path only."""
     shown = []
     for word in arguments:
         flag, equals, value = word.partition("=")
@@ -179,14 +182,16 @@ def command(arguments: list[str]) -> str:
 
 
 def main() -> None:
-    """Run, collect, print, write."""
+    """Run all seeds; print and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("--dataset_path", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--final", action="store_true", help="train on validation items too")
     parser.add_argument("--teachers", type=int, default=0, help="models to learn from")
-    parser.add_argument("--discount", type=float, default=0.0, help="of popularity, once more")
+    parser.add_argument(
+        "--discount", type=float, default=0.0, help="popularity discount of a second test"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

@@ -1,8 +1,8 @@
-"""The rows of benchmarks/throughput.py, as plain data: what is trained or evaluated, and the goal.
+"""The rows of benchmarks/throughput.py: what each trains or evaluates, and its goal.
 
-Goals are for one NVIDIA H100. The ``random`` data set draws items uniformly and keeps those that
-were drawn, so R ratings over N ids leave N (1 - exp(-R / N)) items: a catalog of V items takes
-more ids than V.
+Goals are for one NVIDIA H100. The ``random`` data set draws item ids uniformly and keeps the drawn
+ones. R ratings over N ids leave N (1 - exp(-R / N)) items, so a catalog of V items needs more than
+V ids.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: for ``--rows``.
-        what: for the table.
-        flags: of train.py, the data and the model.
-        batch: windows a rank trains in a step.
-        steps: optimizer steps, the warm-up included; 0: the row is about evaluation.
-        goal: records/s of one GPU; of an evaluation, its seconds.
+        name: the value of ``--rows``.
+        what: description in the table.
+        flags: flags of train.py for data and model.
+        batch: windows per rank and step.
+        steps: optimizer steps including the warm-up; 0 for rows that measure an evaluation.
+        goal: records/s of one GPU, or seconds of an evaluation.
         memory_goal: GB of one GPU.
-        modes: what can hold it.
-        needs_path: the data must be given by ``--dataset_path``.
+        modes: modes in which the table fits the memory.
+        needs_path: the row needs ``--dataset_path``.
     """
 
     name: str
@@ -36,22 +36,22 @@ class Row:
 
     @property
     def evaluates(self) -> bool:
-        """Whether seconds of an evaluation are measured, not records/s of training."""
+        """Whether the row measures seconds of an evaluation, not records/s of training."""
         return self.steps == 0
 
     def train_flags(self, mode: str) -> list[str]:
-        """The flags of its run of train.py, without folders."""
+        """The row's flags of train.py, without folders."""
         flags = [*self.flags, f"--train_batch_size={self.batch}", f"--mode={mode}"]
         if self.evaluates:
-            # Nothing is learned, so one checkpoint is all that is written on the way.
+            # Nothing is learned, so only the first evaluation writes a checkpoint.
             return [*flags, "--lr=0", f"--num_epochs={EVALUATIONS}", "--eval_every=1"]
-        # As many epochs as it takes, with no evaluation between them.
+        # No evaluation before --max_steps ends the run.
         flags += ["--num_epochs=100000", "--eval_every=100000"]
         return [*flags, f"--max_steps={self.steps}", f"--log_every={self.log_every}"]
 
     @property
     def log_every(self) -> int:
-        """Steps of an interval that is measured."""
+        """Steps of a measured interval."""
         return max(1, self.steps // INTERVALS)
 
 
@@ -59,7 +59,7 @@ INTERVALS, EVALUATIONS = 12, 4
 
 
 def _random(users: int, items: int, size: int, dim: int = 128, length: int = 16) -> tuple[str, ...]:
-    """Flags as in the command of TorchRec's examples/bert4rec, with these sizes."""
+    """Flags of the command of TorchRec's examples/bert4rec, with other sizes."""
     return (
         "--dataset_name=random",
         f"--random_user_count={users}",
@@ -106,7 +106,7 @@ GPU = (
     Row("eval-ml-1m", "evaluate ML-1M", _ML_1M, 256, 0, goal=0.5, needs_path=True),
     Row("eval-1m", "evaluate 1M items", _MILLION_10K_USERS + _SAMPLED, 1024, 0, goal=2),
 )
-# Rows that one GPU is not asked for.
+# Rows that are measured on several GPUs only.
 SEVERAL_GPUS = (
     Row("sampled-8", "500k items, sampled", _EXAMPLE + _SAMPLED, 8, 1200),
     Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 600),
@@ -120,7 +120,7 @@ SEVERAL_GPUS = (
         modes=("dmp",),
     ),
 )
-# What a catalog too large for the GPU's memory can be trained with.
+# Set-ups for catalogs too large for the GPU's memory.
 HUGE = (
     Row(
         "10m-4096-fp16",

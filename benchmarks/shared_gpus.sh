@@ -1,10 +1,10 @@
 #!/bin/bash
-# Several ranks a GPU: that many ranks agree can be seen on few GPUs. How fast they are cannot.
+# Several ranks per GPU, to test that many ranks agree on few GPUs. Their speed means nothing.
 #
 #     torchrun --standalone --nproc_per_node 8 --no-python benchmarks/shared_gpus.sh train.py --mode dmp ...
 #
-# Ranks are dealt out to the GPUs in blocks, each as a host of its own with one GPU. It takes NCCL 2.30
-# or newer, which may be given as LD_PRELOAD=.../libnccl.so.2 where torch's own is older.
+# Each GPU gets a block of ranks; each rank acts as a host with one GPU. Needs NCCL 2.30 or newer: if
+# torch has an older one, set LD_PRELOAD=.../libnccl.so.2.
 GPUS=${GPUS:-$(nvidia-smi -L | wc -l)}
 export CUDA_VISIBLE_DEVICES=$((LOCAL_RANK * GPUS / LOCAL_WORLD_SIZE))
 export LOCAL_RANK=0 LOCAL_WORLD_SIZE=1

@@ -1,18 +1,17 @@
-"""Records a second through the real train.py: loader, transfer, step, logging.
+"""Records/s of train.py as users run it: loader, transfer, step and logging.
 
     python benchmarks/throughput.py                                  the rows of this device, 1 rank
     python benchmarks/throughput.py --ranks 1 2 4 8 --rows gpus      DDP beside DMP as ranks grow
     python benchmarks/throughput.py --rows exact-8 10m-4096 --modes dmp
-    python benchmarks/throughput.py --ranks 2 --rows exact-8 --plain       no pipeline
+    python benchmarks/throughput.py --ranks 2 --rows exact-8 --plain       without train pipeline
     python benchmarks/throughput.py --rows ml-1m-256 --dataset_path ml-1m.zip -- --precision fp32
     python benchmarks/throughput.py --show benchmarks/results/throughput-cuda.json
 
-Every cell is a run of train.py of its own (torchrun where there are several ranks), ended by
-``--max_steps``, and its figures are what it wrote into metrics.jsonl: the median over the intervals
-that are left after the first third. "least ms" is what benchmarks/limits.py says an H100 needs.
-Rows are named in benchmarks/rows.py; flags after ``--`` go to train.py. A run that fails is a row
-that says so. What was measured is kept in ``--out``, where a row that is measured again replaces
-itself.
+Each cell is one run of train.py (through torchrun on several ranks), ended by ``--max_steps``. Its
+figures are medians of metrics.jsonl over the last two thirds of the intervals. "least ms" is the
+lower bound for an H100 by benchmarks/limits.py. benchmarks/rows.py lists the rows; flags after
+``--`` go to train.py. A failed run becomes a row with its error. Results are kept in ``--out``; a
+new result replaces the earlier one of the same row.
 """
 
 import argparse
@@ -37,12 +36,12 @@ from benchmarks.machine import ROOT, commit, processor, versions
 from benchmarks.rows import ROWS, SETS, Row
 
 Result = dict[str, Any]
-# One result of a row at a number of ranks in a mode replaces the one before.
+# A result replaces an earlier one that agrees with it in these fields.
 KEY = ("row", "device", "ranks", "mode", "more", "loop")
 
 
 def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Result:
-    """One run of train.py and what it logged, or ``{"failed": why}``."""
+    """Figures of one run of train.py, or ``{"failed": reason}``."""
     run_dir = options.folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     flags = [*row.train_flags(mode), *options.more]
@@ -52,7 +51,7 @@ def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Res
     folders = [f"--cache_dir={options.cache_dir}", f"--run_dir={run_dir}"]
     if row.needs_path:
         folders.append(f"--dataset_path={options.dataset_path.resolve()}")
-    # A rank is a core, at any number of ranks, unless the user says otherwise.
+    # One core per rank by default.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     if options.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -74,7 +73,7 @@ def measure(row: Row, mode: str, ranks: int, options: argparse.Namespace) -> Res
 
 
 def _run(command: list[str], environment: dict[str, str], timeout: float) -> tuple[int, str]:
-    """Exit code and stderr; the command and its children are killed when it takes too long."""
+    """Exit code and stderr of a command, killed with its children after ``timeout`` seconds."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command,
@@ -97,7 +96,7 @@ def _run(command: list[str], environment: dict[str, str], timeout: float) -> tup
 
 
 def _why(errors: str, code: int) -> str:
-    """The line of stderr that says most."""
+    """The line of stderr that best explains the failure."""
     lines = [line.strip() for line in errors.replace("\r", "\n").splitlines() if line.strip()]
     if code == -signal.SIGKILL:
         return "took too long"
@@ -109,7 +108,7 @@ def _why(errors: str, code: int) -> str:
 
 
 def _steady(lines: list[Result]) -> Result:
-    """Medians over the intervals after the first third; ``waited`` is a share of the step."""
+    """Medians over the last two thirds of the intervals; ``waited`` is a share of the step."""
     intervals = [line for line in lines if "loss" in line]
     steady = intervals[-(-len(intervals) // 3) :] or intervals
     names = ("records_per_second", "step_ms", "data_wait_ms")
@@ -122,7 +121,7 @@ def _steady(lines: list[Result]) -> Result:
 
 
 def _evaluations(lines: list[Result]) -> Result:
-    """Median of the evaluations but the first, which draws the negatives that the others keep."""
+    """Median of all evaluations except the first, which also draws the negatives."""
     first, *rest = (line["validation/seconds"] for line in lines if "validation/seconds" in line)
     peak = max(line["peak_memory_gb"] for line in lines if "loss" in line)
     return {
@@ -133,7 +132,7 @@ def _evaluations(lines: list[Result]) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: training in the columns of TorchRec's example and more, then evaluation."""
+    """Markdown: a table of training, with all columns of TorchRec's example, and of evaluation."""
     pairs: dict[tuple[Any, ...], dict[str, Result]] = {}
     for result in results:
         key = tuple(result.get(name, "pipelined") for name in KEY if name not in ("mode", "more"))
@@ -200,7 +199,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _keep(path: Path, result: Result) -> None:
-    """Put the result into the file, in the place of an earlier one of the same row."""
+    """Write the result into the file; it replaces an earlier one of the same row."""
     kept = json.loads(path.read_text()) if path.exists() else []
     key = [result[name] for name in KEY]
     kept = [each for each in kept if [each.get(name, "pipelined") for name in KEY] != key]
@@ -217,10 +216,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1])
     parser.add_argument("--modes", nargs="+", choices=("ddp", "dmp"), default=["ddp", "dmp"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dataset_path", type=Path, help="ML-1M, for the rows that need it")
+    parser.add_argument("--dataset_path", type=Path, help="ML-1M, for rows that use it")
     parser.add_argument("--cache_dir", type=Path, help="prepared data, kept between runs")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds a run may take")
-    parser.add_argument("--plain", action="store_true", help="nothing runs ahead of a step")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds per run")
+    parser.add_argument("--plain", action="store_true", help="without the train pipeline")
     parser.add_argument("--out", type=Path, help="file of results, added to")
     parser.add_argument("--show", type=Path, help="print the table of a file, measure nothing")
     given = sys.argv[1:]
@@ -247,7 +246,7 @@ def main() -> None:
         return
     chosen = options.rows or ["gpu" if options.device == "cuda" else "cpu"]
     rows = {row.name: row for name in chosen for row in SETS.get(name) or (ROWS[name],)}
-    # Its own, so that two of these may run beside each other, on two GPUs.
+    # A new folder, so that two benchmarks can run at once, each on a GPU.
     options.folder = Path(tempfile.mkdtemp(prefix="bert4rec-throughput-"))
     try:
         results = _measured(rows, options)
@@ -262,7 +261,7 @@ def main() -> None:
 
 
 def _measured(rows: dict[str, Row], options: argparse.Namespace) -> list[Result]:
-    """Every row in each mode at each number of ranks, kept as soon as it is there."""
+    """Measure every row in each mode at each number of ranks; write each result at once."""
     results = []
     for row in rows.values():
         if row.needs_path and options.dataset_path is None:
