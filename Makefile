@@ -55,7 +55,7 @@ test-slow: install
 NEWEST := .venv-newest
 NEWEST_TORCH := 2.13.0
 NEWEST_TORCHREC := 1.8.0
-NEWEST_REQUIREMENTS := $(NEWEST)/$(notdir $(REQUIREMENTS))
+NEWEST_REQUIREMENTS := $(NEWEST)/newest-$(notdir $(REQUIREMENTS))
 
 $(NEWEST_REQUIREMENTS): $(REQUIREMENTS) Makefile
 	mkdir -p $(NEWEST)
