@@ -1,5 +1,6 @@
 """The requirement files agree with each other, with the Makefile and with the imports."""
 
+import ast
 import re
 import sys
 from collections.abc import Iterable
@@ -70,5 +71,8 @@ def assert_imports(files: Iterable[Path], packages: set[str]) -> None:
     """The files import nothing but the standard library, the project and ``packages``."""
     known = {package.replace("-", "_") for package in packages} | OWN | sys.stdlib_module_names
     for file in files:
-        for module in re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
-            assert module in known, f"{file.relative_to(ROOT)} imports {module}"
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.split(".")[0] for name in names}:
+                assert module in known, f"{file.relative_to(ROOT)} imports {module}"

@@ -123,7 +123,7 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
         for step, of_step in enumerate(zip(*found, strict=True)):
             windows = [batch.num_windows for batch in of_step]
             equal_shapes.append(len({*windows}) == 1)
-            assert {batch.alike for batch in of_step} == {equal_shapes[-1]}
+            assert {batch.equal_shapes for batch in of_step} == {equal_shapes[-1]}
             for sizes in (
                 [len(batch.ids) for batch in of_step],
                 [len(batch.masked) for batch in of_step],

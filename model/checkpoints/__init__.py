@@ -1,5 +1,6 @@
 """Save, verify, load and export the state of training.
 
+    config.py        flags: when to save and what to keep
     position.py      where training stands: the part of a checkpoint that is not tensors
     manifest.py      sizes and checksums of a checkpoint's files
     safe_reader.py   read a checkpoint without running code from it

@@ -17,7 +17,7 @@ Draws are keyed by (seed, epoch, window, copy, position), so they depend neither
 nor on the number of ranks.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ _MASK_LAST, _FORCED, _ACTION, _RANDOM_ITEM = 0x2545F491, 0x68E31DA4, 0x1B56C4E9,
 _LEFT_CONTEXT = 0x7ED55D16
 
 
+@dataclass(frozen=True)
 class ClozeMask:
     """Masks rows; it has no state."""
 

@@ -11,7 +11,7 @@ A draw by popularity takes two look-ups, however many items there are (Walker's 
 tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 

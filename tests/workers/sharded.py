@@ -75,7 +75,7 @@ def config_of(
         windows=WindowConfig(max_len=MAX_LEN),
         loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),
         # 16 wide: column_wise makes two shards of 8, the fewest columns it may.
-        encoder=EncoderConfig(16, 2, 1, dropout=0, attention_dropout=0),
+        encoder=EncoderConfig(16, 2, 1, dropout=0),
         head=HeadConfig(head, logit_temperature=0.2, loss=loss),
         negatives=NegativesConfig(train_negatives=12),
         sharding=sharding,
