@@ -8,8 +8,8 @@ those of a larger slice are looked up part by part for every block of users.
 Shapes: U users, C items of a part, D width, V items.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,8 @@ from pipeline.batches.features import CANDIDATE, jagged_items, with_candidates
 PART_ITEMS = 2**18
 KEPT_BYTES = 2 << 30
 
-# Parts of the catalog with their scores [U, C]; iterated more than once.
-Scored = Iterable[tuple[CatalogSlice, torch.Tensor]]
+# Goes through the parts of the catalog with their scores [U, C]; called more than once.
+Scored = Callable[[], Iterable[tuple[CatalogSlice, torch.Tensor]]]
 
 
 class CatalogScores:
@@ -55,39 +55,27 @@ class CatalogScores:
         self._kept = [first, *map(self._rows, self.parts[1:])] if keep else None
 
     def scored(self, hidden: torch.Tensor) -> Scored:
-        """All parts with the scores of users [U, D]; those of a single part are computed once."""
-        scores = _PartScores(self, hidden)
-        return list(scores) if len(self.parts) == 1 else scores
-
-    def part_scores(
-        self, part: CatalogSlice, rows: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Scores float32 [U, C] of one part."""
-        scores = hidden @ rows.T
-        return scores if self._lowered is None else scores - self._lowered[part.low : part.high]
+        """The scores of users [U, D]; those of a single part are computed once."""
+        if len(self.parts) > 1:
+            return partial(self._scores, hidden)
+        scores = list(self._scores(hidden))
+        return lambda: scores
 
     def counted(self, counts: torch.Tensor, users: int) -> Scored:
-        """All parts with ``counts``, float32 [V + 2] by item, as the scores of every user."""
-        return [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
+        """``counts``, float32 [V + 2] by item, as the scores of every user."""
+        scores = [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
+        return lambda: scores
 
-    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
-        rows = self._kept or map(self._rows, self.parts)
-        return zip(self.parts, rows, strict=True)
+    def _scores(self, hidden: torch.Tensor) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
+        rows_of_parts = self._kept or map(self._rows, self.parts)
+        for part, rows in zip(self.parts, rows_of_parts, strict=True):
+            scores = hidden @ rows.T
+            if self._lowered is not None:
+                scores = scores - self._lowered[part.low : part.high]
+            yield part, scores
 
     def _rows(self, part: CatalogSlice) -> torch.Tensor:
         """Scoring rows [C, D], looked up as the training step does."""
         no_rows = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         features = with_candidates(no_rows.to(self._device), (part.low, part.high))
         return self._bert.head.project(self._bert.embeddings(features)[CANDIDATE].values())
-
-
-@dataclass
-class _PartScores:
-    """Scores of all parts, computed anew in every iteration."""
-
-    catalog: CatalogScores
-    hidden: torch.Tensor
-
-    def __iter__(self) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
-        for part, rows in self.catalog:
-            yield part, self.catalog.part_scores(part, rows, self.hidden)

@@ -186,7 +186,7 @@ def target_ranks(
     Items that are not lower than the target are ahead of it, so that NaN counts against the model.
 
     Args:
-        scored: parts of this rank's slice with float32 scores [U, C].
+        scored: goes through the parts of this rank's slice with float32 scores [U, C].
         shared: whether other ranks have the rest of the catalog.
 
     Returns:
@@ -194,7 +194,7 @@ def target_ranks(
     """
     picked = torch.cat([users.targets[:, None], users.negatives], dim=1)  # [U, 1 + N]
     picked_scores = torch.zeros(picked.shape, device=picked.device)
-    for part, scores in scored:
+    for part, scores in scored():
         if scores.shape[1]:
             found, inside = _columns(part, picked)
             picked_scores = torch.where(inside, scores.gather(1, found), picked_scores)
@@ -204,7 +204,7 @@ def target_ranks(
     ahead_sampled = ~(picked_scores[:, 1:] < target) & (users.negatives > 0)
 
     ahead = torch.zeros_like(users.targets)  # counts the target itself: ranks start at 1
-    for part, scores in scored:
+    for part, scores in scored():
         if scores.shape[1]:
             ahead += (~(scores < target)).sum(dim=1)
             found, inside = _columns(part, users.seen)

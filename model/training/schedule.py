@@ -1,4 +1,4 @@
-"""How long to train, and the learning rate as a function of the position in training.
+"""The learning rate as a function of the position in training.
 
 The rate rises to its peak, then falls linearly or by a cosine to zero, or stays constant; all of it
 is multiplied by --gamma every --decay_step epochs.

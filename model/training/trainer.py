@@ -85,12 +85,8 @@ class Trainer:
         position: Position,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.optimizers, self.pipeline, self.loader = (
-            model,
-            optimizers,
-            pipeline,
-            loader,
-        )
+        self.model, self.optimizers = model, optimizers
+        self.pipeline, self.loader = pipeline, loader
         self.validate, self.checkpoints, self.log = validate, checkpoints, log
         self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
         self.after_step = after_step
