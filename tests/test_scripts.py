@@ -91,7 +91,7 @@ def test_what_a_run_prints(trained: dict[str, Any]) -> None:
     out, err = trained["outcome"].out, trained["outcome"].err
     assert out.count("synthetic: what each stage kept") == 1  # by one rank
     assert out.count("best possible on test") == 1
-    assert "2 ranks on cpu: item row_wise fused: looked up and updated by this project's" in out
+    assert "2 ranks on cpu: item row_wise: looked up and updated by this project's" in out
     assert "tables rowwise_adagrad" in out
     assert [line.split(":")[0] for line in out.splitlines() if "NDCG@10 full" in line] == [
         "epoch 1",
@@ -258,7 +258,7 @@ def test_the_example_s_command_with_dmp(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     outcome = run_main("train", "--dataset_name", "random", "--mode", "dmp")
     assert outcome.code == 0, outcome.err
-    assert "item table_wise fused" in outcome.out  # whole on the only rank
+    assert "item whole" in outcome.out  # whole on the only rank
     (run_dir,) = Path("runs").iterdir()
     assert run_dir.name.startswith("random-")
     assert read_result(run_dir)["users"] == 10
