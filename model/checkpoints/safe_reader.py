@@ -34,6 +34,13 @@ _ALLOWED = {
 }
 
 
+class UnreadableIndex(BaseException):
+    """The index is damaged, or refers to anything but tensors.
+
+    Not an Exception: dcp.load of torch 2.11 would hide it, and report that there is no index.
+    """
+
+
 class SafeReader(dcp.FileSystemReader):
     """A FileSystemReader for checkpoints that contain only tensors, from any source."""
 
@@ -41,16 +48,16 @@ class SafeReader(dcp.FileSystemReader):
         """The index.
 
         Raises:
-            ValueError: it is not whole, or refers to anything but tensors.
+            UnreadableIndex: dcp.load turns it into a CheckpointException on all ranks.
         """
         # Private: FileSystemReader's fs and _get_metadata_path say where the index is.
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()
             except Exception as error:
-                raise ValueError(f".metadata is no index of tensors: {error}") from error
+                raise UnreadableIndex(f".metadata is no index of tensors: {error}") from error
         if not isinstance(metadata, Metadata) or metadata.storage_meta is None:
-            raise ValueError(".metadata is no index of tensors")
+            raise UnreadableIndex(".metadata is no index of tensors")
         # Private: FileSystemReader.read_metadata, which this replaces, sets load_id.
         metadata.storage_meta.load_id = self.load_id
         return metadata

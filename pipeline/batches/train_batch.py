@@ -86,7 +86,7 @@ class TrainBatch(Pipelineable):
         """A copy on ``device``, with the candidates appended."""
         parts = self._parts().items()
         moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts}
-        return replace(self, words=None, **moved).with_candidates()
+        return replace(self, **moved | {"words": None}).with_candidates()
 
     def with_candidates(self) -> "TrainBatch":
         """This batch, with the candidates appended to its features if there are any."""
