@@ -4,13 +4,12 @@ Shapes: B users, N negatives of each, S seen items of all.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from pipeline.batches.features import with_candidates
+from pipeline.batches.features import tensors_of, with_candidates
 
 
 @dataclass(eq=False)
@@ -21,13 +20,11 @@ class EvalBatch:
         features: key "item"; a row is the user's last known items and the mask token.
         masked: int64 [B], the flat position of each row's mask token.
         targets: int64 [B], the held-out item.
-        users: int64 [B], the user's number in the sequence store; -1 for a filler row, which must
-            not be counted.
+        users: int64 [B], the user's number in the sequence store; -1: a filler row, not counted.
         negatives: int64 [B, N], distinct items the user never rated; 0 where there are too few.
-        seen: int64 [S], distinct items known before the target, over the whole history, target
-            excluded; user after user.
-        seen_offsets: int64 [B + 1], row b's seen items are ``seen[seen_offsets[b]:seen_offsets[b
-            + 1]]``.
+        seen: int64 [S], distinct items of the whole history before the target, without the target;
+            those of row b are ``seen[seen_offsets[b]:seen_offsets[b + 1]]``.
+        seen_offsets: int64 [B + 1].
         num_rows, longest, candidate_range: as in :class:`~pipeline.batches.train_batch.TrainBatch`.
     """
 
@@ -44,21 +41,14 @@ class EvalBatch:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""
-        moved = {
-            name: part.to(device, non_blocking=non_blocking) for name, part in self._parts().items()
-        }
-        features = moved.pop("features")
+        parts = tensors_of(self).items()
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts}
         if self.candidate_range is not None:
-            features = with_candidates(features, self.candidate_range)
-        return replace(self, features=features, **moved)
+            moved["features"] = with_candidates(moved["features"], self.candidate_range)
+        return replace(self, **moved)
 
     def pin_memory(self) -> "EvalBatch":
         """A copy in page-locked memory, or this very batch where there is no CUDA."""
         if not torch.cuda.is_available():
             return self
-        return replace(self, **{name: part.pin_memory() for name, part in self._parts().items()})
-
-    def _parts(self) -> dict[str, Any]:
-        """The features and all tensors."""
-        kinds = (KeyedJaggedTensor, Tensor)
-        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
+        return replace(self, **{name: part.pin_memory() for name, part in tensors_of(self).items()})

@@ -1,9 +1,8 @@
 """Items and candidates as one KeyedJaggedTensor, the form in which TorchRec looks rows up.
 
-The model ties its output layer to the item table by looking candidates up as a second feature of
-the same table. A dense range of candidates never crosses from host to device: it is appended on the
-device, spread over the rows, because the embedding kernels work row by row. If there are few rows
-for many candidates, empty rows of items are added to hold them::
+The output layer is tied to the item table: candidates are a second feature of the same table. A
+range of candidates is made on the device and spread over the rows, because the embedding kernels
+work row by row. Many candidates get more rows, in which there are no items::
 
     features["item"]       values   7 11  9 |  4 11      two rows, no padding
                            lengths        3 |     2
@@ -15,6 +14,7 @@ Shapes: B rows, T items, C candidates.
 
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +28,19 @@ _CANDIDATES_A_ROW = 64
 _CAPTURES = count(-1, -1)
 
 
+def tensors_of(batch: object) -> dict[str, Any]:
+    """The attributes of a batch that are tensors or features, by name."""
+    kinds = (KeyedJaggedTensor, Tensor)
+    return {name: part for name, part in vars(batch).items() if isinstance(part, kinds)}
+
+
 def jagged_items(
     values: Tensor, lengths: Tensor, offsets: Tensor | None = None
 ) -> KeyedJaggedTensor:
-    """Rows of items under the key "item".
+    """Rows of items, int64 [T], under the key "item".
 
     Args:
-        values: int64 [T], the items of all rows.
-        lengths: int64 [B], items per row; sums to T.
+        lengths: int64 [B], items per row.
         offsets: int64 [B + 1], where rows begin; None: TorchRec sums the lengths when it needs to.
     """
     return KeyedJaggedTensor(
@@ -52,12 +57,7 @@ def jagged_items(
 def with_candidates(
     features: KeyedJaggedTensor, candidates: tuple[int, int] | Tensor
 ) -> KeyedJaggedTensor:
-    """The key "item" unchanged, and candidates under the key "candidate".
-
-    Args:
-        features: key "item".
-        candidates: a half-open range of items, or items int64 [C] on the features' device.
-    """
+    """The features with candidates, a half-open range or int64 [C], under the key "candidate"."""
     values = features.values()
     if isinstance(candidates, tuple):
         candidates = _range(candidates, values.device, _stream_id(values.device))
@@ -82,13 +82,12 @@ def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> 
     )
 
 
-# ``stream_id`` keeps the cached tensors of one CUDA stream from another stream, which would have to
-# wait until they are written.
+# ``stream_id``: another CUDA stream would have to wait until the cached tensors are written.
 
 
 @lru_cache(maxsize=4)
 def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
-    """int64 [C] on ``device``; a catalog may be large, so few are cached."""
+    """int64 [C]; a catalog may be large, so few are cached."""
     return torch.arange(*candidate_range, dtype=torch.int64, device=device)
 
 
@@ -96,8 +95,7 @@ def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: in
 def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
     """The lengths that follow those of B rows of items: int64 [2 S - B].
 
-    Zeros for S - B more rows of items, then how many of ``count`` candidates each of S >= B rows
-    has.
+    S - B rows without items, then ``count`` candidates spread over S >= B rows.
     """
     rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
     lengths = torch.full((2 * rows - num_rows,), count // rows, dtype=torch.int64, device=device)
@@ -108,7 +106,7 @@ def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> 
 
 @lru_cache(maxsize=64)
 def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
-    """The offsets that follow those of B rows of ``items`` items: int64 [2 S - B]."""
+    """The offsets that follow those of B rows of items: int64 [2 S - B]."""
     return items + _spread(count, num_rows, device, stream_id).cumsum(0)
 
 

@@ -1,13 +1,12 @@
 """A step's tensors in one piece of memory, so that one copy takes them all to the device.
 
-Parts of 8-byte words lie one behind the other; the two rows of ``pipeline/batches/batch.py``::
+Parts of 8-byte words lie one behind the other; the two rows of ``train_batch.py``::
 
     words     7 11 9 4 11 | 3 2     | 3 2     | 0 3 5   | 1 4
     sizes     values 5      targets 2 lengths 2 offsets 3 masked 2
 
-Copying each part by itself would cost the host a launch a part, which for small batches is more
-than the copies take. What is not made of 8-byte integers is stored so that it can be seen where it
-lies: a bool is a word of 0 or 1, floats come in pairs.
+For small batches, launching a copy of each part would take longer than the copies. A bool is stored
+as a word of 0 or 1, floats in pairs, so that each part is a view of the words.
 """
 
 from collections.abc import Iterator
@@ -21,19 +20,14 @@ from torch import Tensor
 
 @dataclass(eq=False, slots=True)
 class Packed:
-    """The parts of one step.
-
-    Attributes:
-        words: int64 [the sum of sizes].
-        names, sizes: of the parts, in the order in which they lie there; sizes in words.
-    """
+    """The parts of one step: names and sizes, in words, in the order in which they lie in words."""
 
     words: Tensor
     names: tuple[str, ...]
     sizes: list[int]
 
     def parts(self) -> dict[str, Tensor]:
-        """Each part, int64, where it lies."""
+        """Views of the words, int64, by name."""
         return dict(zip(self.names, torch.split_with_sizes(self.words, self.sizes), strict=True))
 
 
@@ -43,9 +37,9 @@ def pack(
     """Pack the same parts of S steps, all into one allocation.
 
     Args:
-        parts: of each part all steps' integers or bools, or what :func:`float_pairs` made, and
-            int64 [S + 1], where those of a step begin.
-        pin_memory: into page-locked memory.
+        parts: for each part, the integers or bools of all steps (floats: from :func:`float_pairs`)
+            and int64 [S + 1], where those of each step begin.
+        pin_memory: use page-locked memory.
     """
     sizes = np.stack([np.diff(splits) for _, splits in parts.values()], axis=1)
     pieces = [

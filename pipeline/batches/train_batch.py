@@ -8,23 +8,27 @@ position each, are::
     masked                  1            |     4      flat positions in the values above
     targets                 3            |     2      the items that stood there
 
-The loader hands out a :class:`PackedBatch`, all tensors in one piece of memory, so that one copy
-takes a step to the device. There it becomes a :class:`TrainBatch`, views of that memory, with the
-candidates appended (``features.py``). Both implement :class:`torchrec.streamable.Pipelineable`, so
-that TorchRec's train pipelines copy them on one CUDA stream and use them on another.
+The loader yields a :class:`PackedBatch`, which one copy takes to the device. There it becomes a
+:class:`TrainBatch`: views of the same memory, and the candidates. TorchRec's train pipelines copy a
+``Pipelineable`` on one CUDA stream and use it on another.
 
 Shapes: B rows, W windows among them, T items, M masked positions, K negatives.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from pipeline.batches.features import CANDIDATE, jagged_items, join_candidates, with_candidates
+from pipeline.batches.features import (
+    CANDIDATE,
+    jagged_items,
+    join_candidates,
+    tensors_of,
+    with_candidates,
+)
 from pipeline.batches.packing import Packed, as_bools, as_floats
 
 
@@ -39,23 +43,23 @@ class TrainBatch(Pipelineable):
 
     Attributes:
         features: key "item" (int64 values [T], int64 lengths [B]) and, after
-            :meth:`with_candidates`, key "candidate". The features may have more rows, all empty.
+            :meth:`with_candidates`, key "candidate"; perhaps with more, empty rows.
         masked: int64 [M], flat positions in the item values, ascending.
         targets: int64 [M], the item ids at these positions before masking.
-        num_windows: rows that hold a real window; filler rows are not counted.
+        num_windows: W, rows that are no filler rows.
         num_rows: B, filler rows included.
-        longest: no row has more items than this; known on the host.
+        longest: no row has more items than this.
         candidate_range: half-open range of the item ids that this rank scores, or None.
-        left_only: bool [W], which of the first W rows, the windows, have positions that see only
-            earlier ones; None: none.
+        left_only: bool [W], which of the first W rows, the windows, have positions that attend only
+            to earlier ones; None: none.
         steps_ago: int64 [T], how many items of its history come after a position; None: as many as
-            positions of its row. With it, rows W ... 2 W - 1 are the second stream of the first W
+            positions of its row. With it, rows W ... 2 W - 1 are the second streams of the windows
             (``pipeline/training/two_stream.py``).
-        negatives: int64 [K], items to score besides the targets; None: candidate_range says.
+        negatives: int64 [K], items to score besides the targets, instead of ``candidate_range``.
         log_counts: float32 [K], logarithms of the negatives' expected counts.
-        words: the memory that all these tensors are views of; None: each has its own.
-        equal_shapes: this step's batches have the same shapes on all ranks, as far as the ranks
-            agree on sizes at all (``pipeline/training/shape_buckets.py``).
+        words: the memory of which all tensors are views; None: each has its own.
+        equal_shapes: False if ranks exchange sizes (``pipeline/training/shape_buckets.py``) and
+            this step's shapes still differ between them.
     """
 
     features: KeyedJaggedTensor
@@ -84,7 +88,7 @@ class TrainBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "TrainBatch":
         """A copy on ``device``, with the candidates appended."""
-        parts = self._parts().items()
+        parts = tensors_of(self).items()
         moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts}
         return replace(self, **moved | {"words": None}).with_candidates()
 
@@ -106,25 +110,16 @@ class TrainBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        for part in self._parts().values():
+        for part in tensors_of(self).values():
             part.record_stream(stream)
-
-    def _parts(self) -> dict[str, Any]:
-        """The features and all tensors there are."""
-        kinds = (KeyedJaggedTensor, Tensor)
-        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
 
 
 @dataclass(eq=False)
 class PackedBatch(Pipelineable):
-    """A step whose tensors lie in one piece of memory, named as the attributes of TrainBatch.
+    """A :class:`TrainBatch` whose tensors lie in one piece of memory.
 
-    Those of the features are "values", "lengths" and "offsets"; "values", "targets" and "negatives"
-    come first, in this order.
-
-    Attributes:
-        packed: the memory.
-        num_windows, num_rows, longest, candidate_range, equal_shapes: as in :class:`TrainBatch`.
+    Its parts are named as the batch's attributes, and "values", "lengths" and "offsets" of the
+    features. "values", "targets" and "negatives" come first: they are looked up as one tensor.
     """
 
     packed: Packed
@@ -144,7 +139,7 @@ class PackedBatch(Pipelineable):
         return self.move(device, non_blocking).unpack().with_candidates()
 
     def unpack(self) -> TrainBatch:
-        """The batch where it is: views, without candidates."""
+        """The batch, without candidates: views of the packed memory."""
         parts = self.packed.parts()
         features = jagged_items(parts.pop("values"), parts.pop("lengths"), parts.pop("offsets"))
         if "left_only" in parts:
