@@ -111,7 +111,7 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
             rank=rank,
             world_size=ranks,
             few_shapes=few_shapes,
-            agree=None if alone else partial(largest_on, rank),
+            largest_sizes=None if alone else partial(largest_on, rank),
         )
         return [batch.unpack() for batch in loader.epoch(1)]
 

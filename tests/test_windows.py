@@ -17,7 +17,8 @@ def table_of(lengths: list[int], max_len: int, window_stride: float) -> list[tup
     offsets = np.cumsum([0, *lengths])
     store = SequenceStore.from_arrays(np.ones(offsets[-1]), offsets, num_items=1)
     table = WindowTable.build(store, WindowConfig(max_len, window_stride))
-    return list(zip(table.user.tolist(), table.start.tolist(), table.end.tolist(), strict=True))
+    user = np.searchsorted(offsets, table.start, side="right") - 1
+    return list(zip(user.tolist(), table.start.tolist(), table.end.tolist(), strict=True))
 
 
 def test_the_example_of_the_module() -> None:

@@ -83,7 +83,7 @@ def train_loader(
         # In place there is nothing to look up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
-        agree=agreed_sizes(ranks) if plan.exchange == "gather" else None,
+        largest_sizes=agreed_sizes(ranks) if plan.exchange == "gather" else None,
     )
 
 

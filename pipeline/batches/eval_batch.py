@@ -16,25 +16,17 @@ from pipeline.batches.features import tensors_of, with_candidates
 class EvalBatch:
     """One rank's B users to evaluate; each row ends with the mask token in the target's place.
 
-    Attributes:
-        features: key "item"; a row is the user's last known items and the mask token.
-        masked: int64 [B], the flat position of each row's mask token.
-        targets: int64 [B], the held-out item.
-        users: int64 [B], the user's number in the sequence store; -1: a filler row, not counted.
-        negatives: int64 [B, N], distinct items the user never rated; 0 where there are too few.
-        seen: int64 [S], distinct items of the whole history before the target, without the target;
-            those of row b are ``seen[seen_offsets[b]:seen_offsets[b + 1]]``.
-        seen_offsets: int64 [B + 1].
-        num_rows, longest, candidate_range: as in :class:`~pipeline.batches.train_batch.TrainBatch`.
+    ``num_rows``, ``longest`` and ``candidate_range`` are as in
+    :class:`~pipeline.batches.train_batch.TrainBatch`; tensors are int64.
     """
 
-    features: KeyedJaggedTensor
-    masked: Tensor
-    targets: Tensor
-    users: Tensor
-    negatives: Tensor
-    seen: Tensor
-    seen_offsets: Tensor
+    features: KeyedJaggedTensor  # key "item"; a row is a user's last known items and the mask token
+    masked: Tensor  # [B], the flat position of each row's mask token
+    targets: Tensor  # [B], the held-out item
+    users: Tensor  # [B], number in the sequence store; -1: a filler row, not counted
+    negatives: Tensor  # [B, N], distinct items the user never rated; 0 where there are too few
+    seen: Tensor  # [S], distinct items of the whole history before the target, without the target
+    seen_offsets: Tensor  # [B + 1]; row b has seen[seen_offsets[b]:seen_offsets[b + 1]]
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None

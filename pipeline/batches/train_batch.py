@@ -39,42 +39,26 @@ def rounded_up(longest: int) -> int:
 
 @dataclass(eq=False)
 class TrainBatch(Pipelineable):
-    """One rank's step of B rows, T items and M masked positions.
+    """One rank's step of B rows.
 
-    Attributes:
-        features: key "item" (int64 values [T], int64 lengths [B]) and, after
-            :meth:`with_candidates`, key "candidate"; perhaps with more, empty rows.
-        masked: int64 [M], flat positions in the item values, ascending.
-        targets: int64 [M], the item ids at these positions before masking.
-        num_windows: W, rows that are no filler rows.
-        num_rows: B, filler rows included.
-        longest: no row has more items than this.
-        candidate_range: half-open range of the item ids that this rank scores, or None.
-        left_only: bool [W], which of the first W rows, the windows, have positions that attend only
-            to earlier ones; None: none.
-        steps_ago: int64 [T], how many items of its history come after a position; None: as many as
-            positions of its row. With it, rows W ... 2 W - 1 are the second streams of the windows
-            (``pipeline/training/two_stream.py``).
-        negatives: int64 [K], items to score besides the targets, instead of ``candidate_range``.
-        log_counts: float32 [K], logarithms of the negatives' expected counts.
-        words: the memory of which all tensors are views; None: each has its own.
-        equal_shapes: False if ranks exchange sizes (``pipeline/training/shape_buckets.py``) and
-            this step's shapes still differ between them.
+    Tensors are int64 unless noted. If ``steps_ago`` is None, as many items come after a position as
+    positions of its row; else rows W ... 2 W - 1 are the second streams of the W windows
+    (``pipeline/training/two_stream.py``).
     """
 
-    features: KeyedJaggedTensor
-    masked: Tensor
-    targets: Tensor
-    num_windows: int
-    num_rows: int
-    longest: int
-    candidate_range: tuple[int, int] | None = None
-    left_only: Tensor | None = None
-    steps_ago: Tensor | None = None
-    negatives: Tensor | None = None
-    log_counts: Tensor | None = None
-    words: Tensor | None = None
-    equal_shapes: bool = True
+    features: KeyedJaggedTensor  # key "item", [T] in B rows; the candidates may need more rows
+    masked: Tensor  # [M], flat positions in the items, ascending
+    targets: Tensor  # [M], the items there before masking
+    num_windows: int  # W, rows that are no filler rows
+    num_rows: int  # B
+    longest: int  # no row has more items than this
+    candidate_range: tuple[int, int] | None = None  # half-open; the items that this rank scores
+    left_only: Tensor | None = None  # bool [W], windows with left context only
+    steps_ago: Tensor | None = None  # [T], how many items of its history come after a position
+    negatives: Tensor | None = None  # [K], scored with the targets instead of the candidate range
+    log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
+    words: Tensor | None = None  # the memory of which all tensors are views, if it is one
+    equal_shapes: bool = True  # False: ranks exchange sizes, and this step's shapes still differ
 
     @property
     def ids(self) -> Tensor:

@@ -1,6 +1,7 @@
 """From histories to evaluation batches.
 
-    holdout.py   held-out targets, known items, sampled negatives
+    holdout    held-out items, seen items and sampled negatives of each user
+    config     flags of the sampled protocol
 
-May import batches/, preparation/ and the files of pipeline/.
+May import batches, preparation and the files of pipeline/.
 """

@@ -6,14 +6,14 @@ The history of one user, leave-one-out::
     validation       a b c d [mask]             a..d     e
     test             a b c d  e  [mask]         a..d     e            f
 
-At test time the validation item is part of the input. Inputs are cut to the newest ``max_len - 1``
-items, to leave room for the mask token. ``seen`` (which a full ranking leaves out) covers the whole
-history before the target.
+Inputs are cut to the newest ``max_len - 1`` items and the mask token. Seen items, which a full
+ranking leaves out, are those of the whole history before the target.
 
-Sampled negatives are items that occur nowhere in the user's history, held-out items included; they
-are drawn without replacement by popularity in the training parts (BERT4Rec, arXiv 1904.06690,
-section 4.2). They are fixed by (seed, split, user), so they depend neither on the batch size nor on
-the number of ranks.
+Negatives are items outside the user's whole history, drawn without replacement by popularity in the
+training parts (BERT4Rec, arXiv 1904.06690, section 4.2). They depend on (seed, split, user) alone,
+not on the batch size or the number of ranks.
+
+Shapes: B users, N negatives of each, V items.
 """
 
 from collections.abc import Iterator
@@ -35,23 +35,17 @@ from pipeline.stage import Prefetch
 SPLITS = ("validation", "test")
 # Draws per user in each round; users that still lack distinct unseen items get an exact draw.
 _DRAWS = (192, 768, 3072)
+_BATCHES_AHEAD = 4
 
 
 class NegativeSampler:
-    """Draws unseen items by popularity.
-
-    Args:
-        train_item_counts: int64 [V + 2], occurrences in the training parts; an item with count 0
-            is never drawn.
-        config: number of negatives N, and the seed.
-        split: part of the key.
-    """
+    """Draws unseen items by ``train_item_counts``, int64 [V + 2], their training occurrences."""
 
     def __init__(
         self, train_item_counts: np.ndarray, config: HoldoutConfig, split: str = "test"
     ) -> None:
         self.items = np.flatnonzero(train_item_counts)
-        self.num_negatives = min(config.eval_negatives, len(self.items))  # there are no more
+        self.num_negatives = min(config.eval_negatives, len(self.items))
         self.weights = train_item_counts[self.items].astype(np.float64)
         cumulated = np.cumsum(self.weights)
         self.shares = cumulated / cumulated[-1]
@@ -59,16 +53,14 @@ class NegativeSampler:
         self.key = key64(config.eval_negatives_seed, SPLITS.index(split))
 
     def __call__(self, users: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
-        """Negatives of B users.
+        """Negatives of B users: int64 [B, N], in the order drawn.
+
+        A user with fewer than N unseen items of positive count gets these, ascending, then zeros.
 
         Args:
-            users: int64 [B], the users' numbers: part of the key.
+            users: int64 [B], numbers in the sequence store.
             history_keys: int64, sorted and distinct: ``b * (V + 2) + item`` for every item in the
-                history of user b.
-
-        Returns:
-            int64 [B, N], in the order drawn; a user with fewer than N unseen items of positive
-            count gets all of them, ascending, then zeros.
+                history of ``users[b]``.
         """
         negatives = np.zeros((len(users), self.num_negatives), dtype=np.int64)
         user_keys = child_keys(self.key, users)
@@ -76,7 +68,7 @@ class NegativeSampler:
         for num_draws in _DRAWS:
             if len(pending) == 0:
                 break
-            # A round repeats the draws of the one before and adds more.
+            # A round repeats the draws of the round before and adds more.
             keys = child_keys(user_keys[pending, None], np.arange(num_draws)[None, :])
             drawn = self.items[np.searchsorted(self.shares, unit_floats(keys), side="right")]
             found = self._first_unseen(pending, drawn, history_keys)
@@ -90,7 +82,7 @@ class NegativeSampler:
     def _first_unseen(
         self, rows: np.ndarray, drawn: np.ndarray, history_keys: np.ndarray
     ) -> np.ndarray:
-        """The first N distinct unseen items of each row's draws [B, D]: int64 [B, N], then 0."""
+        """The first N distinct unseen items of each row's draws, then 0: int64 [B, N]."""
         keys = (rows[:, None] * self.id_bound + drawn).ravel()
         unseen = np.flatnonzero(~_contains(history_keys, keys))
         _, first = np.unique(keys[unseen], return_index=True)
@@ -103,7 +95,7 @@ class NegativeSampler:
         return found
 
     def _exact(self, row: int, user_key: np.ndarray, history_keys: np.ndarray) -> np.ndarray:
-        """One user's negatives, drawn from the list of all unseen items: int64 [N].
+        """One user's negatives, drawn from all unseen items: int64 [N].
 
         Items sorted by exponential arrival times, with the counts as rates, are in the order of
         draws without replacement (Efraimidis and Spirakis, 2006).
@@ -125,14 +117,10 @@ class EvalLoader:
     and kept (4 bytes each).
 
     Args:
-        store: the histories.
         split: "validation" or "test".
         max_len: most items of a row, mask token included.
         batch_size: users per batch.
-        config: number of negatives, and their seed.
-        rank, world_size: this rank's share.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
-        prefetch_batches: batches that the thread makes ahead.
 
     Raises:
         UserError: no user has 3 items, or ``batch_size`` is below 1.
@@ -148,7 +136,6 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         candidate_range: tuple[int, int] | None = None,
-        prefetch_batches: int = 4,
     ) -> None:
         assert split in SPLITS and 0 <= rank < world_size and max_len >= 1
         if batch_size < 1:
@@ -157,22 +144,18 @@ class EvalLoader:
         users = store.evaluable_users()
         if len(users) == 0:
             raise UserError("no user has the 3 items that evaluation needs: nothing to evaluate")
-        self.store = store
-        self.split = split
-        self.max_len = max_len
-        self.batch_size = batch_size
+        self.store, self.split = store, split
+        self.max_len, self.batch_size = max_len, batch_size
         self.candidate_range = candidate_range
-        self.num_users = len(users)
         per_rank = -(-len(users) // world_size)
         padded = np.append(users, np.full(per_rank * world_size - len(users), -1))
         self.users = padded[rank::world_size]
         self._holdout = config or HoldoutConfig()
         self._negatives: dict[int, np.ndarray] = {}
-        self._prefetch_batches = prefetch_batches
 
     @cached_property
     def _sampler(self) -> NegativeSampler:
-        """Made at first use: a large catalog takes seconds."""
+        """Made at first use, which takes seconds for a large catalog."""
         return NegativeSampler(self.store.train_item_counts, self._holdout, self.split)
 
     def __len__(self) -> int:
@@ -180,10 +163,9 @@ class EvalLoader:
         return -(-len(self.users) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        return Prefetch(map(self._batch, range(len(self))), self._prefetch_batches)
+        return Prefetch(map(self._batch, range(len(self))), _BATCHES_AHEAD)
 
     def _batch(self, index: int) -> EvalBatch:
-        """The index-th batch, in page-locked memory if there is CUDA."""
         padded = self.users[index * self.batch_size : (index + 1) * self.batch_size]
         users = padded[padded >= 0]
         num_fillers = len(padded) - len(users)
@@ -231,7 +213,7 @@ def _row_item_keys(
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Which of the keys, int64 [N], are among the sorted ones: bool [N]."""
+    """Which of the keys are among the sorted ones: bool [N]."""
     if len(sorted_keys) == 0:
         return np.zeros(len(keys), dtype=bool)
     places = np.searchsorted(sorted_keys, keys)

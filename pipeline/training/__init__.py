@@ -1,14 +1,8 @@
 """From histories to training batches.
 
-    loader.py          all stages in order, and a thread that runs ahead
-    chunks.py          the arrays that stages hand on
-    sampler.py         which rank trains which window when
-    windows.py         windows of at most max_len items
-    cloze.py           which positions are masked, and by what
-    two_stream.py      another way to train left-context rows
-    shape_buckets.py   padding to few batch shapes
-    negatives.py       negatives for sampled losses
-    to_tensors.py      arrays -> batches
+loader runs the stages in a thread: sampler (which rank trains which window when), windows (cuts
+histories), cloze or two_stream (mask items), shape_buckets (pads to few batch shapes), negatives
+(for sampled losses), to_tensors (packs batches). chunks holds their data, config the flags.
 
-May import batches/, preparation/ and the files of pipeline/.
+May import batches, preparation and the files of pipeline/.
 """

@@ -8,13 +8,12 @@ A row of five items, V = 50 items (so 51 is the mask token)::
     targets     3     4
 
 A masked position becomes the mask token, a uniformly drawn item, or keeps its item (BERT: 0.8 / 0.1
-/ 0.1; TorchRec's example: 0.8 / 0.2 / 0). A row without a masked position gets one, drawn
-uniformly. In a share of the rows only the last item is masked, always by the mask token, as in
-evaluation (BERT4Rec, arXiv 1904.06690, section 3.6). two_stream.py has another way for left-context
-rows.
+/ 0.1). A row without a masked position gets one, drawn uniformly. In a share of the rows only the
+last item is masked, always by the mask token, as in evaluation (BERT4Rec, arXiv 1904.06690, section
+3.6).
 
-Draws are keyed by (seed, epoch, window, copy, position), so they depend neither on the batch size
-nor on the number of ranks.
+Draws are keyed by (seed, epoch, window, copy, position): the batch size and the number of ranks do
+not change them.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ _LEFT_CONTEXT = 0x7ED55D16
 
 @dataclass(frozen=True)
 class ClozeMask:
-    """Masks rows; it has no state."""
+    """Masks rows and chooses those with left context only; it has no state."""
 
     config: MaskConfig
     num_items: int
@@ -55,14 +54,12 @@ class ClozeMask:
         """Mask B rows of T items **in place**.
 
         Args:
-            values: int32 [T], item ids 1..V; those at masked positions are overwritten.
+            values: int32 [T], item ids 1..V.
             offsets: int64 [B + 1]; row b is ``values[offsets[b]:offsets[b + 1]]``, never empty.
-            epoch: part of the key.
-            windows: int64 [B], the rows' windows; part of the key.
-            copies: int64 [B], which of ``dupe_factor`` copies; part of the key.
+            windows, copies: int64 [B], the window of each row, and which copy of it.
 
         Returns:
-            masked, int64 [M] ascending positions, and targets, int32 [M], the items there before.
+            Masked positions, int64 [M] ascending, and the items there before, int32 [M].
         """
         assert len(offsets) == len(windows) + 1 == len(copies) + 1
         if len(windows) == 0:
@@ -77,7 +74,7 @@ class ClozeMask:
         return masked, targets
 
     def left_only(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray | None:
-        """Which rows attend only to the left: bool [B], or None if the share of such rows is 0."""
+        """Which rows have left context only: bool [B], or None if their share is 0."""
         if not self.config.left_context_share:
             return None
         draws = mix32(high32(self._row_keys(epoch, windows, copies)) ^ np.uint32(_LEFT_CONTEXT))
@@ -89,7 +86,7 @@ class ClozeMask:
     def _choose(
         self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [T], true at masked positions; the last positions of the rows masked only there."""
+        """Bool [T], true at masked positions; last positions of the rows masked only there."""
         chosen = below(draws, self.config.mask_prob)
         starts, ends = offsets[:-1], offsets[1:]
         only_last = ends[:0]
@@ -105,14 +102,14 @@ class ClozeMask:
         return chosen, only_last
 
     def _replacements(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """int32 [M]: what the masked positions hold afterwards."""
-        config = self.config
+        """What the masked positions hold afterwards: int32 [M]."""
+        token_share, random_share = self.config.mask_token_share, self.config.random_item_share
         actions = mix32(draws ^ np.uint32(_ACTION))
         replaced = np.full(len(targets), self.mask_token, dtype=np.int32)
-        others = np.flatnonzero(~below(actions, config.mask_token_share))
+        others = np.flatnonzero(~below(actions, token_share))
         replaced[others] = targets[others]
-        if config.random_item_share > 0.0:
-            share = config.mask_token_share + config.random_item_share
+        if random_share > 0.0:
+            share = token_share + random_share
             at = others[below(actions[others], share)]
             replaced[at] = 1 + scaled(mix32(draws[at] ^ np.uint32(_RANDOM_ITEM)), self.num_items)
         return replaced
@@ -120,7 +117,7 @@ class ClozeMask:
 
 @dataclass(eq=False)
 class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
-    """Mask the rows by the cloze task; the values are overwritten."""
+    """Mask rows **in place**."""
 
     cloze: ClozeMask
 
@@ -128,22 +125,18 @@ class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
         masked, targets = self.cloze(
             chunk.values, chunk.offsets, chunk.epoch, chunk.windows, chunk.copies
         )
-        row_splits = chunk.window_splits
         return MaskedWindows(
             **vars(chunk),
-            row_splits=row_splits,
+            row_splits=chunk.window_splits,
             masked=masked,
             targets=targets,
-            mask_splits=np.searchsorted(masked, chunk.offsets[row_splits]),
+            mask_splits=np.searchsorted(masked, chunk.offsets[chunk.window_splits]),
         )
 
 
 @dataclass(eq=False)
 class LeftContextFirst(MapStage[SampledWindows, SampledWindows]):
-    """Choose the left-context rows and put them first in each step.
-
-    Attention then works on two jagged batches: the causal rows and the others.
-    """
+    """Choose the left-context rows and put them first: attention gets two jagged batches a step."""
 
     cloze: ClozeMask
 

@@ -5,12 +5,9 @@
         [-> PadToBuckets] [-> DrawNegatives] -> ToTensors -> Prefetch -> PackedBatch
         few shapes        sampled losses                     a thread
 
-sampler.py says which rank trains which window. All ranks have the same number of batches: a rank
-without a share of an epoch's last, partial step gets a filler row, one mask token without a target.
-
-Stages and thread work on chunks of several steps (chunks.py); a step's batch is a slice of its
-chunk. The state is {"epoch", "sample"}, the samples consumed by all ranks together; training can go
-on from it at any world size and batch size::
+All ranks have the same number of batches: a rank without a share of an epoch's last, partial step
+gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
+state counts the samples consumed by all ranks, so training can resume at any world and batch size::
 
     loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
     batches = loader.epoch(3)
@@ -35,7 +32,7 @@ from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import ShuffledSamples
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
-from pipeline.training.to_tensors import PackedSteps, ToTensors
+from pipeline.training.to_tensors import Steps, ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowTable
 
@@ -47,15 +44,11 @@ class TrainLoader:
     """All training stages, for one rank.
 
     Args:
-        store: the histories.
-        windows, mask, config: how to cut, mask and batch them.
-        rank, world_size: this rank's share; all other arguments must be equal on all ranks.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
-        pin_memory: whether batches are page-locked; None: if there is CUDA.
         few_shapes: whether to pad to few shapes (shape_buckets.py); None: if there is CUDA.
         negatives: draws the items that each step scores instead of the candidate range.
-        agree: as in `PadToBuckets`, called by the loader's thread: a step's batches then have the
-            same number of positions, rows and masked positions on all ranks.
+        largest_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
+            have the same number of positions, rows and masked positions on all ranks.
 
     Raises:
         UserError: there is no window to train on.
@@ -70,10 +63,9 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         candidate_range: tuple[int, int] | None = None,
-        pin_memory: bool | None = None,
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
-        agree: Callable[[np.ndarray], np.ndarray] | None = None,
+        largest_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:
@@ -82,9 +74,8 @@ class TrainLoader:
         step_items = config.train_batch_size * windows.max_len
         step_items = max(step_items, negatives.count if negatives is not None else 0)
         steps_per_chunk = max(1, _CHUNK_ITEMS // step_items)
-        mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
         self._samples = ShuffledSamples(
-            num_windows=len(table),
+            num_windows=self.num_windows,
             dupe_factor=mask.dupe_factor,
             batch_size=config.train_batch_size,
             seed=config.seed,
@@ -92,12 +83,14 @@ class TrainLoader:
             world_size=world_size,
             steps_per_chunk=steps_per_chunk,
         )
+        self.num_samples = self._samples.num_samples  # of an epoch, over all ranks
         cloze = ClozeMask(mask, store.num_items, config.seed)
         cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
         make_rows = TwoStreams if mask.two_stream else MaskItems
         chunks: BaseNode[MaskedWindows] = make_rows(cut, cloze)
         few = torch.cuda.is_available() if few_shapes is None else few_shapes
-        if few or agree is not None:
+        if few or largest_sizes is not None:
+            mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
             second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
             masked_share = second + (1 - second) * mask.mask_prob
             chunks = PadToBuckets(
@@ -106,21 +99,16 @@ class TrainLoader:
                 cloze.mask_token,
                 position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
                 mask_unit=bucket_size(mean_items * masked_share) if few else 1,
-                agree=agree,
+                largest_sizes=largest_sizes,
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)
-        pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin)
+        pin_memory = torch.cuda.is_available()
+        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory)
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
-        self._prefetch: Prefetch[PackedSteps] | None = None
+        self._prefetch: Prefetch[Steps] | None = None
         self._state = {"epoch": 0, "sample": 0}
-
-    @property
-    def num_samples(self) -> int:
-        """Windows times ``dupe_factor``: samples of an epoch over all ranks."""
-        return self._samples.num_samples
 
     @property
     def steps_per_epoch(self) -> int:
@@ -134,12 +122,8 @@ class TrainLoader:
     def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[PackedBatch]:
         """The batches of one epoch, from ``sample`` on; a thread starts to make them at once.
 
-        They may be consumed in parts. The iterator of an earlier call ends.
-
-        Args:
-            epoch, sample: where to begin.
-            stop: go on, without a break, with the epochs before this one. A new call would cost
-                some milliseconds, as much as several steps.
+        They may be consumed in parts. The iterator of an earlier call ends. With ``stop``, the
+        epochs before it follow without the break of a new call, some milliseconds.
         """
         if self._prefetch is not None:
             self._prefetch.close()
@@ -149,16 +133,13 @@ class TrainLoader:
         return self._consume(self._prefetch)
 
     def state_dict(self) -> dict[str, int]:
-        """{"epoch", "sample"} after the last batch handed out, however far the thread is ahead.
-
-        The same on every rank, JSON-able, and the arguments of :meth:`epoch`.
-        """
+        """{"epoch", "sample"} after the last batch yielded, the same on every rank."""
         return dict(self._state)
 
-    def _consume(self, chunks: Iterator[PackedSteps]) -> Iterator[PackedBatch]:
-        for chunk in chunks:
-            for batch, sample in chunk.batches():
+    def _consume(self, chunks: Iterator[Steps]) -> Iterator[PackedBatch]:
+        for steps in chunks:
+            for batch, state in steps:
                 if chunks is not self._prefetch:  # `epoch` was called again
                     return
-                self._state = {"epoch": chunk.epoch, "sample": sample}
+                self._state = state
                 yield batch

@@ -1,11 +1,8 @@
 """Negative sampling: K items per step, shared by all positions and ranks.
 
-They are drawn with replacement, keyed by (seed, epoch, position in the data order), so another
-number of ranks or a resumed run draws the same. Each comes with the logarithm of its expected count
-in the step, K times its probability, by which a sampled softmax corrects its score.
-
-    SharedNegatives(4096, num_items, seed, store.train_item_counts[1:-1] + 1)    by popularity
-    SharedNegatives(4096, num_items, seed)                                       uniformly
+They are drawn with replacement, keyed by (seed, epoch, position in the data order). Each comes with
+the logarithm of its expected count in the step, K times its probability, by which a sampled softmax
+corrects its score.
 
 A draw by popularity takes two look-ups, however many items there are (Walker's alias method; its
 tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
@@ -24,13 +21,10 @@ _NEGATIVES = 0x3C6EF372
 
 
 class AliasTable:
-    """Draws of 0 ... V - 1 with given probabilities.
+    """Draws of 0 ... V - 1 with the given probabilities, float64 [V].
 
     All cells are equally likely; cell i yields i if a uniform uint32 is below ``keep[i]``, else
     ``other[i]``.
-
-    Args:
-        probabilities: float64 [V], sums to 1.
     """
 
     def __init__(self, probabilities: np.ndarray) -> None:
@@ -51,20 +45,12 @@ class AliasTable:
         self.keep = np.minimum(keep * 2.0**32, 2**32 - 1).astype(np.uint32)
 
     def __call__(self, cells: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """int64 [N] of uniform cells int64 [N] and uniform uint32 [N]."""
+        """Draws, int64 [N], from uniform cells, int64 [N], and uniform uint32 [N]."""
         return np.where(draws < self.keep[cells], cells, self.other[cells])
 
 
 class SharedNegatives:
-    """Draws the negatives of steps.
-
-    Args:
-        count: K, items per step.
-        num_items: V.
-        seed: part of the key.
-        weights: [V], positive numbers proportional to the probabilities of items 1 ... V; None:
-            uniform.
-    """
+    """Draws ``count`` items per step, in proportion to ``weights`` [V] > 0; None: uniformly."""
 
     def __init__(
         self, count: int, num_items: int, seed: int, weights: np.ndarray | None = None
@@ -78,11 +64,9 @@ class SharedNegatives:
             self._log_counts = np.log(count * probabilities).astype(np.float32)
 
     def __call__(self, epoch: int, samples: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Items int64 [S, K] of S steps, and logarithms of their expected counts float32 [S, K].
+        """Items int64 [S, K], and logarithms of their expected counts float32 [S, K].
 
-        Args:
-            epoch: part of the key.
-            samples: each step's position in the data order; part of the key.
+        ``samples`` are the positions of S steps in the epoch's data order.
         """
         keys = child_keys(key64(self.seed, epoch, _NEGATIVES), np.array(samples))
         step_splits = np.arange(len(samples) + 1) * self.count
@@ -95,8 +79,6 @@ class SharedNegatives:
 
 @dataclass(eq=False)
 class DrawNegatives(MapStage[MaskedWindows, MaskedWindows]):
-    """Draw the negatives of the chunk's steps."""
-
     sampler: SharedNegatives
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:

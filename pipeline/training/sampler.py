@@ -1,16 +1,13 @@
 """Which rank trains which window when: an epoch's shuffled samples, split over steps and ranks.
 
 A sample is one of ``dupe_factor`` copies of a window: number ``copy * windows + window``. The order
-of an epoch is a permutation keyed by (seed, epoch), the same on every rank. Step g trains samples
-``order[g * G:(g + 1) * G]``, where G is ``train_batch_size`` times the world size; each rank takes
-a contiguous part::
+of an epoch is a permutation keyed by (seed, epoch), the same on every rank. A step trains the next
+``train_batch_size`` times world size samples; each rank takes a contiguous part::
 
     9 samples, batch 2, 2 ranks        rank 0       rank 1
     step 0                             s0 s1        s2 s3
     step 1                             s4 s5        s6 s7
     step 2 (what is left, split)       filler       s8
-
-So every sample is trained once an epoch at any world size.
 """
 
 from dataclasses import dataclass
@@ -25,19 +22,15 @@ from pipeline.training.chunks import SampledWindows
 
 @dataclass(eq=False)
 class ShuffledSamples(BaseNode[SampledWindows]):
-    """Source stage: the windows of this rank's next steps.
-
-    Its state is {"epoch", "sample", "stop"}: it goes on at ``sample`` of ``epoch`` and ends before
-    epoch ``stop``.
-    """
+    """The windows of this rank's next steps, from ``sample`` of ``epoch`` until epoch ``stop``."""
 
     num_windows: int
     dupe_factor: int
     batch_size: int
     seed: int
-    rank: int = 0
-    world_size: int = 1
-    steps_per_chunk: int = 1
+    rank: int
+    world_size: int
+    steps_per_chunk: int
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -45,7 +38,6 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         self.num_samples = self.num_windows * self.dupe_factor
         self.global_batch_size = self.batch_size * self.world_size
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
-        self._epoch, self._sample, self._stop = 0, 0, 1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -81,7 +73,7 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         )
 
     def _epoch_order(self) -> np.ndarray:
-        """The epoch's permutation of all samples: uint32 if they are few enough, else int64."""
+        """The epoch's permutation of all samples: uint32, or int64 if they are too many."""
         if self._order_epoch != self._epoch:
             dtype = np.uint32 if self.num_samples < 2**32 else np.int64
             self._order = np.arange(self.num_samples, dtype=dtype)

@@ -1,16 +1,13 @@
 """Few batch shapes: positions and masked positions of each step padded to bucket sizes.
 
 For every new shape, matrix libraries choose a kernel, allocators a block, and CUDA graphs must be
-captured; without padding, every step has a new shape. Each step gets filler rows of mask tokens
-without targets, always the same number for the same shape (surplus ones are empty), and masked
-positions with target 0, the padding item, which the loss ignores. Three rows, ``max_len`` 4, padded
-to a multiple of 8 positions and 4 masked ones::
+captured. Each step gets filler rows of mask tokens without targets, always the same number for the
+same shape (surplus ones are empty), and masked positions with target 0, which the loss ignores.
+Three rows, ``max_len`` 4, padded to a multiple of 8 positions and 4 masked ones::
 
     values    7 11  9 | 4 11 | 5 6 11 2         7 11 9 | 4 11 | 5 6 11 2 | 11 11 11 11 | 11 11 11
     masked       1        4        7      ->    1 4 7 0
     targets      3        2        8            3 2 8 0
-
-Ranks that exchange their sizes (``agree``) get the same shapes: those of the largest rank.
 """
 
 import math
@@ -31,22 +28,19 @@ def bucket_size(mean_positions: float) -> int:
 
 @dataclass(eq=False)
 class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
-    """Pad each step to the next multiple of the bucket sizes.
+    """Pad each step to multiples of the bucket sizes, by filler rows of at most ``max_len`` items.
 
     Args:
-        source: masked windows.
-        max_len: most items of a filler row.
-        mask_token: the item of filler rows.
         position_unit, mask_unit: bucket sizes of positions and of masked positions.
-        agree: element-wise maximum over all ranks of an integer array, called by every rank for
-            every chunk; None: ranks may have different shapes. Sets the chunk's ``equal_shapes``.
+        largest_sizes: element-wise maximum over all ranks of an integer array, called by every rank
+            for every chunk: steps get the shapes of the largest rank. None: shapes may differ.
     """
 
     max_len: int
     mask_token: int
     position_unit: int
     mask_unit: int
-    agree: Callable[[np.ndarray], np.ndarray] | None = None
+    largest_sizes: Callable[[np.ndarray], np.ndarray] | None = None
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         value_splits = chunk.offsets[chunk.row_splits]
@@ -71,35 +65,30 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         moved = np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
         masked = np.repeat(new_value_splits[:-1], new_masks)  # the step's first position
         masked[mask_heads] = chunk.masked + moved
-        steps_ago = chunk.steps_ago
-        if steps_ago is not None:
-            steps_ago = _padded(steps_ago, heads, new_value_splits[-1], 0)
+        steps_ago, size = chunk.steps_ago, new_value_splits[-1]
         return replace(
             chunk,
-            values=_padded(chunk.values, heads, new_value_splits[-1], self.mask_token),
+            values=_padded(chunk.values, heads, size, self.mask_token),
             offsets=splits(lengths),
             row_splits=new_row_splits,
             masked=masked,
             targets=_padded(chunk.targets, mask_heads, new_mask_splits[-1], 0),
             mask_splits=new_mask_splits,
-            steps_ago=steps_ago,
+            steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
             equal_shapes=equal_shapes,
         )
 
     def _sizes(
         self, positions: np.ndarray, masks: np.ndarray, rows: np.ndarray, windows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Padded positions, masked positions and rows of each step, and whether ranks share them.
-
-        All int64 [S]; the last one bool [S], or None without ``agree``.
-        """
+        """Padded positions, masked positions and rows, int64 [S], and ``equal_shapes``."""
         positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
         masks, fewest, equal_shapes = _rounded_up(masks, self.mask_unit), positions, None
-        if self.agree is not None:
+        if self.largest_sizes is not None:
             # A minimum is the maximum of the negated numbers.
-            agreed = self.agree(np.stack([positions, masks, rows, windows, -positions, -windows]))
-            positions, masks, rows = agreed[:3]
-            fewest, equal_shapes = -agreed[4], agreed[3] == -agreed[5]
+            sizes = np.stack([positions, masks, rows, windows, -positions, -windows])
+            positions, masks, rows, windows, *negated = self.largest_sizes(sizes)
+            fewest, equal_shapes = -negated[0], windows == -negated[1]
         # Enough filler rows for any number of positions in the bucket, on any rank.
         most_missing = positions - fewest + self.position_unit - 1
         return positions, masks, rows - (-most_missing // self.max_len), equal_shapes
@@ -110,12 +99,11 @@ def _rounded_up(counts: np.ndarray, unit: int) -> np.ndarray:
 
 
 def _heads(splits: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Positions of the first ``counts[s]`` entries of every part s."""
+    """Positions of the first ``counts[s]`` entries of each part s."""
     return jagged_positions(splits[:-1], splits[:-1] + counts)
 
 
 def _padded(entries: np.ndarray, places: np.ndarray, size: int, fill: int) -> np.ndarray:
-    """An array of ``size`` with the entries at their places and ``fill`` elsewhere."""
     padded = np.full(size, fill, dtype=entries.dtype)
     padded[places] = entries
     return padded

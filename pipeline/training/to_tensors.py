@@ -1,103 +1,54 @@
-"""From chunks of several steps to the steps' batches.
+"""From the arrays of several steps to the steps' batches.
 
-Chunk            values [..step 0..|..step 1..|..step 2..]    one NumPy array each
-  ToTensors      one page-locked tensor for the chunk (``pipeline/batches/packing.py``)
-PackedSteps
-  batches        a slice each, without a copy
-PackedBatch, PackedBatch, PackedBatch
+MaskedWindows    values [..step 0..|..step 1..|..step 2..]      one NumPy array each
+  ToTensors      one tensor for the chunk (``pipeline/batches/packing.py``), of which each step gets
+PackedBatch      a slice
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torchdata.nodes import BaseNode
 
-from pipeline.batches.packing import Packed, float_pairs, pack
+from pipeline.batches.packing import float_pairs, pack
 from pipeline.batches.train_batch import PackedBatch, rounded_up
 from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
 
+# Batches, each with the loader's state after it.
+Steps = list[tuple[PackedBatch, dict[str, int]]]
+
 
 @dataclass(eq=False)
-class PackedSteps:
-    """The steps of a chunk, packed.
+class ToTensors(MapStage[MaskedWindows, Steps]):
+    """The batches of a chunk, in one allocation."""
 
-    Attributes:
-        epoch: the epoch.
-        samples: samples consumed by all ranks after each step.
-        windows, rows: of each step, rows that are windows, and all rows.
-        longest: of each step, at least the length of its longest row.
-        packed: the tensors of each step.
-        candidate_range: put into each batch.
-        equal_shapes: of each step, whether its batches have the same shapes on all ranks.
-    """
-
-    epoch: int
-    samples: list[int]
-    windows: list[int]
-    rows: list[int]
-    longest: list[int]
-    packed: list[Packed]
+    mask_token: int
     candidate_range: tuple[int, int] | None
-    equal_shapes: list[bool]
+    pin_memory: bool
 
-    def batches(self) -> Iterator[tuple[PackedBatch, int]]:
-        """Each step's batch, and the samples consumed after it."""
-        for step, sample in enumerate(self.samples):
-            batch = PackedBatch(
-                packed=self.packed[step],
-                num_windows=self.windows[step],
-                num_rows=self.rows[step],
-                longest=self.longest[step],
-                candidate_range=self.candidate_range,
-                equal_shapes=self.equal_shapes[step],
-            )
-            yield batch, sample
-
-
-class ToTensors(MapStage[MaskedWindows, PackedSteps]):
-    """The chunk's arrays as tensors: one allocation a chunk.
-
-    Args:
-        source: masked windows.
-        mask_token: the item of a filler row.
-        candidate_range: put into each batch.
-        pin_memory: use page-locked memory.
-    """
-
-    def __init__(
-        self,
-        source: BaseNode[MaskedWindows],
-        mask_token: int,
-        candidate_range: tuple[int, int] | None = None,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(source)
-        self.mask_token, self.candidate_range = mask_token, candidate_range
-        self.pin_memory = pin_memory
-
-    def apply(self, chunk: MaskedWindows) -> PackedSteps:
+    def apply(self, chunk: MaskedWindows) -> Steps:
         if chunk.row_splits[-1] == 0:
             chunk = self._filled(chunk)
         lengths, equal = np.diff(chunk.offsets), chunk.equal_shapes
+        windows, rows = chunk.step_windows.tolist(), np.diff(chunk.row_splits).tolist()
         longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
-        return PackedSteps(
-            epoch=chunk.epoch,
-            samples=chunk.step_samples,
-            windows=chunk.step_windows.tolist(),
-            rows=np.diff(chunk.row_splits).tolist(),
-            longest=[rounded_up(each) for each in longest],
-            packed=[*pack(_parts(chunk, lengths), self.pin_memory)],
-            candidate_range=self.candidate_range,
-            equal_shapes=[True] * len(chunk.step_samples) if equal is None else equal.tolist(),
-        )
+        equal_shapes = [True] * len(rows) if equal is None else equal.tolist()
+        batches = [
+            PackedBatch(
+                packed=packed,
+                num_windows=windows[step],
+                num_rows=rows[step],
+                longest=rounded_up(longest[step]),
+                candidate_range=self.candidate_range,
+                equal_shapes=equal_shapes[step],
+            )
+            for step, packed in enumerate(pack(_parts(chunk, lengths), self.pin_memory))
+        ]
+        states = [{"epoch": chunk.epoch, "sample": sample} for sample in chunk.step_samples]
+        return [*zip(batches, states, strict=True)]
 
     def _filled(self, chunk: MaskedWindows) -> MaskedWindows:
-        """An epoch's last step, of which this rank has no row, with a lone mask token.
-
-        The token is no target, so that it has no loss.
-        """
+        """An epoch's last step, empty on this rank, with one mask token that has no target."""
         return replace(
             chunk,
             values=np.array([self.mask_token], dtype=chunk.values.dtype),
@@ -108,7 +59,7 @@ class ToTensors(MapStage[MaskedWindows, PackedSteps]):
 
 
 def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The parts of all steps, in the order that :class:`PackedBatch` wants, and their splits."""
+    """The parts of all steps, in the order of :class:`PackedBatch`, and where each step begins."""
     rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
     masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
     steps = np.arange(len(rows))
@@ -130,5 +81,5 @@ def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndar
 
 
 def _even(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[S, K], and the splits of its rows."""
+    """The entries of [S, K], and where each row begins."""
     return rows.ravel(), np.arange(len(rows) + 1) * rows.shape[1]

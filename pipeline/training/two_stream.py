@@ -1,18 +1,18 @@
 """Two streams of left-context rows: the items, and mask tokens that predict them.
 
-In a masked row, later positions see a hole where evaluation has none. With ``--two_stream`` the
-rows with left context only keep all their items, and each gets a second row of mask tokens: one per
-item and one more::
+In a masked row, later positions see mask tokens where evaluation has items. With ``--two_stream``
+the rows with left context only keep all their items, and each gets a second row of mask tokens: one
+per item and one more::
 
     row         7  3  9             an item sees itself and the items before it
     second row  M  M  M  M          M t sees itself and the items before item t
     steps ago   2  1  0  0
     targets     7  3  9  -
 
-M t sees exactly what evaluation shows to the mask token of a history that ends before item t, and
-every item is a target in every epoch. The extra M predicts nothing: with one query more than keys,
-"causal" means "strictly before" to attention kernels, which align the last query and the last key.
-After XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
+M t sees what the mask token of evaluation sees in a history that ends before item t, and every item
+is a target in every epoch. The extra M predicts nothing: with one query more than keys, "causal"
+means "strictly before" to attention kernels, which align the last query and the last key. After
+XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
 
 The rows of a step are its W windows, left-context rows first, then W second rows in the same order,
 empty for windows that have none.
@@ -28,13 +28,19 @@ from pipeline.training.cloze import MaskItems
 
 
 class TwoStreams(MaskItems):
-    """Mask the rows with both contexts, and give every other row a second one."""
+    """Mask the rows with both contexts, and give each of the others a second row."""
 
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         left, lengths = chunk.left_only, np.diff(chunk.offsets)
         assert left is not None
         steps_ago = np.repeat(chunk.offsets[1:], lengths) - np.arange(len(chunk.values)) - 1
-        masked, masked_items = self._mask(chunk, ~left, lengths)
+        both = ~left
+        at = jagged_positions(chunk.offsets[:-1][both], chunk.offsets[1:][both])
+        values = chunk.values[at]
+        masked, masked_items = self.cloze(
+            values, splits(lengths[both]), chunk.epoch, chunk.windows[both], chunk.copies[both]
+        )
+        chunk.values[at] = values
 
         # Row numbers of both streams, step by step.
         step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
@@ -53,7 +59,7 @@ class TwoStreams(MaskItems):
         all_steps_ago = np.zeros(offsets[-1], dtype=np.int64)
         all_steps_ago[items], all_steps_ago[queries] = steps_ago, steps_ago[predicted]
         targets = np.zeros(offsets[-1], dtype=masked_items.dtype)  # 0: not a target
-        targets[items[masked]], targets[queries] = masked_items, chunk.values[predicted]
+        targets[items[at[masked]]], targets[queries] = masked_items, chunk.values[predicted]
         values[items] = chunk.values
         masked, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
         return MaskedWindows(
@@ -64,19 +70,3 @@ class TwoStreams(MaskItems):
             mask_splits=np.searchsorted(masked, offsets[row_splits]),
             steps_ago=all_steps_ago,
         )
-
-    def _mask(
-        self, chunk: JaggedWindows, chosen: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Mask the chosen rows **in place**: masked positions, and the items there before."""
-        at = jagged_positions(chunk.offsets[:-1][chosen], chunk.offsets[1:][chosen])
-        values = chunk.values[at]
-        masked, targets = self.cloze(
-            values,
-            splits(lengths[chosen]),
-            chunk.epoch,
-            chunk.windows[chosen],
-            chunk.copies[chosen],
-        )
-        chunk.values[at] = values
-        return at[masked], targets

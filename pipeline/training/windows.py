@@ -1,18 +1,16 @@
 """Cut every user's training part into windows of at most ``max_len`` items.
 
 A history of at most ``max_len`` items is one window. A longer one is cut into windows of exactly
-``max_len`` items, from its newest item backwards in steps of the stride, so that the newest items
-always end a window; the oldest window starts at the first item. Nine items, ``max_len`` 4,
-``window_stride`` 0.75 (3 items)::
+``max_len`` items, from its newest item backwards in steps of the stride; the oldest window starts
+at the first item. Nine items, ``max_len`` 4, ``window_stride`` 0.75 (3 items)::
 
     items    a b c d e f g h i
     window 2           f g h i
     window 1     c d e f
     window 0 a b c d                 (a whole step back would start before a)
 
-With ``window_stride`` 1 only the oldest window overlaps its successor; TorchRec's example uses 0.1.
 Every item of a training part is in at least one window; no window crosses users or holds a held-out
-item (with ``train_on_validation`` only the test item is held out).
+item. With ``window_stride`` 1 only the oldest window overlaps its successor.
 """
 
 from dataclasses import dataclass
@@ -30,22 +28,18 @@ from pipeline.training.config import WindowConfig
 class WindowTable:
     """All W windows, by user, and from the oldest to the newest window of a user.
 
-    Attributes:
-        start: int64 [W], first position of the window in ``store.items``.
-        end: int64 [W], one past its last position; 1 <= end - start <= max_len.
-        user: int64 [W], the window's user.
+    Window w is ``store.items[start[w]:end[w]]``, 1 to ``max_len`` items.
     """
 
-    start: np.ndarray
-    end: np.ndarray
-    user: np.ndarray
+    start: np.ndarray  # int64 [W]
+    end: np.ndarray  # int64 [W]
 
     def __len__(self) -> int:
         return len(self.start)
 
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
-        """The windows of all users' training parts."""
+        """Cut all users' training parts."""
         lengths = store.train_lengths()
         if config.train_on_validation:
             lengths[store.evaluable_users()] += 1
@@ -60,7 +54,7 @@ class WindowTable:
         newest_start = (begin + overhang)[user]
         start = np.maximum(newest_start - steps_back * config.stride, begin[user])
         end = np.minimum(start + config.max_len, (begin + lengths)[user])
-        return cls(start=start, end=end, user=user)
+        return cls(start, end)
 
 
 @dataclass(eq=False)
@@ -72,8 +66,8 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.start[chunk.windows], self.table.end[chunk.windows]
-        # Rows lie far apart in memory. These independent reads bring them into the cache; the
-        # gather below alone would wait for each row in turn (half the speed).
+        # These independent reads bring the rows, far apart in memory, into the cache; the gather
+        # below alone would wait for each row in turn (half the speed).
         self.items[start], self.items[end - 1]
         # All positions are in range: "clip" changes none and skips the range check.
         values = np.take(self.items, jagged_positions(start, end), mode="clip")
