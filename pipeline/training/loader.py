@@ -84,6 +84,7 @@ class TrainLoader:
             steps_per_chunk=steps_per_chunk,
         )
         self.num_samples = self._samples.num_samples  # of an epoch, over all ranks
+        self.steps_per_epoch = self.steps_left(0)
         cloze = ClozeMask(mask, store.num_items, config.seed)
         cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
         make_rows = TwoStreams if mask.two_stream else MaskItems
@@ -110,13 +111,8 @@ class TrainLoader:
         self._prefetch: Prefetch[Steps] | None = None
         self._state = {"epoch": 0, "sample": 0}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of an epoch, the same on every rank."""
-        return self.steps_left(0)
-
     def steps_left(self, sample: int) -> int:
-        """Batches of an epoch after its first ``sample`` samples."""
+        """Batches of an epoch after its first ``sample`` samples, the same on every rank."""
         return -(-(self.num_samples - sample) // self._samples.global_batch_size)
 
     def epoch(self, epoch: int, sample: int = 0, stop: int | None = None) -> Iterator[PackedBatch]:
