@@ -47,13 +47,13 @@ GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all processes of the run; ``timeout`` bounds waiting for other ranks."""
+    """This process among all processes of the run."""
 
     rank: int
     world_size: int
     local_world_size: int
     device: torch.device
-    timeout: timedelta = timedelta(minutes=10)
+    timeout: timedelta = timedelta(minutes=10)  # for waiting for other ranks
 
     @property
     def is_first(self) -> bool:
@@ -75,7 +75,7 @@ class Ranks:
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed dropout's generators; faster than ``torch.manual_seed``, which seeds all devices."""
+    """Seed dropout, faster than ``torch.manual_seed``, which seeds all devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         # Private: default_generators, where torch.cuda.manual_seed finds a device's generator.
@@ -89,9 +89,7 @@ def alone(device: torch.device) -> Ranks:
 
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     """Join the process group that torchrun describes, or form one of this process alone."""
-    rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -103,22 +101,15 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         torch.cuda.set_device(device)
         # cuDNN's attention takes tens of milliseconds to build a plan for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    store: dist.Store = dist.HashStore()
+    rank, world_size = 0, 1
     if "RANK" in os.environ:
         # All attempts of torchrun --max_restarts share one store (torch 2.13). Without a prefix an
         # attempt would read the addresses of the previous one and fail to connect.
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(rank, world_size, local_world_size, device, timeout)
 
@@ -126,8 +117,7 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
 def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
     """A group of all ranks for small messages that overlap the step's kernels.
 
-    On a GPU, a collective that waits for other ranks occupies one multiprocessor, instead of the
-    two dozen that NCCL takes by default.
+    A waiting collective occupies one multiprocessor of a GPU, not two dozen as by NCCL's default.
     """
     if ranks.device.type != "cuda":
         return dist.new_group(timeout=ranks.timeout)
@@ -141,11 +131,7 @@ def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
 def from_first_rank(
     ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None
 ) -> T:
-    """Run ``work`` on rank 0 and return its result on all ranks of the group (None: all ranks).
-
-    Raises:
-        UserError: on all ranks, if ``work`` raised it on rank 0.
-    """
+    """Run ``work`` on rank 0; return its result, or raise its UserError, on all ranks."""
     outcome: list[Any] = [None, None]
     if ranks.is_first:
         try:
@@ -163,8 +149,7 @@ def from_first_rank(
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0, then on the other ranks, which find its result cached on disk.
 
-    Raises:
-        UserError: on all ranks, if ``work`` raised it on rank 0.
+    A UserError on rank 0 is raised on all ranks.
     """
     results: list[T] = []
     from_first_rank(ranks, lambda: results.append(work()))
@@ -175,10 +160,8 @@ def exit_rank(code: int = 0) -> NoReturn:
     """End this rank's process without finalizing the interpreter.
 
     A gloo thread frees the tensors of the last collective late; during finalization this aborts
-    the process (torch 2.13), and the whole job would count as failed.
-
-    NCCL communicators are not destroyed: that would wait for the other ranks, and without end
-    while a CUDA graph that communicates is alive.
+    the process (torch 2.13), and the job would count as failed. NCCL communicators are not
+    destroyed: that waits for the other ranks, without end while a CUDA graph communicates.
     """
     if _has_nccl():
         with suppress(RuntimeError):  # another rank is gone
@@ -206,7 +189,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except SystemExit as end:
-        exit_rank(end.code or 0)
+        exit_rank(int(end.code or 0))
     except Exception as error:
         message = _users_to_fix(error)
         if message is None:

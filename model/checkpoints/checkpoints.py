@@ -6,13 +6,10 @@
         step-00001350/
         damaged-00001500/   a resume found damage in it and used the one before
 
-A checkpoint is written into a folder aside; every file is synced, the manifest last, then the
-folder is renamed and its parent synced (writer.py). So a folder ``step-*`` is complete, or was
-damaged later: a resume checks every byte before it uses one. Within an epoch training pauses only
-while its state is copied; a thread writes the copy. No loader or generator state is stored: order,
-masks and dropout are functions of (seed, epoch, sample, step).
-
-Loading a checkpoint never runs code from it (safe_reader.py).
+A checkpoint gets its name once it is complete (writer.py), but may be damaged later: a resume
+checks every byte before it uses one. Within an epoch training pauses only while its state is
+copied; a thread writes the copy. No loader or generator state is stored: order, masks and dropout
+are functions of (seed, epoch, sample, step).
 """
 
 import contextlib
@@ -49,10 +46,9 @@ _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError,
 
 
 class Checkpoints:
-    """The checkpoints of one run folder.
+    """The checkpoints of one run folder; all ranks create it together.
 
     Args:
-        run_dir: the run folder.
         recorded: JSON-able facts for every manifest: flags, versions.
     """
 
@@ -65,9 +61,9 @@ class Checkpoints:
     ) -> None:
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self._ranks, self._config = ranks, config or CheckpointConfig()
-        self._recorded = recorded or {}
+        # Created here: during training it would wait without end for a rank that is lost.
+        self._writer = CheckpointWriter(ranks, recorded or {})
         self._last_write = time.monotonic()
-        self._writer: CheckpointWriter | None = None
         self._background: Background | None = None
         self._final = self.folder  # of the last save
 
@@ -79,7 +75,7 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint of ``step``."""
+        """The checkpoint's folder."""
         return self.folder / f"step-{step:08d}"
 
     @property
@@ -96,14 +92,6 @@ class Checkpoints:
         return time.monotonic() - self._last_write > 60 * self._config.checkpoint_every
 
     # Writing ----------------------------------------------------------------------------------
-
-    def prepare(self) -> None:
-        """Create the process group for saving; all ranks call it together, before training.
-
-        During training it would wait without end for a rank that is lost.
-        """
-        if self._writer is None:
-            self._writer = CheckpointWriter(self.folder, self._ranks, self._recorded)
 
     def save(
         self,
@@ -125,7 +113,6 @@ class Checkpoints:
             UserError: it, or the one before, cannot be written. Earlier checkpoints are intact.
         """
         self.finish()
-        self.prepare()
         state = _state(model, optimizers)
         self._final = self.path(position.step)
         if wait:
@@ -135,11 +122,7 @@ class Checkpoints:
         return True
 
     def finish(self) -> bool:
-        """Wait for the background write, if there is one; all ranks call it together.
-
-        Returns, raises:
-            As ``save``.
-        """
+        """Wait for the background write, if any; all ranks call it together; ends as ``save``."""
         background, self._background = self._background, None
         return background is None or self._succeeds(background.result)
 
@@ -152,7 +135,7 @@ class Checkpoints:
             self._last_write = time.monotonic()
 
     def _succeeds(self, work: Callable[[], None]) -> bool:
-        """Run ``work``, which writes; treat its error as ``--on_save_error`` says."""
+        """Run ``work``; treat an error while saving as ``--on_save_error`` says."""
         try:
             work()
         except _SAVE_ERRORS as error:
@@ -179,12 +162,6 @@ class Checkpoints:
         """Load the newest undamaged checkpoint, if there is one; all ranks call it together.
 
         Each damaged one is named in a warning and renamed, and the one before is tried.
-
-        Returns:
-            The position to continue from: the beginning if there is no checkpoint.
-
-        Raises:
-            UserError: the checkpoint belongs to a model of another shape.
         """
         position = from_first_rank(self._ranks, self._newest_good)
         if position is None:
@@ -225,18 +202,16 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Step of the best checkpoint, None before the first evaluation; all ranks call together.
 
-        Raises:
-            UserError: it is damaged.
+        A damaged one is a UserError.
         """
         return from_first_rank(self._ranks, self._best_step)
 
     def _best_step(self) -> int | None:
+        best = 0
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
                 best = _position(self.path(step)).best_step
                 break
-        else:
-            return None
         if not best:
             return None
         try:
@@ -249,11 +224,7 @@ class Checkpoints:
         return best
 
     def load_weights(self, model: nn.Module, step: int) -> None:
-        """Load only the weights, in place; all ranks call it together.
-
-        Raises:
-            UserError: the checkpoint belongs to a model of another shape.
-        """
+        """Load only the weights, in place; all ranks call it together."""
         self._load({"model": model.state_dict()}, step)
         drop_cached_rows(model)
 

@@ -10,9 +10,7 @@ class CheckpointConfig(Config):
     """When to save checkpoints and how many to keep."""
 
     checkpoint_every: float = flag(
-        10.0,
-        "minutes between two checkpoints; each better evaluation saves one too",
-        above=0,
+        10.0, "minutes between two checkpoints; each better evaluation saves one too", above=0
     )
     keep_last: int = flag(2, "newest checkpoints to keep besides the best", at_least=1)
     on_save_error: str = flag(

@@ -29,17 +29,12 @@ WEIGHTS = "model.safetensors"
 
 
 def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[Path]) -> None:
-    """Export a checkpoint into each of ``folders``; call it on one rank.
+    """Export the folder of a checkpoint into each of ``folders``; call it on one rank.
 
     A new folder is complete once it exists; in an existing folder the weights are replaced last.
 
     Args:
-        checkpoint: folder of the checkpoint.
         plain: an unsharded BERT4Rec on CPU, whose weights are overwritten by the checkpoint's.
-        run_dir: the run folder, which has config.json and the catalog.
-
-    Raises:
-        UserError: a folder cannot be written.
     """
     state = {
         "model": {
@@ -78,11 +73,7 @@ def _move(aside: Path, folder: Path) -> None:
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:
-    """Load exported weights into a model, plain or sharded; each rank reads only its own rows.
-
-    Raises:
-        UserError: the weights are damaged or of another shape.
-    """
+    """Load exported weights into a model, plain or sharded; each rank reads only its own rows."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
             wanted = model.state_dict()

@@ -40,8 +40,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; its other files are not checked.
 
     Raises:
-        DamagedError: it is missing or altered.
-        UserError: a newer version of this program wrote it.
+        DamagedError, UserError: it is damaged, or a newer version of this program wrote it.
     """
     try:
         content = json.loads((folder / NAME).read_text())
@@ -67,8 +66,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, after every byte of its files was checked.
 
     Raises:
-        DamagedError: a file is missing, cut or altered.
-        UserError: a newer version of this program wrote it.
+        As ``read_manifest``.
     """
     content = read_manifest(folder)
     for name, expected in content["files"].items():

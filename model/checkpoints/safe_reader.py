@@ -1,7 +1,5 @@
 """Read a checkpoint without running code that its writer may have hidden in it.
 
-    dcp.load(state, storage_reader=SafeReader(path))
-
 torch.distributed.checkpoint (DCP) stores its index, ``.metadata``, as a pickle, and unpickling can
 call any function. SafeReader unpickles only the few classes that an index of tensors consists of.
 It refuses values other than tensors, which DCP would unpickle unchecked; our checkpoints have none.
@@ -45,11 +43,7 @@ class SafeReader(dcp.FileSystemReader):
     """A FileSystemReader for checkpoints that contain only tensors, from any source."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index.
-
-        Raises:
-            UnreadableIndex: dcp.load turns it into a CheckpointException on all ranks.
-        """
+        """The index; dcp.load turns UnreadableIndex into a CheckpointException on all ranks."""
         # Private: FileSystemReader's fs and _get_metadata_path say where the index is.
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             try:

@@ -28,14 +28,14 @@ from pipeline.files import aside_of, publish, remove_leftovers
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder; all ranks create one and call ``write`` together.
+    """Writes checkpoints; all ranks create one and call ``write`` together.
 
     Args:
         recorded: JSON-able facts for every manifest.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, recorded: Mapping[str, Any]) -> None:
-        self.folder, self._ranks, self._recorded = folder, ranks, recorded
+    def __init__(self, ranks: Ranks, recorded: Mapping[str, Any]) -> None:
+        self._ranks, self._recorded = ranks, recorded
         self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
     def write(self, final: Path, state: dict[str, Any], position: Position) -> None:
@@ -45,15 +45,25 @@ class CheckpointWriter:
             CheckpointException, OSError, UserError: (on all ranks) it cannot be written.
         """
         aside = aside_of(final)
-        self._on_first_rank(lambda: self._clear(aside))
-        dcp.save(state, checkpoint_id=aside, process_group=self._group)
-        files = self._describe(aside)
-        self._on_first_rank(lambda: self._publish(aside, final, files, position))
 
-    def _clear(self, aside: Path) -> None:
-        self.folder.mkdir(exist_ok=True)
-        remove_leftovers(self.folder)
-        aside.mkdir()
+        def make_room() -> None:
+            final.parent.mkdir(exist_ok=True)
+            remove_leftovers(final.parent)
+            aside.mkdir()
+
+        def complete() -> None:
+            write_manifest(aside, manifest)
+            publish(aside, final)
+
+        self._on_first_rank(make_room)
+        dcp.save(state, checkpoint_id=aside, process_group=self._group)
+        manifest = {
+            "position": dataclasses.asdict(position),
+            "recorded": dict(self._recorded),
+            "world_size": self._ranks.world_size,
+            "files": self._describe(aside),
+        }
+        self._on_first_rank(complete)
 
     def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
         """Sizes and checksums of all files; each rank reads the files that it has written."""
@@ -70,18 +80,6 @@ class CheckpointWriter:
         if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
             raise OSError(failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
-
-    def _publish(self, aside: Path, final: Path, files: dict[str, Any], position: Position) -> None:
-        write_manifest(
-            aside,
-            {
-                "position": dataclasses.asdict(position),
-                "recorded": dict(self._recorded),
-                "world_size": self._ranks.world_size,
-                "files": files,
-            },
-        )
-        publish(aside, final)
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
         """Run on rank 0; all ranks raise its OSError (as UserError), so that none waits for it."""

@@ -93,7 +93,6 @@ class Trainer:
         timeout = timedelta(minutes=config.rank_timeout)
         self._agreement = Agreement(ranks, timeout)
         self._throttle = HostThrottle(ranks.device, timeout)
-        self.checkpoints.prepare()
         self._total = config.num_epochs * loader.num_samples
 
     def run(self) -> Position:
