@@ -1,9 +1,6 @@
-"""Leave-one-out evaluation of a possibly sharded model.
+"""Leave-one-out evaluation of a possibly sharded model; may import step and the rooms below it.
 
-    evaluate         ranks of the targets, on any number of ranks
-    catalog_scores   scores of this rank's slice of the catalog, part by part
-    metrics          HR, NDCG and MRR from ranks
-    report           the printed table and eval_<split>.json
-
-May import ``step`` and the rooms below it, and pipeline's batches.
+evaluate: ranks of the targets, on any number of ranks. catalog_scores: scores of this rank's slice
+of the catalog, part by part. metrics: HR, NDCG and MRR from ranks. report: the printed table and
+eval_<split>.json.
 """

@@ -21,7 +21,7 @@ from pipeline.batches.features import CANDIDATE, jagged_items, with_candidates
 PART_ITEMS = 2**18
 KEPT_BYTES = 2 << 30
 
-# Goes through the parts of the catalog with their scores [U, C]; called more than once.
+# Returns the parts of the catalog with their scores [U, C]; called more than once.
 Scored = Callable[[], Iterable[tuple[CatalogSlice, torch.Tensor]]]
 
 
@@ -29,8 +29,7 @@ class CatalogScores:
     """This rank's slice of the catalog in parts; every rank has the same number of them.
 
     Args:
-        bert: the model.
-        lowered: float32 [V + 2], subtracted from the items' scores; None subtracts nothing.
+        lowered: float32 [V + 2], subtracted from the items' scores.
     """
 
     def __init__(

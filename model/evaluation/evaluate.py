@@ -4,14 +4,11 @@ Two protocols, always both:
     sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
     full     the target against the whole catalog without the items the user rated before
 
-Sharded tables stay sharded. Each rank scores the users of all ranks against its own slice of the
-catalog; the ranks exchange hidden vectors, the scores of targets and negatives, and counts of the
+Each rank scores the users of all ranks against its own slice of the catalog, part by part
+(``catalog_scores.py``) and twice: to find the scores of targets and negatives, then to count the
 items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
-
-A large slice is scored in parts (``catalog_scores.py``), twice: to find the scores of targets and
-negatives, then to count.
 
 Shapes: U users of a block, of all ranks; C items of a part of this rank's slice; D width; N
 negatives; S seen items of all U users; V items.
@@ -55,21 +52,23 @@ class EncodedUsers:
     def blocks(self, size: int) -> Iterator["EncodedUsers"]:
         """Blocks of at most ``size`` users; the same number on every rank."""
         users = self.targets.numel()
+        if 0 < users <= size:
+            yield self
+            return
         for start in range(0, users, size):
-            yield self if users <= size else self._block(start, start + size)
-
-    def _block(self, start: int, stop: int) -> "EncodedUsers":
-        inside = (self.seen_row >= start) & (self.seen_row < stop)
-        return EncodedUsers(
-            self.hidden[start:stop],
-            self.targets[start:stop],
-            self.negatives[start:stop],
-            self.seen[inside],
-            self.seen_row[inside] - start,
-            self.own[start:stop],
-        )
+            block = slice(start, start + size)
+            inside = (self.seen_row >= start) & (self.seen_row < start + size)
+            yield EncodedUsers(
+                self.hidden[block],
+                self.targets[block],
+                self.negatives[block],
+                self.seen[inside],
+                self.seen_row[inside] - start,
+                self.own[block],
+            )
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],
@@ -98,9 +97,8 @@ def evaluate(
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
-            ranked = _rank_all(unwrap(model), batches, popularity, max_scores, discount, earlier)
-            sums = torch.stack([metric_sums(ranks) for ranks in ranked])
+        ranked = _rank_all(unwrap(model), batches, popularity, max_scores, discount, earlier)
+        sums = torch.stack([metric_sums(ranks) for ranks in ranked])
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
@@ -127,7 +125,7 @@ def _rank_all(
     device = next(bert.encoder.parameters()).device
     counts = None if popularity is None else popularity.to(device, torch.float32)
     lowered = None
-    if discount:
+    if counts is not None and discount:
         lowered = (counts + 1).log() * (discount / bert.head.scale)
     catalog = CatalogScores(bert, device, lowered)
     # Collected on the device and reduced at the end: the host need not wait for it in between.
@@ -181,16 +179,12 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
 def target_ranks(
     users: EncodedUsers, scored: Scored, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's rank among its negatives and among all unseen items.
+    """The target's rank among its negatives and among all unseen items, int64 [U] each, 1 = best.
 
     Items that are not lower than the target are ahead of it, so that NaN counts against the model.
 
     Args:
-        scored: goes through the parts of this rank's slice with float32 scores [U, C].
         shared: whether other ranks have the rest of the catalog.
-
-    Returns:
-        int64 [U] and int64 [U], 1 = best.
     """
     picked = torch.cat([users.targets[:, None], users.negatives], dim=1)  # [U, 1 + N]
     picked_scores = torch.zeros(picked.shape, device=picked.device)

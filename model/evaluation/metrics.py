@@ -9,21 +9,14 @@ import torch
 
 HR_CUTOFFS = (1, 5, 10, 20)
 NDCG_CUTOFFS = (5, 10, 20)
-METRICS = (
-    *(f"HR@{k}" for k in HR_CUTOFFS),
-    *(f"NDCG@{k}" for k in NDCG_CUTOFFS),
-    "MRR",
-)
+METRICS = (*(f"HR@{k}" for k in HR_CUTOFFS), *(f"NDCG@{k}" for k in NDCG_CUTOFFS), "MRR")
 
 
 def metric_sums(ranks: torch.Tensor) -> torch.Tensor:
-    """Sums over users, in the order of :data:`METRICS`, and last the number of users.
+    """Sums over users of :data:`METRICS`, and last the number of users; float64.
 
     Args:
         ranks: int64 [U], 1 = best.
-
-    Returns:
-        float64 [len(METRICS) + 1]; sums, so that batches and ranks can be added up in any order.
     """
     assert not ranks.numel() or int(ranks.min()) >= 1
     reciprocal = ranks.double().reciprocal()

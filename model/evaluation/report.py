@@ -14,7 +14,7 @@ _PROTOCOLS = {
 
 
 def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
-    """The metrics table of one split: both protocols, popularity's ranking below the model's."""
+    """The table of a split: both protocols, the ranking by popularity below the model's."""
     rows: list[tuple[str, dict[str, float]]] = []
     for protocol, label in _PROTOCOLS.items():
         rows.append((label, result[protocol]))
@@ -36,11 +36,7 @@ def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
 
 
 def write_result(folder: Path, split: str, result: Result) -> Path:
-    """Write ``eval_<split>.json`` into ``folder``, visible only when complete.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write ``eval_<split>.json`` into ``folder``."""
     path = folder / f"eval_{split}.json"
     try:
         write_json(path, result)

@@ -17,7 +17,8 @@ import signal
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,18 +36,14 @@ TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 
 
 class Agreement:
-    """Agreement of the ranks during training; as a context manager, it turns signals into requests.
-
-    Args:
-        timeout: how long to wait for another rank.
-    """
+    """Agreement of the ranks; as a context manager, it turns signals into requests."""
 
     def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
         self._timeout = timeout
         self._signal = self._request = NOTHING
         self._steps_between = _STEPS_BETWEEN if ranks.device.type == "cuda" else 1
         self._calls = 0
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
         self._reduced = torch.zeros(1, dtype=torch.int32)
         self._underway: dist.Work | None = None
         self._group = self._barrier_group = None
@@ -60,12 +57,7 @@ class Agreement:
         self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # torchrun sends SIGTERM to the other ranks as soon as one is gone. Rank 0 goes on ignoring
         # it, so that it can explain the error first.
         ignored = signal.SIGTERM if self._explains_first and isinstance(error, RuntimeError) else 0
@@ -118,7 +110,7 @@ class Agreement:
         return UserError(f"a rank did not answer {when}, though it answers now; {advice}")
 
     def _silent_ranks(self) -> str:
-        """Names of the ranks that do not reach a barrier; only rank 0 hears all answers."""
+        """The ranks that do not reach a barrier; only rank 0 hears all answers."""
         try:
             dist.monitored_barrier(
                 self._barrier_group, timeout=_BARRIER_TIMEOUT, wait_all_ranks=True

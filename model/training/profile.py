@@ -24,7 +24,6 @@ between ``##`` are TorchRec's, or follow them.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -62,10 +61,9 @@ class StepProfiler:
     """Records ``--profile`` steps on every rank; a context manager around training.
 
     Args:
-        model: the distributed model.
         folder: the run folder.
         steps: steps that will be trained; a short run is recorded from its first step.
-        say: prints the times of the stages on rank 0.
+        say: prints the times of the stages, called on rank 0.
     """
 
     def __init__(
@@ -81,11 +79,9 @@ class StepProfiler:
     ) -> None:
         self._recorded, self._say = config.profile, say
         self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        # With the graph of the whole step, then without.
-        self._train_step: TrainStep | None = None
-        if plan.graphs == "step":
-            self._train_step = pipeline.train_step
         self._graphs = plan.graphs
+        # With the graph of the whole step, then without.
+        self._train_step: TrainStep | None = pipeline.train_step if plan.graphs == "step" else None
         self._cycles = 1 if self._train_step is None else 2
         recorded = self._cycles * (_WARM_UP + config.profile)
         self._to_skip = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT))
@@ -98,14 +94,9 @@ class StepProfiler:
             self._begin()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._profile is not None:
-            self._end()
+    def __exit__(self, *_: object) -> None:
+        if self._profile is not None:  # the end of training cuts the trace short
+            self._end(self._profile)
 
     def step(self) -> None:
         """Count a training step; to be called after each."""
@@ -113,7 +104,7 @@ class StepProfiler:
             self._profile.step()
             self._to_record -= 1
             if self._to_record == 0:
-                self._end()
+                self._end(self._profile)
         elif self._recorded:
             self._to_skip -= 1
             if self._to_skip == 0:
@@ -138,9 +129,8 @@ class StepProfiler:
         )
         self._profile.start()
 
-    def _end(self) -> None:
-        """Stop recording; also writes a trace that the end of training cuts short."""
-        self._profile.stop()
+    def _end(self, running: profile) -> None:
+        running.stop()
         self._profile, self._recorded = None, 0
         for hook in self._hooks:
             hook.remove()
@@ -176,12 +166,9 @@ def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHand
 
 
 def summary(events: list[Any]) -> str:
-    """One line: host time of a step and of its stages, and how busy the GPU was.
+    """One line from ``profile.events()``: host time of a step and its stages, share of GPU time.
 
     The GPU runs later what a stage launches, and stages may overlap there: see the trace.
-
-    Args:
-        events: ``torch.profiler.profile.events()``.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     steps = [event for event in host if event.name.startswith("ProfilerStep")]

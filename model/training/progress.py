@@ -1,9 +1,4 @@
-"""What happens around the steps.
-
-HostThrottle   bounds how far the host runs ahead of the GPU
-Feed           hands the loader's batches to the pipeline, which reads ahead of the steps
-LogWindow      the steps since the last line of the log
-"""
+"""Around the steps: batches for the pipeline, the host's lead over its GPU, losses to log."""
 
 import math
 import resource
@@ -27,10 +22,7 @@ _POLL_SECONDS = 5e-5
 
 
 class Feed(Iterator[PackedBatch]):
-    """The loader's next ``steps`` batches; records which of them the pipeline has taken.
-
-    Args:
-        stop: epoch (from 0) before which the batches end.
+    """The loader's next ``steps`` batches; the pipeline reads ahead of the steps.
 
     Attributes:
         held: of each batch in the pipeline, oldest first: its windows, and how many samples of the
@@ -56,29 +48,20 @@ class Feed(Iterator[PackedBatch]):
 class HostThrottle:
     """Keeps the host at most ``ahead`` steps ahead of its GPU.
 
-    Running further ahead gains nothing, and takes the interpreter lock from the loader's thread,
-    whose batches then come late.
-
-    The host polls the GPU instead of blocking: a collective inside a CUDA graph, which no watchdog
-    observes, never ends if another rank's process is gone.
-
-    Args:
-        timeout: longest wait for a step.
+    Running further ahead takes the interpreter lock from the loader's thread, whose batches then
+    come late. The host polls the GPU instead of blocking: a collective inside a CUDA graph, which
+    no watchdog observes, never ends if another rank is gone. A wait for a step that is longer than
+    ``timeout`` ends in a RuntimeError.
     """
 
     def __init__(self, device: torch.device, timeout: timedelta, ahead: int = 4) -> None:
         self._timeout = timeout.total_seconds()
-        self._free: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._free = [torch.cuda.Event() for _ in range(ahead)]
+        on_gpu = device.type == "cuda"
+        self._free = [torch.cuda.Event() for _ in range(ahead)] if on_gpu else []
         self._running: deque[torch.cuda.Event] = deque()
 
     def after_step(self) -> None:
-        """Wait until at most ``ahead`` steps are unfinished; to be called after every step.
-
-        Raises:
-            RuntimeError: the GPU did not finish a step in time.
-        """
+        """Wait until at most ``ahead`` steps are unfinished; to be called after every step."""
         if self._free:
             event = self._free.pop()
         elif self._running:
@@ -90,11 +73,7 @@ class HostThrottle:
         self._running.append(event)
 
     def wait_for_all(self) -> None:
-        """Wait for all steps, before a call that would block without a timeout.
-
-        Raises:
-            RuntimeError: the GPU did not finish them in time.
-        """
+        """Wait for all steps, before a call that would block without a timeout."""
         if self._running:
             self._wait_for(self._running[-1])
 
@@ -130,19 +109,14 @@ class LogWindow:
 
         Args:
             losses: float32 [2], the sum of its losses and its number of masked positions.
-            windows: its windows on this rank.
+            windows: their number on this rank.
         """
         self.losses.append(losses)
         self.steps.append(step)
         self._windows += windows
 
     def reduce(self) -> dict[str, float]:
-        """Mean loss per masked position, speed and peak memory, over all ranks.
-
-        Returns:
-            Among them ``records_per_second``, windows of all ranks together, and
-            ``peak_memory_gb``, 1e9 bytes on the rank that used most: of the device's allocator, or
-            on CPU of the process.
+        """Mean loss per masked position, windows per second of all ranks, peak memory in 1e9 bytes.
 
         Raises:
             UserError: a loss is not finite; names the first such step.
@@ -171,7 +145,7 @@ class LogWindow:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes in use at once since the process began: of tensors on CUDA, of all on CPU."""
+    """Most bytes in use at once: of tensors on CUDA, of the whole process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

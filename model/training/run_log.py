@@ -4,12 +4,9 @@
     runs/mine/events.out.*      the same for TensorBoard
     runs/mine/eval_test.json    the final metrics
 
-On a terminal a progress bar is drawn on stderr. Elsewhere stdout gets a line every --log_every
-steps:
+A terminal gets a progress bar on stderr. Elsewhere stdout gets a line every --log_every steps:
 
     2025-03-01 12:00:00 step 50/4,000, epoch 1, loss 6.1234, lr 0.0003, 12,345 rec/s, ETA 0:12:34
-
-Epochs count from 1.
 """
 
 import json
@@ -33,13 +30,9 @@ class RunLog:
 
     Args:
         run_dir: the run folder, or None on ranks that do not write.
-        total: steps of the whole run.
-        step: steps already done.
-        on_error: when nothing can be written: "stop", or "continue" with a warning, without
-            TensorBoard events from then on.
-
-    Raises:
-        UserError: (here and while writing) nothing can be written, and the run is to stop.
+        total, step: steps of the whole run, and those already done.
+        on_error: when nothing can be written: "stop" by a UserError, or "continue" with a warning,
+            without TensorBoard events from then on.
     """
 
     def __init__(self, run_dir: Path | None, total: int, step: int, on_error: str = "stop") -> None:
@@ -69,11 +62,7 @@ class RunLog:
             self._bar.update(1)
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Log scalars; names with a slash group them in TensorBoard.
-
-        Args:
-            epoch: from 1.
-        """
+        """Log scalars; names with a slash group them in TensorBoard; ``epoch`` counts from 1."""
         if self._run_dir is None:
             return
         if "loss" in values:
@@ -102,10 +91,7 @@ class RunLog:
     def write_result(
         self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
     ) -> None:
-        """Print the table, write eval_<split>.json and the same scalars for TensorBoard.
-
-        Closes the progress bar: to be called after training.
-        """
+        """After training: print the table, write eval_<split>.json and TensorBoard's scalars."""
         if self._run_dir is None:
             return
         if self._bar is not None:
@@ -166,13 +152,10 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
     """Drop later lines, and lines that a kill or a full disk cut short, atomically."""
     if not path.exists():
         return
-    before = path.read_text(errors="replace")
-    kept = []
+    before, kept = path.read_text(errors="replace"), ""
     for line in before.splitlines(keepends=True):
-        try:
+        with suppress(ValueError, LookupError, TypeError):  # no JSON, or not a line of ours
             if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept.append(line)
-        except (ValueError, LookupError, TypeError):
-            continue
-    if "".join(kept) != before:
-        write_text(path, "".join(kept))
+                kept += line
+    if kept != before:
+        write_text(path, kept)

@@ -14,7 +14,7 @@ def lr_factor(config: TrainingConfig, progress: float, epoch: int) -> float:
 
     Args:
         progress: share of all training samples consumed before this step, in [0, 1).
-        epoch: current epoch, from 0.
+        epoch: from 0.
     """
     stairs = config.gamma ** (epoch // config.decay_step)
     if progress < config.warmup_share:

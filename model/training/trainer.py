@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -56,44 +56,30 @@ class Pipeline(Protocol):
         """Free CUDA graphs."""
 
 
+@dataclass(eq=False)
 class Trainer:
-    """Trains a sharded model.
+    """Trains a sharded model; ``position`` is where training begins, then where it stands."""
 
-    Args:
-        pipeline: runs the steps, on ``model`` and ``optimizers``.
-        loader: this rank's training batches.
-        validate: evaluates the model on the validation split, on all ranks, with its argument
-            wrapped around the batches. None, if no validation items are left, takes the last model
-            as the best.
-        seed: of dropout.
-        position: where to begin.
-        after_step: called after every step, on all ranks.
-    """
+    model: DistributedModelParallel
+    optimizers: Optimizers
+    pipeline: Pipeline
+    loader: TrainLoader
+    # Evaluates on the validation split, on all ranks, with its argument wrapped around the batches.
+    # None, if no validation items are left, takes the last model as the best.
+    validate: Callable[..., Result] | None
+    checkpoints: Checkpoints
+    log: RunLog
+    config: TrainingConfig
+    ranks: Ranks
+    seed: int  # of dropout
+    position: Position
+    after_step: Callable[[], None]
 
-    def __init__(
-        self,
-        model: DistributedModelParallel,
-        optimizers: Optimizers,
-        pipeline: Pipeline,
-        loader: TrainLoader,
-        validate: Callable[[Callable[[Iterable[T]], Iterator[T]]], Result] | None,
-        checkpoints: Checkpoints,
-        log: RunLog,
-        config: TrainingConfig,
-        ranks: Ranks,
-        seed: int,
-        position: Position,
-        after_step: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.model, self.optimizers = model, optimizers
-        self.pipeline, self.loader = pipeline, loader
-        self.validate, self.checkpoints, self.log = validate, checkpoints, log
-        self.config, self.ranks, self.seed, self.position = config, ranks, seed, position
-        self.after_step = after_step
-        timeout = timedelta(minutes=config.rank_timeout)
-        self._agreement = Agreement(ranks, timeout)
-        self._throttle = HostThrottle(ranks.device, timeout)
-        self._total = config.num_epochs * loader.num_samples
+    def __post_init__(self) -> None:
+        timeout = timedelta(minutes=self.config.rank_timeout)
+        self._agreement = Agreement(self.ranks, timeout)
+        self._throttle = HostThrottle(self.ranks.device, timeout)
+        self._total = self.config.num_epochs * self.loader.num_samples
 
     def run(self) -> Position:
         """Train to the end, to ``--max_steps`` or until nothing improves.
@@ -134,7 +120,7 @@ class Trainer:
 
     @property
     def _epoch_number(self) -> int:
-        """The current epoch as people count it, from 1."""
+        """The current epoch, counted from 1."""
         return self.position.epoch + 1
 
     def _is_over(self) -> bool:
@@ -145,19 +131,14 @@ class Trainer:
         limit = self.config.max_steps
         return limit is not None and self.position.step >= limit
 
-    def _next_stop(self) -> int:
-        """The epoch (from 0) before which to evaluate or end."""
-        last, every = self.config.num_epochs, self.config.eval_every
-        if self.validate is None:
-            return last
-        return min(last, (self.position.epoch // every + 1) * every)
-
     def _train_epochs(self) -> None:
         """Train the rest of the current epoch and the epochs up to the next evaluation.
 
         The pipeline is emptied only at the end: filling it again takes as long as several steps.
         """
-        stop = self._next_stop()
+        stop, every = self.config.num_epochs, self.config.eval_every
+        if self.validate is not None:
+            stop = min(stop, (self.position.epoch // every + 1) * every)
         steps = self.loader.steps_left(self.position.sample)
         steps += (stop - self.position.epoch - 1) * self.loader.steps_per_epoch
         if self.config.max_steps is not None:
@@ -180,7 +161,6 @@ class Trainer:
         self.pipeline.detach()
 
     def _step(self, feed: Feed, window: LogWindow) -> None:
-        """One optimizer step."""
         before = self.position
         if before.sample == self.loader.num_samples:
             before = replace(before, epoch=before.epoch + 1, sample=0)
@@ -198,7 +178,6 @@ class Trainer:
         self.log.advance()
 
     def _request(self, window: LogWindow) -> int:
-        """What this rank requests of all ranks."""
         # On CUDA, reading the loss would wait for the step: there it is checked when it is logged.
         if self.ranks.device.type == "cpu" and not math.isfinite(window.losses[-1][0]):
             return CHECK_LOSS
@@ -218,14 +197,7 @@ class Trainer:
             raise SystemExit(128 + number)
 
     def _save(self, wait: bool = True) -> bool:
-        """Write a checkpoint, or with ``wait=False`` only start to.
-
-        Returns:
-            Whether it was written or started; False only with ``--on_save_error continue``.
-
-        Raises:
-            UserError: a weight is not finite, or the checkpoint cannot be written.
-        """
+        """Check that all weights are finite, then :meth:`Checkpoints.save`."""
         broken = torch.zeros((), device=self.ranks.device)
         for parameter in self.model.parameters():
             broken += ~torch.isfinite(parameter.detach().sum())
@@ -238,7 +210,7 @@ class Trainer:
         return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 
     def _end_epochs(self) -> None:
-        """Evaluate, save the best model, move on to the next epoch."""
+        """Evaluate, save a better model, move on to the next epoch."""
         before = self.position
         if self.validate is None:
             self.position = replace(before, best_step=before.step)
@@ -257,27 +229,23 @@ class Trainer:
             yield batch
 
     def _evaluate(self, validate: Callable[..., Result]) -> None:
-        """Validate, log, and record whether this is the best model so far."""
         started = time.perf_counter()
         result = validate(self._interruptible)
         set_table_steps(self.model, self.position.step)
         protocol, metric = SELECT
         value = result[protocol][metric]
-        position = self.position
-        better = value > position.best
-        self.position = replace(
-            position,
-            best=value if better else position.best,
-            best_step=position.step if better else position.best_step,
-            stale=0 if better else position.stale + 1,
-        )
+        step = self.position.step
+        if better := value > self.position.best:
+            self.position = replace(self.position, best=value, best_step=step, stale=0)
+        else:
+            self.position = replace(self.position, stale=self.position.stale + 1)
         values = {
             f"validation/{protocol}/{name}": number
             for protocol in ("sampled", "full")
             for name, number in result[protocol].items()
         }
         values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(position.step, self._epoch_number, values)
+        self.log.write(step, self._epoch_number, values)
         self.log.say(
             f"epoch {self._epoch_number}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {result['sampled'][metric]:.4f}; "
