@@ -80,18 +80,13 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether rank 0 should save: ``--checkpoint_every`` has passed since the last write.
-
-        Also if the background write failed and training has to stop: ``save`` then raises.
-        """
+        """Whether rank 0 should save: by time, or so that ``save`` raises a background error."""
         if self._background is not None:
             if self._background.is_alive():
                 return False
             if self._background.error is not None and self._config.on_save_error == "stop":
                 return True
         return time.monotonic() - self._last_write > 60 * self._config.checkpoint_every
-
-    # Writing ----------------------------------------------------------------------------------
 
     def save(
         self,
@@ -108,9 +103,6 @@ class Checkpoints:
 
         Returns:
             Whether it is written, or started; False only with ``--on_save_error continue``.
-
-        Raises:
-            UserError: it, or the one before, cannot be written. Earlier checkpoints are intact.
         """
         self.finish()
         state = _state(model, optimizers)
@@ -121,10 +113,11 @@ class Checkpoints:
         self._background = Background(lambda: self._write(copied, position))
         return True
 
-    def finish(self) -> bool:
-        """Wait for the background write, if any; all ranks call it together; ends as ``save``."""
+    def finish(self) -> None:
+        """Wait for the background write, if any; all ranks call it together; raises as ``save``."""
         background, self._background = self._background, None
-        return background is None or self._succeeds(background.result)
+        if background is not None:
+            self._succeeds(background.result)
 
     def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
@@ -156,13 +149,8 @@ class Checkpoints:
         for step in set(self.steps()) - keep:
             remove_folder(self.path(step))
 
-    # Reading ----------------------------------------------------------------------------------
-
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
-        """Load the newest undamaged checkpoint, if there is one; all ranks call it together.
-
-        Each damaged one is named in a warning and renamed, and the one before is tried.
-        """
+        """Load the newest undamaged checkpoint, if any; all ranks call it together."""
         position = from_first_rank(self._ranks, self._newest_good)
         if position is None:
             return Position()
@@ -200,10 +188,7 @@ class Checkpoints:
         return True
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint, None before the first evaluation; all ranks call together.
-
-        A damaged one is a UserError.
-        """
+        """Step of the best checkpoint, or None; all ranks call it together."""
         return from_first_rank(self._ranks, self._best_step)
 
     def _best_step(self) -> int | None:

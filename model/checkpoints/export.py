@@ -4,8 +4,6 @@ exported/
     model.safetensors    all weights, under the names of the plain BERT4Rec
     config.json          flags, number of items, catalog fingerprint, versions
     catalog.parquet      original id and title of each item
-
-Any program that reads safetensors can load it, without this project and without TorchRec.
 """
 
 import shutil

@@ -31,7 +31,7 @@ def describe_files(folder: Path, pattern: str) -> dict[str, dict[str, int]]:
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a folder, after all its other files."""
+    """Write the manifest of a folder; call it after all other files are written."""
     content = {"format": FORMAT, **content}
     write_json(folder / NAME, {**content, "crc32": _checksum(content)})
 
@@ -63,11 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after every byte of its files was checked.
-
-    Raises:
-        As ``read_manifest``.
-    """
+    """The manifest, after a check of every byte of the other files; raises as ``read_manifest``."""
     content = read_manifest(folder)
     for name, expected in content["files"].items():
         try:

@@ -1,9 +1,8 @@
 """Read a checkpoint without running code that its writer may have hidden in it.
 
 torch.distributed.checkpoint (DCP) stores its index, ``.metadata``, as a pickle, and unpickling can
-call any function. SafeReader unpickles only the few classes that an index of tensors consists of.
-It refuses values other than tensors, which DCP would unpickle unchecked; our checkpoints have none.
-DCP reads tensors by torch.load(weights_only=True).
+call any function. SafeReader allows only the few classes that an index of tensors consists of. DCP
+reads the tensors by torch.load(weights_only=True); it would unpickle other values unchecked.
 """
 
 import pickle

@@ -28,11 +28,7 @@ from pipeline.files import aside_of, publish, remove_leftovers
 
 
 class CheckpointWriter:
-    """Writes checkpoints; all ranks create one and call ``write`` together.
-
-    Args:
-        recorded: JSON-able facts for every manifest.
-    """
+    """Writes checkpoints; all ranks create one and call ``write`` together."""
 
     def __init__(self, ranks: Ranks, recorded: Mapping[str, Any]) -> None:
         self._ranks, self._recorded = ranks, recorded

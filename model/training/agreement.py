@@ -6,8 +6,7 @@
                                          |
                         one step later all ranks act on the result
 
-A step starts an all-reduce and the next one reads the result, so no step waits for one and no GPU
-is synchronised. On GPUs, whose steps take milliseconds, only every fourth step does so. When a
+A step starts an all-reduce and the next one reads the result, so that no step waits. When a
 collective fails, a barrier finds the ranks that do not answer; if all answer, the error message
 shows at which line of code each rank was waiting.
 """
@@ -29,7 +28,7 @@ from pipeline.errors import UserError
 # Requests and decisions, in ascending priority. STOP is added to the number of the signal.
 NOTHING, SAVE, CHECK_LOSS, STOP = 0, 1, 2, 100
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Steps on GPUs between two all-reduces: ranks whose hosts lag by turns do not wait each time.
+# All-reduce at every fourth step of a GPU: hosts that lag by turns do not wait each time.
 _STEPS_BETWEEN = 4
 _BARRIER_TIMEOUT = timedelta(seconds=10)
 TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
@@ -72,8 +71,8 @@ class Agreement:
         """Hand in this rank's request; every rank must call it equally often.
 
         Returns:
-            The decision: the request of the highest priority that any rank handed in before its
-            last exchange; on a single rank, the request itself.
+            The highest request that any rank handed in before its last exchange; on a single
+            rank, the request itself.
         """
         self._request = max(request, self._request, self._signal)
         self._calls += 1

@@ -3,22 +3,8 @@
     python train.py --profile 10          ->  runs/mine/profile/rank0.<time>.pt.trace.json.gz
     tensorboard --logdir runs/mine           (pip install torch-tb-profiler)
 
-Names of a step's stages in the trace:
-
-    data wait               ## next_batch ##
-    transfer                ## copy_batch_to_gpu ... ##
-    input distribution      ## start_sparse_data_dist ... ##, ## wait_sparse_data_dist ... ##,
-                            where TorchRec exchanges rows
-    lookup, encoder, head   inside ## forward ... ##; "encoder and head" in one CUDA graph
-    backward                ## backward ... ##
-    optimizer               ## optimizer ... ##; the backward pass updates the tables
-    step                    ## step ##: one CUDA graph from the lookup to the optimizer
-
 A CUDA graph of the whole step hides its stages. As many further steps are then trained without it
 and written to rank0-apart.<time>.pt.trace.json.gz.
-
-``lookup``, ``encoder`` and ``head`` are hooks that exist only while a trace is recorded; names
-between ``##`` are TorchRec's, or follow them.
 """
 
 import re
@@ -42,18 +28,19 @@ from model.training.config import ProfileConfig
 _SKIPPED, _WARM_UP = 100, 2
 # Steps after it: the last ones have no further batch to prepare.
 _RUN_OUT = 2
-# Regular expressions for the beginning of each stage's ranges in the trace.
+# Regular expressions for the beginning of each stage's ranges in the trace. Those with ## are
+# TorchRec's or follow them; the others are hooks that exist only while a trace is recorded.
 STAGES = {
     "data wait": "## next_batch ",
     "transfer": "## copy_batch_to_gpu ",
-    "input distribution": r"## (start|wait)_sparse_data_dist ",
+    "input distribution": r"## (start|wait)_sparse_data_dist ",  # TorchRec exchanges rows
     "lookup": "lookup$",
     "encoder": "encoder$",
     "head": "head$",
-    "encoder and head": "encoder and head$",
-    "backward": "## backward ",
+    "encoder and head": "encoder and head$",  # in one CUDA graph
+    "backward": "## backward ",  # also updates the tables
     "optimizer": "## optimizer ",
-    "step": "## step ##",
+    "step": "## step ##",  # one CUDA graph from the lookup to the optimizer
 }
 
 

@@ -109,7 +109,7 @@ class LogWindow:
 
         Args:
             losses: float32 [2], the sum of its losses and its number of masked positions.
-            windows: their number on this rank.
+            windows: trained in the step, on this rank.
         """
         self.losses.append(losses)
         self.steps.append(step)

@@ -1,6 +1,6 @@
 """The training loop: epochs of pipelined steps, evaluation, checkpoints.
 
-    for all epochs up to the next evaluation, without emptying the pipeline
+    for all epochs up to the next evaluation
         TrainLoader -> pipeline.progress -> loss, logged every --log_every steps
         a checkpoint every --checkpoint_every minutes and on SIGTERM or SIGINT
     evaluate on validation; a checkpoint if it is the best; stop if nothing improves
@@ -38,9 +38,6 @@ from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
 
 T = TypeVar("T")
-
-# Selects the best model: full ranking, since sampled metrics may prefer a worse model.
-SELECT = ("full", "NDCG@10")
 
 
 class Pipeline(Protocol):
@@ -88,7 +85,6 @@ class Trainer:
             The last position; ``best_step`` is 0 if ``--max_steps`` precedes any evaluation.
 
         Raises:
-            UserError: a loss is not finite, a rank does not answer, a checkpoint cannot be written.
             SystemExit: stopped by a signal, after a checkpoint; the code is 128 + its number.
         """
         try:
@@ -232,9 +228,8 @@ class Trainer:
         started = time.perf_counter()
         result = validate(self._interruptible)
         set_table_steps(self.model, self.position.step)
-        protocol, metric = SELECT
-        value = result[protocol][metric]
-        step = self.position.step
+        sampled, full, step = result["sampled"], result["full"], self.position.step
+        value = full["NDCG@10"]  # sampled metrics may prefer a worse model
         if better := value > self.position.best:
             self.position = replace(self.position, best=value, best_step=step, stale=0)
         else:
@@ -248,6 +243,6 @@ class Trainer:
         self.log.write(step, self._epoch_number, values)
         self.log.say(
             f"epoch {self._epoch_number}: validation NDCG@10 full {value:.4f}"
-            f"{' (best so far)' if better else ''}, sampled {result['sampled'][metric]:.4f}; "
-            f"HR@10 full {result['full']['HR@10']:.4f}, sampled {result['sampled']['HR@10']:.4f}"
+            f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
+            f"HR@10 full {full['HR@10']:.4f}, sampled {sampled['HR@10']:.4f}"
         )
