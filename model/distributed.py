@@ -57,16 +57,14 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
+        """Rank 0 writes files and prints."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
         if self.is_first:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning to stderr on rank 0."""
         if self.is_first:
             warn(text)
 
@@ -147,10 +145,7 @@ def from_first_rank(
 
 
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0, then on the other ranks, which find its result cached on disk.
-
-    A UserError on rank 0 is raised on all ranks.
-    """
+    """Run ``work`` on rank 0, then on the others, which find its result cached on disk."""
     results: list[T] = []
     from_first_rank(ranks, lambda: results.append(work()))
     return results[0] if results else work()
@@ -204,7 +199,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _users_to_fix(error: Exception) -> str | None:
-    """The message about an error that the user can fix; None for a bug."""
+    """The message about an error, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

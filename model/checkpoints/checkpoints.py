@@ -75,7 +75,6 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """The checkpoint's folder."""
         return self.folder / f"step-{step:08d}"
 
     @property
@@ -128,7 +127,6 @@ class Checkpoints:
             self._last_write = time.monotonic()
 
     def _succeeds(self, work: Callable[[], None]) -> bool:
-        """Run ``work``; treat an error while saving as ``--on_save_error`` says."""
         try:
             work()
         except _SAVE_ERRORS as error:
@@ -173,7 +171,7 @@ class Checkpoints:
         return position
 
     def _is_good(self, step: int) -> bool:
-        """Check every byte; rename a damaged checkpoint to ``damaged-*``."""
+        """Verify a checkpoint; rename a damaged one."""
         path = self.path(step)
         try:
             verify(path)

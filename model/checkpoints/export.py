@@ -88,7 +88,6 @@ def load_exported(folder: Path, model: nn.Module) -> None:
 
 
 def _read(stored: Any, tensor: torch.Tensor | ShardedTensor, name: str) -> None:
-    """Copy a tensor of a safetensors file, or this rank's shards of it."""
     if (found := stored.get_shape()) != list(tensor.shape):
         raise ValueError(f"size mismatch of {name}: {found}, not {list(tensor.shape)}")
     if not isinstance(tensor, ShardedTensor):

@@ -37,8 +37,7 @@ class CheckpointWriter:
     def write(self, final: Path, state: dict[str, Any], position: Position) -> None:
         """Write ``state`` into the folder ``final``, which is complete once it exists.
 
-        Raises:
-            CheckpointException, OSError, UserError: (on all ranks) it cannot be written.
+        If it cannot be written, all ranks raise a CheckpointException, OSError or UserError.
         """
         aside = aside_of(final)
 
@@ -113,7 +112,7 @@ class Background(threading.Thread):
 
 
 def host_copy(value: Any) -> Any:
-    """A copy of a state dict in host memory that shares no memory with the original."""
+    """A copy of a state dict in host memory; the two share no memory."""
     if isinstance(value, Mapping):
         return {name: host_copy(each) for name, each in value.items()}
     if isinstance(value, ShardedTensor):

@@ -83,13 +83,11 @@ def evaluate(
         model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
         batches: this rank's users; every rank must have the same number of batches.
         popularity: int64 [V + 2] training count of each item; None leaves its metrics out.
-        max_scores: bound of users x items scored at once.
         discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
         earlier: an earlier result for the same users, whose popularity metrics are reused.
 
     Returns:
-        ``{"users": n, "sampled": {"HR@10": ...}, "full": {...}, "popularity": {...}}``, equal on
-        every rank.
+        ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank.
     """
     assert popularity is not None or not discount
     was_training = model.training

@@ -81,10 +81,9 @@ class Agreement:
         request, self._request = self._request, NOTHING
         if self._group is None:
             return request
-        decision = NOTHING
         if self._underway is not None:
             self._underway.wait()
-            decision = int(self._reduced)
+        decision = int(self._reduced)
         self._reduced = torch.tensor([request], dtype=torch.int32)
         self._underway = dist.all_reduce(
             self._reduced, dist.ReduceOp.MAX, group=self._group, async_op=True

@@ -86,7 +86,7 @@ class StepProfiler:
             self._end(self._profile)
 
     def step(self) -> None:
-        """Count a training step; to be called after each."""
+        """To be called after each training step."""
         if self._profile is not None:
             self._profile.step()
             self._to_record -= 1

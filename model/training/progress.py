@@ -22,20 +22,15 @@ _POLL_SECONDS = 5e-5
 
 
 class Feed(Iterator[PackedBatch]):
-    """The loader's next ``steps`` batches; the pipeline reads ahead of the steps.
-
-    Attributes:
-        held: of each batch in the pipeline, oldest first: its windows, and how many samples of the
-            epoch are consumed after it.
-        waited: seconds spent waiting for the loader.
-    """
+    """The loader's next ``steps`` batches, which end before the epoch ``stop``."""
 
     def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
         self._loader = loader
         # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
         self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
+        # Of the batches in the pipeline: windows, and the epoch's samples consumed after each.
         self.held: deque[tuple[int, int]] = deque()
-        self.waited = 0.0
+        self.waited = 0.0  # seconds, for the loader
 
     def __next__(self) -> PackedBatch:
         started = time.perf_counter()
@@ -105,18 +100,13 @@ class LogWindow:
         self._started = time.perf_counter()
 
     def add(self, losses: torch.Tensor, windows: int, step: StepNote) -> None:
-        """Add a step.
-
-        Args:
-            losses: float32 [2], the sum of its losses and its number of masked positions.
-            windows: trained in the step, on this rank.
-        """
+        """Add a step; ``losses``, float32 [2]: their sum and the number of masked positions."""
         self.losses.append(losses)
         self.steps.append(step)
         self._windows += windows
 
     def reduce(self) -> dict[str, float]:
-        """Mean loss per masked position, windows per second of all ranks, peak memory in 1e9 bytes.
+        """Mean loss per masked position, speed of all ranks together, highest peak memory.
 
         Raises:
             UserError: a loss is not finite; names the first such step.

@@ -57,7 +57,6 @@ class RunLog:
             )
 
     def advance(self) -> None:
-        """Move the progress bar by one step."""
         if self._bar is not None:
             self._bar.update(1)
 
@@ -115,7 +114,6 @@ class RunLog:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Flush and close everything."""
         if self._run_dir is None:
             return
         if self._bar is not None:

@@ -115,8 +115,7 @@ class Trainer:
         return self.position
 
     @property
-    def _epoch_number(self) -> int:
-        """The current epoch, counted from 1."""
+    def _epoch_number(self) -> int:  # from 1
         return self.position.epoch + 1
 
     def _is_over(self) -> bool:
