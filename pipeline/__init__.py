@@ -2,9 +2,7 @@
 
     sources/       ReadRatings        .dat .csv .inter .parquet ... -> user, item, rating, timestamp
     preparation/   EncodeIds          text ids -> int32 codes
-                   FilterRatings      --min_rating
-                   FilterItems        --min_item_count
-                   FilterUsers        --min_user_count
+                   FilterRatings, FilterItems, FilterUsers
                    Densify            items 1..V, users 0..U-1
                    GroupByUser        histories in time order
                    SequenceStore      written once, memory-mapped by every rank
@@ -17,11 +15,8 @@
                    ToTensors          -> batches/: PackedBatch -> TrainBatch
     evaluation/    EvalLoader         held-out items, sampled negatives -> batches/: EvalBatch
 
-Every stage is one small class on `torchdata.nodes` (stage.py) and can be used alone. Each room may
-import from the rooms above it and from the files beside them; training/ and evaluation/ import
-batches/ and not each other. Nothing here imports model/.
-
-A worked example, with a file ``clicks.csv`` whose columns are user, item and time::
+Every stage is one small class on `torchdata.nodes` (stage.py) and can be used alone. Example, with
+a file ``clicks.csv`` whose columns are user, item and time::
 
     from pipeline.preparation.prepare import describe, prepare
     from pipeline.sources.datasets import DataConfig
@@ -39,6 +34,5 @@ A worked example, with a file ``clicks.csv`` whose columns are user, item and ti
         batch = packed.unpack()
         print(batch.features["item"].values(), batch.masked, batch.targets)
 
-Item ids are dense: 1..V; 0 is padding, V+1 the mask token. Leave-one-out: the last item of a user
-is the test target, the one before it the validation target. A user's mistake raises `UserError`.
+Item ids are dense: 1..V; 0 is padding, V+1 the mask token. A user's mistake raises `UserError`.
 """

@@ -6,19 +6,24 @@
 
     WindowConfig(max_len=0)          UserError: --max_len must be at least 1, not 0
 
-Choices and bounds are checked here alone, whether a value comes from the command line, from a file
-or from Python. :mod:`model.run.flags` turns config classes into command line flags.
-
 Modules named ``config.py`` import nothing large (no torch, no pyarrow), so that ``--help`` and
 errors in flags appear at once.
 """
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from pipeline.errors import UserError
+
+_HOLDS = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
 
 
 def flag(
@@ -37,8 +42,6 @@ def flag(
 
     Args:
         help: what the flag does and its unit; one clause, no full stop.
-        choices: the allowed values.
-        at_least, above, at_most, below: bounds of a number.
         reason: why the bounds are what they are; ends the error message.
         aliases: other names, accepted on the command line and in config.json.
     """
@@ -53,15 +56,12 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
 class Config:
-    """Base of the config classes: a new instance checks its flags.
-
-    Raises:
-        UserError: a value that is not allowed.
-    """
+    """Base of the config classes: a new instance checks its flags and raises `UserError`."""
 
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+        for entry in fields(self):
             if "choices" in entry.metadata:
                 _check_value(entry, getattr(self, entry.name))
         self.check()
@@ -82,11 +82,3 @@ def _check_value(entry: Field, value: Any) -> None:
         allowed = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
         reason = f": {entry.metadata['reason']}" if entry.metadata["reason"] else ""
         raise UserError(f"--{entry.name} must be {allowed}, not {value}{reason}")
-
-
-_HOLDS = {
-    "at least": lambda value, bound: value >= bound,
-    "above": lambda value, bound: value > bound,
-    "at most": lambda value, bound: value <= bound,
-    "below": lambda value, bound: value < bound,
-}

@@ -16,7 +16,6 @@ class UserError(ValueError):
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -29,6 +28,6 @@ def exit_with_message(message: str) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     if rank:
         time.sleep(3)
-    where = f"rank {rank}: " if rank else ""
-    print(f"{Path(sys.argv[0]).name}: {where}{message}", file=sys.stderr, flush=True)
+        message = f"rank {rank}: {message}"
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     os._exit(2)

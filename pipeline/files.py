@@ -38,13 +38,11 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent."""
     with whole_file(path, "w") as file:
         file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is complete or absent."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -108,17 +106,12 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Make the content of a folder's files durable."""
     for path in folder.iterdir():
         sync(path)
 
 
 def size_and_crc32(path: Path) -> tuple[int, int]:
-    """A file's size in bytes and CRC-32 checksum.
-
-    CRC-32 finds every flipped byte and every cut; it protects against faulty storage, not against
-    forgery.
-    """
+    """A file's size in bytes and CRC-32, which finds damage by faulty storage, not forgery."""
     size = checksum = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -11,12 +11,7 @@ def splits(lengths: np.ndarray) -> np.ndarray:
 
 
 def jagged_positions(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """The positions of B ranges, one after the other: int64 [sum(end - start)].
-
-    Args:
-        start: int64 [B], first position of each range.
-        end: int64 [B], one past the last; not below ``start``.
-    """
+    """The positions of B ranges start[b]:end[b] (int64 [B]), one after the other: int64 [T]."""
     lengths = end - start
     positions = np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
     positions += _ramp(len(positions).bit_length())[: len(positions)]

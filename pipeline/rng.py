@@ -19,10 +19,7 @@ import numpy as np
 _GOLDEN64 = 0x9E3779B97F4A7C15
 _GOLDEN32 = np.uint32(0x9E3779B9)
 _MASK64 = (1 << 64) - 1
-_LOWBIAS32 = (
-    (np.uint32(16), np.uint32(0x7FEB352D)),
-    (np.uint32(15), np.uint32(0x846CA68B)),
-)
+_LOWBIAS32 = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
 _LAST_SHIFT = np.uint32(16)
 # Values mixed at a time, so that all passes over them stay in the processor's cache.
 _BLOCK = 1 << 14
@@ -46,12 +43,11 @@ def child_keys(key: int | np.ndarray, parts: np.ndarray) -> np.ndarray:
 
 
 def low32(keys: np.ndarray) -> np.ndarray:
-    """The low halves of uint64 keys: uint32, uniform, independent of the high halves."""
+    """The low halves of uint64 keys, independent of the high halves."""
     return keys.astype(np.uint32)
 
 
 def high32(keys: np.ndarray) -> np.ndarray:
-    """The high halves of uint64 keys: uint32, uniform."""
     return (keys >> np.uint64(32)).astype(np.uint32)
 
 
@@ -60,7 +56,7 @@ def position_draws(row_keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
     Args:
         row_keys: uint32 [B].
-        offsets: int64 [B + 1]; row b has the positions offsets[b]:offsets[b + 1] of T.
+        offsets: int64 [B + 1]; row b has the positions offsets[b]:offsets[b + 1].
     """
     bases = row_keys - offsets[:-1].astype(np.uint32) * _GOLDEN32
     draws = np.repeat(bases, np.diff(offsets))
@@ -104,7 +100,6 @@ def scaled(draws: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _golden_ramp(size_bits: int) -> np.ndarray:
-    """uint32 [2**size_bits]: the multiples of the golden ratio."""
     return np.arange(1 << size_bits, dtype=np.uint32) * _GOLDEN32
 
 

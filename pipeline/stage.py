@@ -26,10 +26,7 @@ Out = TypeVar("Out")
 
 @dataclass(eq=False)
 class Stage(BaseNode[T]):
-    """A stage whose subclasses implement `stream`.
-
-    Its state is the number of chunks handed out; a reset to a state replays them.
-    """
+    """A stage written as a generator; its state is the number of chunks that it handed out."""
 
     source: Any = None
 
@@ -84,13 +81,13 @@ class MapStage(BaseNode[Out], Generic[In, Out]):
 class Prefetch(Iterator[T]):
     """Iterates over ``source`` in a thread that stays at most ``count`` items ahead.
 
-    The thread starts at once. It ends with the source, at the source's first error (which `next`
-    raises), at `close`, or when this object is deleted. torchdata's Prefetcher can start in the
-    middle of an epoch only by its private state, and a reset may leave its thread running.
+    The thread ends with the source, at the source's first error (which `next` raises), at `close`,
+    or when this object is deleted. torchdata's Prefetcher can start in the middle of an epoch only
+    by its private state, and a reset may leave its thread running.
     """
 
     def __init__(self, source: Iterator[T], count: int) -> None:
-        self._made: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
+        self._made: SimpleQueue[T | Exception] = SimpleQueue()
         self._room, self._closed = Semaphore(count), Event()
         # The thread holds no reference to this object, so that deleting it can end the thread.
         arguments = (source, self._made, self._room, self._closed)
@@ -100,12 +97,12 @@ class Prefetch(Iterator[T]):
     def __next__(self) -> T:
         if self._closed.is_set():
             raise StopIteration
-        item, error = self._made.get()
+        item = self._made.get()
         self._room.release()
-        if error is not None:
+        if isinstance(item, Exception):
             self._closed.set()
-            raise error
-        return item  # type: ignore[return-value]
+            raise item
+        return item
 
     def close(self) -> None:
         """End the thread and wait for it; there are no more items."""
@@ -122,7 +119,7 @@ class Prefetch(Iterator[T]):
 def _run_ahead(source: Iterator, made: SimpleQueue, room: Semaphore, closed: Event) -> None:
     while room.acquire() and not closed.is_set():
         try:
-            made.put((next(source), None))
+            made.put(next(source))
         except Exception as error:  # StopIteration too
-            made.put((None, error))
+            made.put(error)
             return
