@@ -1,9 +1,7 @@
 """From ratings to histories on disk, once per data set and set of filters.
 
-    prepare.py   all stages in order
-    stages.py    encode ids, filter, densify, group by user
-    store.py     the sequence store: histories, memory-mapped by every rank
-    catalog.py   original ids and titles of the dense ids
-
-May import sources/ and the files of pipeline/.
+prepare.py   all stages in order
+stages.py    encode ids, filter, densify, group by user
+store.py     the sequence store: histories, memory-mapped by every rank
+catalog.py   original ids and titles of the dense ids
 """

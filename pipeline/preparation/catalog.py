@@ -1,9 +1,6 @@
 """The catalog: original ids and titles of the dense ids.
 
-    catalog = store.catalog
-    catalog.item_id(17), catalog.title(17)     # ("1193", "One Flew Over the Cuckoo's Nest (1975)")
-    catalog.write_to(run_folder)               # a run folder keeps its own copy
-    Catalog.read(run_folder).fingerprint == catalog.fingerprint
+    store.catalog.item_id(17), store.catalog.title(17)   # ("1193", "One Flew Over the ... (1975)")
 
 Dense item id i is row i - 1. Original ids are text, spelled as in the ratings file.
 """
@@ -24,17 +21,17 @@ from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
 _BLOCK = 1 << 16
-_TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "|": "|"}
+_TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
 class Catalog:
     """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1.
 
     Attributes:
-        items: string [V], original id of each item.
+        items: string [V].
         titles: string [V], "" if the data set has none.
         train_counts: int64 [V], occurrences in the training parts.
-        users: string [U], original id of each user.
+        users: string [U].
     """
 
     def __init__(
@@ -54,39 +51,32 @@ class Catalog:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog in a store's or a run's folder.
-
-        Raises:
-            UserError: there is none, or it cannot be read.
-        """
-        folder = Path(folder)
+        """Read the catalog in a store's or a run's folder."""
         try:
-            items = pq.read_table(folder / "catalog.parquet").combine_chunks()
-            users = pq.read_table(folder / "users.parquet").combine_chunks()
+            items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
             return cls(
-                _text(items["item"]),
-                _text(items["title"]),
+                items["item"].combine_chunks(),
+                items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
-                _text(users["user"]),
+                users["user"].combine_chunks(),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"no readable catalog in {folder}: {error}") from error
 
     def write_to(self, folder: str | Path) -> None:
-        """Write catalog.parquet and users.parquet into an existing folder."""
+        """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
         pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
         pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
 
     @staticmethod
     def copy(folder: Path, to: Path) -> None:
-        """Copy the catalog's files from one folder to another."""
         for name in _FILES:
             shutil.copyfile(folder / name, to / name)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
-        """int64 [V]: only the ``train_counts`` of the catalog in ``folder``."""
+        """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
         return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     @property
@@ -118,19 +108,12 @@ class Catalog:
         return digest.hexdigest()[:16]
 
 
-def _text(column: pa.ChunkedArray) -> pa.StringArray:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
-
-
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
     """string [V]: the titles of the items with these original ids, "" if the file has none.
 
     Args:
         file: GroupLens' movies.dat (``::``), movies.csv or u.item (``|``), or RecBole's ``.item``
             (tab, header); UTF-8 or Latin-1. The title is the second field of a line.
-
-    Raises:
-        UserError: the file cannot be read.
     """
     with file.open() as stream:
         content = stream.read()
@@ -138,7 +121,8 @@ def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    separator = _TITLE_SEPARATORS[file.name.rsplit(".", 1)[-1] if file.name != "u.item" else "|"]
+    extension = file.name.rsplit(".", 1)[-1]
+    separator = "|" if file.name == "u.item" else _TITLE_SEPARATORS[extension]
     fields = (split_line(line, separator) for line in text.splitlines() if separator in line)
     titles = {line[0].strip(): line[1].strip() for line in fields}
     return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

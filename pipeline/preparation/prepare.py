@@ -15,6 +15,7 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog, read_titles
 from pipeline.preparation.stages import (
+    CountingStage,
     Densify,
     EncodeIds,
     FilterItems,
@@ -28,21 +29,13 @@ from pipeline.sources.datasets import DataSource, resolve
 
 
 def prepare(config: DataConfig) -> SequenceStore:
-    """The data set's sequence store, from the cache folder or else built.
-
-    Raises:
-        UserError: a mistake in the flags or the data; no partial store is left.
-    """
+    """The data set's sequence store, from the cache folder or else built."""
     source = resolve(config)
     return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
 
 
 def build(source: DataSource, config: DataConfig) -> SequenceStore:
-    """Run all preparation stages; the store is in memory.
-
-    Raises:
-        UserError: a mistake in the data, a filter that drops all ratings, or no user with 3 items.
-    """
+    """Run all preparation stages; the store is in memory."""
     encoded = EncodeIds(source.ratings)
     rated = FilterRatings(encoded, config.min_rating)
     popular = FilterItems(rated, config.min_item_count)
@@ -50,14 +43,15 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     dense = Densify(active)
     histories = next(GroupByUser(dense), None)
     stages = [{"stage": "read"} | encoded.counts]
-    for stage, flag in (
-        (rated, f"--min_rating {config.min_rating:g}"),
-        (popular, f"--min_item_count {config.min_item_count}"),
-        (active, f"--min_user_count {config.min_user_count}"),
-    ):
+    filters: dict[str, CountingStage] = {
+        f"--min_rating {config.min_rating:g}": rated,
+        f"--min_item_count {config.min_item_count}": popular,
+        f"--min_user_count {config.min_user_count}": active,
+    }
+    for flag, stage in filters.items():
         if not stage.counts["ratings"]:
             raise UserError(
-                f"{flag} drops all of the {stages[-1]['ratings']:,} ratings of {source.name}: "
+                f"{flag} drops all of the {stages[-1]['ratings']:,} ratings of {config.name}: "
                 "lower it"
             )
         stages.append({"stage": flag} | stage.counts)
@@ -71,7 +65,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     )
     if not len(store.evaluable_users()):
         raise UserError(
-            f"no user of {source.name} has 3 items, which training, validation and test need: "
+            f"no user of {config.name} has 3 items, which training, validation and test need: "
             "lower --min_rating and --min_item_count, or check --columns"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
@@ -79,7 +73,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     users = encoded.users.take(pa.array(dense.kept_users))
     trained = store.train_item_counts
     store.catalog = Catalog(items, titles, trained[1:-1], users)
-    store.counts = {"name": source.name, "stages": stages} | _measure(store, trained)
+    store.counts = {"name": config.name, "stages": stages} | _measure(store, trained)
     return store
 
 
@@ -101,7 +95,7 @@ def _measure(store: SequenceStore, trained: np.ndarray) -> dict[str, Any]:
 
 
 def describe(store: SequenceStore) -> str:
-    """A text for the user: what each stage kept, history lengths, cold targets."""
+    """What each stage kept, history lengths and cold targets, as a text for the user."""
     counts = store.counts
     lines = [f"{counts['name']}: what each stage kept"]
     for stage in counts["stages"]:

@@ -27,22 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RatingChunk:
-    """N ratings in file order.
+    """N ratings in file order."""
 
-    Attributes:
-        user: int32 [N] user codes from 0.
-        item: int32 [N] item codes from 0 (dense ids from 1 once densified).
-        rating: float64 [N], or None.
-        timestamp: int64 or float64 [N], or None: file order is time order.
-    """
-
-    user: np.ndarray
-    item: np.ndarray
-    rating: np.ndarray | None = None
-    timestamp: np.ndarray | None = None
+    user: np.ndarray  # int32 [N], codes from 0
+    item: np.ndarray  # int32 [N], codes from 0; once densified, ids from 1
+    rating: np.ndarray | None = None  # float64 [N]
+    timestamp: np.ndarray | None = None  # int64 or float64 [N]; None: file order is time order
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
-        """The ratings for which bool [N] `keep` is true."""
         if keep.all():
             return self
         rating = None if self.rating is None else self.rating[keep]
@@ -87,10 +79,8 @@ class EncodeIds(CountingStage):
     """Arrow tables -> `RatingChunk`s: original ids become int32 codes, in ascending order of ids.
 
     Ids are sorted as numbers if all are whole numbers, else as text, so codes do not depend on the
-    file's chunks. Spaces around an id are removed.
-
-    Attributes:
-        users, items: string arrays, the original id of every code (once streamed).
+    file's chunks. Spaces around an id are removed. Once streamed, string arrays ``users`` and
+    ``items`` hold the original id of every code.
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
@@ -116,11 +106,7 @@ class EncodeIds(CountingStage):
 
 @dataclass(eq=False)
 class FilterRatings(CountingStage):
-    """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback.
-
-    Raises:
-        UserError: min_rating is positive and the data has no rating column.
-    """
+    """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback."""
 
     min_rating: float = 0.0
 
@@ -170,9 +156,8 @@ class FilterUsers(_FilterByCount):
 class Densify(CountingStage):
     """Renumber without gaps, in order of the codes: items 1..V, users 0..U-1.
 
-    Attributes:
-        kept_users: int64 [U], code of each dense user.
-        kept_items: int64 [V], code of dense item i + 1.
+    Once streamed, int64 ``kept_users`` [U] and ``kept_items`` [V] hold the codes of dense users 0,
+    1, ... and items 1, 2, ...
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
@@ -210,11 +195,7 @@ class GroupByUser(Stage[Histories]):
 
 
 def _all_times(times: list[np.ndarray]) -> np.ndarray:
-    """The times in one array: int64, or float64 if some are decimal.
-
-    Raises:
-        UserError: some are decimal, and float64 cannot hold others exactly.
-    """
+    """The times in one array: int64, or float64 if some are decimal."""
     joined = np.concatenate(times)
     for part in times:
         if part.dtype != joined.dtype and np.abs(part).max(initial=0) > EXACT:
@@ -245,7 +226,7 @@ def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | Non
 
 def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Bool marks, grown if need be, with those of the codes set."""
-    size = int(codes.max()) + 1 if len(codes) else 0
+    size = int(codes.max(initial=-1)) + 1
     if size > len(marks):
         marks = np.concatenate([marks, np.zeros(max(size, 2 * len(marks)) - len(marks), bool)])
     marks[codes] = True

@@ -7,15 +7,12 @@
         catalog.parquet   original id, title and training count of item 1, 2, ..., V
         users.parquet     original id of user 0, 1, ..., U-1
 
-A store is complete or absent (`pipeline/files.py`). `open_or_build` lets one process build it while
-the others wait for its lock and then reuse what was built:
-
-    store = open_or_build(Path("stores/mine"), fingerprint, build)   # build() -> SequenceStore
-    store.items[store.offsets[7] : store.offsets[8]]                 # user 7's history
+A store is complete or absent (`pipeline/files.py`).
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ _MANIFEST_KEYS = {"num_items", "counts", "best_possible", "fingerprint", "files"
 _BLOCK = 1 << 22  # ids looked at together, so that counting never copies the whole store
 
 
+@dataclass(eq=False, repr=False)
 class SequenceStore:
     """Histories of all users: memory-mapped, read-only.
 
@@ -43,36 +41,24 @@ class SequenceStore:
     Attributes:
         items: int32 [R], user by user, in time order.
         offsets: int64 [U+1]; user u's history is ``items[offsets[u]:offsets[u+1]]``.
-        num_users: U.
-        num_items: V.
-        path: the store's folder; None: in memory.
         counts: what each preparation stage kept, cold targets, history lengths.
         best_possible: of generated data, the metrics that no model can beat on average,
             ``{"test": {"HR@10": ..., "NDCG@10": ...}, "validation": {...}}``; else None.
         fingerprint: the source and the flags that the store was made from.
-        catalog: original ids and titles (read from disk at first use).
+        path: the store's folder; None: in memory.
     """
 
-    def __init__(
-        self,
-        items: np.ndarray,
-        offsets: np.ndarray,
-        num_items: int,
-        *,
-        catalog: Catalog | None = None,
-        counts: dict[str, Any] | None = None,
-        best_possible: dict[str, dict[str, float]] | None = None,
-        fingerprint: dict[str, Any] | None = None,
-        path: Path | None = None,
-    ) -> None:
-        self.items, self.offsets = items, offsets
-        self.num_users, self.num_items = len(offsets) - 1, num_items
-        self.counts = counts or {}
-        self.best_possible = best_possible
-        self.fingerprint = fingerprint or {}
-        self.path = path
-        if catalog is not None:
-            self.__dict__["catalog"] = catalog
+    items: np.ndarray
+    offsets: np.ndarray
+    num_items: int
+    counts: dict[str, Any] = field(default_factory=dict)
+    best_possible: dict[str, dict[str, float]] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
 
     @classmethod
     def from_arrays(
@@ -80,26 +66,27 @@ class SequenceStore:
         items: np.ndarray | list[int],
         offsets: np.ndarray | list[int],
         num_items: int,
-        **more: Any,
+        catalog: Catalog | None = None,
+        counts: dict[str, Any] | None = None,
     ) -> "SequenceStore":
-        """A store in memory; original ids are the dense ids as text.
-
-        Raises:
-            UserError: offsets do not run from 0 to len(items), or an item is not in 1..num_items.
-        """
+        """A checked store in memory; without a catalog, original ids are the dense ids as text."""
         items, offsets = np.asarray(items, dtype=np.int32), np.asarray(offsets, dtype=np.int64)
-        _check(items, offsets, num_items, "arrays")
+        if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items):
+            raise UserError(f"arrays: offsets must run from 0 to the number of items, {len(items)}")
+        if (np.diff(offsets) < 0).any():
+            raise UserError("arrays: offsets must not decrease")
+        if len(items) and not 1 <= items.min() <= items.max() <= num_items:
+            raise UserError(f"arrays: item ids must be in 1..{num_items}")
         items, offsets = items.view(), offsets.view()
         items.flags.writeable = offsets.flags.writeable = False
-        return cls(items, offsets, num_items, **more)
+        store = cls(items, offsets, num_items, counts or {})
+        if catalog is not None:
+            store.catalog = catalog
+        return store
 
     @classmethod
     def open(cls, path: str | Path) -> "SequenceStore":
-        """Memory-map a store's folder, after checking every file against the manifest.
-
-        Raises:
-            UserError: no store there, one of another format version, or a damaged one.
-        """
+        """Memory-map a store's folder, after checking every file against the manifest."""
         path = Path(path)
         manifest = _read_manifest(path)
         for name, (size, checksum) in manifest["files"].items():
@@ -110,15 +97,8 @@ class SequenceStore:
             if not whole:
                 raise UserError(f"{path / name} is damaged: delete the folder to have it rebuilt")
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
-        store = cls(
-            items,
-            offsets,
-            manifest["num_items"],
-            counts=manifest["counts"],
-            best_possible=manifest["best_possible"],
-            fingerprint=manifest["fingerprint"],
-            path=path,
-        )
+        names = ("num_items", "counts", "best_possible", "fingerprint")
+        store = cls(items, offsets, **{name: manifest[name] for name in names}, path=path)
         if "catalog" in manifest:  # not in stores of earlier versions
             store.catalog_fingerprint = manifest["catalog"]
         return store
@@ -151,7 +131,6 @@ class SequenceStore:
 
     @cached_property
     def catalog_fingerprint(self) -> str:
-        """The catalog's fingerprint; a store on disk has it in the manifest."""
         return self.catalog.fingerprint
 
     @cached_property
@@ -192,9 +171,6 @@ def open_or_build(
     """The store at `path` if it is undamaged and has this fingerprint, else build it there.
 
     Many processes may call this at once: one builds, the others wait and open its store.
-
-    Raises:
-        UserError: from `build`, or the folder cannot be written (no partial store is left).
     """
     try:
         store = _open_if_current(path, fingerprint)
@@ -203,22 +179,18 @@ def open_or_build(
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.parent / f".{path.name}.lock"):
             store = _open_if_current(path, fingerprint, warn_if_damaged=True)
-            return store or _build(path, fingerprint, build)
+            if store is not None:
+                return store
+            built = build()
+            built.fingerprint = fingerprint
+            with whole_folder(path) as aside:
+                built.write(aside)
+            return SequenceStore.open(path)
     except OSError as error:
         raise UserError(
             f"cannot write the prepared data to {path.parent}: {error.strerror or error}; "
             "name another folder with --cache_dir"
         ) from error
-
-
-def _build(
-    path: Path, fingerprint: dict[str, Any], build: Callable[[], SequenceStore]
-) -> SequenceStore:
-    store = build()
-    store.fingerprint = fingerprint
-    with whole_folder(path) as aside:
-        store.write(aside)
-    return SequenceStore.open(path)
 
 
 def _open_if_current(
@@ -236,23 +208,14 @@ def _open_if_current(
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        current = manifest["format_version"] == FORMAT_VERSION
-        if current and manifest.keys() >= _MANIFEST_KEYS:
-            return manifest
-        if current:
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION and not manifest.keys() >= _MANIFEST_KEYS:
             raise KeyError("a key is missing")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"no sequence store in {path}: manifest.json cannot be read") from error
-    raise UserError(
-        f"{path} has store format {manifest['format_version']}, this version reads "
-        f"{FORMAT_VERSION}: delete the folder to have it rebuilt"
-    )
-
-
-def _check(items: np.ndarray, offsets: np.ndarray, num_items: int, where: str) -> None:
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items):
-        raise UserError(f"{where}: offsets must run from 0 to the number of items, {len(items)}")
-    if (np.diff(offsets) < 0).any():
-        raise UserError(f"{where}: offsets must not decrease")
-    if len(items) and not 1 <= items.min() <= items.max() <= num_items:
-        raise UserError(f"{where}: item ids must be in 1..{num_items}")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has store format {version}, this version reads {FORMAT_VERSION}: delete the "
+            "folder to have it rebuilt"
+        )
+    return manifest

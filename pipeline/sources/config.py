@@ -15,26 +15,16 @@ DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Sizes and shape of the synthetic data.
-
-    Attributes:
-        num_users, num_items: how many.
-        min_length, max_length: range of the history lengths, drawn uniformly.
-        successors: number of favourite successors of an item.
-        decay: probability of a favourite divided by that of the one before it.
-        noise: share of next items that are drawn by popularity alone.
-        zipf: popularity of the r-th most popular item ~ r ** -zipf.
-        seed: seed of all draws.
-    """
+    """Sizes and shape of the synthetic data; lengths of histories are drawn uniformly."""
 
     num_users: int = 3000
     num_items: int = 500
     min_length: int = 20
     max_length: int = 40
-    successors: int = 6
-    decay: float = 0.7
-    noise: float = 0.3
-    zipf: float = 1.0
+    successors: int = 6  # favourite successors of an item
+    decay: float = 0.7  # probability of a favourite divided by that of the one before it
+    noise: float = 0.3  # share of next items that are drawn by popularity alone
+    zipf: float = 1.0  # popularity of the r-th most popular item ~ r ** -zipf
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,34 +101,26 @@ class DataConfig(Config):
 
     @property
     def name(self) -> str:
-        """The data set's name: that of the file if only --dataset_path was given."""
+        """The data set's name, or the file's if only --dataset_path was given."""
         if self.dataset_path and self.dataset_name == "synthetic":
             return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
         return self.dataset_name
 
     @property
     def cache_folder(self) -> Path:
-        """Folder for downloads and prepared data."""
         if self.cache_dir:
             return expanded("cache_dir", self.cache_dir)
         base = os.environ.get("XDG_CACHE_HOME", "")
         return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
 
     def synthetic(self) -> SyntheticConfig:
-        """The part of the flags that shapes the synthetic data."""
         return SyntheticConfig(
-            num_users=self.synthetic_user_count,
-            num_items=self.synthetic_item_count,
-            seed=self.data_seed,
+            self.synthetic_user_count, self.synthetic_item_count, seed=self.data_seed
         )
 
 
 def expanded(flag_name: str, path: str) -> Path:
-    """``path`` with ``~`` replaced by the home folder.
-
-    Raises:
-        UserError: there is no such user.
-    """
+    """``path`` with ``~`` replaced by the home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -7,10 +7,7 @@
                                                            ~/data/ratings.dat
     --dataset_path clicks.csv --columns "who,what,,when"   any ratings file (layout.py)
 
-In Python::
-
-    source = resolve(DataConfig(dataset_name="ml-1m"))
-    next(source.ratings)                                   # the first table of ratings
+`resolve(DataConfig(dataset_name="ml-1m")).ratings` streams tables of ratings.
 """
 
 import hashlib
@@ -39,29 +36,16 @@ _RANDOM_CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class DataSource:
-    """The files or the generator of a data set.
+    """The ratings of a data set, and the folder of the store that is prepared from them."""
 
-    Attributes:
-        name: the data set's name.
-        ratings: source stage that streams the ratings.
-        titles: file with the items' titles, if there is one.
-        fingerprint: everything that the prepared store depends on (JSON values).
-        store_path: folder of the prepared store.
-    """
-
-    name: str
     ratings: Stage[pa.Table]
     titles: SourceFile | None
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any]  # all that the store depends on, as JSON values
     store_path: Path
 
 
 def resolve(config: DataConfig) -> DataSource:
-    """Find the data set's ratings; download them if need be.
-
-    Raises:
-        UserError: no such file, no ratings in it, or a failed download.
-    """
+    """Find the data set's ratings; download them if need be."""
     flags: dict[str, Any] = {
         flag: getattr(config, flag) for flag in ("min_rating", "min_item_count", "min_user_count")
     }
@@ -74,7 +58,7 @@ def resolve(config: DataConfig) -> DataSource:
             config.random_user_count,
             config.random_item_count,
             config.random_size,
-            rating=config.min_rating,
+            rating=config.min_rating,  # so that none is dropped
             seed=config.data_seed,
         )
     elif config.dataset_name == "synthetic" and not config.dataset_path:
@@ -85,13 +69,13 @@ def resolve(config: DataConfig) -> DataSource:
         if not config.dataset_path:
             path = download(config.dataset_name, config.cache_folder)
         files, titles = find_ratings(path, config.dataset_name)
-        origin = [file.stamp() for file in (*files, *([titles] if titles else []))]
+        origin = [file.stamp() for file in (*files, titles) if file]
         flags |= {"columns": config.columns, "separator": config.separator}
         ratings = ReadRatings(*files, columns=config.columns, separator=config.separator)
     fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     store_path = config.cache_folder / "stores" / f"{config.name}-{digest}"
-    return DataSource(config.name, ratings, titles, fingerprint, store_path)
+    return DataSource(ratings, titles, fingerprint, store_path)
 
 
 def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | None]:
@@ -103,9 +87,6 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
             holds NAME/ or NAME.zip.
         name: the data set's name; for MovieLens only its own ratings file is accepted, so that the
             folder of another MovieLens data set is an error.
-
-    Raises:
-        UserError: no such file or folder, or no or several ratings files in it.
     """
     with reading(path):
         path.stat()
@@ -114,19 +95,26 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     if path.is_file() and not is_zip(path):
         beside = path.with_name(_titles_file(path.name))
         return [SourceFile(path)], SourceFile(beside) if beside.is_file() else None
-    if path.is_dir() and name in MOVIELENS:
+    is_movielens, ratings_file = name in MOVIELENS, _RATINGS_FILE.get(name, "ratings.csv")
+    if path.is_dir() and is_movielens:
         inner, archive = path / name, path / f"{name}.zip"
-        if inner.is_dir() or (archive.is_file() and not (path / _ratings_file(name)).exists()):
-            return find_ratings(inner if inner.is_dir() else archive, name)
+        if inner.is_dir():
+            return find_ratings(inner, name)
+        if archive.is_file() and not (path / ratings_file).exists():
+            return find_ratings(archive, name)
     names = _files_below(path) if path.is_dir() else zip_members(path)
-    wanted = (_ratings_file(name), f"{name}.inter") if name in MOVIELENS else _GROUPLENS_FILES
-    found = [each for each in names if _is_ratings(each, wanted, name in MOVIELENS)]
+    wanted = (ratings_file, f"{name}.inter") if is_movielens else _GROUPLENS_FILES
+    found = []
+    for each in names:
+        plain = each.rsplit("/", 1)[-1].removesuffix(".gz")
+        if plain in wanted or (plain.endswith(".inter") and not is_movielens):
+            found.append(each)
     depth = min((each.count("/") for each in found), default=0)
     found = sorted(each for each in found if each.count("/") == depth)
     parquet = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
     if not found and parquet:
         return [_inside(path, each) for each in parquet], None
-    if not found and name not in MOVIELENS and len(names) == 1:
+    if not found and not is_movielens and len(names) == 1:
         found = names
     if len(found) != 1:
         what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
@@ -138,30 +126,24 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
 
 
 class RandomRatings(Stage[pa.Table]):
-    """Source stage: `size` ratings of uniformly drawn users and items, in time order.
+    """Source stage: uniformly drawn users and items, in time order.
 
     Like the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks.
     """
 
-    def __init__(
-        self, user_count: int, item_count: int, size: int, *, rating: float = 0.0, seed: int = 0
-    ) -> None:
+    def __init__(self, users: int, items: int, size: int, *, rating: float, seed: int) -> None:
         super().__init__()
-        self.user_count, self.item_count, self.size = user_count, item_count, size
+        self.users, self.items, self.size = users, items, size
         self.rating, self.seed = rating, seed
 
     def stream(self) -> Iterator[pa.Table]:
         for start in range(0, self.size, _RANDOM_CHUNK):
             generator = np.random.default_rng((self.seed, start))
             size = min(_RANDOM_CHUNK, self.size - start)
-            users = generator.integers(self.user_count, size=size)
-            items = generator.integers(self.item_count, size=size)
+            users = generator.integers(self.users, size=size)
+            items = generator.integers(self.items, size=size)
             rating = np.full(size, self.rating)
             yield pa.table({"user": users, "item": items, "rating": rating})
-
-
-def _ratings_file(name: str) -> str:
-    return _RATINGS_FILE.get(name, "ratings.csv")
 
 
 def _titles_file(ratings_file: str) -> str:
@@ -170,11 +152,6 @@ def _titles_file(ratings_file: str) -> str:
     if name.endswith(".inter"):
         return name.removesuffix(".inter") + ".item"
     return _TITLES_FILE.get(name, "-")
-
-
-def _is_ratings(path: str, wanted: tuple[str, ...], exactly: bool) -> bool:
-    name = path.rsplit("/", 1)[-1].removesuffix(".gz")
-    return name in wanted or (not exactly and name.endswith(".inter"))
 
 
 def _inside(path: Path, name: str) -> SourceFile:

@@ -2,8 +2,7 @@
 
     download("ml-1m", Path("~/.cache/bert4rec").expanduser())    # .../ml-1m.zip
 
-An archive is written as ``.part``, verified and renamed, so archives in the cache folder are
-complete. Their licences forbid redistribution; see the README inside each archive.
+Their licences forbid redistribution; see the README inside each archive.
 """
 
 import hashlib
@@ -32,9 +31,6 @@ def download(name: str, folder: Path) -> Path:
     """Path of the archive in `folder`, downloaded if it is missing.
 
     Many processes may call this at once: one downloads, the others wait.
-
-    Raises:
-        UserError: no network, an unexpected checksum, or the folder cannot be written.
     """
     archive = folder / f"{name}.zip"
     if archive.exists():
@@ -43,37 +39,33 @@ def download(name: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / f".{archive.name}.lock"):
             if not archive.exists():
-                _fetch(f"{GROUPLENS}/{name}.zip", archive, CHECKSUMS[name])
+                _fetch(name, archive)
     except urllib.error.URLError as error:
-        raise UserError(_advice(name, f"cannot download ({error.reason})")) from error
+        raise _failure(name, f"cannot download ({error.reason})") from error
     except OSError as error:
-        raise UserError(_advice(name, f"cannot download to {folder} ({error})")) from error
+        raise _failure(name, f"cannot download to {folder} ({error})") from error
     return archive
 
 
-def _fetch(url: str, archive: Path, checksum: str) -> None:
-    digest = hashlib.md5(usedforsecurity=False)
+def _fetch(name: str, archive: Path) -> None:
+    url, digest = f"{GROUPLENS}/{name}.zip", hashlib.md5(usedforsecurity=False)
     with (
         urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response,
         whole_file(archive) as file,
-        tqdm(
-            total=int(response.headers.get("Content-Length") or 0) or None,
-            unit="B",
-            unit_scale=True,
-            desc=archive.name,
-        ) as progress,
     ):
-        while block := response.read(1 << 20):
-            file.write(block)
-            digest.update(block)
-            progress.update(len(block))
-        if digest.hexdigest() != checksum:
-            found = f"md5 {digest.hexdigest()} where GroupLens publishes {checksum}"
-            raise UserError(_advice(archive.stem, f"what {url} sent is not the archive ({found})"))
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=size, unit="B", unit_scale=True, desc=archive.name) as progress:
+            while block := response.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                progress.update(len(block))
+        if digest.hexdigest() != CHECKSUMS[name]:
+            found = f"md5 {digest.hexdigest()} where GroupLens publishes {CHECKSUMS[name]}"
+            raise _failure(name, f"what {url} sent is not the archive ({found})")
 
 
-def _advice(name: str, problem: str) -> str:
-    return (
+def _failure(name: str, problem: str) -> UserError:
+    return UserError(
         f"{name}: {problem}; try again, or fetch {GROUPLENS}/{name}.zip elsewhere and give its "
         "place with --dataset_path"
     )

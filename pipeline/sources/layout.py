@@ -28,47 +28,30 @@ _KNOWN = {
 }
 _SEPARATORS = {"csv": ",", "tsv": "\t", "inter": "\t", "data": "\t", "dat": "::", "txt": " "}
 _HEADERLESS = {"dat", "data", "txt"}
+# With these separators quotation marks enclose fields; with others they belong to an id.
+QUOTING = ",;|"
 _SPELLED = {"tab": "\t", "\\t": "\t", "space": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of one file.
-
-    Attributes:
-        separator: between two fields.
-        width: fields of a line.
-        places: place, from 0, of each role that the file has.
-        has_header: whether the first line holds names.
-    """
+    """The layout of one text file."""
 
     separator: str
-    width: int
-    places: dict[str, int]
+    width: int  # fields of a line
+    places: dict[str, int]  # place, from 0, of each role that the file has
     has_header: bool
-
-    @property
-    def quoted(self) -> bool:
-        """Whether quotation marks enclose fields; in other formats they belong to an id."""
-        return self.separator in ",;|"
-
-    def fields(self, line: str) -> list[str]:
-        return split_line(line, self.separator)
 
 
 def split_line(line: str, separator: str) -> list[str]:
-    """The fields of a line; quotation marks enclose fields if the format has them."""
-    if separator in ",;|" and '"' in line:
+    """The fields of a line."""
+    if separator in QUOTING and '"' in line:
         return next(csv.reader([line], delimiter=separator))
     return line.split(separator)
 
 
 def check_columns(columns: str) -> dict[str, str]:
-    """Name or number of each role's column by the flag.
-
-    Raises:
-        UserError: user or item is missing, there are more than four, or one is named twice.
-    """
+    """Name or number of each role's column by --columns."""
     names = [name.strip() for name in columns.split(",")]
     if not 2 <= len(names) <= len(ROLES) or not all(names[:2]):
         raise UserError(
@@ -82,16 +65,13 @@ def check_columns(columns: str) -> dict[str, str]:
 
 
 def text_layout(where: str, name: str, line: str, columns: str, separator: str) -> Layout:
-    """The layout of a text file whose first line is `line`.
+    """The layout of a text file.
 
     Args:
         where: the file's name for messages.
         name: the file's name, whose extension tells the format.
         line: the first line, without line end.
         columns, separator: the flags; "": by the format.
-
-    Raises:
-        UserError: an unknown format, a wrong separator, or a missing column.
     """
     extension = name.rsplit(".", 1)[-1].lower() if "." in name else ""
     separator = _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(extension, "")
@@ -106,10 +86,15 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
         separator = "\t"
     names = [field.strip().strip('"') for field in split_line(line, separator)]
     if len(names) < 2:
-        raise UserError(_wrong_separator(where, line, separator))
+        raise _wrong_separator(where, line, separator)
     wanted = check_columns(columns) if columns else {}
-    if wanted and all(re.fullmatch("[0-9]+", name) for name in wanted.values()):
-        places = {role: _place(where, name, len(names)) for role, name in wanted.items()}
+    if wanted and all(re.fullmatch("[0-9]+", number) for number in wanted.values()):
+        for number in wanted.values():
+            if not 1 <= int(number) <= len(names):
+                raise UserError(
+                    f"{where}:1: no column {number} (--columns); there are {len(names)}"
+                )
+        places = {role: int(number) - 1 for role, number in wanted.items()}
         return Layout(separator, len(names), places, has_header=False)
     if extension in _HEADERLESS and not wanted:
         places = {role: place for place, role in enumerate(ROLES[: len(names)])}
@@ -118,24 +103,25 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
 
 
 def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
-    """Place of each role, from 0, among a file's column names.
-
-    Raises:
-        UserError: no such column; the message lists the file's columns.
-    """
-    plain = [name.split(":")[0].lower() for name in names]
+    """Place of each role, from 0, among a file's column names."""
+    wanted = check_columns(columns) if columns else {}
+    plain = [_untyped(name).lower() for name in names]
     places = {}
-    for role, name in check_columns(columns).items() if columns else ():
-        matches = [at for at, there in enumerate(names) if name in (there, there.split(":")[0])]
-        if not matches:
-            raise UserError(f"{where}: no column {name!r} (--columns); there are {_list(names)}")
-        places[role] = _only(where, names, matches[0])
-    if columns:
-        return places
-    for role, known in _KNOWN.items():
-        matches = [plain.index(name) for name in known.split() if name in plain]
+    for role in wanted or ROLES:
+        if wanted:
+            column = wanted[role]
+            matches = [at for at, name in enumerate(names) if column in (name, _untyped(name))]
+        else:
+            matches = [plain.index(name) for name in _KNOWN[role].split() if name in plain]
         if matches:
-            places[role] = _only(where, names, matches[0])
+            places[role] = matches[0]
+            if names.count(names[matches[0]]) > 1:
+                raise UserError(
+                    f"{where}: several columns are called {names[matches[0]]!r}: rename them, or "
+                    "choose others with --columns"
+                )
+        elif wanted:
+            raise UserError(f"{where}: no column {column!r} (--columns); there are {_list(names)}")
         elif role in ("user", "item"):
             raise UserError(
                 f"{where}: cannot tell the {role} column among {_list(names)}; name them with "
@@ -145,30 +131,20 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
     return places
 
 
-def _only(where: str, names: Sequence[str], place: int) -> int:
-    if names.count(names[place]) > 1:
-        raise UserError(
-            f"{where}: several columns are called {names[place]!r}: rename them, or choose others "
-            "with --columns"
-        )
-    return place
+def _untyped(name: str) -> str:
+    """RecBole's ``user_id:token`` without the type."""
+    return name.split(":")[0]
 
 
-def _place(where: str, number: str, width: int) -> int:
-    if not 1 <= int(number) <= width:
-        raise UserError(f"{where}:1: no column {number} (--columns); there are {width}")
-    return int(number) - 1
-
-
-def _wrong_separator(where: str, line: str, separator: str) -> str:
+def _wrong_separator(where: str, line: str, separator: str) -> UserError:
     counts = {mark: len(split_line(line, mark)) for mark in ("::", "\t", ",", ";", "|", " ")}
     likely = max(counts, key=lambda mark: counts[mark])
-    hint = (
-        f"; is it {_spell(likely)}? Give --separator"
-        if counts[likely] > 1
-        else "; a ratings file has at least a user and an item column"
+    hint = "; a ratings file has at least a user and an item column"
+    if counts[likely] > 1:
+        hint = f"; is it {_spell(likely)}? Give --separator"
+    return UserError(
+        f"{where}:1: one column only when cut at {_spell(separator)}: {line[:60]!r}{hint}"
     )
-    return f"{where}:1: one column only when cut at {_spell(separator)}: {line[:60]!r}{hint}"
 
 
 def _spell(separator: str) -> str:

@@ -16,18 +16,13 @@ EXACT = 1 << 53  # float64 holds every whole number up to this
 
 
 def checked(table: pa.Table) -> pa.Table:
-    """The table, with dates in nanoseconds.
-
-    Raises:
-        ValueError: an id is missing, empty or no UTF-8, or a rating or timestamp is missing or not
-            finite.
-    """
-    for role in table.column_names:
+    """The table, with dates in nanoseconds; raises ValueError at a value that is not allowed."""
+    for at, role in enumerate(table.column_names):
         column = table[role]
         if column.null_count:
             raise ValueError(f"a {role} is missing")
         if pa.types.is_temporal(column.type):
-            table = table.set_column(table.column_names.index(role), role, column.cast(TIME))
+            table = table.set_column(at, role, column.cast(TIME))
         elif pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
             raise ValueError(f"a {role} is not a finite number")
         elif pa.types.is_dictionary(column.type):

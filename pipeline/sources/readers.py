@@ -19,13 +19,15 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import ROLES, Layout, find_columns, text_layout
+from pipeline.sources.layout import QUOTING, ROLES, Layout, find_columns, split_line, text_layout
 from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, times_as_numbers
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BLOCK_ROWS = 1 << 19
+Types = dict[str, pa.DataType]  # role -> type of its column
+
 _IS_ID = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 _BOM = b"\xef\xbb\xbf"
 # Arrow's message on a whole number that does not fit into 64 bits.
@@ -40,13 +42,7 @@ class ReadRatings(Stage[pa.Table]):
     become nanoseconds).
 
     Args:
-        files: paths or `SourceFile`s, read one after the other.
-        columns: names of user, item[, rating[, timestamp]]; "": well-known names.
-        separator: between two fields of a text file; "": by the file's extension.
-
-    Raises:
-        UserError: (while reading) a file is missing, empty, damaged, of another format or without
-            such a column, or a line is malformed; the message begins with ``file:line``.
+        columns, separator: the flags; "": by the format (layout.py).
     """
 
     def __init__(
@@ -93,15 +89,13 @@ def _read_text(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Ta
             types = _types(layout, block)
         try:
             yield _parse_times(file, block, layout, types)
+        except UserError:
+            raise
         except (pa.ArrowException, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(_explain(file, layout, types, first_line, block, error)) from error
 
 
-def _parse_times(
-    file: SourceFile, block: bytes, layout: Layout, types: dict[str, pa.DataType]
-) -> pa.Table:
+def _parse_times(file: SourceFile, block: bytes, layout: Layout, types: Types) -> pa.Table:
     """`_parse`; switches to decimal times if whole ones are followed by decimal ones."""
     try:
         return _parse(block, layout, types)
@@ -142,10 +136,11 @@ def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
             yield line, block
 
 
-def _types(layout: Layout, block: bytes) -> dict[str, pa.DataType]:
-    """Arrow types of the columns; the first line tells whole, decimal and date times apart."""
+def _types(layout: Layout, block: bytes) -> Types:
+    """The first line tells whole, decimal and date times apart."""
     types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
-    fields = layout.fields(block.lstrip().partition(b"\n")[0].decode(errors="replace"))
+    line = block.lstrip().partition(b"\n")[0].decode(errors="replace")
+    fields = split_line(line, layout.separator)
     if "timestamp" in layout.places and len(fields) == layout.width:
         text = fields[layout.places["timestamp"]].strip()
         if not text.lstrip("-").isdigit():
@@ -153,15 +148,11 @@ def _types(layout: Layout, block: bytes) -> dict[str, pa.DataType]:
     return {role: types[role] for role in ROLES if role in layout.places}
 
 
-def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Table:
-    """One block of lines as a table.
-
-    Raises:
-        pa.ArrowInvalid, ValueError: a malformed line.
-    """
+def _parse(block: bytes, layout: Layout, types: Types) -> pa.Table:
+    """One block of lines as a table; raises pa.ArrowInvalid or ValueError at a malformed line."""
     if not block.strip():
         return pa.table({role: pa.array([], kind) for role, kind in types.items()})
-    separator = layout.separator
+    separator, quote = layout.separator, '"' if layout.separator in QUOTING else False
     if separator == "::":
         separator, block = "\t", block.replace(b"::", b"\t")
     names = [f"column {at}" for at in range(layout.width)]
@@ -169,7 +160,7 @@ def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Ta
     table = pacsv.read_csv(
         pa.py_buffer(block),
         pacsv.ReadOptions(column_names=names, block_size=1 << 21),
-        pacsv.ParseOptions(delimiter=separator, quote_char='"' if layout.quoted else False),
+        pacsv.ParseOptions(delimiter=separator, quote_char=quote),
         pacsv.ConvertOptions(
             include_columns=list(wanted.values()),
             column_types={wanted[role]: kind for role, kind in types.items()},
@@ -179,33 +170,27 @@ def _parse(block: bytes, layout: Layout, types: dict[str, pa.DataType]) -> pa.Ta
 
 
 def _explain(
-    file: SourceFile,
-    layout: Layout,
-    types: dict[str, pa.DataType],
-    first_line: int,
-    block: bytes,
-    error: Exception,
+    file: SourceFile, layout: Layout, types: Types, first_line: int, block: bytes, error: Exception
 ) -> str:
-    """A message on the block's first malformed line; called after parsing has failed."""
+    """A message on the first malformed line of a block that could not be parsed."""
     for number, raw in enumerate(block.split(b"\n"), first_line):
         if not raw.strip():
             continue
-        fields = layout.fields(_decode(file, raw, number).rstrip("\r"))
+        where = f"{file}:{number}"
+        fields = split_line(_decode(file, raw, number).rstrip("\r"), layout.separator)
         if len(fields) != layout.width:
-            return f"{file}:{number}: {len(fields)} fields where {layout.width} are expected"
+            return f"{where}: {len(fields)} fields where {layout.width} are expected"
         for role, kind in types.items():
             text = fields[layout.places[role]].strip()
+            value = f"the {role} {text[:40]!r}"
             if kind == ID and not text:
-                return f"{file}:{number}: the {role} id is empty"
+                return f"{where}: the {role} id is empty"
             if kind in (pa.float64(), pa.int64()) and not _is_number(text):
-                return f"{file}:{number}: the {role} {text[:40]!r} is not a number"
+                return f"{where}: {value} is not a number"
             if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
-                return f"{file}:{number}: the {role} {text[:40]!r} does not fit into 64 bits"
-            if pa.types.is_temporal(kind) and not _is_time(text):
-                return (
-                    f"{file}:{number}: the {role} {text[:40]!r} is neither a number nor a time "
-                    "between 1678 and 2262"
-                )
+                return f"{where}: {value} does not fit into 64 bits"
+            if kind == TIME and not _is_time(text):
+                return f"{where}: {value} is neither a number nor a time between 1678 and 2262"
     last_line = first_line + block.count(b"\n")
     return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
 
@@ -244,16 +229,13 @@ def _read_parquet(file: SourceFile, columns: str, separator: str) -> Iterator[pa
     if file.member:
         raise UserError(f"{file}: Parquet inside a zip cannot be streamed; unpack it first")
     try:
-        with (
-            reading(file),
-            pq.ParquetFile(file.path, page_checksum_verification=True) as parquet,
-        ):
+        with reading(file), pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
             names = parquet.schema_arrow.names
             places = find_columns(str(file), names, columns)
-            wanted = [names[place] for place in places.values()]
+            wanted = {role: names[place] for role, place in places.items()}
             row = 0
-            for batch in parquet.iter_batches(BLOCK_ROWS, columns=wanted):
-                found = {role: batch.column(names[at]) for role, at in places.items()}
+            for batch in parquet.iter_batches(BLOCK_ROWS, columns=list(wanted.values())):
+                found = {role: batch.column(name) for role, name in wanted.items()}
                 yield _checked_parquet(file, pa.table(found), row)
                 row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError) as error:

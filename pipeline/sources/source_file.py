@@ -4,15 +4,14 @@
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
     SourceFile(Path("events/part-0.parquet"))
 
-The first bytes of a file tell how it is packed, not its name. Every failure to open or read it
-becomes a `UserError` with the file's name.
+A file's first bytes tell how it is packed, not its name.
 """
 
 import gzip
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -47,11 +46,7 @@ class SourceFile:
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
     def check_unpacked(self, size: int) -> None:
-        """Stop at a file that unpacks to far more than a table of ratings.
-
-        Raises:
-            UserError: `size` exceeds both BOMB_BYTES and BOMB_RATIO times the file's size.
-        """
+        """Refuse a file that unpacks to `size` bytes: far more than a table of ratings."""
         if size > max(BOMB_BYTES, BOMB_RATIO * self.path.stat().st_size):
             raise UserError(
                 f"{self} unpacks to more than {BOMB_RATIO} times its size: it looks like a bomb; "
@@ -60,21 +55,15 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The unpacked bytes.
-
-        Raises:
-            UserError: (also while reading) the file is missing, unreadable, truncated or damaged.
-        """
-        with reading(self):
-            if not self.member:
-                with _unzipped(self.path.open("rb")) as stream:
-                    yield stream
-                return
-            with (
-                zipfile.ZipFile(self.path) as archive,
-                _unzipped(archive.open(self.member)) as stream,
-            ):
-                yield stream
+        """The unpacked bytes; a failure to open or, in the block, to read is a `UserError`."""
+        with reading(self), ExitStack() as stack:
+            if self.member:
+                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                packed: Any = stack.enter_context(archive.open(self.member))
+            else:
+                packed = stack.enter_context(self.path.open("rb"))
+            is_gzipped = packed.peek(2)[:2] == b"\x1f\x8b"
+            yield gzip.GzipFile(fileobj=packed, mode="rb") if is_gzipped else packed
 
 
 @contextmanager
@@ -94,18 +83,10 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
 def zip_members(path: Path) -> list[str]:
     """Names of the files in a zip archive, except those that macOS adds."""
     with reading(path), zipfile.ZipFile(path) as archive:
-        return [
-            info.filename
-            for info in archive.infolist()
-            if not info.is_dir() and not info.filename.startswith("__MACOSX/")
-        ]
+        files = [info.filename for info in archive.infolist() if not info.is_dir()]
+    return [name for name in files if not name.startswith("__MACOSX/")]
 
 
 def is_zip(path: Path) -> bool:
     with reading(path), path.open("rb") as file:
         return file.read(2) == b"PK"
-
-
-def _unzipped(stream: Any) -> Any:
-    """The stream, decompressed if it is gzipped."""
-    return gzip.open(stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream

@@ -8,10 +8,6 @@ successors of an item are the next few items on the ring. A user's next item is 
 over the items not yet in the history, so nothing repeats. Ranking the unseen items by this
 probability is the best that any model can do in a full ranking; its HR@10 and NDCG@10 on the actual
 targets are the yardstick for trained models (luck may lift a model above it on few users).
-
-    ratings = SyntheticRatings(SyntheticConfig(num_users=500))
-    table = next(ratings)               # user, item: user by user, in time order
-    ratings.best_possible["test"]       # {"HR@10": ..., "NDCG@10": ...}
 """
 
 from collections.abc import Iterator
@@ -68,7 +64,7 @@ class RingProcess:
         """float64 [B, V]: P(next) of each item before normalisation, 0 for seen ones.
 
         Args:
-            last: [B] the last item, from 0; -1: empty history.
+            last: int64 [B], the last item, from 0; -1: empty history.
             seen: bool [B, V].
         """
         scores = np.tile(self.config.noise * self.popularity, (len(last), 1))
@@ -81,9 +77,8 @@ class RingProcess:
         """Histories int64 [U, L] of items from 0 (-1 past the end), lengths int64 [U]."""
         config = self.config
         # One row per user, so that a user's history does not depend on the number of users.
-        uniform = np.random.default_rng((config.seed, 2)).random(
-            (config.num_users, config.max_length + 1)
-        )
+        shape = (config.num_users, config.max_length + 1)
+        uniform = np.random.default_rng((config.seed, 2)).random(shape)
         spread = config.max_length - config.min_length + 1
         lengths = config.min_length + (uniform[:, -1] * spread).astype(np.int64)
         histories = np.full((config.num_users, config.max_length), -1)
@@ -100,10 +95,10 @@ class RingProcess:
         return histories, lengths
 
     def target_ranks(self, histories: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """int64 [U]: rank, from 1, of each user's item at place `at`, int64 [U].
+        """int64 [U]: rank, from 1, of each user's item at place `at` (int64 [U]) in the history.
 
-        It is ranked among all items of the data by `scores`, given the items before it; equal
-        scores count against it.
+        It is ranked among all items that occur, by `scores` given the items before it; equal scores
+        count against it.
         """
         occurs = np.zeros(self.config.num_items, bool)
         occurs[histories[histories >= 0]] = True
