@@ -1,19 +1,9 @@
 """The data pipeline: from a ratings file to the batches of one training step.
 
-    sources/       ReadRatings        .dat .csv .inter .parquet ... -> user, item, rating, timestamp
-    preparation/   EncodeIds          text ids -> int32 codes
-                   FilterRatings, FilterItems, FilterUsers
-                   Densify            items 1..V, users 0..U-1
-                   GroupByUser        histories in time order
-                   SequenceStore      written once, memory-mapped by every rank
-    training/      ShuffledSamples    which windows a rank trains in which step
-                   LeftContextFirst   which rows attend only to the left
-                   CutWindows         the windows' items
-                   MaskItems          cloze masks, or TwoStreams
-                   PadToBuckets       few batch shapes (with CUDA)
-                   DrawNegatives      (with sampled losses)
-                   ToTensors          -> batches/: PackedBatch -> TrainBatch
-    evaluation/    EvalLoader         held-out items, sampled negatives -> batches/: EvalBatch
+    sources/       ratings files or generators -> tables: user, item, rating, timestamp
+    preparation/   number the ids, filter, group by user -> SequenceStore, mapped by every rank
+    training/      draw windows, mask items, pad, draw negatives -> batches/: TrainBatch
+    evaluation/    held-out items, sampled negatives -> batches/: EvalBatch
 
 Every stage is one small class on `torchdata.nodes` (stage.py) and can be used alone. Example, with
 a file ``clicks.csv`` whose columns are user, item and time::

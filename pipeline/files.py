@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where the folder is written before it gets its name."""
+    """Where `folder` is written before it gets its name."""
     return folder.with_name(f".{folder.name}.part")
 
 

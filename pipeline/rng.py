@@ -37,7 +37,7 @@ def key64(*parts: int) -> int:
 
 
 def child_keys(key: int | np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """uint64 [N]: a key per part, of a parent key (an int, or uint64 [N]) and integers [N]."""
+    """uint64 [N]: a key per part, of a parent key (one, or uint64 [N]) and integers [N]."""
     parent = np.uint64(key) if isinstance(key, int) else key
     return _mix64(parts.astype(np.uint64) * np.uint64(_GOLDEN64) + parent)
 
@@ -54,9 +54,7 @@ def high32(keys: np.ndarray) -> np.ndarray:
 def position_draws(row_keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Uniform uint32 [T], one per position of B jagged rows, keyed by (row key, position in row).
 
-    Args:
-        row_keys: uint32 [B].
-        offsets: int64 [B + 1]; row b has the positions offsets[b]:offsets[b + 1].
+    Row b, with the key row_keys[b] (uint32 [B]), has the positions offsets[b]:offsets[b + 1].
     """
     bases = row_keys - offsets[:-1].astype(np.uint32) * _GOLDEN32
     draws = np.repeat(bases, np.diff(offsets))
@@ -104,7 +102,7 @@ def _golden_ramp(size_bits: int) -> np.ndarray:
 
 
 def _mix64(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, uint64 to uint64."""
+    """splitmix64's finaliser."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,12 +1,12 @@
 """Building blocks of the data pipeline, on `torchdata.nodes.BaseNode`.
 
-    class Doubled(Stage[int]):                       a stage written as one generator
-        def stream(self): yield from (2 * x for x in self.source)
+    class Odd(Stage[int]):                         a stage written as one generator
+        def stream(self): yield from (x for x in self.source if x % 2)
 
-    class Halved(MapStage[int, float]):              one output for each input
+    class Halved(MapStage[int, float]):            one output for each input
         def apply(self, x): return x / 2
 
-    for x in Prefetch(Halved(Doubled(source)), 4):   a thread runs up to 4 outputs ahead
+    for x in Prefetch(Halved(Odd(source)), 4):     a thread runs up to 4 outputs ahead
 
 Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """
@@ -34,7 +34,7 @@ class Stage(BaseNode[T]):
         super().__init__()
 
     def stream(self) -> Iterator[T]:
-        """All chunks, from the first; called again at every reset."""
+        """All chunks; called again at every reset."""
         raise NotImplementedError(type(self))
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -105,7 +105,7 @@ class Prefetch(Iterator[T]):
         return item
 
     def close(self) -> None:
-        """End the thread and wait for it; there are no more items."""
+        """End the thread and wait for it."""
         self._signal_close()
         self._thread.join()
 

@@ -27,11 +27,8 @@ _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 class Catalog:
     """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1.
 
-    Attributes:
-        items: string [V].
-        titles: string [V], "" if the data set has none.
-        train_counts: int64 [V], occurrences in the training parts.
-        users: string [U].
+    ``items`` and ``titles`` ("" if there is none) are string [V], ``users`` string [U]; int64 [V]
+    ``train_counts`` are the items' occurrences in the training parts.
     """
 
     def __init__(
@@ -95,10 +92,7 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the original item ids in dense order.
-
-        If two data sets have the same one, a model of one can be used with the other.
-        """
+        """Hash of the original item ids in dense order; a model fits data sets with the same."""
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
         for at in range(0, len(self.items), _BLOCK):
             ids = self.items.slice(at, _BLOCK)
@@ -111,9 +105,8 @@ class Catalog:
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
     """string [V]: the titles of the items with these original ids, "" if the file has none.
 
-    Args:
-        file: GroupLens' movies.dat (``::``), movies.csv or u.item (``|``), or RecBole's ``.item``
-            (tab, header); UTF-8 or Latin-1. The title is the second field of a line.
+    The title is the second field of a line in GroupLens' movies.dat (``::``), movies.csv and u.item
+    (``|``) and in RecBole's ``.item`` (tab); the text is UTF-8 or Latin-1.
     """
     with file.open() as stream:
         content = stream.read()

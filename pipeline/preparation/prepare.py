@@ -1,8 +1,5 @@
 """From a data set's name to its sequence store.
 
-    store = prepare(DataConfig(dataset_name="ml-1m", dataset_path="ml-1m.zip"))
-    print(describe(store))
-
 Each filter is one pass, in this order, as in TorchRec's examples/bert4rec; dropping users may leave
 items with fewer than --min_item_count ratings.
 """
@@ -56,13 +53,9 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
             )
         stages.append({"stage": flag} | stage.counts)
     assert histories is not None
-    untouched = stages[0]["ratings"] == stages[-1]["ratings"]
-    store = SequenceStore(
-        histories.items,
-        histories.offsets,
-        len(dense.kept_items),
-        best_possible=getattr(source.ratings, "best_possible", None) if untouched else None,
-    )
+    store = SequenceStore(histories.items, histories.offsets, len(dense.kept_items))
+    if stages[0]["ratings"] == stages[-1]["ratings"]:  # none was dropped
+        store.best_possible = getattr(source.ratings, "best_possible", None)
     if not len(store.evaluable_users()):
         raise UserError(
             f"no user of {config.name} has 3 items, which training, validation and test need: "
@@ -71,13 +64,12 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     items = encoded.items.take(pa.array(dense.kept_items))
     titles = read_titles(source.titles, items) if source.titles else None
     users = encoded.users.take(pa.array(dense.kept_users))
-    trained = store.train_item_counts
-    store.catalog = Catalog(items, titles, trained[1:-1], users)
-    store.counts = {"name": config.name, "stages": stages} | _measure(store, trained)
+    store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
+    store.counts = {"name": config.name, "stages": stages} | _measure(store)
     return store
 
 
-def _measure(store: SequenceStore, trained: np.ndarray) -> dict[str, Any]:
+def _measure(store: SequenceStore) -> dict[str, Any]:
     lengths = store.lengths()
     counts: dict[str, Any] = {
         "history": {
@@ -89,7 +81,7 @@ def _measure(store: SequenceStore, trained: np.ndarray) -> dict[str, Any]:
     }
     for split in ("validation", "test"):
         targets = store.targets(split)
-        cold = targets[trained[targets] == 0]
+        cold = targets[store.train_item_counts[targets] == 0]
         counts[split] = {"cold_targets": len(cold), "cold_items": len(np.unique(cold))}
     return counts
 

@@ -1,11 +1,7 @@
 """The stages between a ratings file and histories: encode, filter, densify, group.
 
-    source = EncodeIds(ReadRatings("ratings.csv"))     # text ids -> int32 codes
-    source = FilterRatings(source, min_rating=4)       # one pass each, in this order
-    source = FilterItems(source, min_count=5)
-    source = FilterUsers(source, min_count=5)
-    source = Densify(source)                           # items 1..V, users 0..U-1
-    histories = next(GroupByUser(source))
+    dense = Densify(FilterRatings(EncodeIds(ReadRatings("ratings.csv")), min_rating=4))
+    histories = next(GroupByUser(dense))
 
 What a stage let through is in its `counts` afterwards.
 """
@@ -19,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.jagged import splits
 from pipeline.sources.ratings import EXACT
 from pipeline.stage import Stage
 
@@ -44,10 +41,10 @@ class RatingChunk:
 
 @dataclass(frozen=True)
 class Histories:
-    """User u's items, in time order: items[offsets[u]:offsets[u + 1]]; int32 [R], int64 [U+1]."""
+    """User u's items, in time order, are items[offsets[u]:offsets[u + 1]]."""
 
-    items: np.ndarray
-    offsets: np.ndarray
+    items: np.ndarray  # int32 [R]
+    offsets: np.ndarray  # int64 [U+1]
 
 
 class CountingStage(Stage[RatingChunk]):
@@ -67,7 +64,6 @@ class CountingStage(Stage[RatingChunk]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Ratings, distinct users and distinct items let through so far."""
         return {
             "ratings": self._ratings,
             "users": int(self._users.sum()),
@@ -189,9 +185,8 @@ class GroupByUser(Stage[Histories]):
         users = np.concatenate([chunk.user for chunk in chunks])
         items = np.concatenate([chunk.item for chunk in chunks])
         del chunks
-        offsets = np.concatenate(([0], np.cumsum(np.bincount(users))))
         order = _time_order(users, times)
-        yield Histories(items if order is None else items[order], offsets.astype(np.int64))
+        yield Histories(items if order is None else items[order], splits(np.bincount(users)))
 
 
 def _all_times(times: list[np.ndarray]) -> np.ndarray:
@@ -234,7 +229,7 @@ def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def _drained(chunks: list[T]) -> Iterator[T]:
-    """The elements of the list, each removed from it when it is yielded, to free its memory."""
+    """Yield the elements and remove each from the list, to free its memory."""
     chunks.reverse()
     while chunks:
         yield chunks.pop()

@@ -37,24 +37,18 @@ class SequenceStore:
     R ratings, U users, V items. Items are dense ids 1..V; 0 (padding) and V+1 (the mask token) do
     not occur. Leave-one-out: the last item of a user with at least 3 items is the test target, the
     one before it the validation target, the rest is the training part; of other users all is.
-
-    Attributes:
-        items: int32 [R], user by user, in time order.
-        offsets: int64 [U+1]; user u's history is ``items[offsets[u]:offsets[u+1]]``.
-        counts: what each preparation stage kept, cold targets, history lengths.
-        best_possible: of generated data, the metrics that no model can beat on average,
-            ``{"test": {"HR@10": ..., "NDCG@10": ...}, "validation": {...}}``; else None.
-        fingerprint: the source and the flags that the store was made from.
-        path: the store's folder; None: in memory.
     """
 
-    items: np.ndarray
-    offsets: np.ndarray
-    num_items: int
+    items: np.ndarray  # int32 [R], user by user, in time order
+    offsets: np.ndarray  # int64 [U+1]; user u's history is items[offsets[u]:offsets[u+1]]
+    num_items: int  # V
+    # What each preparation stage kept, cold targets, history lengths.
     counts: dict[str, Any] = field(default_factory=dict)
+    # Of generated data, the metrics that no model can beat on average: {"test": {"HR@10": ...}}.
     best_possible: dict[str, dict[str, float]] | None = None
+    # The source and the flags that the store was made from.
     fingerprint: dict[str, Any] = field(default_factory=dict)
-    path: Path | None = None
+    path: Path | None = None  # the store's folder; None: in memory
 
     @property
     def num_users(self) -> int:

@@ -81,12 +81,10 @@ def resolve(config: DataConfig) -> DataSource:
 def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | None]:
     """The ratings files and the titles file of a data set.
 
-    Args:
-        path: a ratings file; a zip or folder that holds one (GroupLens' layout, one ``.inter``, or
-            one file only); a folder of Parquet files; or, for a MovieLens data set, a folder that
-            holds NAME/ or NAME.zip.
-        name: the data set's name; for MovieLens only its own ratings file is accepted, so that the
-            folder of another MovieLens data set is an error.
+    The path is a ratings file; a zip or folder that holds one (GroupLens' layout, one ``.inter``,
+    or one file only); a folder of Parquet files; or, for a MovieLens data set, a folder that holds
+    NAME/ or NAME.zip. In a MovieLens data set only its own ratings file is accepted, so that the
+    folder of another one is an error.
     """
     with reading(path):
         path.stat()

@@ -65,14 +65,7 @@ def check_columns(columns: str) -> dict[str, str]:
 
 
 def text_layout(where: str, name: str, line: str, columns: str, separator: str) -> Layout:
-    """The layout of a text file.
-
-    Args:
-        where: the file's name for messages.
-        name: the file's name, whose extension tells the format.
-        line: the first line, without line end.
-        columns, separator: the flags; "": by the format.
-    """
+    """The layout of a text file with this name and first line; flags that are "" do not count."""
     extension = name.rsplit(".", 1)[-1].lower() if "." in name else ""
     separator = _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(extension, "")
     if not separator:

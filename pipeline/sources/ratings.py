@@ -33,14 +33,6 @@ def checked(table: pa.Table) -> pa.Table:
     return table
 
 
-def columns_of(table: pa.Table) -> list[str]:
-    """Names of the columns, with a mark at dates; files read together must have the same."""
-    return [
-        f"{name} (as dates)" if pa.types.is_temporal(table[name].type) else name
-        for name in table.column_names
-    ]
-
-
 def times_as_numbers(table: pa.Table) -> pa.Table:
     """The table with dates as int64 nanoseconds since 1970."""
     for at, name in enumerate(table.column_names):

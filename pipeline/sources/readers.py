@@ -1,8 +1,5 @@
 """Read ratings from files as a stream of Arrow tables.
 
-    reader = ReadRatings("ml-1m/ratings.dat")
-    next(reader)      # pyarrow.Table: user, item (dictionary of text), rating (double), timestamp
-
 Formats and columns: layout.py; packed files: source_file.py. Ids in text files are read as text,
 even if they are numbers, so that none is rounded, merged or reordered.
 """
@@ -20,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.sources.layout import QUOTING, ROLES, Layout, find_columns, split_line, text_layout
-from pipeline.sources.ratings import EXACT, ID, TIME, checked, columns_of, times_as_numbers
+from pipeline.sources.ratings import EXACT, ID, TIME, checked, times_as_numbers
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
@@ -40,9 +37,6 @@ class ReadRatings(Stage[pa.Table]):
     Columns: ``user`` and ``item`` (text or whole numbers, usually as a dictionary), and if the file
     has them ``rating`` (float64) and ``timestamp`` (int64 or float64 in the file's own unit; dates
     become nanoseconds).
-
-    Args:
-        columns, separator: the flags; "": by the format (layout.py).
     """
 
     def __init__(
@@ -58,10 +52,15 @@ class ReadRatings(Stage[pa.Table]):
         roles: list[str] = []
         for file in self.files:
             rows = 0
-            read = _read_parquet if _is_parquet(file) else _read_text
-            for table in read(file, self.columns, self.separator):
+            tables = _read_text(file, self.columns, self.separator)
+            if _is_parquet(file):
+                tables = _read_parquet(file, self.columns)
+            for table in tables:
                 rows += table.num_rows
-                found = columns_of(table)
+                found = [
+                    f"{role} (as dates)" if pa.types.is_temporal(table[role].type) else role
+                    for role in table.column_names
+                ]
                 roles = roles or found
                 if found != roles:
                     raise UserError(
@@ -189,7 +188,7 @@ def _explain(
                 return f"{where}: {value} is not a number"
             if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
                 return f"{where}: {value} does not fit into 64 bits"
-            if kind == TIME and not _is_time(text):
+            if kind == TIME and not _arrow_reads(text, TIME):
                 return f"{where}: {value} is neither a number nor a time between 1678 and 2262"
     last_line = first_line + block.count(b"\n")
     return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
@@ -197,15 +196,12 @@ def _explain(
 
 def _is_number(text: str) -> bool:
     """Whether Arrow reads a finite number; Python accepts more ("1_0")."""
-    try:
-        return math.isfinite(pa.array([text]).cast(pa.float64())[0].as_py())
-    except pa.ArrowInvalid:
-        return False
+    return _arrow_reads(text, pa.float64()) and math.isfinite(float(text))
 
 
-def _is_time(text: str) -> bool:
+def _arrow_reads(text: str, kind: pa.DataType) -> bool:
     try:
-        return bool(text) and pa.array([text]).cast(TIME) is not None
+        return bool(text) and pa.array([text]).cast(kind) is not None
     except pa.ArrowInvalid:
         return False
 
@@ -225,7 +221,7 @@ def _is_parquet(file: SourceFile) -> bool:
     return beginning == b"PAR1"
 
 
-def _read_parquet(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Table]:
+def _read_parquet(file: SourceFile, columns: str) -> Iterator[pa.Table]:
     if file.member:
         raise UserError(f"{file}: Parquet inside a zip cannot be streamed; unpack it first")
     try:

@@ -1,8 +1,7 @@
 """Files of ratings: plain, gzipped, or in a zip archive.
 
-    SourceFile(Path("ratings.csv"))                              # text, also gzipped
+    SourceFile(Path("ratings.csv"))
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
-    SourceFile(Path("events/part-0.parquet"))
 
 A file's first bytes tell how it is packed, not its name.
 """
@@ -59,11 +58,12 @@ class SourceFile:
         with reading(self), ExitStack() as stack:
             if self.member:
                 archive = stack.enter_context(zipfile.ZipFile(self.path))
-                packed: Any = stack.enter_context(archive.open(self.member))
+                stream: Any = stack.enter_context(archive.open(self.member))
             else:
-                packed = stack.enter_context(self.path.open("rb"))
-            is_gzipped = packed.peek(2)[:2] == b"\x1f\x8b"
-            yield gzip.GzipFile(fileobj=packed, mode="rb") if is_gzipped else packed
+                stream = stack.enter_context(self.path.open("rb"))
+            if stream.peek(2)[:2] == b"\x1f\x8b":
+                stream = gzip.GzipFile(fileobj=stream)
+            yield stream
 
 
 @contextmanager

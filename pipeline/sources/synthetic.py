@@ -24,8 +24,7 @@ _BLOCK_SCORES = 1 << 22  # most users x items in memory
 class SyntheticRatings(Stage[pa.Table]):
     """Source stage: one table (user int64 from 0, item int64 from 1), user by user in time order.
 
-    Attributes:
-        best_possible: {"validation" | "test": {"HR@10", "NDCG@10"}} (once streamed).
+    Once streamed, ``best_possible`` is {"validation" | "test": {"HR@10", "NDCG@10"}}.
     """
 
     def __init__(self, config: SyntheticConfig) -> None:
@@ -61,11 +60,9 @@ class RingProcess:
         self.weights = weights / weights.sum()  # [K]
 
     def scores(self, last: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """float64 [B, V]: P(next) of each item before normalisation, 0 for seen ones.
+        """float64 [B, V]: P(next) before normalisation, 0 for ``seen`` items (bool [B, V]).
 
-        Args:
-            last: int64 [B], the last item, from 0; -1: empty history.
-            seen: bool [B, V].
+        ``last`` is int64 [B], the last item from 0, or -1 for an empty history.
         """
         scores = np.tile(self.config.noise * self.popularity, (len(last), 1))
         rows = np.flatnonzero(last >= 0)[:, None]
