@@ -53,10 +53,7 @@ def aside_of(folder: Path) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill that becomes `folder`, unless the block raises; then it is removed.
-
-    Only one process may write `folder` at a time, see `lock`.
-    """
+    """The same for a folder to fill, which only one process may write at a time (see `lock`)."""
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -122,10 +119,8 @@ def size_and_crc32(path: Path) -> tuple[int, int]:
 def lock(path: Path, wait: bool = True) -> IO[str]:
     """Hold the exclusive lock of the lock file `path` until the returned file is closed.
 
-    The lock file stays: if it were deleted, two processes could lock two files of the same name.
-
-    Raises:
-        BlockingIOError: another process holds it, and `wait` is False.
+    Raises BlockingIOError if another process holds it and `wait` is False. The lock file stays: if
+    it were deleted, two processes could lock two files of the same name.
     """
     file = path.open("a")
     try:

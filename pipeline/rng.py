@@ -20,7 +20,6 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 _GOLDEN32 = np.uint32(0x9E3779B9)
 _MASK64 = (1 << 64) - 1
 _LOWBIAS32 = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
-_LAST_SHIFT = np.uint32(16)
 # Values mixed at a time, so that all passes over them stay in the processor's cache.
 _BLOCK = 1 << 14
 
@@ -77,7 +76,7 @@ def mix32(values: np.ndarray) -> np.ndarray:
             np.right_shift(block, shift, out=scratch)
             np.bitwise_xor(block, scratch, out=block)
             np.multiply(block, factor, out=block)
-        np.right_shift(block, _LAST_SHIFT, out=scratch)
+        np.right_shift(block, np.uint32(16), out=scratch)
         np.bitwise_xor(block, scratch, out=block)
     return values
 

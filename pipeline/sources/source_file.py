@@ -68,7 +68,7 @@ class SourceFile:
 
 @contextmanager
 def reading(source: SourceFile | Path) -> Iterator[None]:
-    """Turn every failure to read `source` into a `UserError` with its name."""
+    """Turn every failure to read `source` into a `UserError` that names it."""
     try:
         yield
     except FileNotFoundError as error:
