@@ -53,7 +53,7 @@ def aside_of(folder: Path) -> Path:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder to fill, which only one process may write at a time (see `lock`)."""
+    """A folder to fill that becomes `folder`, unless the block raises; one process at a time."""
     aside = aside_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
