@@ -1,10 +1,7 @@
 """Linear layers in bfloat16, and bias, GELU and dropout between two of them.
 
-    linear          F.linear; the weight is cast once for both passes, its gradient is float32
-    gelu_dropout    dropout(GELU(hidden + bias)): one kernel forward, one backward
-
-Autocast instead casts a weight at each use and its gradient back, and torch sums the gradient of a
-bias in half the time that the products take.
+Autocast casts a weight at each use and its gradient back, and torch sums the gradient of a bias in
+half the time of the products. Here a weight is cast once for both passes, its gradient is float32.
 
 Shapes: T rows, D and N widths, P programs.
 """
@@ -14,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import tl, triton
@@ -27,68 +24,52 @@ _TILE, _COLUMNS = 2048, 128
 _PROGRAMS = 528
 
 
-def linear(module: nn.Linear, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+def linear(module: nn.Linear, rows: Tensor, with_bias: bool = True) -> Tensor:
     """``module(rows)``, [T, D] -> [T, N], with or without its bias.
 
     bfloat16 rows on CUDA are multiplied in bfloat16, even outside of autocast.
     """
-    bias = module.bias if with_bias else None
-    if not _takes(rows, module.weight):
-        return F.linear(rows, module.weight, bias)
-    return _Linear.apply(rows.contiguous(), module.weight, bias)
+    weight, bias = module.weight, module.bias if with_bias else None
+    fits = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.dtype == torch.float32
+    if triton is None or torch.compiler.is_compiling() or not fits:
+        return F.linear(rows, weight, bias)
+    return _Linear.apply(rows.contiguous(), weight, bias)
 
 
-def gelu_dropout(hidden: torch.Tensor, bias: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """dropout(GELU(hidden + bias)), half precision [T, N]; GELU by its tanh approximation.
+def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tensor:
+    """dropout(GELU(hidden + bias)), [T, N] in half precision on CUDA; bias float32 [N].
 
-    Args:
-        hidden: half precision [T, N] on CUDA.
-        bias: float32 [N].
+    GELU by its tanh approximation.
     """
     return _GeluDropout.apply(hidden.contiguous(), bias, dropout)
 
 
-def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    if triton is None or torch.compiler.is_compiling() or not rows.is_cuda:
-        return False
-    return rows.dtype == torch.bfloat16 and weight.dtype == torch.float32
-
-
-def column_sum(rows: torch.Tensor) -> torch.Tensor:
+def column_sum(rows: Tensor) -> Tensor:
     """The sum, float32 [N], of rows [T, N], contiguous on CUDA; the same bits in every run."""
     partial = _partial(rows, 2 * _PROGRAMS)
     _column_sum[_grid(partial)](rows, partial, *_shape(rows))
     return partial.sum(dim=0)
 
 
-def _weight_gradient(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[T, N] and [T, D] in half precision -> float32 [N, D], not rounded after the sum."""
-    if not len(rows):
-        return torch.zeros(grad.shape[1], rows.shape[1], device=rows.device)
-    return torch.mm(grad.t(), rows, out_dtype=torch.float32)
-
-
-def _shape(rows: torch.Tensor) -> tuple[int, int, int, int]:
+def _shape(rows: Tensor) -> tuple[int, int, int, int]:
     """T, N, rows and columns of a program's tile."""
     return *rows.shape, _TILE // _COLUMNS, _COLUMNS
 
 
-def _partial(rows: torch.Tensor, programs: int) -> torch.Tensor:
+def _partial(rows: Tensor, programs: int) -> Tensor:
     """Memory for the sum of each program's rows: float32 [P, N], P about ``programs``."""
     count, width, block, columns = _shape(rows)
     programs = min(triton.cdiv(count, block), programs // triton.cdiv(width, columns))
     return torch.empty(max(1, programs), width, device=rows.device)
 
 
-def _grid(partial: torch.Tensor) -> tuple[int, int]:
+def _grid(partial: Tensor) -> tuple[int, int]:
     return len(partial), triton.cdiv(partial.shape[1], _COLUMNS)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight.to(rows.dtype)
         ctx.save_for_backward(rows, weight)
         ctx.has_bias = bias is not None
@@ -96,30 +77,32 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
         of_bias = column_sum(grad) if ctx.has_bias else None
-        return grad @ weight, _weight_gradient(grad, rows), of_bias
+        if len(rows):
+            of_weight = torch.mm(grad.t(), rows, out_dtype=torch.float32)  # not rounded afterwards
+        else:
+            of_weight = torch.zeros(weight.shape, device=rows.device)
+        return grad @ weight, of_weight, of_bias
 
 
 class _GeluDropout(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, bias: torch.Tensor, dropout: Dropout | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tensor:
         result = torch.empty_like(hidden)
-        count, width, block, columns = _shape(hidden)
+        count, width, block, columns = shape = _shape(hidden)
         if count:
             grid = triton.cdiv(count, block), triton.cdiv(width, columns)
-            _gelu[grid](hidden, bias, result, *_shape(hidden), **dropout_options(dropout))
+            _gelu[grid](hidden, bias, result, *shape, **dropout_options(dropout))
         ctx.save_for_backward(hidden, bias)
         ctx.dropout = dropout
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
         gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial

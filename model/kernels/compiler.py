@@ -1,4 +1,4 @@
-"""Triton, the compiler of the kernels; ``None`` where it is not installed, as in CPU builds.
+"""Triton, the kernels' compiler; None where it is not installed, as in CPU builds.
 
 Modules define their kernels inside ``if triton is not None``.
 """
@@ -15,7 +15,7 @@ __all__ = ["row_tiles", "tl", "triton"]
 
 
 def row_tiles(shape: Sequence[int], values: int) -> tuple[int, int, int]:
-    """Cut a tensor of ``shape`` [count, width] into tiles of whole rows, of ``values`` values.
+    """Cut a tensor [count, width] into tiles of whole rows, of ``values`` values.
 
     Returns:
         Number of tiles, rows of a tile, and its columns: ``width`` rounded up to a power of two.

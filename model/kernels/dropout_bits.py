@@ -16,21 +16,15 @@ import torch
 
 from model.kernels.compiler import tl, triton
 
-# Hashes are compared as numbers of this many bits.
-_BITS = 31
+_BITS = 31  # of a hash that is compared
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout at one place.
+    """Dropout at one place."""
 
-    Attributes:
-        share: share of the values that is dropped, in (0, 1).
-        seed: int32 [4], on the device.
-    """
-
-    share: float
-    seed: torch.Tensor
+    share: float  # of the values that is dropped, in (0, 1)
+    seed: torch.Tensor  # int32 [4], on the device
 
 
 def new_dropouts(share: float, places: int, device: torch.device) -> list[Dropout | None]:

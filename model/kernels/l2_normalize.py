@@ -1,9 +1,6 @@
 """Rows normalised to length 1, as cosine scores need them, and the gradient of that.
 
-    normalize_rows            rows -> rows / |row|, 1 / |row|
-    normalize_rows_gradient   gradient for the unit rows -> gradient for the rows
-
-In plain torch each is four passes over memory, which for a catalog of 500,000 items takes longer
+Plain torch makes four passes over memory for each, which for a catalog of 500,000 items take longer
 than the softmax over it; on CUDA each is one kernel and one pass.
 
 Shapes: C rows, D width.
@@ -13,6 +10,7 @@ Shapes: C rows, D width.
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.kernels.compiler import row_tiles, tl, triton
 
@@ -22,12 +20,12 @@ _SHORTEST = 1e-12
 _TILE = 2048
 
 
-def sum_dtype(vectors: torch.Tensor) -> torch.dtype:
+def sum_dtype(vectors: Tensor) -> torch.dtype:
     """The dtype of sums over ``vectors``: float32 at least."""
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
-def normalize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
     unit = _empty_at_same_offset(rows, dtype)
     if _has_kernels(rows):
@@ -40,20 +38,16 @@ def normalize_rows(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor
     return unit, inverse
 
 
-def normalize_rows_gradient(
-    mixed: torch.Tensor, scale: torch.Tensor, unit: torch.Tensor
-) -> torch.Tensor:
-    """The gradient for rows from the gradient for their unit vectors.
+def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
+    """The gradient for rows, [C, D] in the dtype of ``scale``.
+
+    It has no part along the row, which would change only the row's length.
 
     Args:
         mixed: [C, D]; mixed x scale is the gradient for the unit vectors divided by the rows'
             lengths.
         scale: float32 [C].
-        unit: [C, D], the unit vectors.
-
-    Returns:
-        [C, D] in the dtype of ``scale``, without the part along the row, which only its length
-        would follow.
+        unit: [C, D], from :func:`normalize_rows`.
     """
     gradient = _empty_at_same_offset(unit, scale.dtype)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
@@ -64,37 +58,34 @@ def normalize_rows_gradient(
     return gradient.addcmul_(unit, along, value=-1)
 
 
-def _empty_at_same_offset(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An empty [C, D] that starts as far into its memory as ``rows`` do into theirs.
-
-    :func:`join_gradients` uses the space before it.
-    """
-    before, shape = rows.storage_offset(), rows.shape
+def _empty_at_same_offset(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty [C, D], as far into its memory as ``rows``, for :func:`join_gradients`."""
+    before = rows.storage_offset()
     memory = torch.empty(before + rows.numel(), dtype=dtype, device=rows.device)
-    return memory[before:].view(shape)
+    return memory[before:].view(rows.shape)
 
 
-def join_gradients(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def join_gradients(first: Tensor, second: Tensor) -> Tensor:
     """The gradient [T + C, D] of a tensor from the gradients of its two parts.
 
     The second part is not copied if it lies behind space for the first, as gradients of this
     module do.
     """
-    shape = (len(first) + len(second), *first.shape[1:])
     fits = second.is_contiguous() and second.storage_offset() == first.numel()
     if not fits or first.dtype != second.dtype:
         return torch.cat([first, second])
+    shape = len(first) + len(second), *first.shape[1:]
     whole = second.as_strided(shape, second.stride(), 0)
     whole[: len(first)] = first
     return whole
 
 
-def _has_kernels(rows: torch.Tensor) -> bool:
+def _has_kernels(rows: Tensor) -> bool:
     fits = rows.is_contiguous() and rows.numel() > 0 and rows.dtype != torch.float64
     return triton is not None and rows.is_cuda and fits
 
 
-def _launch(kernel: Any, rows: torch.Tensor, *others: torch.Tensor, **options: float) -> None:
+def _launch(kernel: Any, rows: Tensor, *others: Tensor, **options: float) -> None:
     tiles, *tile = row_tiles(rows.shape, _TILE)
     kernel[(tiles,)](rows, *others, *rows.shape, *tile, **options)
 

@@ -1,13 +1,11 @@
-"""Sampled softmax's sum over a position's negatives, on CUDA in one kernel.
-
-    scores [M, K], log counts [K], targets [M], negatives [K]
-        -> masses [M, K], tops [M], totals [M]   (see model.losses.sampled.log_sums)
+"""The sums of sampled softmax over each position's negatives, on CUDA in one kernel.
 
 Shapes: M positions, K negatives.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
 import torch
+from torch import Tensor
 
 from model.kernels.compiler import tl, triton
 
@@ -15,14 +13,14 @@ from model.kernels.compiler import tl, triton
 _BLOCK = 4096
 
 
-def takes(scores: torch.Tensor) -> bool:
-    """Whether :func:`log_sums` can be called with these scores."""
+def takes(scores: Tensor) -> bool:
+    """Whether :func:`log_sums` can be called with these scores [M, K]."""
     return triton is not None and scores.is_cuda and scores.is_contiguous() and scores.numel() > 0
 
 
 def log_sums(
-    scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scores: Tensor, targets: Tensor, negatives: Tensor, log_counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of :func:`model.losses.sampled.log_sums`."""
     count, draws = scores.shape
     masses = torch.empty_like(scores)

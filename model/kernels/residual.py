@@ -3,9 +3,9 @@
     enter      items (+ rows of a table) -> norm -> dropout -> stream -> norm -> normed
     add        stream + dropout(branch (+ its bias)) -> stream -> norm -> normed
 
-The stream is float32; the normed rows, which the next product reads, are half precision. Plain
-torch needs one pass over memory for each of bias, dropout, sum, norm and cast, and as many
-backward, which together take longer than the matrix products between them.
+The stream is float32; the normed rows, which the next product reads, are half precision. In plain
+torch the passes over memory of bias, dropout, sum, norm and cast, and as many backward, take longer
+than the matrix products between them.
 
 Shapes: T rows, D width, L rows of a table.
 """
@@ -13,7 +13,7 @@ Shapes: T rows, D width, L rows of a table.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
@@ -29,7 +29,7 @@ _PROGRAMS = 528
 _WIDEST = 2048
 
 
-def takes(items: torch.Tensor) -> bool:
+def takes(items: Tensor) -> bool:
     """Whether these items [T, D] can take this path: on CUDA, inside bfloat16 autocast."""
     if triton is None or torch.compiler.is_compiling() or not items.is_cuda:
         return False
@@ -38,21 +38,20 @@ def takes(items: torch.Tensor) -> bool:
 
 
 def enter(
-    items: torch.Tensor,
-    table: torch.Tensor | None,
-    line: torch.Tensor,
+    items: Tensor,
+    table: Tensor | None,
+    line: Tensor,
     outer: nn.LayerNorm,
     inner: nn.LayerNorm,
     dropout: Dropout | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The stream's first values, float32 [T, D], and the same normalised, ``dtype`` [T, D].
 
     Args:
         items: float32 [T, D].
         table: float32 [L, D], of which row ``line`` (int64 [T]) is added to each item; or None.
-        outer, inner: the norms before and after the stream.
-        dropout: applied after the outer norm.
+        outer, inner: the norms before and after the stream; dropout follows the outer one.
     """
     epsilons = outer.eps, inner.eps
     norms = outer.weight, outer.bias, inner.weight, inner.bias
@@ -60,33 +59,32 @@ def enter(
 
 
 def add(
-    stream: torch.Tensor,
-    branch: torch.Tensor,
-    branch_bias: torch.Tensor | None,
+    stream: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
     norm: nn.LayerNorm,
     dropout: Dropout | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The stream with a branch added, float32 [T, D], and the same normalised, ``dtype`` [T, D].
 
     Args:
         stream: float32 [T, D].
-        branch: any float [T, D].
-        branch_bias: float32 [D], added to every row of the branch; or None.
+        branch: any float [T, D]; dropout applies to the branch with its bias.
+        branch_bias: float32 [D].
         norm: the norm after the sum.
-        dropout: applied to the branch with its bias.
     """
     stream, branch = stream.contiguous(), branch.contiguous()
     return _Add.apply(stream, branch, branch_bias, norm.weight, norm.bias, norm.eps, dropout, dtype)
 
 
-def _partial(rows: torch.Tensor, sums: int) -> torch.Tensor:
+def _partial(rows: Tensor, sums: int) -> Tensor:
     """Memory for ``sums`` sums over the rows of each program: float32 [P, sums, D]."""
     tiles, *_ = row_tiles(rows.shape, _GRADIENT_TILE)
     return torch.empty(max(1, min(_PROGRAMS, tiles)), sums, rows.shape[1], device=rows.device)
 
 
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
@@ -94,17 +92,17 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        items: torch.Tensor,
-        table: torch.Tensor | None,
-        line: torch.Tensor,
-        outer_weight: torch.Tensor,
-        outer_bias: torch.Tensor,
-        inner_weight: torch.Tensor,
-        inner_bias: torch.Tensor,
+        items: Tensor,
+        table: Tensor | None,
+        line: Tensor,
+        outer_weight: Tensor,
+        outer_bias: Tensor,
+        inner_weight: Tensor,
+        inner_bias: Tensor,
         epsilons: tuple[float, float],
         dropout: Dropout | None,
         dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
         given = items, _contiguous(table), line, outer_weight, outer_bias, inner_weight
         tiles, *tile = row_tiles(items.shape, _TILE)
@@ -122,8 +120,8 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_stream: torch.Tensor | None, grad_normed: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: Any, grad_stream: Tensor | None, grad_normed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         items, table, *_ = ctx.saved_tensors
         grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed.contiguous()
         gradient, partial = torch.empty_like(items), _partial(items, 4)
@@ -143,15 +141,15 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        stream: torch.Tensor,
-        branch: torch.Tensor,
-        branch_bias: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
+        stream: Tensor,
+        branch: Tensor,
+        branch_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
         epsilon: float,
         dropout: Dropout | None,
         dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         total, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
         tiles, *tile = row_tiles(stream.shape, _TILE)
         if tiles:
@@ -167,8 +165,8 @@ class _Add(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_total: torch.Tensor | None, grad_normed: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed.contiguous()
         gradient, partial = torch.empty_like(total), _partial(total, 3)
@@ -177,6 +175,6 @@ class _Add(torch.autograd.Function):
         _, *tile = row_tiles(total.shape, _GRADIENT_TILE)
         sizes, options = (*total.shape, *tile), dropout_options(ctx.dropout)
         kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
-        of_weight, of_bias, of_branch_bias = partial.sum(dim=0).unbind()
-        of_branch_bias = of_branch_bias if ctx.has_bias else None
+        of_weight, of_bias, added = partial.sum(dim=0).unbind()
+        of_branch_bias = added if ctx.has_bias else None
         return gradient, of_branch, of_branch_bias, of_weight, of_bias, None, None, None

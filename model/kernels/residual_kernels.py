@@ -1,8 +1,8 @@
 """The Triton kernels of :mod:`model.kernels.residual`: each one pass over memory.
 
-Backward kernels compute means and deviations again: the row is in registers anyway. Gradients of
-weights and biases are sums over all rows: each program writes its own sum to ``partial``, and
-adding these up in order gives the same bits in every run.
+Backward kernels compute means and deviations again: the row is in registers anyway. Each program
+writes its sums of the gradients of weights and biases to ``partial``; adding these up in order
+gives the same bits in every run.
 
 Shapes: T rows (``count``), D values of each (``width``), P programs.
 """

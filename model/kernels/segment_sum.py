@@ -5,11 +5,9 @@
 Sorting brings equal indices together: they are a run. A run that crosses from one chunk of the
 sorted values into the next is summed chunk by chunk, and a second kernel adds these sums: the mask
 token's run is a fifth of all values. A run's sum is added to its row, or is the gradient of an Adam
-step of that row.
+step of that row. torch's ``index_put_(accumulate=True)`` adds duplicates one by one.
 
-torch's ``index_put_(accumulate=True)`` sorts likewise, and then adds duplicates one by one.
-
-Shapes: M values, C rows, D width.
+Shapes: M values, C rows, S more rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.kernels.compiler import tl, triton
 
@@ -29,22 +28,21 @@ class SortedIndex:
     """An index of rows and, where a kernel will use it, its sorted order.
 
     Attributes:
-        index: int64 [M], as given.
-        count: number of rows; an entry of ``count`` or more names no row.
+        index: int64 [M]; an entry of ``count``, the number of rows, or more names no row.
         keys: [M], the entries ascending; None on a CPU.
         order: int64 [M], the positions of ``keys`` in ``index``; None on a CPU.
     """
 
-    index: torch.Tensor
+    index: Tensor
     count: int
-    keys: torch.Tensor | None = None
-    order: torch.Tensor | None = None
+    keys: Tensor | None = None
+    order: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
 
-def sort_index(index: torch.Tensor, count: int) -> SortedIndex:
+def sort_index(index: Tensor, count: int) -> SortedIndex:
     """Sort an index, int64 [M], of ``count`` rows; entries are at least 0."""
     if triton is None or not index.is_cuda:
         return SortedIndex(index, count)
@@ -54,12 +52,7 @@ def sort_index(index: torch.Tensor, count: int) -> SortedIndex:
     return SortedIndex(index, count, *keys.sort(stable=True))
 
 
-def add_rows(
-    rows: torch.Tensor,
-    index: SortedIndex,
-    values: torch.Tensor,
-    more: torch.Tensor | None = None,
-) -> None:
+def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | None = None) -> None:
     """rows[index[i]] += values[i], in place, for every i whose index names a row.
 
     Args:
@@ -73,22 +66,22 @@ def add_rows(
     assert index.count == count
     if not len(index) or not count:
         return
-    if _has_kernel(rows, count):
+    fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
+    if triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits:
         _sum_runs(rows, more, index, values)
         return
-    for part, begin in ((rows, 0), (more, len(rows))):
+    for part, row in ((rows, index.index), (more, index.index - len(rows))):
         if len(part):
-            _add(part, index.index - begin if begin else index.index, values)
+            inside = (row >= 0) & (row < len(part))
+            added = torch.where(inside[:, None], values, 0)
+            # Sums in a fixed order, unlike index_add_ on CUDA.
+            part.index_put_((row.clamp(0, len(part) - 1),), added, accumulate=True)
 
 
 def adam_rows(
-    rows: torch.Tensor,
-    index: SortedIndex,
-    values: torch.Tensor,
-    adam: tuple[Any, ...],
-    scale: float,
+    rows: Tensor, index: SortedIndex, values: Tensor, adam: tuple[Any, ...], scale: float
 ) -> None:
-    """One step of Adam for every row in the index, on CUDA; the sum of its values is the gradient.
+    """One step of Adam, on CUDA, for every row in the index; its gradient is the sum of its values.
 
     Args:
         rows: float32 [C, D], contiguous.
@@ -102,34 +95,22 @@ def adam_rows(
 
 
 def _sum_runs(
-    rows: torch.Tensor,
-    more: torch.Tensor,
+    rows: Tensor,
+    more: Tensor,
     index: SortedIndex,
-    values: torch.Tensor,
+    values: Tensor,
     adam: tuple[Any, ...] | None = None,
     scale: float = 1.0,
 ) -> None:
-    keys, limit, width = index.keys, index.count, rows.shape[1]
+    keys, width = index.keys, rows.shape[1]
     assert keys is not None
     count, values = len(keys), values.contiguous()
     chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
-    edges = values.new_empty(chunks, 2, width)
-    rest = edges, count, limit, width, (rows, more, len(rows)), adam, scale, _CHUNK, _COLUMNS
+    edges, out = values.new_empty(chunks, 2, width), (rows, more, len(rows))
+    rest = edges, count, index.count, width, out, adam, scale, _CHUNK, _COLUMNS
     _add_runs[(count, parts)](keys, index.order, values, *rest, _BLOCK, num_warps=_WARPS)
     if chunks > 1:
         _add_chunks[(chunks - 1, parts)](keys, *rest)
-
-
-def _add(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
-    inside = (index >= 0) & (index < len(rows))
-    values = torch.where(inside[:, None], values, 0)
-    # Sums in a fixed order, unlike index_add_ on CUDA.
-    rows.index_put_((index.clamp(0, len(rows) - 1),), values, accumulate=True)
-
-
-def _has_kernel(rows: torch.Tensor, count: int) -> bool:
-    fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
-    return triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits
 
 
 adam_step: Any = None

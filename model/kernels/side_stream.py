@@ -1,7 +1,7 @@
 """Run work off the critical path of a training step on a side stream of CUDA.
 
-A training step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work
-whose result is needed late can run beside the chain::
+A step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work whose result
+is needed late can run beside the chain::
 
     main stream   lookup ---- encoder, head --- backward --- encoder's optimizer --+--> next step
     side stream       \\------ sort of the ids      \\------ update of the table --/

@@ -11,8 +11,7 @@ In each call the rows of the other calls are empty. Backward: the same calls, th
 
 A second stream's position also sees itself. ``choose`` adds that outside of FlashAttention, whose
 backward pass, given the output and log-sum-exp over everything seen, returns the right gradients
-for the part it computes. ``torch.nn.attention.varlen`` calls the same operators for rows of one
-kind.
+for the part it computes.
 
 Shapes: B rows, T positions of all rows, H heads, W width of a head, V windows.
 """
@@ -21,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import triton
-from model.kernels.varlen_kernels import choose, join, rotate
+from model.kernels.varlen_kernels import Calls, choose, join, rotate
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8
@@ -47,20 +47,20 @@ class JaggedRows:
         windows: V if rows V ... 2 V - 1 are second streams, else 0.
     """
 
-    starts: torch.Tensor
+    starts: Tensor
     longest: int
-    left_only: torch.Tensor | None = None
+    left_only: Tensor | None = None
     windows: int = 0
 
-    def bounds(self) -> torch.Tensor:
+    def bounds(self) -> Tensor:
         """int32 [3], the positions where call 1, call 2 and fillers begin."""
-        ends = [-1, -1] if not self.windows else [self.windows, 2 * self.windows]
+        ends = [self.windows, 2 * self.windows] if self.windows else [-1, -1]
         left = self.starts.new_zeros(1, dtype=torch.int64)
         if self.left_only is not None:
             left = self.left_only.sum()[None]
         return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
 
-    def calls(self, bounds: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, bool] | None]:
+    def calls(self, bounds: Tensor) -> list[tuple[Tensor, Tensor, bool] | None]:
         """Starts of query rows and key rows, and whether causal, of each call; None: not needed."""
         left, others = bounds[0], bounds[1]
         both = self.starts.clamp(min=left, max=others)
@@ -75,48 +75,44 @@ class JaggedRows:
 
 
 def attend(
-    projected: torch.Tensor,
-    rows: JaggedRows,
-    rotation: torch.Tensor | None,
-    steps_ago: torch.Tensor,
-) -> torch.Tensor:
+    projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
+) -> Tensor:
     """Attention of every position to those that it may see: [T, H, W], zeros for fillers.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
-        rows: where the rows lie.
         rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
         steps_ago: int64 [T], each position's row of ``rotation``.
     """
     # Only tensors and numbers: torch.compile traces the arguments of an autograd function.
-    return _Attend.apply(
-        projected, rows.starts, rows.left_only, rows.windows, rows.longest, rotation, steps_ago
-    )
+    places = rows.starts, rows.left_only, rows.windows, rows.longest
+    return _Attend.apply(projected, *places, rotation, steps_ago)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        projected: torch.Tensor,
-        starts: torch.Tensor,
-        left_only: torch.Tensor | None,
+        projected: Tensor,
+        starts: Tensor,
+        left_only: Tensor | None,
         windows: int,
         longest: int,
-        rotation: torch.Tensor | None,
-        steps_ago: torch.Tensor,
-    ) -> torch.Tensor:
+        rotation: Tensor | None,
+        steps_ago: Tensor,
+    ) -> Tensor:
         rows = JaggedRows(starts, longest, left_only, windows)
         rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
-        query, key, value = rotated.unbind(1)
         bounds = rows.bounds()
-        outputs, sums, ctx.states = [None] * 3, [None] * 3, [None] * 3
+        outputs: list[Any] = [None] * 3
+        sums: list[Any] = [None] * 3
+        ctx.states = [None] * 3
         for number, call in enumerate(rows.calls(bounds)):
             if call is not None:
                 *row_starts, causal = call
                 options = *row_starts, longest, longest, 0.0, causal, False
                 outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
-                    query, key, value, *options
+                    *rotated.unbind(1), *options
                 )
                 ctx.states[number] = states
         output, log_sums = outputs[1], sums[1]
@@ -128,19 +124,18 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rotated, rotation, steps_ago, bounds, output, log_sums = ctx.saved_tensors
-        query, key, value = rotated.unbind(1)
         grad, longest = grad.contiguous(), ctx.rows.longest
-        found: list[torch.Tensor | None] = []
+        given = grad, *rotated.unbind(1), output, log_sums
+        found: Calls = []
         for call, states in zip(ctx.rows.calls(bounds), ctx.states, strict=True):
             if call is None:
                 found += [None] * 3
                 continue
             *row_starts, causal = call
-            given = grad, query, key, value, output, log_sums
             options = *row_starts, longest, longest, 0.0, causal, *states
-            found += torch.ops.aten._flash_attention_backward(*given, *options)
-        found = [None if each is None else each.contiguous() for each in found]
+            gradients = torch.ops.aten._flash_attention_backward(*given, *options)
+            found += [gradient.contiguous() for gradient in gradients]
         gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
         return gradient, None, None, None, None, None, None

@@ -1,28 +1,22 @@
 """The Triton kernels around the calls of FlashAttention in :mod:`model.kernels.varlen_attention`.
 
-    rotate    rotate queries and keys by the angles of their positions
-    choose    take each position's result from its call; for second streams (see
-              ``pipeline/training/two_stream.py``) add the position itself to what it sees
-    join      do the same to gradients, and rotate them back
-
 ``bounds``, int32 [3], gives the call of each position: those before bounds[0] belong to call 0
-(rows with left context only), then come call 1 (other rows), call 2 (second streams), fillers (3).
-Memory that a call did not write is not read.
+(rows with left context only), then come call 1 (other rows), call 2 (second streams, see
+``pipeline/training/two_stream.py``), fillers (3). Memory that a call did not write is not read.
 
 Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 """
 # ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
 
 import torch
+from torch import Tensor
 
 from model.kernels.compiler import tl, triton
 
-Calls = list[torch.Tensor | None]
+Calls = list[Tensor | None]
 
 
-def rotate(
-    projected: torch.Tensor, rotation: torch.Tensor, steps_ago: torch.Tensor
-) -> torch.Tensor:
+def rotate(projected: Tensor, rotation: Tensor, steps_ago: Tensor) -> Tensor:
     """Queries and keys rotated by their positions' angles (arXiv 2104.09864), values as they are.
 
     Args:
@@ -33,17 +27,16 @@ def rotate(
     rotated = torch.empty_like(projected)
     positions, _, heads, width = projected.shape
     if positions:
-        values = triton.next_power_of_2(heads * width)
-        _rotate[(positions,)](
-            projected, rotation, steps_ago, rotated, heads * width, width // 2, values
-        )
+        size = heads * width
+        options = size, width // 2, triton.next_power_of_2(size)
+        _rotate[(positions,)](projected, rotation, steps_ago, rotated, *options)
     return rotated
 
 
-def choose(
-    rotated: torch.Tensor, outputs: Calls, sums: Calls, bounds: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(rotated: Tensor, outputs: Calls, sums: Calls, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Output [T, H, W] and log-sum-exp, float32 [H, T], of each position's own call.
+
+    A position of a second stream is added to what it sees.
 
     Args:
         rotated: [T, 3, H, W].
@@ -55,33 +48,24 @@ def choose(
     output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
     log_sums = torch.empty(heads, positions, device=rotated.device)
     if positions:
+        padded = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+        sizes = positions, width**-0.5, heads, width, *padded
         _choose[(positions,)](
-            rotated,
-            tuple(outputs),
-            tuple(sums),
-            bounds,
-            output,
-            log_sums,
-            positions,
-            width**-0.5,
-            heads,
-            width,
-            triton.next_power_of_2(heads),
-            triton.next_power_of_2(width),
+            rotated, tuple(outputs), tuple(sums), bounds, output, log_sums, *sizes
         )
     return output, log_sums
 
 
 def join(
-    rotated: torch.Tensor,
+    rotated: Tensor,
     gradients: Calls,
-    output: torch.Tensor,
-    log_sums: torch.Tensor,
-    grad: torch.Tensor,
-    bounds: torch.Tensor,
-    rotation: torch.Tensor | None,
-    steps_ago: torch.Tensor,
-) -> torch.Tensor:
+    output: Tensor,
+    log_sums: Tensor,
+    grad: Tensor,
+    bounds: Tensor,
+    rotation: Tensor | None,
+    steps_ago: Tensor,
+) -> Tensor:
     """The gradient, [T, 3, H, W], for queries, keys and values before the rotation.
 
     Args:
@@ -92,25 +76,13 @@ def join(
         rotation, steps_ago: as for :func:`rotate`; rotation None: nothing was rotated.
     """
     positions, _, heads, width = rotated.shape
-    gradient = torch.empty_like(rotated)
+    gradient, half = torch.empty_like(rotated), width // 2
     if positions:
-        _join[(positions,)](
-            rotated,
-            *(tuple(gradients[kind::3]) for kind in range(3)),
-            output,
-            log_sums,
-            grad,
-            bounds,
-            rotation,
-            steps_ago,
-            gradient,
-            positions,
-            width**-0.5,
-            heads,
-            width // 2,
-            triton.next_power_of_2(heads),
-            triton.next_power_of_2(width // 2),
-        )
+        kinds = (tuple(gradients[kind::3]) for kind in range(3))
+        given = output, log_sums, grad, bounds, rotation, steps_ago
+        padded = triton.next_power_of_2(heads), triton.next_power_of_2(half)
+        sizes = positions, width**-0.5, heads, half, *padded
+        _join[(positions,)](rotated, *kinds, *given, gradient, *sizes)
     return gradient
 
 
