@@ -4,10 +4,10 @@
     every call                        copy inputs -> replay forward -> outputs
     backward                          copy the output's gradient -> replay backward -> gradients
 
-Launching a small kernel costs the host about 5 us, which is more than many of them run; a graph is
-one launch. The loader's few batch shapes (``pipeline/training/shape_buckets.py``) keep the graphs
-few. Like ``torch.cuda.make_graphed_callables``, but for many shapes, and in capture mode
-thread_local: the default mode fails when another thread pins memory.
+A launch costs the host about 5 us, more than many a small kernel runs. The loader's few batch
+shapes (``pipeline/training/shape_buckets.py``) keep the graphs few. Like
+``torch.cuda.make_graphed_callables``, but for many shapes, and in capture mode thread_local: the
+default mode fails when another thread pins memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+Body = Callable[..., Tensor | tuple[Tensor, ...]]
+Inputs = tuple[Tensor | None, ...]
 
 _WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
 _MAX_GRAPHS = 48
@@ -29,8 +32,8 @@ class GraphedCall:
 
     Args:
         body: a function of tensors, some of them None, to one tensor, or to several of which only
-            the first is differentiable; without host synchronisation. Random numbers continue from
-            the device's generator as without graphs.
+            the first is differentiable; without host synchronisation. It draws the same random
+            numbers as without graphs.
         module: its parameters get gradients.
         hooked: autograd hands the parameters' gradients over, as DDP's hooks need. Otherwise they
             are written into ``.grad``, the same tensors after every call: half the host's work, and
@@ -38,21 +41,15 @@ class GraphedCall:
         is_loss: ``backward()`` is called on the output, so that its gradient is 1. Not if hooked.
     """
 
-    def __init__(
-        self,
-        body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
-        module: nn.Module,
-        hooked: bool = True,
-        is_loss: bool = False,
-    ) -> None:
+    def __init__(self, body: Body, module: nn.Module, hooked: bool, is_loss: bool) -> None:
         self._body, self._module, self._is_loss = body, module, is_loss
         self._parameters = list(module.parameters())
         self._shared = None if hooked else [torch.zeros_like(p) for p in self._parameters]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool: Any = None
 
-    def __call__(self, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """``body(*inputs)``; shapes beyond the first so many combinations are run as they come.
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """``body(*inputs)``, without a graph for more than ``_MAX_GRAPHS`` combinations of shapes.
 
         All outputs but the first lie in memory that the next call overwrites.
         """
@@ -73,16 +70,15 @@ class GraphedCall:
         self._captured.clear()
         self._pool = None  # gone with the last graph
 
-    def _capture(self, inputs: tuple[torch.Tensor | None, ...]) -> "_Captured":
+    def _capture(self, inputs: Inputs) -> "_Captured":
+        given = inputs, self._pool
         if self._shared is not None:
-            return _Captured(
-                self._body, self._parameters, self._shared, inputs, self._pool, self._is_loss
-            )
+            return _Captured(self._body, self._parameters, self._shared, *given, self._is_loss)
         # DDP's hooks tie a parameter's gradient to another stream than the captured one: capture
         # with parameters of other names in the same memory.
         others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
         with replaced(self._module, others):
-            return _Captured(self._body, list(others.values()), None, inputs, self._pool)
+            return _Captured(self._body, list(others.values()), None, *given, is_loss=False)
 
 
 @contextmanager
@@ -103,11 +99,11 @@ def replaced(module: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Ite
             parameters[name] = own
 
 
-def _several(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _address(tensor: torch.Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     """Where a tensor lies that is too large to copy, else 0."""
     return tensor.data_ptr() if tensor.nbytes > _COPIED_BYTES else 0
 
@@ -120,15 +116,15 @@ class _Captured:
 
     def __init__(
         self,
-        body: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
-        parameters: list[torch.nn.Parameter],
-        shared: list[torch.Tensor] | None,
-        inputs: tuple[torch.Tensor | None, ...],
+        body: Body,
+        parameters: list[nn.Parameter],
+        shared: list[Tensor] | None,
+        inputs: Inputs,
         pool: Any,
-        is_loss: bool = False,
+        is_loss: bool,
     ) -> None:
         self.parameters, self.shared, self.is_loss = parameters, shared, is_loss
-        static = [_static(given) for given in inputs]
+        static = [None if given is None else _static(given) for given in inputs]
         wanted = [t for t in static if t is not None and t.requires_grad] + parameters
         # Warming up must not use up random numbers: when it happens is chance after a resume.
         generator = torch.cuda.get_rng_state()
@@ -150,7 +146,7 @@ class _Captured:
         self.output_grad = torch.ones_like(output)
         with torch.cuda.graph(self.backward, **capture):
             gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
-            self.input_grads = [
+            input_grads = [
                 None if t is None or not t.requires_grad else next(gradients) for t in static
             ]
             self.parameter_grads = list(gradients)
@@ -158,23 +154,21 @@ class _Captured:
                 torch._foreach_copy_(shared, self.parameter_grads)
                 self.parameter_grads = []
         self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
-        self.input_grads = [None if grad is None else _unowned(grad) for grad in self.input_grads]
+        self.input_grads = [None if grad is None else _unowned(grad) for grad in input_grads]
         # What is not copied is not kept alive either: its owner may put other rows there.
         self.inputs = [None if t is None or _address(t) else t.detach() for t in static]
 
 
-def _static(given: torch.Tensor | None) -> torch.Tensor | None:
+def _static(given: Tensor) -> Tensor:
     """What a graph reads instead of an input: a copy, or the input where it lies."""
-    if given is None:
-        return None
     kept = given.detach() if _address(given) else given.detach().clone()
     return kept.requires_grad_(given.requires_grad)
 
 
 class _Memory:
-    """Device memory that somebody else owns, for ``torch.as_tensor``."""
+    """Device memory with another owner, for ``torch.as_tensor``."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.__cuda_array_interface__ = {
             "shape": tuple(tensor.shape),
             "typestr": "<f4",
@@ -183,7 +177,7 @@ class _Memory:
         }
 
 
-def _unowned(grad: torch.Tensor) -> torch.Tensor:
+def _unowned(grad: Tensor) -> Tensor:
     """A large gradient without a hold on its memory, so that all graphs use the same.
 
     It is read right after the replay that writes it, before any other graph is replayed.
@@ -195,15 +189,15 @@ def _unowned(grad: torch.Tensor) -> torch.Tensor:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, captured: _Captured, *inputs: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        pairs = zip(captured.inputs, inputs, strict=False)  # parameters come after
-        pairs = [(to, given.detach()) for to, given in pairs if to is not None]
-        for dtype in {to.dtype for to, _ in pairs}:  # one kernel each
-            torch._foreach_copy_(
-                *zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True)
-            )
+    def forward(ctx: Any, captured: _Captured, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for to, given in zip(captured.inputs, inputs, strict=False):  # parameters come after
+            if to is not None and given is not None:
+                targets, sources = copies.setdefault(to.dtype, ([], []))
+                targets.append(to)
+                sources.append(given.detach())
+        for targets, sources in copies.values():  # one kernel each
+            torch._foreach_copy_(targets, sources)
         captured.forward.replay()
         ctx.set_materialize_grads(False)
         ctx.captured = captured
@@ -215,9 +209,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, output_grad: torch.Tensor, *_: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, output_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         captured: _Captured = ctx.captured
         if not captured.is_loss:
             captured.output_grad.copy_(output_grad)

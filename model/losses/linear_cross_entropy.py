@@ -10,11 +10,9 @@ is the sum of the h with the same weights. Attention computes both, tile by tile
                 v = weight x h / exp(log-sum-exp); multiplying by attention's own sums turns its
                 means back into sums
 
-So two launches of FlashAttention do the work in the memory of the vectors. The backward pass needs
-logits whose exponentials cannot overflow: cosines divided by a temperature. Without such a bound,
-or a kernel for the width or dtype, blocks of candidates are scored by plain matrix products within
-``BLOCK_BYTES``. ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) does not allow for the
-exchange between slices of a sharded catalog in ``sharded_softmax``.
+The backward pass needs logits whose exponentials cannot overflow: cosines divided by a temperature.
+Without such a bound, or a kernel for the width or dtype, blocks of candidates are scored by plain
+matrix products within ``BLOCK_BYTES``.
 
 Vectors are float32 (float64 in tests), or bfloat16 inside autocast; log-sum-exp and losses are
 float32 at least. In bfloat16 a mean candidate is wrong by at most 1/256 of its length, and so is
@@ -24,6 +22,7 @@ Shapes: M positions, C candidates, D width.
 """
 
 import torch
+from torch import Tensor
 
 from model.kernels.l2_normalize import sum_dtype
 
@@ -36,11 +35,8 @@ _FLASH_WIDTH, _FLASH_STEP = 256, 8
 
 
 def softmax_means(
-    hidden: torch.Tensor,
-    candidates: torch.Tensor,
-    bound: float,
-    values: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden: Tensor, candidates: Tensor, bound: float, values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Each position's mean candidate under its softmax, and its log-sum-exp.
 
     Args:
@@ -62,8 +58,8 @@ def softmax_means(
         return means, means.new_full((hidden.shape[0],), -torch.inf)
     top = means.new_full((hidden.shape[0],), torch.finfo(dtype).min)
     total = torch.zeros_like(top)
-    blocks = _blocks(candidates, hidden.shape[0])
-    for block, valued in zip(blocks, values.split(blocks[0].shape[0]), strict=True):
+    size = _block_size(hidden)
+    for block, valued in zip(candidates.split(size), values.split(size), strict=True):
         logits = (hidden @ block.T).to(dtype)  # [M, a block]
         higher = torch.maximum(top, logits.amax(dim=1))
         weights = logits.sub_(higher[:, None]).exp_()
@@ -74,7 +70,7 @@ def softmax_means(
     return means.div_(total[:, None]), top + total.log()
 
 
-def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float) -> torch.Tensor:
+def target_logits(hidden: Tensor, target_rows: Tensor, bound: float) -> Tensor:
     """Each position's logit [M] of its target's row [M, D], rounded as in :func:`softmax_means`."""
     logits = (hidden * target_rows.to(sum_dtype(hidden))).sum(dim=1)
     fused = _is_fused(hidden, bound, target_rows)
@@ -82,13 +78,13 @@ def target_logits(hidden: torch.Tensor, target_rows: torch.Tensor, bound: float)
 
 
 def weighted_hidden(
-    hidden: torch.Tensor,
-    candidates: torch.Tensor,
-    log_sums: torch.Tensor,
-    weights: torch.Tensor,
+    hidden: Tensor,
+    candidates: Tensor,
+    log_sums: Tensor,
+    weights: Tensor,
     bound: float,
-    values: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """For each candidate, the sum of weight x probability x hidden vector over all positions.
 
     Args:
@@ -100,8 +96,7 @@ def weighted_hidden(
         values: [M, E] of the same dtype, summed instead of the hidden vectors.
 
     Returns:
-        [C, D] or [C, E], and [C]: the sum is their product, left to the caller to save a pass over
-        the catalog.
+        Factors of the sum, [C, D] or [C, E] and [C], to save a pass over the catalog.
     """
     values = hidden if values is None else values
     if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
@@ -110,17 +105,15 @@ def weighted_hidden(
         return means, sums.exp_()
     weighted = (values * weights[:, None]).to(hidden.dtype)
     mixed = candidates.new_zeros(len(candidates), values.shape[1], dtype=sum_dtype(hidden))
-    blocks = _blocks(candidates, hidden.shape[0])
-    for block, target in zip(blocks, mixed.split(blocks[0].shape[0] or 1), strict=False):
+    size = _block_size(hidden)
+    for block, target in zip(candidates.split(size), mixed.split(size), strict=True):
         logits = (block @ hidden.T).to(mixed.dtype)  # [a block, M]
         probabilities = logits.sub_(log_sums).exp_()
         target.copy_(probabilities.to(hidden.dtype) @ weighted)
     return mixed, mixed.new_ones(mixed.shape[0])
 
 
-def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits.
 
     The operator behind ``scaled_dot_product_attention``, which does not return the log-sum-exp.
@@ -133,7 +126,7 @@ def _attend(
     return means[0, 0], sums[0, 0]
 
 
-def _is_fused(hidden: torch.Tensor, bound: float, values: torch.Tensor) -> bool:
+def _is_fused(hidden: Tensor, bound: float, values: Tensor) -> bool:
     if bound > MAX_BOUND or values.shape[1] != hidden.shape[1]:
         return False
     if not hidden.is_cuda:
@@ -144,6 +137,6 @@ def _is_fused(hidden: torch.Tensor, bound: float, values: torch.Tensor) -> bool:
     return hidden.dtype == torch.bfloat16 and fits
 
 
-def _blocks(candidates: torch.Tensor, positions: int) -> tuple[torch.Tensor, ...]:
-    """Candidates in parts whose float32 logits take at most ``BLOCK_BYTES``."""
-    return candidates.split(max(1, BLOCK_BYTES // (4 * max(1, positions))))
+def _block_size(hidden: Tensor) -> int:
+    """Candidates in a block whose float32 logits take at most ``BLOCK_BYTES``."""
+    return max(1, BLOCK_BYTES // (4 * max(1, len(hidden))))

@@ -1,13 +1,10 @@
 """Losses over a step's negatives instead of the whole catalog.
 
-    positives    each position's score of its target                           [M]
-    scores       each position's scores of the K negatives of the step         [M, K]
-
 An item drawn with probability q is expected K q times among the negatives. ``softmax`` divides its
 exponential by that count: the sum over the negatives then has the expectation of the sum over all
 items but the target, and the loss tends to the exact softmax as K grows. The target is scored
-itself, without correction (arXiv 2507.09331 says why). Negatives equal to a position's target do
-not count for it.
+itself, without correction (arXiv 2507.09331). Negatives equal to a position's target (hits) do not
+count for it.
 
 Shapes: M positions, K negatives.
 """
@@ -16,22 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model.kernels import log_sum as kernel
 
 
 def softmax(
-    positives: torch.Tensor,
-    scores: torch.Tensor,
-    targets: torch.Tensor,
-    negatives: torch.Tensor,
-    log_counts: torch.Tensor,
-) -> torch.Tensor:
+    positives: Tensor, scores: Tensor, targets: Tensor, negatives: Tensor, log_counts: Tensor
+) -> Tensor:
     """Sampled softmax cross-entropy of each position: float32 [M].
 
     Args:
-        positives: float32 [M].
-        scores: [M, K], float32 or half precision.
+        positives: float32 [M], scores of the targets.
+        scores: [M, K] of the negatives, float32 or half precision.
         targets: int64 [M] item ids.
         negatives: int64 [K] item ids, as drawn.
         log_counts: float32 [K], logarithms of the negatives' expected counts.
@@ -40,62 +34,51 @@ def softmax(
 
 
 def log_sums(
-    scores: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor, log_counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The parts of each position's log-sum-exp over the negatives; arguments as of :func:`softmax`.
+    scores: Tensor, targets: Tensor, negatives: Tensor, log_counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parts of each position's log-sum-exp; arguments as for :func:`softmax`.
 
     Returns:
         masses [M, K] in the dtype of ``scores``: exp(score - log count - top), 0 for hits; tops
         [M], each position's largest exponent; totals [M], the sums of the masses.
     """
     exponents = scores - log_counts  # float32
-    exponents.masked_fill_(_hits(targets, negatives), torch.finfo(exponents.dtype).min)
+    exponents.masked_fill_(targets[:, None] == negatives, torch.finfo(exponents.dtype).min)
     tops = exponents.amax(dim=1)
     masses = exponents.sub_(tops[:, None]).exp_()
     return masses.to(scores.dtype), tops, masses.sum(dim=1)
 
 
 class _LogSum(torch.autograd.Function):
-    """log of the sum over negatives, hits left out, of exp(score) / expected count: [M].
+    """log of the sum over negatives but hits of exp(score) / expected count: [M].
 
     autograd would keep four copies of the scores for ``logsumexp``.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, *known: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, scores: Tensor, *known: Tensor) -> Tensor:
         sums = kernel.log_sums if kernel.takes(scores) else log_sums
         masses, tops, totals = sums(scores, *known)
         ctx.save_for_backward(masses, totals)
         return tops + totals.log()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masses, totals = ctx.saved_tensors
         return masses * (grad / totals).to(masses.dtype)[:, None], None, None, None
 
 
 def gbce(
-    positives: torch.Tensor,
-    scores: torch.Tensor,
-    targets: torch.Tensor,
-    negatives: torch.Tensor,
-    beta: float,
-) -> torch.Tensor:
+    positives: Tensor, scores: Tensor, targets: Tensor, negatives: Tensor, beta: float
+) -> Tensor:
     """Generalised binary cross-entropy of each position (arXiv 2308.07192): float32 [M].
 
     The sum of its terms, not the mean: gradients K times smaller would be near the optimizers' eps.
-
-    Args:
-        positives, scores, targets, negatives: as for :func:`softmax`.
-        beta: power of the positive's probability, from :func:`gbce_beta`.
+    Arguments as for :func:`softmax`; ``beta`` from :func:`gbce_beta`.
     """
-    against = F.softplus(scores.float()).masked_fill(_hits(targets, negatives), 0.0).sum(dim=1)
+    hits = targets[:, None] == negatives
+    against = F.softplus(scores.float()).masked_fill(hits, 0.0).sum(dim=1)
     return beta * F.softplus(-positives) + against
-
-
-def _hits(targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """Bool [M, K], negatives that are the position's target."""
-    return targets[:, None] == negatives
 
 
 def gbce_beta(calibration: float, num_negatives: int, num_items: int) -> float:
@@ -103,7 +86,6 @@ def gbce_beta(calibration: float, num_negatives: int, num_items: int) -> float:
 
     Args:
         calibration: 0: plain binary cross-entropy; 1: scores as calibrated as without sampling.
-        num_negatives, num_items: K, V.
     """
     rate = min(1.0, num_negatives / max(1, num_items - 1))
     return 1 - calibration * (1 - rate)

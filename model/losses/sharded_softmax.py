@@ -8,8 +8,7 @@ of all ranks. These exchanges make the softmax exact:
     reduce-scatter   gradients of hidden vectors, summed over slices
     gather           (backward) the losses' weights   -> gradients of the slice's rows
 
-A rank sends about 2 x M x D values per step, whatever the size of the catalog, and its host never
-waits for its device.
+A rank sends about 2 x M x D values per step; its host never waits for its device.
 
 Distillation: with the mean q of the probabilities of teachers, models trained before, the loss is
 
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.kernels import side_stream
 from model.kernels.l2_normalize import normalize_rows, normalize_rows_gradient
@@ -34,23 +34,16 @@ from model.kernels.segment_sum import add_rows, sort_index
 from model.losses.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
 
 
-def gather_sizes(size: int) -> list[int]:
-    """``size`` of every rank, exchanged between hosts, so that none waits for its device."""
-    sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
-    dist.all_gather_into_tensor(sizes, torch.tensor([size]))
-    return sizes.tolist()
+def all_gather_rows(rows: Tensor, sizes: list[int] | None = None) -> tuple[Tensor, list[int]]:
+    """Rows [m, ...] of all ranks as [W * M, ...], rank r's from r * M on, zero-padded.
 
-
-def all_gather_rows(
-    rows: torch.Tensor, sizes: list[int] | None = None
-) -> tuple[torch.Tensor, list[int]]:
-    """Rows of all ranks [W * M, ...], rank r's from r * M on, zero-padded; and m of every rank.
-
-    Args:
-        rows: [m, ...].
-        sizes: m of every rank, if known.
+    And ``sizes``, m of every rank, exchanged between hosts if not given, so that none waits for its
+    device.
     """
-    sizes = sizes or gather_sizes(rows.shape[0])
+    if not sizes:
+        counts = torch.empty(dist.get_world_size(), dtype=torch.int64)
+        dist.all_gather_into_tensor(counts, torch.tensor([len(rows)]))
+        sizes = counts.tolist()
     padded = rows.contiguous()
     if rows.shape[0] < max(sizes):
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
@@ -62,25 +55,18 @@ def all_gather_rows(
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher's logits at this rank's positions, as the factors hidden @ rows.T.
+    """A teacher's logits at this rank's positions, as the factors hidden @ rows.T."""
 
-    Attributes:
-        hidden: [m, E], scaled.
-        rows: [C, E] of the items that this rank scores.
-        bound: upper bound of the logits' absolute values.
-        log_sums: log-sum-exp [m] over the whole catalog; None until the loss has computed it.
-    """
-
-    hidden: torch.Tensor
-    rows: torch.Tensor
-    bound: float
-    log_sums: torch.Tensor | None = None
+    hidden: Tensor  # [m, E], scaled
+    rows: Tensor  # [C, E] of the items that this rank scores
+    bound: float  # of the logits' absolute values
+    log_sums: Tensor | None = None  # [m], over the whole catalog; the loss computes it
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    rows: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
     low: int,
     scale: float = 1.0,
     cosine: bool = False,
@@ -88,7 +74,7 @@ def linear_cross_entropy(
     teacher_logits: Sequence[TeacherLogits] = (),
     teacher_share: float = 0.0,
     sizes: list[int] | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
 
     Args:
@@ -96,11 +82,9 @@ def linear_cross_entropy(
         rows: float [C, D] of the items ``low`` ... ``low + C - 1``; if ``shared``, C may be 0.
         targets: int64 [m] item ids. The loss of a position whose target is in no slice is
             meaningless, and the gradient given for it must be zero.
-        low: first item of the rows.
         scale: factor of the scores.
         cosine: score by cosines instead of dot products.
         shared: the rows are this rank's slice of the catalog, not all of it.
-        teacher_logits: one for each teacher, on every rank.
         teacher_share: weight of all teachers together; the target has the rest.
         sizes: m of every rank, if known.
 
@@ -118,9 +102,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        rows: torch.Tensor,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
         low: int,
         bound: float,
         cosine: bool,
@@ -128,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher_logits: Sequence[TeacherLogits],
         teacher_share: float,
         sizes: list[int] | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -147,33 +131,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         index = column.masked_fill(~owned, nowhere)
         ctx.index = side_stream.start(lambda: sort_index(index, nowhere))
         column = column.clamp(0, max(0, unit.shape[0] - 1))
-        target_rows = torch.zeros_like(means)
+        aims = torch.zeros_like(means)
         if unit.shape[0]:
-            target_rows = unit[column] * owned[:, None]
-        wanted = target_logits(hidden, target_rows, bound)
-        aims = target_rows
+            aims = unit[column] * owned[:, None]
+        wanted = target_logits(hidden, aims, bound)
         if teacher_logits:
             taught, teacher_logits = _taught(teacher_logits, unit, sizes)
-            aims = torch.lerp(target_rows.to(taught.dtype), taught, teacher_share)
+            aims = torch.lerp(aims.to(taught.dtype), taught, teacher_share)
             wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teacher_share)
-        slice_sums = log_sums
-        if shared:
-            log_sums, wanted = _over_slices(log_sums, wanted, len(sizes))
+        if sizes:
+            slice_sums, parts = log_sums, _gathered(torch.stack([log_sums, wanted]), len(sizes))
+            log_sums, wanted = parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
             means *= (slice_sums - log_sums).exp()[:, None]
-        direction = means - aims
-        if shared:
-            direction = _sum_scatter(direction, sizes)
+        direction, losses = means - aims, log_sums - wanted
+        if sizes:
+            rank, most = dist.get_rank(), max(sizes)
+            summed = direction.new_empty(most, direction.shape[1])
+            dist.reduce_scatter_tensor(summed, direction)
+            direction = summed[: sizes[rank]]
+            losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound, ctx.teacher_logits, ctx.teacher_share = (
-            sizes,
-            bound,
-            teacher_logits,
-            teacher_share,
-        )
-        return _own(log_sums - wanted, sizes)
+        ctx.sizes, ctx.bound = sizes, bound
+        ctx.teacher_logits, ctx.teacher_share = teacher_logits, teacher_share
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         hidden, unit, inverse, log_sums, column, owned, direction = ctx.saved_tensors
         grad_hidden = direction * weights[:, None]
         if ctx.sizes:
@@ -199,11 +182,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _taught(
-    teacher_logits: Sequence[TeacherLogits], unit: torch.Tensor, sizes: list[int]
-) -> tuple[torch.Tensor, list[TeacherLogits]]:
+    teacher_logits: Sequence[TeacherLogits], unit: Tensor, sizes: list[int]
+) -> tuple[Tensor, list[TeacherLogits]]:
     """This slice's part of the mean row [W * M, D] under the teachers' probabilities.
 
-    And their logits at the positions of all ranks, with log-sum-exp over the whole catalog.
+    And their logits at the positions of all ranks.
     """
     total, gathered = torch.zeros((), device=unit.device), []
     for teacher in teacher_logits:
@@ -219,31 +202,8 @@ def _taught(
     return total, gathered
 
 
-def _over_slices(
-    log_sums: torch.Tensor, wanted: torch.Tensor, world_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-sum-exp and target logits [W * M] over the whole catalog from those of this slice."""
-    parts = _gathered(torch.stack([log_sums, wanted]), world_size)
-    return parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
-
-
-def _gathered(mine: torch.Tensor, world_size: int) -> torch.Tensor:
+def _gathered(mine: Tensor, world_size: int) -> Tensor:
     """Every rank's tensor of this shape: [W, ...]."""
     parts = mine.new_empty(world_size, *mine.shape)
     dist.all_gather_into_tensor(parts.flatten(0, 1) if mine.ndim > 1 else parts.flatten(), mine)
     return parts
-
-
-def _sum_scatter(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """This rank's rows [m, D] of the sum over ranks of [W * M, D]."""
-    own = rows.new_empty(max(sizes), rows.shape[1])
-    dist.reduce_scatter_tensor(own, rows)
-    return own[: sizes[dist.get_rank()]]
-
-
-def _own(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """This rank's part of rows from :func:`all_gather_rows`; all of them if nothing is shared."""
-    if not sizes:
-        return rows
-    start = dist.get_rank() * max(sizes)
-    return rows[start : start + sizes[dist.get_rank()]]
