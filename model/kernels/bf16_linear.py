@@ -1,7 +1,6 @@
 """Linear layers in bfloat16, and bias, GELU and dropout between two of them.
 
-Autocast casts a weight at each use and its gradient back, and torch sums the gradient of a bias in
-half the time of the products. Here a weight is cast once for both passes, its gradient is float32.
+Unlike autocast, this casts a weight once for both passes, and its gradient is float32.
 
 Shapes: T rows, D and N widths, P programs.
 """
@@ -37,10 +36,7 @@ def linear(module: nn.Linear, rows: Tensor, with_bias: bool = True) -> Tensor:
 
 
 def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tensor:
-    """dropout(GELU(hidden + bias)), [T, N] in half precision on CUDA; bias float32 [N].
-
-    GELU by its tanh approximation.
-    """
+    """dropout(tanh GELU(hidden + bias)), half precision [T, N] on CUDA; bias float32 [N]."""
     return _GeluDropout.apply(hidden.contiguous(), bias, dropout)
 
 

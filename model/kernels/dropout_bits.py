@@ -4,8 +4,7 @@
     seed, row, column -> hash -> keep or drop, the same in forward and backward
 
 torch draws the seeds: they follow ``torch.cuda.manual_seed``, and each replay of a CUDA graph draws
-new ones. The hash takes a tenth of the arithmetic of Philox, which would take longer than the
-memory traffic of the kernels.
+new ones. Philox, with ten times the arithmetic, would take longer than the kernels' memory traffic.
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton takes annotations of a kernel for its own
 

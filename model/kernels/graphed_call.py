@@ -12,6 +12,7 @@ default mode fails when another thread pins memory.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor lies that is too large to copy, else 0."""
+    """The address of a tensor too large to copy, else 0."""
     return tensor.data_ptr() if tensor.nbytes > _COPIED_BYTES else 0
 
 
@@ -165,18 +166,6 @@ def _static(given: Tensor) -> Tensor:
     return kept.requires_grad_(given.requires_grad)
 
 
-class _Memory:
-    """Device memory with another owner, for ``torch.as_tensor``."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": "<f4",
-            "data": (tensor.data_ptr(), False),
-            "version": 2,
-        }
-
-
 def _unowned(grad: Tensor) -> Tensor:
     """A large gradient without a hold on its memory, so that all graphs use the same.
 
@@ -184,7 +173,9 @@ def _unowned(grad: Tensor) -> Tensor:
     """
     if not _address(grad) or grad.dtype != torch.float32 or not grad.is_contiguous():
         return grad
-    return torch.as_tensor(_Memory(grad), device=grad.device)
+    data, shape = (grad.data_ptr(), False), tuple(grad.shape)
+    memory = {"shape": shape, "typestr": "<f4", "data": data, "version": 2}
+    return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=memory), device=grad.device)
 
 
 class _Replay(torch.autograd.Function):

@@ -1,7 +1,6 @@
 """Rows normalised to length 1, as cosine scores need them, and the gradient of that.
 
-Plain torch makes four passes over memory for each, which for a catalog of 500,000 items take longer
-than the softmax over it; on CUDA each is one kernel and one pass.
+Plain torch makes four passes over memory for each; on CUDA each is one kernel and one pass.
 
 Shapes: C rows, D width.
 """
@@ -39,14 +38,10 @@ def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
-    """The gradient for rows, [C, D] in the dtype of ``scale``.
-
-    It has no part along the row, which would change only the row's length.
+    """The gradient for rows, [C, D] in the dtype of ``scale``: no part of it lies along the row.
 
     Args:
-        mixed: [C, D]; mixed x scale is the gradient for the unit vectors divided by the rows'
-            lengths.
-        scale: float32 [C].
+        mixed: [C, D]; mixed x scale [C] is the gradient for ``unit`` divided by the rows' lengths.
         unit: [C, D], from :func:`normalize_rows`.
     """
     gradient = _empty_at_same_offset(unit, scale.dtype)
@@ -68,8 +63,7 @@ def _empty_at_same_offset(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def join_gradients(first: Tensor, second: Tensor) -> Tensor:
     """The gradient [T + C, D] of a tensor from the gradients of its two parts.
 
-    The second part is not copied if it lies behind space for the first, as gradients of this
-    module do.
+    The second is not copied if there is space for the first before it, as in this module's results.
     """
     fits = second.is_contiguous() and second.storage_offset() == first.numel()
     if not fits or first.dtype != second.dtype:

@@ -55,7 +55,7 @@ def enter(
     """
     epsilons = outer.eps, inner.eps
     norms = outer.weight, outer.bias, inner.weight, inner.bias
-    return _Enter.apply(items.contiguous(), table, line, *norms, epsilons, dropout, dtype)
+    return _Enter.apply(items.contiguous(), table, line, epsilons, dropout, dtype, *norms)
 
 
 def add(
@@ -95,21 +95,18 @@ class _Enter(torch.autograd.Function):
         items: Tensor,
         table: Tensor | None,
         line: Tensor,
-        outer_weight: Tensor,
-        outer_bias: Tensor,
-        inner_weight: Tensor,
-        inner_bias: Tensor,
         epsilons: tuple[float, float],
         dropout: Dropout | None,
         dtype: torch.dtype,
+        *norms: Tensor,
     ) -> tuple[Tensor, Tensor]:
         stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
-        given = items, _contiguous(table), line, outer_weight, outer_bias, inner_weight
+        given, results = (items, _contiguous(table), line, *norms), (stream, normed)
         tiles, *tile = row_tiles(items.shape, _TILE)
         if tiles:
-            tensors, sizes = (*given, inner_bias, stream, normed), (*items.shape, *tile)
-            kernels.enter[(tiles,)](*tensors, *sizes, *epsilons, **dropout_options(dropout))
-        ctx.save_for_backward(*given)
+            sizes, options = (*items.shape, *tile), dropout_options(dropout)
+            kernels.enter[(tiles,)](*given, *results, *sizes, *epsilons, **options)
+        ctx.save_for_backward(*given[:-1])  # not the inner norm's bias
         ctx.epsilons, ctx.dropout = epsilons, dropout
         if table is not None:
             lines = len(table)
@@ -134,7 +131,7 @@ class _Enter(torch.autograd.Function):
         if table is not None:
             of_table = torch.zeros_like(table)
             add_rows(of_table, ctx.line.result(), gradient)
-        return gradient, of_table, None, *partial.sum(dim=0).unbind(), None, None, None
+        return gradient, of_table, None, None, None, None, *partial.sum(dim=0).unbind()
 
 
 class _Add(torch.autograd.Function):

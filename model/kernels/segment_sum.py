@@ -2,10 +2,9 @@
 
     index 2 0 2 5 -> sorted 0 2 2 5 -> one program per run: rows[0] += ., rows[2] += . + ., ...
 
-Sorting brings equal indices together: they are a run. A run that crosses from one chunk of the
-sorted values into the next is summed chunk by chunk, and a second kernel adds these sums: the mask
-token's run is a fifth of all values. A run's sum is added to its row, or is the gradient of an Adam
-step of that row. torch's ``index_put_(accumulate=True)`` adds duplicates one by one.
+Equal indices, sorted together, are a run. A run across chunks of the sorted values is summed chunk
+by chunk, and a second kernel adds these sums: the mask token's run is a fifth of all values. A
+run's sum is added to its row, or is the gradient of an Adam step of that row.
 
 Shapes: M values, C rows, S more rows, D width.
 """
@@ -25,18 +24,12 @@ _BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
 
 @dataclass(frozen=True)
 class SortedIndex:
-    """An index of rows and, where a kernel will use it, its sorted order.
+    """An index of rows and, for the kernels on CUDA, its sorted order."""
 
-    Attributes:
-        index: int64 [M]; an entry of ``count``, the number of rows, or more names no row.
-        keys: [M], the entries ascending; None on a CPU.
-        order: int64 [M], the positions of ``keys`` in ``index``; None on a CPU.
-    """
-
-    index: Tensor
-    count: int
-    keys: Tensor | None = None
-    order: Tensor | None = None
+    index: Tensor  # int64 [M]
+    count: int  # of rows; an entry of ``count`` or more names no row
+    keys: Tensor | None = None  # [M], the entries ascending
+    order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,7 +52,7 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
         rows: float [C, D], contiguous.
         index: [M], of C + S rows.
         values: [M, D] of the same dtype.
-        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, in other memory.
+        more: [S, D] alike: rows C ... C + S - 1, in other memory.
     """
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
@@ -81,14 +74,12 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
 def adam_rows(
     rows: Tensor, index: SortedIndex, values: Tensor, adam: tuple[Any, ...], scale: float
 ) -> None:
-    """One step of Adam, on CUDA, for every row in the index; its gradient is the sum of its values.
+    """One step of Adam, on CUDA, for every row in the index; its gradient is scale x sum of values.
 
     Args:
         rows: float32 [C, D], contiguous.
-        index: [M], of C rows.
         values: float32 [M, D].
         adam: state and constants, as for :func:`adam_step`.
-        scale: factor of the gradients.
     """
     if len(index):
         _sum_runs(rows, rows[:0], index, values, adam, scale)

@@ -17,6 +17,7 @@ Outside of ``running_on`` the same calls run on the current stream.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -24,40 +25,23 @@ import torch
 T = TypeVar("T")
 
 
-class _SideStream:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-        # Tensors that running work reads must not be freed: the main stream could reuse them.
-        self._kept: list[Callable[[], object]] = []
-
-    def start(self, work: Callable[[], T]) -> tuple[T, torch.cuda.Event]:
-        self._kept.append(work)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            return work(), self._stream.record_event()
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_stream(self._stream)
-        self._kept.clear()
+_side: torch.cuda.Stream | None = None  # only the training thread uses it
+# Tensors that running work reads must not be freed: the main stream could reuse their memory.
+_kept: list[Callable[[], object]] = []
 
 
-_side: _SideStream | None = None  # only the training thread uses it
-
-
+@dataclass(frozen=True)
 class Pending(Generic[T]):
-    """The result of work that runs on the side stream; without one, of work done when needed."""
+    """The result of work on the side stream; without a side stream, of work done when needed."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._started = None if _side is None else _side.start(work)
+    work: Callable[[], T]
+    done: torch.cuda.Event | None = None
 
     def result(self) -> T:
         """The result, for use on the current stream, which waits for it."""
-        if self._started is None:
-            return self._work()
-        value, done = self._started
-        torch.cuda.current_stream().wait_event(done)
-        return value
+        if self.done is not None:
+            torch.cuda.current_stream().wait_event(self.done)
+        return self.work()
 
 
 @contextmanager
@@ -65,17 +49,24 @@ def running_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Run work on ``stream`` inside the block; at its end the current stream waits for all."""
     global _side
     assert _side is None
-    _side = _SideStream(stream)
+    _side = stream
     try:
         yield
-        _side.wait()
+        torch.cuda.current_stream().wait_stream(stream)
     finally:
         _side = None
+        _kept.clear()
 
 
 def start(work: Callable[[], T]) -> Pending[T]:
     """Start work on tensors that exist now and are not changed before its end."""
-    return Pending(work)
+    if _side is None:
+        return Pending(work)
+    _kept.append(work)
+    _side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(_side):
+        value, done = work(), _side.record_event()
+    return Pending(lambda: value, done)
 
 
 def run(work: Callable[[], None]) -> None:
@@ -83,4 +74,4 @@ def run(work: Callable[[], None]) -> None:
     if _side is None:
         work()
     else:
-        _side.start(work)
+        start(work)

@@ -9,9 +9,8 @@
 
 In each call the rows of the other calls are empty. Backward: the same calls, then ``join``.
 
-A second stream's position also sees itself. ``choose`` adds that outside of FlashAttention, whose
-backward pass, given the output and log-sum-exp over everything seen, returns the right gradients
-for the part it computes.
+A second stream's position also sees itself. ``choose`` adds that; the backward pass of
+FlashAttention, given output and log-sum-exp over everything seen, is right for its own part.
 
 Shapes: B rows, T positions of all rows, H heads, W width of a head, V windows.
 """
@@ -37,20 +36,13 @@ def takes(width: int) -> bool:
 
 @dataclass(frozen=True)
 class JaggedRows:
-    """Where the rows of each kind lie.
+    """Where the rows of each kind lie."""
 
-    Attributes:
-        starts: int32 [B + 1], where rows begin, and T.
-        longest: an upper bound of the rows' lengths.
-        left_only: bool [V], which of the first V rows have left context only (these come first);
-            None: no row has.
-        windows: V if rows V ... 2 V - 1 are second streams, else 0.
-    """
-
-    starts: Tensor
-    longest: int
+    starts: Tensor  # int32 [B + 1], where rows begin, and T
+    longest: int  # an upper bound of the rows' lengths
+    # Bool [V], which of the first V rows have left context only (these come first); None: no row.
     left_only: Tensor | None = None
-    windows: int = 0
+    windows: int = 0  # V if rows V ... 2 V - 1 are second streams, else 0
 
     def bounds(self) -> Tensor:
         """int32 [3], the positions where call 1, call 2 and fillers begin."""
@@ -85,8 +77,8 @@ def attend(
         steps_ago: int64 [T], each position's row of ``rotation``.
     """
     # Only tensors and numbers: torch.compile traces the arguments of an autograd function.
-    places = rows.starts, rows.left_only, rows.windows, rows.longest
-    return _Attend.apply(projected, *places, rotation, steps_ago)
+    places = rows.starts, rows.longest, rows.left_only, rows.windows
+    return _Attend.apply(projected, rotation, steps_ago, *places)
 
 
 class _Attend(torch.autograd.Function):
@@ -94,14 +86,11 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any,
         projected: Tensor,
-        starts: Tensor,
-        left_only: Tensor | None,
-        windows: int,
-        longest: int,
         rotation: Tensor | None,
         steps_ago: Tensor,
+        *places: Any,
     ) -> Tensor:
-        rows = JaggedRows(starts, longest, left_only, windows)
+        rows = JaggedRows(*places)
         rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
         bounds = rows.bounds()
         outputs: list[Any] = [None] * 3
@@ -110,13 +99,13 @@ class _Attend(torch.autograd.Function):
         for number, call in enumerate(rows.calls(bounds)):
             if call is not None:
                 *row_starts, causal = call
-                options = *row_starts, longest, longest, 0.0, causal, False
+                options = *row_starts, rows.longest, rows.longest, 0.0, causal, False
                 outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
                     *rotated.unbind(1), *options
                 )
                 ctx.states[number] = states
         output, log_sums = outputs[1], sums[1]
-        if left_only is not None:
+        if rows.left_only is not None:
             output, log_sums = choose(rotated, outputs, sums, bounds)
         ctx.save_for_backward(rotated, rotation, steps_ago, bounds, output, log_sums)
         ctx.rows = rows
@@ -138,4 +127,4 @@ class _Attend(torch.autograd.Function):
             gradients = torch.ops.aten._flash_attention_backward(*given, *options)
             found += [gradient.contiguous() for gradient in gradients]
         gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
-        return gradient, None, None, None, None, None, None
+        return gradient, *([None] * 6)

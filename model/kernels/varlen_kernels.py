@@ -40,9 +40,7 @@ def choose(rotated: Tensor, outputs: Calls, sums: Calls, bounds: Tensor) -> tupl
 
     Args:
         rotated: [T, 3, H, W].
-        outputs: [T, H, W] of calls 0, 1 and 2; call 2 may be None.
-        sums: float32 [H, T] of the calls, log-sum-exp of the scores.
-        bounds: see the module docstring.
+        outputs, sums: the same of calls 0, 1 and 2; call 2 may be None.
     """
     positions, _, heads, width = rotated.shape
     output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
@@ -71,9 +69,8 @@ def join(
     Args:
         gradients: [T, H, W] for queries, keys and values of call 0, then of calls 1 and 2, nine in
             all; None where there was no such call.
-        output, log_sums: results of :func:`choose`.
-        grad: [T, H, W], the gradient for the output.
-        rotation, steps_ago: as for :func:`rotate`; rotation None: nothing was rotated.
+        output, log_sums: results of :func:`choose`; ``grad`` is the output's gradient.
+        rotation, steps_ago: as for :func:`rotate`; None: nothing was rotated.
     """
     positions, _, heads, width = rotated.shape
     gradient, half = torch.empty_like(rotated), width // 2

@@ -11,12 +11,12 @@ is the sum of the h with the same weights. Attention computes both, tile by tile
                 means back into sums
 
 The backward pass needs logits whose exponentials cannot overflow: cosines divided by a temperature.
-Without such a bound, or a kernel for the width or dtype, blocks of candidates are scored by plain
-matrix products within ``BLOCK_BYTES``.
+Without such a bound, or a kernel for the width or dtype, plain matrix products score the candidates
+block by block.
 
-Vectors are float32 (float64 in tests), or bfloat16 inside autocast; log-sum-exp and losses are
-float32 at least. In bfloat16 a mean candidate is wrong by at most 1/256 of its length, and so is
-the gradient, however small, of a position already learned.
+Vectors are float32 (float64 in tests), or bfloat16 inside autocast: then a mean candidate is wrong
+by at most 1/256 of its length, and so is the gradient, however small, of a position already
+learned.
 
 Shapes: M positions, C candidates, D width.
 """
@@ -37,16 +37,15 @@ _FLASH_WIDTH, _FLASH_STEP = 256, 8
 def softmax_means(
     hidden: Tensor, candidates: Tensor, bound: float, values: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each position's mean candidate under its softmax, and its log-sum-exp.
+    """Each position's mean candidate, [M, D] or [M, E], under its softmax, and its log-sum-exp [M].
+
+    Both are float32 at least; zeros and -infinity without candidates.
 
     Args:
         hidden: [M, D].
         candidates: [C, D] of the same dtype; C may be 0.
         bound: upper bound of the logits' absolute values; infinity if there is none.
         values: [C, E] of the same dtype, averaged instead of the candidates.
-
-    Returns:
-        [M, D] or [M, E], and [M], float32 at least; zeros and -infinity without candidates.
     """
     values = candidates if values is None else values
     if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
@@ -87,16 +86,13 @@ def weighted_hidden(
 ) -> tuple[Tensor, Tensor]:
     """For each candidate, the sum of weight x probability x hidden vector over all positions.
 
+    It is returned as two factors, [C, D] or [C, E] and [C], to save a pass over the catalog.
+
     Args:
-        hidden: [M, D].
-        candidates: [C, D] of the same dtype.
+        hidden, candidates, bound: as for :func:`softmax_means`.
         log_sums: [M], over all candidates of all ranks.
         weights: [M], of the positions' losses.
-        bound: as for :func:`softmax_means`.
         values: [M, E] of the same dtype, summed instead of the hidden vectors.
-
-    Returns:
-        Factors of the sum, [C, D] or [C, E] and [C], to save a pass over the catalog.
     """
     values = hidden if values is None else values
     if hidden.shape[0] and candidates.shape[0] and _is_fused(hidden, bound, values):
@@ -114,10 +110,8 @@ def weighted_hidden(
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits.
-
-    The operator behind ``scaled_dot_product_attention``, which does not return the log-sum-exp.
-    """
+    """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits."""
+    # ``scaled_dot_product_attention`` calls the same operators, but hides the log-sum-exp.
     fused = torch.ops.aten._scaled_dot_product_flash_attention
     if not queries.is_cuda:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

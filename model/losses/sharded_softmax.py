@@ -1,7 +1,7 @@
 """Softmax cross-entropy over a catalog that this rank holds or that is spread over the ranks.
 
-Spread, each rank holds the scoring rows of its slice of the catalog and scores the hidden vectors
-of all ranks. These exchanges make the softmax exact:
+If it is spread, each rank scores the hidden vectors of all ranks against its slice of the catalog.
+These exchanges make the softmax exact:
 
     gather           hidden vectors, targets [W * M]  -> means and log-sum-exp over each slice
     gather           log-sum-exp, target logits       -> losses of all positions
@@ -10,7 +10,7 @@ of all ranks. These exchanges make the softmax exact:
 
 A rank sends about 2 x M x D values per step; its host never waits for its device.
 
-Distillation: with the mean q of the probabilities of teachers, models trained before, the loss is
+Distillation: with the mean q of the teachers' probabilities, the loss is
 
     log sum_j exp(h . c_j) - h . ((1 - share) c_target + share sum_j q_j c_j)
 
@@ -35,10 +35,9 @@ from model.losses.linear_cross_entropy import softmax_means, target_logits, weig
 
 
 def all_gather_rows(rows: Tensor, sizes: list[int] | None = None) -> tuple[Tensor, list[int]]:
-    """Rows [m, ...] of all ranks as [W * M, ...], rank r's from r * M on, zero-padded.
+    """Rows [m, ...] of all ranks as [W * M, ...], zero-padded, rank r's from r * M on; and sizes.
 
-    And ``sizes``, m of every rank, exchanged between hosts if not given, so that none waits for its
-    device.
+    If ``sizes``, m of every rank, are not given, hosts exchange them without waiting for devices.
     """
     if not sizes:
         counts = torch.empty(dist.get_world_size(), dtype=torch.int64)
@@ -79,12 +78,11 @@ def linear_cross_entropy(
 
     Args:
         hidden: float [m, D]; m may differ between ranks and be 0.
-        rows: float [C, D] of the items ``low`` ... ``low + C - 1``; if ``shared``, C may be 0.
+        rows: float [C, D] of the items ``low`` ... ``low + C - 1``: all items or, if ``shared``,
+            this rank's slice of the catalog, where C may be 0.
         targets: int64 [m] item ids. The loss of a position whose target is in no slice is
             meaningless, and the gradient given for it must be zero.
-        scale: factor of the scores.
-        cosine: score by cosines instead of dot products.
-        shared: the rows are this rank's slice of the catalog, not all of it.
+        scale: factor of the scores, which are cosines if ``cosine``, else dot products.
         teacher_share: weight of all teachers together; the target has the rest.
         sizes: m of every rank, if known.
 
@@ -184,10 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _taught(
     teacher_logits: Sequence[TeacherLogits], unit: Tensor, sizes: list[int]
 ) -> tuple[Tensor, list[TeacherLogits]]:
-    """This slice's part of the mean row [W * M, D] under the teachers' probabilities.
-
-    And their logits at the positions of all ranks.
-    """
+    """This slice's part of the teachers' mean rows [W * M, D]; their logits for all ranks."""
     total, gathered = torch.zeros((), device=unit.device), []
     for teacher in teacher_logits:
         hidden = teacher.hidden
