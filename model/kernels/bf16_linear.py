@@ -30,7 +30,7 @@ def linear(module: nn.Linear, rows: Tensor, with_bias: bool = True) -> Tensor:
     """
     weight, bias = module.weight, module.bias if with_bias else None
     fits = rows.is_cuda and rows.dtype == torch.bfloat16 and weight.dtype == torch.float32
-    if triton is None or torch.compiler.is_compiling() or not fits:
+    if triton is None or not fits:
         return F.linear(rows, weight, bias)
     return _Linear.apply(rows.contiguous(), weight, bias)
 

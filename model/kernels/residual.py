@@ -31,7 +31,7 @@ _WIDEST = 2048
 
 def takes(items: Tensor) -> bool:
     """Whether these items [T, D] can take this path: on CUDA, inside bfloat16 autocast."""
-    if triton is None or torch.compiler.is_compiling() or not items.is_cuda:
+    if triton is None or not items.is_cuda:
         return False
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
     return half and items.dtype == torch.float32 and items.shape[1] <= _WIDEST
@@ -78,10 +78,11 @@ def add(
     return _Add.apply(stream, branch, branch_bias, norm.weight, norm.bias, norm.eps, dropout, dtype)
 
 
-def _partial(rows: Tensor, sums: int) -> Tensor:
-    """Memory for ``sums`` sums over the rows of each program: float32 [P, sums, D]."""
-    tiles, *_ = row_tiles(rows.shape, _GRADIENT_TILE)
-    return torch.empty(max(1, min(_PROGRAMS, tiles)), sums, rows.shape[1], device=rows.device)
+def _partial(rows: Tensor, sums: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Memory for ``sums`` sums over a program's rows: float32 [P, sums, D]; the kernel's sizes."""
+    tiles, *tile = row_tiles(rows.shape, _GRADIENT_TILE)
+    programs = max(1, min(_PROGRAMS, tiles))
+    return torch.empty(programs, sums, rows.shape[1], device=rows.device), (*rows.shape, *tile)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -121,11 +122,9 @@ class _Enter(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         items, table, *_ = ctx.saved_tensors
         grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed.contiguous()
-        gradient, partial = torch.empty_like(items), _partial(items, 4)
+        gradient, (partial, sizes) = torch.empty_like(items), _partial(items, 4)
         grads = _contiguous(grad_stream), grad_normed, gradient, partial
         tensors, options = (*ctx.saved_tensors, *grads), dropout_options(ctx.dropout)
-        _, *tile = row_tiles(items.shape, _GRADIENT_TILE)
-        sizes = *items.shape, *tile
         kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, **options)
         of_table = None
         if table is not None:
@@ -166,11 +165,10 @@ class _Add(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed.contiguous()
-        gradient, partial = torch.empty_like(total), _partial(total, 3)
+        gradient, (partial, sizes) = torch.empty_like(total), _partial(total, 3)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
         tensors = total, weight, _contiguous(grad_total), grad_normed, gradient, of_branch, partial
-        _, *tile = row_tiles(total.shape, _GRADIENT_TILE)
-        sizes, options = (*total.shape, *tile), dropout_options(ctx.dropout)
+        options = dropout_options(ctx.dropout)
         kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
         of_weight, of_bias, added = partial.sum(dim=0).unbind()
         of_branch_bias = added if ctx.has_bias else None

@@ -76,21 +76,14 @@ def attend(
         rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
         steps_ago: int64 [T], each position's row of ``rotation``.
     """
-    # Only tensors and numbers: torch.compile traces the arguments of an autograd function.
-    places = rows.starts, rows.longest, rows.left_only, rows.windows
-    return _Attend.apply(projected, rotation, steps_ago, *places)
+    return _Attend.apply(projected, rows, rotation, steps_ago)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        projected: Tensor,
-        rotation: Tensor | None,
-        steps_ago: Tensor,
-        *places: Any,
+        ctx: Any, projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
     ) -> Tensor:
-        rows = JaggedRows(*places)
         rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
         bounds = rows.bounds()
         outputs: list[Any] = [None] * 3
@@ -127,4 +120,4 @@ class _Attend(torch.autograd.Function):
             gradients = torch.ops.aten._flash_attention_backward(*given, *options)
             found += [gradient.contiguous() for gradient in gradients]
         gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
-        return gradient, *([None] * 6)
+        return gradient, None, None, None
