@@ -1,7 +1,7 @@
 """Fused kernels for CUDA, in Triton (imported by compiler) and around FlashAttention.
 
-The encoder's: varlen_attention, varlen_kernels, residual, residual_kernels, bf16_linear,
-dropout_bits. Of tables and losses: l2_normalize, segment_sum, log_sum. Launches of a step:
-graphed_call (CUDA graphs), side_stream (work beside the main stream). A CPU needs none of them:
-plain code computes the same, and tests compare the two. Imports: nothing of ``model``.
+For the encoder: varlen_attention, varlen_kernels, residual, residual_kernels, bf16_linear,
+dropout_bits. For tables and losses: l2_normalize, segment_sum, log_sum. Against idle time of the
+GPU: graphed_call (CUDA graphs), side_stream (work beside the main stream). A CPU needs none of
+them: plain code computes the same, and tests compare the two. Imports: nothing of ``model``.
 """

@@ -4,10 +4,9 @@
     every call                        copy inputs -> replay forward -> outputs
     backward                          copy the output's gradient -> replay backward -> gradients
 
-A launch costs the host about 5 us, more than many a small kernel runs. The loader's few batch
-shapes (``pipeline/training/shape_buckets.py``) keep the graphs few. Like
-``torch.cuda.make_graphed_callables``, but for many shapes, and in capture mode thread_local: the
-default mode fails when another thread pins memory.
+A launch costs the host about 5 us, more than many a small kernel runs. Unlike
+``torch.cuda.make_graphed_callables``, this takes many shapes (the loader keeps them few, see
+``pipeline/training/shape_buckets.py``), and other threads may pin memory during a capture.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +31,8 @@ class GraphedCall:
     """Calls ``body`` through CUDA graphs, one pair of them for each combination of shapes.
 
     Args:
-        body: a function of tensors, some of them None, to one tensor, or to several of which only
-            the first is differentiable; without host synchronisation. It draws the same random
-            numbers as without graphs.
+        body: returns a tensor, or several of which only the first is differentiable, without host
+            synchronisation. It draws the same random numbers as without graphs.
         module: its parameters get gradients.
         hooked: autograd hands the parameters' gradients over, as DDP's hooks need. Otherwise they
             are written into ``.grad``, the same tensors after every call: half the host's work, and
@@ -110,10 +108,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class _Captured:
-    """Forward and backward of one combination of shapes, with the memory they read and write.
-
-    All share one memory pool: the activations of one are gone when another is replayed.
-    """
+    """Forward and backward for one combination of shapes, in a memory pool that all share."""
 
     def __init__(
         self,
@@ -140,7 +135,7 @@ class _Captured:
         torch.cuda.set_rng_state(generator)
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, as the loader's, may go on allocating memory meanwhile.
+        # The default mode fails when another thread, as the loader's, pins memory.
         capture = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
@@ -167,10 +162,8 @@ def _static(given: Tensor) -> Tensor:
 
 
 def _unowned(grad: Tensor) -> Tensor:
-    """A large gradient without a hold on its memory, so that all graphs use the same.
-
-    It is read right after the replay that writes it, before any other graph is replayed.
-    """
+    """A large gradient without a hold on its memory, so that all graphs use the same."""
+    # It is read right after the replay that writes it, before any other graph is replayed.
     if not _address(grad) or grad.dtype != torch.float32 or not grad.is_contiguous():
         return grad
     data, shape = (grad.data_ptr(), False), tuple(grad.shape)

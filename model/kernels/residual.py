@@ -4,8 +4,7 @@
     add        stream + dropout(branch (+ its bias)) -> stream -> norm -> normed
 
 The stream is float32; the normed rows, which the next product reads, are half precision. In plain
-torch the passes over memory of bias, dropout, sum, norm and cast, and as many backward, take longer
-than the matrix products between them.
+torch these passes over memory take longer than the matrix products between them.
 
 Shapes: T rows, D width, L rows of a table.
 """

@@ -1,8 +1,7 @@
 """The Triton kernels of :mod:`model.kernels.residual`: each one pass over memory.
 
 Backward kernels compute means and deviations again: the row is in registers anyway. Each program
-writes its sums of the gradients of weights and biases to ``partial``; adding these up in order
-gives the same bits in every run.
+writes its sums of gradients to ``partial``, to be added up in order: the same bits in every run.
 
 Shapes: T rows (``count``), D values of each (``width``), P programs.
 """

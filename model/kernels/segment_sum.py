@@ -50,9 +50,8 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
 
     Args:
         rows: float [C, D], contiguous.
-        index: [M], of C + S rows.
         values: [M, D] of the same dtype.
-        more: [S, D] alike: rows C ... C + S - 1, in other memory.
+        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, in other memory.
     """
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
@@ -74,12 +73,10 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
 def adam_rows(
     rows: Tensor, index: SortedIndex, values: Tensor, adam: tuple[Any, ...], scale: float
 ) -> None:
-    """One step of Adam, on CUDA, for every row in the index; its gradient is scale x sum of values.
+    """One step of Adam for every row in the index; its gradient is scale x sum of values.
 
-    Args:
-        rows: float32 [C, D], contiguous.
-        values: float32 [M, D].
-        adam: state and constants, as for :func:`adam_step`.
+    On CUDA; rows are float32 [C, D], contiguous, values float32 [M, D], ``adam`` as for
+    :func:`adam_step`.
     """
     if len(index):
         _sum_runs(rows, rows[:0], index, values, adam, scale)

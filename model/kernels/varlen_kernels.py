@@ -19,10 +19,7 @@ Calls = list[Tensor | None]
 def rotate(projected: Tensor, rotation: Tensor, steps_ago: Tensor) -> Tensor:
     """Queries and keys rotated by their positions' angles (arXiv 2104.09864), values as they are.
 
-    Args:
-        projected: [T, 3, H, W], contiguous.
-        rotation: float32 [R, 2, W / 2], cosines and sines.
-        steps_ago: int64 [T], each position's row of ``rotation``.
+    Arguments as for :func:`~model.kernels.varlen_attention.attend`.
     """
     rotated = torch.empty_like(projected)
     positions, _, heads, width = projected.shape
@@ -36,11 +33,8 @@ def rotate(projected: Tensor, rotation: Tensor, steps_ago: Tensor) -> Tensor:
 def choose(rotated: Tensor, outputs: Calls, sums: Calls, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Output [T, H, W] and log-sum-exp, float32 [H, T], of each position's own call.
 
-    A position of a second stream is added to what it sees.
-
-    Args:
-        rotated: [T, 3, H, W].
-        outputs, sums: the same of calls 0, 1 and 2; call 2 may be None.
+    A position of a second stream is added to what it sees. ``outputs`` and ``sums`` are those of
+    calls 0, 1 and 2; call 2 may be None.
     """
     positions, _, heads, width = rotated.shape
     output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
@@ -64,13 +58,12 @@ def join(
     rotation: Tensor | None,
     steps_ago: Tensor,
 ) -> Tensor:
-    """The gradient, [T, 3, H, W], for queries, keys and values before the rotation.
+    """The gradient, [T, 3, H, W], for queries, keys and values before the rotation, if any.
 
     Args:
         gradients: [T, H, W] for queries, keys and values of call 0, then of calls 1 and 2, nine in
             all; None where there was no such call.
         output, log_sums: results of :func:`choose`; ``grad`` is the output's gradient.
-        rotation, steps_ago: as for :func:`rotate`; None: nothing was rotated.
     """
     positions, _, heads, width = rotated.shape
     gradient, half = torch.empty_like(rotated), width // 2

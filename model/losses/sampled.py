@@ -36,11 +36,10 @@ def softmax(
 def log_sums(
     scores: Tensor, targets: Tensor, negatives: Tensor, log_counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts of each position's log-sum-exp; arguments as for :func:`softmax`.
+    """The parts of each position's log-sum-exp, in which hits do not count.
 
-    Returns:
-        masses [M, K] in the dtype of ``scores``: exp(score - log count - top), 0 for hits; tops
-        [M], each position's largest exponent; totals [M], the sums of the masses.
+    They are masses [M, K] in the dtype of ``scores``, exp(score - log count - top), tops [M], the
+    largest exponents, and totals [M], the sums of the masses.
     """
     exponents = scores - log_counts  # float32
     exponents.masked_fill_(targets[:, None] == negatives, torch.finfo(exponents.dtype).min)
@@ -50,10 +49,7 @@ def log_sums(
 
 
 class _LogSum(torch.autograd.Function):
-    """log of the sum over negatives but hits of exp(score) / expected count: [M].
-
-    autograd would keep four copies of the scores for ``logsumexp``.
-    """
+    """The log-sum-exp [M] of :func:`log_sums`; autograd's would keep four copies of the scores."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, *known: Tensor) -> Tensor:
@@ -84,8 +80,7 @@ def gbce(
 def gbce_beta(calibration: float, num_negatives: int, num_items: int) -> float:
     """The power of the positive's probability, against the overconfidence caused by sampling.
 
-    Args:
-        calibration: 0: plain binary cross-entropy; 1: scores as calibrated as without sampling.
+    Calibration 0 is plain binary cross-entropy, 1 calibrates scores as well as without sampling.
     """
     rate = min(1.0, num_negatives / max(1, num_items - 1))
     return 1 - calibration * (1 - rate)

@@ -58,7 +58,7 @@ class TeacherLogits:
 
     hidden: Tensor  # [m, E], scaled
     rows: Tensor  # [C, E] of the items that this rank scores
-    bound: float  # of the logits' absolute values
+    bound: float  # upper bound of the logits' absolute values
     log_sums: Tensor | None = None  # [m], over the whole catalog; the loss computes it
 
 
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         unit, inverse = normalize_rows(rows, dtype) if cosine else (rows.to(dtype), None)
-        hidden = hidden.to(dtype)
+        hidden, items = hidden.to(dtype), len(rows)
         if shared:
             hidden, sizes = all_gather_rows(hidden, sizes)
             targets, _ = all_gather_rows(targets, sizes)
@@ -123,15 +123,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sizes = []
         means, log_sums = softmax_means(hidden, unit, bound)
         column = targets - low
-        owned = (column >= 0) & (column < unit.shape[0])
+        owned = (column >= 0) & (column < items)
         # Positions whose target is elsewhere get no row: adding many zeros to one row takes time.
-        nowhere = unit.shape[0]
-        index = column.masked_fill(~owned, nowhere)
-        ctx.index = side_stream.start(lambda: sort_index(index, nowhere))
-        column = column.clamp(0, max(0, unit.shape[0] - 1))
-        aims = torch.zeros_like(means)
-        if unit.shape[0]:
-            aims = unit[column] * owned[:, None]
+        index = column.masked_fill(~owned, items)
+        ctx.index = side_stream.start(lambda: sort_index(index, items))
+        column = column.clamp(0, max(0, items - 1))
+        aims = unit[column] * owned[:, None] if items else torch.zeros_like(means)
         wanted = target_logits(hidden, aims, bound)
         if teacher_logits:
             taught, teacher_logits = _taught(teacher_logits, unit, sizes)
@@ -200,5 +197,5 @@ def _taught(
 def _gathered(mine: Tensor, world_size: int) -> Tensor:
     """Every rank's tensor of this shape: [W, ...]."""
     parts = mine.new_empty(world_size, *mine.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1) if mine.ndim > 1 else parts.flatten(), mine)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), mine)
     return parts
