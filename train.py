@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def read_flags() -> RunConfig:
     """The config that the command line describes."""
     given = FlagParser(__doc__, RunConfig, MAIN_FLAGS).given(sys.argv[1:])
-    return build(RunConfig, with_recipe(given, RunConfig().data.dataset_name))
+    return build(RunConfig, with_recipe(given))
 
 
 def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = None) -> None:

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import commit, processor, versions
+from benchmarks.machine import commit, processor
 from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.position import Position
 from model.distributed import Ranks, exit_rank, from_first_rank, start
@@ -35,6 +35,7 @@ from model.run.build import build_model
 from model.run.config import RunConfig
 from model.run.execution import plan_execution
 from model.run.flags import FlagParser
+from model.run.folder import versions
 from model.step.optimizers import Optimizers
 
 REPEATS = 5

@@ -35,7 +35,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.limits import table_ms
-from benchmarks.machine import ROOT, commit, versions
+from benchmarks.machine import ROOT, commit
+from model.run.folder import versions
 
 WAYS = {
     "ddp": ("--mode=ddp",),

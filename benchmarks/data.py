@@ -39,7 +39,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import ROOT, commit, processor, versions
+from benchmarks.machine import ROOT, commit, processor
+from model.run.folder import versions
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig

@@ -1,13 +1,11 @@
-"""The hardware, versions and commit of a benchmark, recorded with its figures."""
+"""The hardware and commit of a benchmark, recorded with its figures."""
 
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchdata", "numpy", "pyarrow")
 
 
 def processor() -> str:
@@ -17,17 +15,6 @@ def processor() -> str:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{names[0] if names else platform.processor()}, {cores} cores"
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that decide speed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str:

@@ -27,7 +27,7 @@ def test_train_py_knows_the_flags_of_a_row(name: str) -> None:
     row = ROWS[name]
     for mode in row.modes:
         given = FlagParser("", RunConfig).given(row.train_flags(mode))
-        flags = with_recipe(given, "synthetic")
+        flags = with_recipe(given)
         assert (flags["mode"], flags["train_batch_size"]) == (mode, row.batch)
         assert flags.get("max_steps", 0) == row.steps
         assert FlagParser("", RunConfig).parse(row.train_flags(mode)).sharding.mode == mode

@@ -68,7 +68,7 @@ def check(words: list[str]) -> None:
 def check_script(script: str, *arguments: str) -> None:
     assert (ROOT / script).exists(), script
     if script == "train.py":
-        build(RunConfig, with_recipe(FlagParser("", RunConfig).given(arguments), "synthetic"))
+        build(RunConfig, with_recipe(FlagParser("", RunConfig).given(arguments)))
     elif script in ("eval.py", "benchmarks/evaluation.py"):
         FlagParser("", EvalFlags).given(arguments)
     else:

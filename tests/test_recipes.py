@@ -14,35 +14,35 @@ from tests.conftest import TINY, RunMain
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_valid_config(name: str) -> None:
     assert RECIPES[name].keys() <= flags_of(RunConfig).keys()
-    build(RunConfig, with_recipe({"recipe": name}, "synthetic"))
+    build(RunConfig, with_recipe({"recipe": name}))
 
 
 def test_the_data_set_chooses_its_recipe() -> None:
-    flags = with_recipe({"dataset_name": "ml-1m", "dataset_path": "x"}, "synthetic")
+    flags = with_recipe({"dataset_name": "ml-1m", "dataset_path": "x"})
     assert flags["recipe"] == "ml-1m"
     assert flags["emb_dim"] == RECIPES["ml-1m"]["emb_dim"]
 
 
 def test_without_a_data_set_the_default_one_chooses() -> None:
-    assert with_recipe({}, "synthetic")["recipe"] == "synthetic"
+    assert with_recipe({})["recipe"] == "synthetic"
 
 
 @pytest.mark.parametrize(
     "given", [{"dataset_name": "random"}, {"dataset_path": "mine.csv"}, {"recipe": "none"}]
 )
 def test_data_without_a_recipe_gets_the_defaults(given: dict[str, str]) -> None:
-    assert with_recipe(given, "synthetic") == {**given, "recipe": "none"}
+    assert with_recipe(given) == {**given, "recipe": "none"}
 
 
 def test_the_command_line_overrides_the_recipe() -> None:
-    flags = with_recipe({"recipe": "beauty", "emb_dim": 8}, "synthetic")
+    flags = with_recipe({"recipe": "beauty", "emb_dim": 8})
     assert flags["emb_dim"] == 8
     assert flags["train_batch_size"] == RECIPES["beauty"]["train_batch_size"]
 
 
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(UserError, match="--recipe must be one of auto, none, synthetic"):
-        with_recipe({"recipe": "ml-2m"}, "synthetic")
+        build(RunConfig, with_recipe({"recipe": "ml-2m"}))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_unknown_recipe_is_refused() -> None:
     ],
 )
 def test_taught_models_have_recipes_of_their_own(given: dict[str, str], name: str) -> None:
-    assert with_recipe(given, "synthetic")["recipe"] == name
+    assert with_recipe(given)["recipe"] == name
 
 
 # Defaults of examples/bert4rec/bert4rec_main.py in TorchRec, and what its code does without a flag.
@@ -96,7 +96,7 @@ EXAMPLE_CODE = {
 
 
 def test_torchrec_example_has_its_defaults() -> None:
-    flat = flatten(build(RunConfig, with_recipe({"recipe": "torchrec-example"}, "synthetic")))
+    flat = flatten(build(RunConfig, with_recipe({"recipe": "torchrec-example"})))
     expected = EXAMPLE_DEFAULTS | EXAMPLE_CODE
     assert {name: flat[name] for name in expected} == expected
     ours = flatten(RunConfig())

@@ -10,12 +10,11 @@ class CheckpointConfig(Config):
     """When to save checkpoints and how many to keep."""
 
     checkpoint_every: float = flag(
-        10.0, "minutes between two checkpoints; each better evaluation saves one too", above=0
+        10.0, "minutes between checkpoints; a better evaluation saves one too", above=0
     )
     keep_last: int = flag(2, "newest checkpoints to keep besides the best", at_least=1)
     on_save_error: str = flag(
         "stop",
-        "what to do when a checkpoint or the log cannot be written; continue: train on with a "
-        "warning",
+        "reaction to a checkpoint or log that cannot be written; continue: warn and train on",
         choices=("stop", "continue"),
     )

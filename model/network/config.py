@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
 
-POSITIONS = ("rotary", "none")
-HEADS = ("tied", "linear")
 LOSSES = ("softmax", "sampled_softmax", "gbce")
 
 
@@ -15,22 +13,20 @@ class EncoderConfig(Config):
     """Size and regularisation of the encoder."""
 
     emb_dim: int = flag(
-        64, "width of item embeddings and encoder layers, a multiple of 4 and --nhead", at_least=1
+        64, "width of embeddings and encoder, a multiple of 4 and --nhead", at_least=1
     )
-    nhead: int = flag(2, "attention heads of a layer; must divide --emb_dim", at_least=1)
+    nhead: int = flag(2, "attention heads per layer; must divide --emb_dim", at_least=1)
     num_layers: int = flag(2, "transformer layers of the encoder", at_least=1)
     dropout: float = flag(
-        0.2, "dropout probability on embeddings and on the branches of layers", at_least=0, below=1
+        0.2, "dropout probability of embeddings and layer branches", at_least=0, below=1
     )
     positions: str = flag(
         "rotary",
-        "how attention sees the distance of two positions; rotary: rotated queries and keys, "
-        "none: not at all",
-        choices=POSITIONS,
+        "how attention sees distances; rotary: rotated queries and keys, none: not at all",
+        choices=("rotary", "none"),
     )
     learned_positions: bool = flag(
-        True,
-        "add a learned vector for the number of steps between a position and the window's end",
+        True, "add a learned vector for a position's distance from the window's end"
     )
 
     def check(self) -> None:
@@ -61,13 +57,11 @@ class HeadConfig(Config):
 
     head: str = flag(
         "tied",
-        "table that scores items; tied: the item table, linear: a second table of its own",
-        choices=HEADS,
+        "table that scores items; tied: the item table, linear: a second one",
+        choices=("tied", "linear"),
     )
     logit_temperature: float = flag(
-        0.07,
-        "scores are cosines divided by this temperature; 0: plain dot products",
-        at_least=0,
+        0.07, "scores are cosines divided by this; 0: plain dot products", at_least=0
     )
     loss: str = flag(
         "softmax",
@@ -77,7 +71,7 @@ class HeadConfig(Config):
     )
     gbce_calibration: float = flag(
         0.75,
-        "calibration t of --loss gbce; 0: plain binary cross-entropy, 1: fully calibrated",
+        "calibration t of --loss gbce; 0: plain binary cross-entropy, 1: full",
         at_least=0,
         at_most=1,
     )
@@ -88,15 +82,10 @@ class TeachersConfig(Config):
     """Trained models to learn from (knowledge distillation)."""
 
     teachers: str = flag(
-        "",
-        "trained models to learn from besides the data: run folders or exported models, separated "
-        "by commas (default: none)",
+        "", "run folders or exported models to learn from, separated by commas (default: none)"
     )
     teacher_share: float = flag(
-        0.8,
-        "weight of the teachers' probabilities in the loss; the targets have the rest",
-        above=0,
-        at_most=1,
+        0.8, "weight of the teachers in the loss; the targets have the rest", above=0, at_most=1
     )
 
     def check(self) -> None:

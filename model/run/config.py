@@ -14,24 +14,11 @@ from pipeline.evaluation.config import HoldoutConfig
 from pipeline.sources.config import DataConfig
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 
-# What `train.py --help` shows; `--help-all` shows the rest too.
+# Flags that `train.py --help` shows, in this order; `--help-all` shows all.
 MAIN_FLAGS = (
-    "dataset_path",
-    "dataset_name",
-    "columns",
-    "run_dir",
-    "resume",
-    "export_root",
-    "recipe",
-    "mode",
-    "max_len",
-    "emb_dim",
-    "num_layers",
-    "loss",
-    "num_epochs",
-    "train_batch_size",
-    "lr",
-    "seed",
+    *("dataset_path", "dataset_name", "columns", "run_dir", "resume", "export_root", "recipe"),
+    *("mode", "max_len", "emb_dim", "num_layers", "loss", "num_epochs", "train_batch_size"),
+    *("lr", "seed"),
 )
 
 
@@ -39,30 +26,22 @@ MAIN_FLAGS = (
 class OutputConfig(Config):
     """Files, precision and evaluation batches."""
 
-    run_dir: str = flag(
-        "",
-        "folder for everything that this run writes (default: runs/<data set>-<date>-<time>)",
-    )
+    run_dir: str = flag("", "folder of the run's files (default: runs/<data set>-<date>-<time>)")
     resume: str = flag(
-        "never",
-        "auto: continue the run in --run_dir from its newest checkpoint, if there is one",
-        choices=("never", "auto"),
+        "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
     export_root: str = flag(
-        "",
-        "folder for a second copy of the exported model: safetensors and catalog "
-        "(default: only <run folder>/model)",
+        "", "folder for a second copy of the exported model (default: only <run folder>/model)"
     )
     precision: str = flag(
         "auto",
-        "precision of the encoder; auto: bf16 on CUDA, fp32 on CPU",
+        "encoder precision; auto: bf16 on CUDA, fp32 on CPU",
         choices=("auto", "bf16", "fp32"),
     )
     acceleration: str = flag(
         "auto",
-        "how bf16 training steps are launched on CUDA; graphs: as CUDA graphs, none: kernel by "
-        "kernel, auto: graphs",
-        choices=("auto", "none", "graphs"),
+        "auto: launch bf16 training steps as CUDA graphs, none: kernel by kernel",
+        choices=("auto", "none"),
     )
     val_batch_size: int = flag(256, "users per validation batch and rank", at_least=1)
     test_batch_size: int = flag(256, "users per test batch and rank", at_least=1)
@@ -78,8 +57,7 @@ class RunConfig(Config):
 
     recipe: str = flag(
         "auto",
-        "defaults to start from, which other flags override; auto: the recipe named like the data "
-        "set, if there is one",
+        "defaults to start from; auto: the recipe with the data set's name, if there is one",
         choices=CHOICES,
     )
     data: DataConfig = field(default_factory=DataConfig)
@@ -116,22 +94,17 @@ class EvalFlags(Config):
     """All flags of eval.py."""
 
     checkpoint: str = flag(
-        "",
-        "run folder, whose best checkpoint is evaluated, or exported model (no default: it is "
-        "needed)",
+        "", "run folder, whose best checkpoint is evaluated, or exported model (no default)"
     )
-    split: str = flag("test", "held-out items to evaluate on", choices=("test", "validation"))
-    dataset_path: str = flag(
-        "", "where the ratings are now, if they were moved (default: as in training)"
-    )
+    split: str = flag("test", "held-out items to rank", choices=("test", "validation"))
+    dataset_path: str = flag("", "path of the ratings (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
         None, "users per batch and rank (default: as in training)", at_least=1
     )
     popularity_discount: float = flag(
         0.0,
-        "subtract this times the logarithm of an item's training count from its score; 0: rank by "
-        "likelihood, 1: rank by lift over the item's popularity",
+        "weight of log(training count) subtracted from scores; 0: rank by likelihood, 1: by lift",
         at_least=0,
         at_most=1,
     )

@@ -1,10 +1,8 @@
-"""Command line flags from config classes: one field, one flag, one default.
+"""Command line flags from config classes, which check the values (:mod:`pipeline.config`).
 
-Names are flat: ``--max_len`` is the field ``max_len`` of whichever group declares it. The config
-classes check values themselves (:mod:`pipeline.config`); this module converts and finds names.
+Names are flat: ``--max_len`` is the field ``max_len`` of whichever group declares it.
 
-    parser = FlagParser("Train BERT4Rec", RunConfig)
-    config = parser.parse(["--mode", "ddp", "--num-epochs", "3"])     # hyphens work too
+    config = FlagParser("Train", RunConfig).parse(["--mode", "ddp", "--num-epochs", "3"])
     assert build(RunConfig, flatten(config)) == config
 """
 
@@ -16,9 +14,10 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from pipeline.config import Config
 from pipeline.errors import UserError
 
-C = TypeVar("C")
+C = TypeVar("C", bound=Config)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}
 _CLOSING_LINE = "--help-all shows all flags, by group; hyphens in names work too"
@@ -29,7 +28,7 @@ _RETIRED_VALUES = {"positions": "bias", "acceleration": "compile"}
 
 
 def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
-    """All flags of a config class by name, those of its nested groups included."""
+    """Flags of a config class and its groups, by name."""
     flags: dict[str, dataclasses.Field] = {}
     for entry in dataclasses.fields(group_class):
         is_group = dataclasses.is_dataclass(entry.type)
@@ -41,7 +40,7 @@ def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Flag values of a config, JSON-able, in the order of declaration."""
+    """Flag values of a config by name, JSON-able."""
     flat: dict[str, Any] = {}
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -50,19 +49,15 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
-    """The config with the flag values ``flat``; missing flags keep their defaults.
-
-    Raises:
-        UserError: an unknown flag, a value of another type, or one that the config refuses.
-    """
+    """The config with the flag values ``flat``; missing flags keep their defaults."""
     unknown = flat.keys() - flags_of(config_class).keys()
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}: made by another version?")
     values: dict[str, Any] = {}
-    for entry in dataclasses.fields(config_class):  # type: ignore[arg-type]
+    for entry in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(entry.type):
             inside = flat.keys() & flags_of(entry.type).keys()
-            group = typing.cast(type, entry.type)
+            group = typing.cast(type[Config], entry.type)
             values[entry.name] = build(group, {name: flat[name] for name in inside})
         elif entry.name in flat:
             values[entry.name] = _converted(entry, flat[entry.name])
@@ -70,16 +65,9 @@ def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
 
 
 def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of a config.json, which an earlier version may have written, for :func:`build`.
-
-    Raises:
-        UserError: a value that this version no longer has.
-    """
-    new_names = {
-        alias: name
-        for name, entry in flags_of(config_class).items()
-        for alias in entry.metadata["aliases"]
-    }
+    """The flags of a config.json, which an earlier version may have written, for :func:`build`."""
+    flags = flags_of(config_class)
+    new_names = {alias: name for name in flags for alias in flags[name].metadata["aliases"]}
     flat: dict[str, Any] = {}
     for name, value in recorded.items():
         if name in _RETIRED_FLAGS and value == _RETIRED_FLAGS[name]:
@@ -89,16 +77,16 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
                 f"made with --{name} {value}, which this version no longer has: use the version "
                 "that made it"
             )
+        if name == "acceleration" and value == "graphs":  # what "auto" means now
+            value = "auto"
         flat[new_names.get(name, name)] = value
     return flat
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser over a config class whose error messages are one line.
+    """An argument parser over a config class; an error is a UserError of one line.
 
     Args:
-        description: text above the flags in ``--help``.
-        config_class: its flags, nested groups included.
         main_flags: the flags that ``--help`` shows, while ``--help-all`` shows all by group; None:
             ``--help`` shows all.
     """
@@ -135,19 +123,11 @@ class FlagParser(argparse.ArgumentParser):
                 _add_flag(where, entry)
 
     def parse(self, arguments: Sequence[str]) -> Any:
-        """The config that a command line describes.
-
-        Raises:
-            UserError: an unknown flag or a bad value.
-        """
+        """The config that a command line describes."""
         return build(self.config_class, self.given(arguments))
 
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The flags on a command line, by name, without defaults.
-
-        Raises:
-            UserError: an unknown flag, or a value of another type.
-        """
+        """The flags on a command line, by name, without defaults."""
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
             names = [option for option in self._option_string_actions if option.startswith("--")]
@@ -162,8 +142,6 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class _HelpAll(argparse.Action):
-    """Print all flags and end."""
-
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, FlagParser)
         FlagParser(parser.description or "", parser.config_class).print_help()

@@ -1,12 +1,9 @@
 """The folder of a run, locked by one process group at a time.
 
-    runs/mine/
-        config.json       every flag, versions, command: enough to rebuild the model
-        catalog.parquet   the items and users that the model was trained on
-        checkpoints/      and the files of the log (``model/training/run_log.py``)
-
-folder = RunFolder(config, ranks, store)     creates or locks it; refuses that of another run
-folder.record(config, execution)             writes config.json and the catalog
+runs/mine/
+    config.json       every flag, versions, command: enough to rebuild the model
+    catalog.parquet   the items and users that the model was trained on
+    checkpoints/      and the files of the log (``model/training/run_log.py``)
 """
 
 import importlib.metadata
@@ -36,10 +33,6 @@ _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 class RunFolder:
     """The folder of a run, locked until the process ends.
 
-    Args:
-        config: names the folder by ``--run_dir``; without it, runs/<data set>-<date>-<time>.
-        store: the data; a resumed run must have been trained on the same.
-
     Raises:
         UserError: another run has locked it, it cannot be written, or it holds a run already and
             ``--resume auto`` is missing or comes with other flags or data.
@@ -56,25 +49,23 @@ class RunFolder:
         self.path = from_first_rank(ranks, lambda: self._claim(config))
 
     def record(self, config: RunConfig, execution: dict[str, Any]) -> None:
-        """Write config.json and the catalog.
-
-        Args:
-            execution: the execution plan and what the planner did with the tables.
+        """Write config.json, with the execution plan and the shards of the tables, and the catalog.
 
         Raises:
             UserError: (on all ranks) they cannot be written.
         """
-        from_first_rank(self._ranks, lambda: self._record(config, execution))
 
-    def _record(self, config: RunConfig, execution: dict[str, Any]) -> None:
-        try:
-            write_config(self.path, flatten(config), self._facts | {"execution": execution})
-            if self._store.path is None:
-                self._store.catalog.write_to(self.path)
-            else:
-                Catalog.copy(self._store.path, self.path)
-        except OSError as error:
-            raise _unwritable("--run_dir", self.path, error) from error
+        def write() -> None:
+            try:
+                write_config(self.path, flatten(config), self._facts | {"execution": execution})
+                if self._store.path is None:
+                    self._store.catalog.write_to(self.path)
+                else:
+                    Catalog.copy(self._store.path, self.path)
+            except OSError as error:
+                raise _unwritable("--run_dir", self.path, error) from error
+
+        from_first_rank(self._ranks, write)
 
     def _claim(self, config: RunConfig) -> Path:
         if not config.output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
@@ -131,17 +122,9 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    groups = (
-        config.data,
-        config.windows,
-        config.mask,
-        config.encoder,
-        config.head,
-        config.negatives,
-    )
-    now = {name: value for group in groups for name, value in flatten(group).items()}
-    now["seed"] = config.loader.seed
-    now["table_precision"] = config.sharding.table_precision
+    now = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
+    for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
+        now |= flatten(getattr(config, group))
     for name in now.keys() - {"cache_dir", "dataset_path"}:
         if before.get(name, now[name]) != now[name]:
             raise UserError(
@@ -173,10 +156,8 @@ def versions() -> dict[str, str]:
 def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write config.json: flags, facts of the data and of the execution, versions."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_json(
-        run_dir / "config.json",
-        {"flags": flags, **facts, "versions": versions(), "command": command},
-    )
+    content = {"flags": flags, **facts, "versions": versions(), "command": command}
+    write_json(run_dir / "config.json", content)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:

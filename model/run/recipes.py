@@ -1,32 +1,21 @@
 """Recipes: flags to start from for each data set, as plain data.
 
     python train.py --dataset_name ml-1m                      takes the recipe "ml-1m" by itself
-    python train.py --dataset_name mine --dataset_path x.csv --recipe ml-1m
     python train.py --dataset_name ml-1m --recipe none        the general defaults
     python train.py --dataset_name ml-1m --num_epochs 20      flags given override the recipe
     python train.py --dataset_name ml-1m --teachers a,b       takes the recipe "ml-1m-taught"
-    python train.py --dataset_name ml-1m --recipe torchrec-example
 
-``ml-1m``, ``beauty`` and ``ml-100k`` were chosen from the experiments in
-``benchmarks/ABLATIONS.md``, on validation only. ``ml-20m`` was not measured: it is ML-1M's with
-less dropout and a shorter schedule for twenty times as much data. Learning rates of tables are for
-Adam, the default on CUDA.
+``ml-1m``, ``beauty`` and ``ml-100k`` were chosen on validation (``benchmarks/ABLATIONS.md``);
+``ml-20m`` was not measured. Learning rates of tables are for Adam, the default on CUDA.
 
-``torchrec-example`` sets what TorchRec's ``examples/bert4rec`` does, as far as flags can. Eight of
-its defaults differ from ours: mask_prob 0.15, dupe_factor 3, emb_dim 256, num_epochs 100,
-weight_decay 0, val_batch_size and test_batch_size 128, and dataset_name ml-1m, which no recipe
-sets. What the example has no flags for: a linear head with plain dot products, masked positions
-that become the mask token (0.8) or a random item (0.2), windows that advance by a tenth of max_len,
-learned positions only, no windows with left context, dropout 0.1, Adam with beta2 0.999, a constant
-learning rate without warm-up, and no gradient clipping. Not reproduced: ReLU (here GELU), a bias of
-the output layer, dropout on attention probabilities, layer norm over all positions of a window at
-once, no norm after the last layer, and initial weights.
+``torchrec-example`` sets what TorchRec's ``examples/bert4rec`` does, as far as flags can
+(``docs/differences.md``).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.sources.config import DataConfig
 
 _ML_1M: dict[str, Any] = {
     "max_len": 200,
@@ -69,6 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ml-1m": _ML_1M,
     # Teachers give probabilities of all items: there is less to overfit to.
     "ml-1m-taught": _ML_1M | {"dropout": 0.0, "teacher_share": 0.9},
+    # Not measured: less dropout and a shorter schedule for twenty times as much data.
     "ml-20m": _ML_1M | {"dropout": 0.1, "num_epochs": 60},
     "beauty": _ML_1M
     | {
@@ -110,27 +100,17 @@ RECIPES: dict[str, dict[str, Any]] = {
 CHOICES = ("auto", "none", *RECIPES)
 
 
-def with_recipe(given: Mapping[str, Any], default_dataset: str) -> dict[str, Any]:
-    """The flags given on a command line on top of their recipe's.
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags given on a command line on top of their recipe's; ``recipe`` is its name.
 
-    Args:
-        given: flags by name. Without ``recipe``, or with "auto", the recipe is the one named like
-            the data set, if there is one; with ``teachers``, the one named like that and "-taught".
-        default_dataset: the data set if ``dataset_name`` is not given.
-
-    Returns:
-        All flags that differ from the defaults; ``recipe`` is the name of the recipe taken.
-
-    Raises:
-        UserError: there is no such recipe.
+    "auto", the default, takes the recipe named like the data set, if there is one; with
+    ``teachers``, the one named like that and "-taught".
     """
     name = given.get("recipe", "auto")
     if name == "auto":
         own_file = "dataset_path" in given and "dataset_name" not in given
-        dataset = given.get("dataset_name", default_dataset)
+        dataset = given.get("dataset_name", DataConfig.dataset_name)
         name = dataset if dataset in RECIPES and not own_file else "none"
         if given.get("teachers") and f"{name}-taught" in RECIPES:
             name = f"{name}-taught"
-    if name not in CHOICES:
-        raise UserError(f"--recipe must be one of {', '.join(CHOICES)}, not {name!r}")
     return {**RECIPES.get(name, {}), **given, "recipe": name}

@@ -11,8 +11,7 @@ C = TypeVar("C")
 def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
-    torch and TorchRec take seconds to import. Both functions import them late, so that ``--help``
-    and an error in a flag appear at once.
+    Both functions import torch and TorchRec late, so that errors in flags appear at once.
     """
     try:
         flags = read_flags()

@@ -1,4 +1,4 @@
-"""A trained model on disk: eval.py's flags, loading the weights, and teachers.
+"""A trained model on disk, to evaluate or to learn from.
 
 run = TrainedRun(EvalFlags(checkpoint="runs/ml-1m"))
 store = prepare(run.config.data)
@@ -29,11 +29,7 @@ from pipeline.preparation.store import SequenceStore
 
 
 class TrainedRun:
-    """A trained model on disk: a run folder with checkpoints, or an exported model.
-
-    Raises:
-        UserError: the folder is neither.
-    """
+    """A run folder with checkpoints, or an exported model."""
 
     def __init__(self, flags: EvalFlags) -> None:
         self.folder = Path(flags.checkpoint)
@@ -54,11 +50,7 @@ class TrainedRun:
             )
 
     def check_catalog(self, store: SequenceStore) -> None:
-        """Check that the data has the items that the model was trained on.
-
-        Raises:
-            UserError: it has others.
-        """
+        """Check that the data has the items that the model was trained on."""
         if store.catalog_fingerprint != self._fingerprint:
             raise UserError(
                 f"{self.folder} was trained on {self._num_items} items that are not the "
@@ -66,13 +58,12 @@ class TrainedRun:
             )
 
     def model(self, ranks: Ranks) -> DistributedModelParallel:
-        """The trained model, sharded over the ranks.
-
-        Raises:
-            UserError: there are no weights, or they do not fit the flags.
-        """
+        """The trained model, sharded over the ranks."""
+        config = self.config
         if exported := self._exported():
-            model = self._built(_for_device(self.config, ranks.device), ranks)
+            if ranks.device.type != "cuda":  # a CPU has no UVM
+                config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
+            model = self._built(config, ranks)
             load_exported(exported, model)
             return model
         checkpoints = Checkpoints(self.folder, ranks)
@@ -81,7 +72,7 @@ class TrainedRun:
             raise UserError(
                 f"{self.folder} has no checkpoint yet: train until the first evaluation"
             )
-        model = self._built(self.config, ranks)
+        model = self._built(config, ranks)
         checkpoints.load_weights(model, step)
         return model
 
@@ -90,11 +81,7 @@ class TrainedRun:
         return build_model(config, self._num_items, ranks, plan)
 
     def plain_model(self) -> BERT4Rec:
-        """The exported model, unsharded on CPU.
-
-        Raises:
-            UserError: there is none, it does not fit the flags, or a table is too large for a rank.
-        """
+        """The exported model, unsharded on CPU."""
         exported = self._exported()
         if exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
@@ -109,7 +96,6 @@ class TrainedRun:
         return model
 
     def _exported(self) -> Path | None:
-        """The folder of the exported model, if there is one."""
         folders = (self.folder, self.folder / PORTABLE)
         return next((folder for folder in folders if (folder / WEIGHTS).exists()), None)
 
@@ -120,11 +106,7 @@ def load_teachers(
     """The models that ``--teachers`` names, unsharded on this rank's device; None without it.
 
     Args:
-        precision: of their products, "bf16" or "fp32".
-
-    Raises:
-        UserError: a folder holds no exported model, or one with another catalog, a smaller
-            --max_len, a table too large for a rank, or training on this run's validation items.
+        precision: of their matrix products, "bf16" or "fp32".
     """
     models = []
     for folder in config.teaching.folders:
@@ -160,10 +142,3 @@ def _teacher(
         candidates=tables[CANDIDATE][catalog.low : catalog.high].to(device),
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
-
-
-def _for_device(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with table kernels that the device has: a CPU has no UVM."""
-    if device.type == "cuda":
-        return config
-    return replace(config, sharding=replace(config.sharding, compute_kernel="fused"))

@@ -15,5 +15,5 @@ class OptimizerConfig(Config):
         0.98, "decay rate of Adam's second moments, in encoder and tables", above=0, below=1
     )
     max_grad_norm: float = flag(
-        5.0, "norm to which the encoder's gradients are clipped; 0: no clipping", at_least=0
+        5.0, "norm limit of the encoder's gradients; 0: no clipping", at_least=0
     )

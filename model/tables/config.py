@@ -15,7 +15,7 @@ class ShardingConfig(Config):
 
     mode: str = flag(
         "dmp",
-        "parallelism of the embedding tables; dmp: sharded over the ranks, ddp: replicated on each",
+        "how ranks hold embedding tables; dmp: sharded, ddp: replicated",
         choices=("dmp", "ddp"),
     )
     sharding: str = flag(
@@ -25,26 +25,22 @@ class ShardingConfig(Config):
     )
     embedding_optimizer: str = flag(
         "auto",
-        "optimizer of the tables in --mode dmp (in ddp they share the encoder's AdamW); auto: adam "
-        "on CUDA, rowwise_adagrad on CPU and for fp16 tables",
+        "optimizer of --mode dmp's tables; auto: adam on CUDA, rowwise_adagrad on CPU and for fp16",
         choices=("auto", *EMBEDDING_OPTIMIZERS),
     )
     embedding_lr: float | None = flag(
         None,
-        "peak learning rate of the tables in --mode dmp (default: --lr, with Adagrad 20 times "
-        "--lr)",
+        "peak learning rate of --mode dmp's tables (default: --lr, with Adagrad 20 times --lr)",
         at_least=0,
     )
     table_precision: str = flag(
         "fp32",
-        "precision of the tables in --mode dmp; fp16 halves their memory, and updates are rounded "
-        "stochastically on CUDA",
+        "precision of --mode dmp's tables; fp16: updates are rounded stochastically on CUDA",
         choices=("fp32", "fp16"),
     )
     compute_kernel: str = flag(
         "fused",
-        "where --mode dmp stores the tables; fused: GPU memory, fused_uvm: host memory, "
-        "fused_uvm_caching: host memory with a cache on the GPU",
+        "memory of --mode dmp's tables; fused: GPU, fused_uvm: host, fused_uvm_caching: both",
         choices=("fused", "fused_uvm", "fused_uvm_caching"),
     )
 

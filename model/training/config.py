@@ -15,7 +15,7 @@ class TrainingConfig(Config):
     )
     lr_schedule: str = flag(
         "linear",
-        "learning rate after warm-up; linear, cosine: falling to zero, constant",
+        "learning rate after warm-up; linear and cosine fall to zero",
         choices=("linear", "cosine", "constant"),
     )
     decay_step: int = flag(25, "epochs after which --gamma is applied once more", at_least=1)
@@ -25,14 +25,13 @@ class TrainingConfig(Config):
     eval_every: int = flag(1, "epochs between two evaluations on validation", at_least=1)
     patience: int | None = flag(
         None,
-        "evaluations without a better full NDCG@10 after which training ends (default: never)",
+        "evaluations without a better full NDCG@10 that end training (default: never)",
         at_least=1,
     )
     log_every: int = flag(50, "steps between two lines of the log", at_least=1)
     max_steps: int | None = flag(
         None,
-        "end after this many steps, without evaluation or checkpoint: to try a set-up or measure "
-        "its speed (default: no limit)",
+        "steps after which to end without evaluation or checkpoint (default: no limit)",
         at_least=1,
     )
     rank_timeout: float = flag(
@@ -51,7 +50,6 @@ class ProfileConfig(Config):
 
     profile: int = flag(
         0,
-        "steady steps to record for TensorBoard or Perfetto, in <run folder>/profile; where a "
-        "step is one CUDA graph, as many more are recorded without it",
+        "steady steps to record in <run folder>/profile, for TensorBoard or Perfetto",
         at_least=0,
     )

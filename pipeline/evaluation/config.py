@@ -11,11 +11,10 @@ class HoldoutConfig(Config):
 
     eval_negatives: int = flag(
         100,
-        "negatives of an evaluated user: unseen items that the sampled protocol ranks the target "
-        "against (those of the training loss: --train_negatives)",
+        "unseen items that the sampled protocol ranks each user's target against",
         at_least=1,
         aliases=("num_negatives",),
     )
     eval_negatives_seed: int = flag(
-        0, "seed of the evaluation's negatives", aliases=("negative_seed",)
+        0, "seed that draws --eval_negatives", aliases=("negative_seed",)
     )

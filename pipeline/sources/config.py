@@ -15,13 +15,13 @@ DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """Sizes and shape of the synthetic data; lengths of histories are drawn uniformly."""
+    """Sizes and shape of the synthetic data."""
 
     num_users: int = 3000
     num_items: int = 500
-    min_length: int = 20
+    min_length: int = 20  # history lengths are drawn uniformly
     max_length: int = 40
-    successors: int = 6  # favourite successors of an item
+    successors: int = 6  # number of favourite successors of an item
     decay: float = 0.7  # probability of a favourite divided by that of the one before it
     noise: float = 0.3  # share of next items that are drawn by popularity alone
     zipf: float = 1.0  # popularity of the r-th most popular item ~ r ** -zipf
@@ -47,14 +47,11 @@ class DataConfig(Config):
         f"data set: {', '.join(DATASET_NAMES)}, or any name for the file of --dataset_path",
     )
     dataset_path: str = flag(
-        "",
-        "ratings file, or a folder or zip that holds one (default: generate the data set, or "
-        "download it from GroupLens)",
+        "", "ratings file, or folder or zip that holds one (default: generated or downloaded data)"
     )
     columns: str = flag(
         "",
-        'columns of the ratings file, by name or number: "user,item[,rating[,timestamp]]" '
-        "(default: well-known names)",
+        'columns by name or number: "user,item[,rating[,timestamp]]" (default: well-known names)',
     )
     separator: str = flag(
         "", 'character between columns, e.g. ";" or "tab" (default: by the file extension)'
@@ -77,8 +74,8 @@ class DataConfig(Config):
         "number of items of --dataset_name synthetic",
         at_least=2 * SyntheticConfig.max_length,
         at_most=10**7,
-        reason="no item repeats in a history of up to "
-        f"{SyntheticConfig.max_length} items, and the data are generated in memory",
+        reason=f"no item repeats in a history of up to {SyntheticConfig.max_length} items, and the "
+        "data are generated in memory",
     )
     data_seed: int = flag(0, "seed of the synthetic and random data sets", at_least=0)
     cache_dir: str = flag("", "folder for downloads and prepared data (default: ~/.cache/bert4rec)")
@@ -114,6 +111,7 @@ class DataConfig(Config):
         return (Path(base) if base else Path.home() / ".cache") / "bert4rec"
 
     def synthetic(self) -> SyntheticConfig:
+        """Sizes and seed of --dataset_name synthetic."""
         return SyntheticConfig(
             self.synthetic_user_count, self.synthetic_item_count, seed=self.data_seed
         )

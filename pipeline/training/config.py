@@ -14,15 +14,10 @@ class WindowConfig(Config):
 
     max_len: int = flag(100, "maximum number of items in a window of a history", at_least=1)
     window_stride: float = flag(
-        1.0,
-        "distance between the windows of a long history, as a share of --max_len; 1: no overlap",
-        above=0,
-        at_most=1,
+        1.0, "distance between windows, as a share of --max_len; 1: no overlap", above=0, at_most=1
     )
     train_on_validation: bool = flag(
-        False,
-        "also train on the validation items, skip validation and test the last model: for the "
-        "final run of a recipe chosen before",
+        False, "train on the validation items too, skip validation and test the last model"
     )
 
     @property
@@ -47,27 +42,20 @@ class MaskConfig(Config):
         reason="something must be hidden and something must be left to see",
     )
     dupe_factor: int = flag(
-        1,
-        "number of differently masked copies of each window in an epoch",
-        at_least=1,
-        at_most=MAX_COPIES,
+        1, "differently masked copies of each window in an epoch", at_least=1, at_most=MAX_COPIES
     )
     mask_last_share: float = _share(0.0, "share of windows in which only the last item is masked")
     left_context_share: float = _share(
-        0.5,
-        "share of windows in which each position attends only to itself and earlier ones, as at "
-        "evaluation",
+        0.5, "share of windows in which a position attends to itself and earlier ones only"
     )
     two_stream: bool = flag(
         False,
-        "keep all items of the windows of --left_context_share, and predict each from a second "
-        "row of mask tokens that attends to the earlier items",
+        "in windows of --left_context_share, keep all items and predict each from a second row of "
+        "mask tokens that attends to the earlier items",
     )
-    mask_token_share: float = _share(
-        0.8, "share of masked positions whose item is replaced by the mask token"
-    )
+    mask_token_share: float = _share(0.8, "share of masked positions that become the mask token")
     random_item_share: float = _share(
-        0.1, "share of masked positions whose item is replaced by a random one; the rest is kept"
+        0.1, "share of masked positions that become a random item; the rest is kept"
     )
 
     def check(self) -> None:
@@ -88,12 +76,10 @@ class LoaderConfig(Config):
     """How windows become batches."""
 
     train_batch_size: int = flag(128, "windows per training step and rank", at_least=1)
-    prefetch_batches: int = flag(
-        8, "minimum number of batches that a background thread prepares ahead", at_least=1
-    )
+    prefetch_batches: int = flag(8, "minimum number of batches prepared ahead", at_least=1)
     seed: int = flag(
         0,
-        "seed of all random draws of training: weights, order, masks, dropout, training negatives",
+        "seed of training: weights, order, masks, dropout, negatives",
         at_least=0,
         at_most=(1 << 63) - 1,
     )
@@ -105,7 +91,6 @@ class NegativesConfig(Config):
 
     train_negatives: int = flag(
         4096,
-        "negatives of a training step, shared by all its positions; used by --loss "
-        "sampled_softmax and gbce (those of the evaluation: --eval_negatives)",
+        "negatives that all positions of a step share; for --loss sampled_softmax and gbce",
         at_least=1,
     )
