@@ -12,14 +12,10 @@ LOSSES = ("softmax", "sampled_softmax", "gbce")
 class EncoderConfig(Config):
     """Size and regularisation of the encoder."""
 
-    emb_dim: int = flag(
-        64, "width of embeddings and encoder, a multiple of 4 and --nhead", at_least=1
-    )
+    emb_dim: int = flag(64, "width of all vectors, a multiple of 4 and --nhead", at_least=1)
     nhead: int = flag(2, "attention heads per layer; must divide --emb_dim", at_least=1)
     num_layers: int = flag(2, "transformer layers of the encoder", at_least=1)
-    dropout: float = flag(
-        0.2, "dropout probability of embeddings and layer branches", at_least=0, below=1
-    )
+    dropout: float = flag(0.2, "dropout of embeddings and layer branches", at_least=0, below=1)
     positions: str = flag(
         "rotary",
         "how attention sees distances; rotary: rotated queries and keys, none: not at all",
@@ -56,13 +52,9 @@ class HeadConfig(Config):
     """How items are scored, and the loss."""
 
     head: str = flag(
-        "tied",
-        "table that scores items; tied: the item table, linear: a second one",
-        choices=("tied", "linear"),
+        "tied", "scoring table; tied: the item table, linear: its own", choices=("tied", "linear")
     )
-    logit_temperature: float = flag(
-        0.07, "scores are cosines divided by this; 0: plain dot products", at_least=0
-    )
+    logit_temperature: float = flag(0.07, "divisor of cosine scores; 0: dot products", at_least=0)
     loss: str = flag(
         "softmax",
         "training loss; softmax: exact, over all items, sampled_softmax: over --train_negatives "
@@ -70,10 +62,7 @@ class HeadConfig(Config):
         choices=LOSSES,
     )
     gbce_calibration: float = flag(
-        0.75,
-        "calibration t of --loss gbce; 0: plain binary cross-entropy, 1: full",
-        at_least=0,
-        at_most=1,
+        0.75, "calibration t of --loss gbce; 0: none, 1: full", at_least=0, at_most=1
     )
 
 

@@ -30,18 +30,14 @@ class OutputConfig(Config):
     resume: str = flag(
         "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
-    export_root: str = flag(
-        "", "folder for a second copy of the exported model (default: only <run folder>/model)"
-    )
+    export_root: str = flag("", "folder for a second copy of the exported model (default: no copy)")
     precision: str = flag(
         "auto",
         "encoder precision; auto: bf16 on CUDA, fp32 on CPU",
         choices=("auto", "bf16", "fp32"),
     )
     acceleration: str = flag(
-        "auto",
-        "auto: launch bf16 training steps as CUDA graphs, none: kernel by kernel",
-        choices=("auto", "none"),
+        "auto", "auto: bf16 steps as CUDA graphs, none: kernel by kernel", choices=("auto", "none")
     )
     val_batch_size: int = flag(256, "users per validation batch and rank", at_least=1)
     test_batch_size: int = flag(256, "users per test batch and rank", at_least=1)
@@ -93,9 +89,7 @@ class RunConfig(Config):
 class EvalFlags(Config):
     """All flags of eval.py."""
 
-    checkpoint: str = flag(
-        "", "run folder, whose best checkpoint is evaluated, or exported model (no default)"
-    )
+    checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
     split: str = flag("test", "held-out items to rank", choices=("test", "validation"))
     dataset_path: str = flag("", "path of the ratings (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")

@@ -14,9 +14,7 @@ class ShardingConfig(Config):
     """How tables are spread over ranks, stored and updated."""
 
     mode: str = flag(
-        "dmp",
-        "how ranks hold embedding tables; dmp: sharded, ddp: replicated",
-        choices=("dmp", "ddp"),
+        "dmp", "embedding tables on ranks; dmp: sharded, ddp: replicated", choices=("dmp", "ddp")
     )
     sharding: str = flag(
         "row_wise",
@@ -29,14 +27,10 @@ class ShardingConfig(Config):
         choices=("auto", *EMBEDDING_OPTIMIZERS),
     )
     embedding_lr: float | None = flag(
-        None,
-        "peak learning rate of --mode dmp's tables (default: --lr, with Adagrad 20 times --lr)",
-        at_least=0,
+        None, "peak learning rate of dmp tables (default: --lr, with Adagrad 20 --lr)", at_least=0
     )
     table_precision: str = flag(
-        "fp32",
-        "precision of --mode dmp's tables; fp16: updates are rounded stochastically on CUDA",
-        choices=("fp32", "fp16"),
+        "fp32", "precision of dmp tables; fp16 halves their memory", choices=("fp32", "fp16")
     )
     compute_kernel: str = flag(
         "fused",

@@ -19,24 +19,16 @@ class TrainingConfig(Config):
         choices=("linear", "cosine", "constant"),
     )
     decay_step: int = flag(25, "epochs after which --gamma is applied once more", at_least=1)
-    gamma: float = flag(
-        1.0, "factor on the learning rate every --decay_step epochs", above=0, at_most=1
-    )
+    gamma: float = flag(1.0, "learning rate factor every --decay_step epochs", above=0, at_most=1)
     eval_every: int = flag(1, "epochs between two evaluations on validation", at_least=1)
     patience: int | None = flag(
-        None,
-        "evaluations without a better full NDCG@10 that end training (default: never)",
-        at_least=1,
+        None, "evaluations without better full NDCG@10 before the end (default: never)", at_least=1
     )
     log_every: int = flag(50, "steps between two lines of the log", at_least=1)
     max_steps: int | None = flag(
-        None,
-        "steps after which to end without evaluation or checkpoint (default: no limit)",
-        at_least=1,
+        None, "steps to end after, without evaluation or checkpoint (default: no limit)", at_least=1
     )
-    rank_timeout: float = flag(
-        10.0, "minutes to wait for the other ranks before giving up", above=0, below=10**6
-    )
+    rank_timeout: float = flag(10.0, "minutes to wait for other ranks", above=0, below=10**6)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run, if ``--patience`` does not end it."""
@@ -49,7 +41,5 @@ class ProfileConfig(Config):
     """Profile of training steps."""
 
     profile: int = flag(
-        0,
-        "steady steps to record in <run folder>/profile, for TensorBoard or Perfetto",
-        at_least=0,
+        0, "steady steps to record in <run folder>/profile (TensorBoard, Perfetto)", at_least=0
     )

@@ -10,11 +10,6 @@ class HoldoutConfig(Config):
     """Negatives of the sampled evaluation protocol."""
 
     eval_negatives: int = flag(
-        100,
-        "unseen items that the sampled protocol ranks each user's target against",
-        at_least=1,
-        aliases=("num_negatives",),
+        100, "unseen items ranked beside each target", at_least=1, aliases=("num_negatives",)
     )
-    eval_negatives_seed: int = flag(
-        0, "seed that draws --eval_negatives", aliases=("negative_seed",)
-    )
+    eval_negatives_seed: int = flag(0, "seed of --eval_negatives", aliases=("negative_seed",))

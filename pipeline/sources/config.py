@@ -43,19 +43,15 @@ class DataConfig(Config):
     """Which ratings to train on and which of them to keep."""
 
     dataset_name: str = flag(
-        "synthetic",
-        f"data set: {', '.join(DATASET_NAMES)}, or any name for the file of --dataset_path",
+        "synthetic", f"data set: {', '.join(DATASET_NAMES)}, or a name for --dataset_path"
     )
     dataset_path: str = flag(
         "", "ratings file, or folder or zip that holds one (default: generated or downloaded data)"
     )
     columns: str = flag(
-        "",
-        'columns by name or number: "user,item[,rating[,timestamp]]" (default: well-known names)',
+        "", 'columns: "user,item[,rating[,timestamp]]", names or numbers (default: known names)'
     )
-    separator: str = flag(
-        "", 'character between columns, e.g. ";" or "tab" (default: by the file extension)'
-    )
+    separator: str = flag("", 'column separator, e.g. ";" or "tab" (default: by file extension)')
     min_rating: float = flag(0.0, "filter 1: drop ratings below this value")
     min_item_count: int = flag(0, "filter 2: drop items with fewer ratings than this", at_least=0)
     min_user_count: int = flag(5, "filter 3: drop users with fewer ratings than this", at_least=0)

@@ -16,9 +16,7 @@ class WindowConfig(Config):
     window_stride: float = flag(
         1.0, "distance between windows, as a share of --max_len; 1: no overlap", above=0, at_most=1
     )
-    train_on_validation: bool = flag(
-        False, "train on the validation items too, skip validation and test the last model"
-    )
+    train_on_validation: bool = flag(False, "train on validation items too; test the last model")
 
     @property
     def stride(self) -> int:
@@ -49,9 +47,7 @@ class MaskConfig(Config):
         0.5, "share of windows in which a position attends to itself and earlier ones only"
     )
     two_stream: bool = flag(
-        False,
-        "in windows of --left_context_share, keep all items and predict each from a second row of "
-        "mask tokens that attends to the earlier items",
+        False, "with left context, predict every item from a second row of mask tokens"
     )
     mask_token_share: float = _share(0.8, "share of masked positions that become the mask token")
     random_item_share: float = _share(
@@ -78,10 +74,7 @@ class LoaderConfig(Config):
     train_batch_size: int = flag(128, "windows per training step and rank", at_least=1)
     prefetch_batches: int = flag(8, "minimum number of batches prepared ahead", at_least=1)
     seed: int = flag(
-        0,
-        "seed of training: weights, order, masks, dropout, negatives",
-        at_least=0,
-        at_most=(1 << 63) - 1,
+        0, "seed of weights, order, masks, dropout, negatives", at_least=0, at_most=(1 << 63) - 1
     )
 
 
@@ -90,7 +83,5 @@ class NegativesConfig(Config):
     """Negatives of the sampled losses."""
 
     train_negatives: int = flag(
-        4096,
-        "negatives that all positions of a step share; for --loss sampled_softmax and gbce",
-        at_least=1,
+        4096, "negatives that all positions of a step share, for a sampled loss", at_least=1
     )
