@@ -19,6 +19,12 @@ from safetensors.torch import load_file
 from model.distributed import Ranks, start
 
 ROOT = Path(__file__).parent.parent
+# The folder of downloaded data sets; tests that need one are skipped where it is missing.
+DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data"))
+needs_ml_100k = pytest.mark.skipif(
+    not (DATA / "ml-100k.zip").exists(),
+    reason=f"no ml-100k.zip in {DATA}: set BERT4REC_DATA to the folder that holds it",
+)
 
 # One thread a process: the models are tiny, and threads that wait for each other on cores that
 # they share with other processes are many times slower.

@@ -56,7 +56,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--num_layers=0", "--num_layers must be at least 1, not 0"),
     ("--dropout=1", "--dropout must be at least 0 and below 1, not 1.0"),
     ("--positions=bias", "--positions must be one of rotary, none, not 'bias'"),
-    ("--acceleration=compile", "--acceleration must be one of auto, none, graphs, not 'compile'"),
+    ("--acceleration=compile", "--acceleration must be one of auto, none, not 'compile'"),
     ("--attention_dropout=0.1", "unknown argument --attention_dropout=0.1"),
     ("--logit_temperature=-1", "--logit_temperature must be at least 0, not -1.0"),
     ("--mode=fsdp", "--mode must be one of dmp, ddp, not 'fsdp'"),

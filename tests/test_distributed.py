@@ -28,8 +28,11 @@ def one() -> Iterator[Answers]:
     """The worker's answers on one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        found = sharded.answers(start())
-        dist.destroy_process_group()
+        ranks = start()
+        try:
+            found = sharded.answers(ranks)
+        finally:  # the tests after this module start their own group
+            dist.destroy_process_group()
         yield found
 
 

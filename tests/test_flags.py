@@ -283,11 +283,12 @@ def test_flags_of_earlier_versions_get_their_new_names() -> None:
         "emb_dim": 32,
     }
     assert current_flags(RunConfig, {"attention_dropout": 0}) == {}  # JSON of another writer
+    assert current_flags(RunConfig, {"acceleration": "graphs"}) == {"acceleration": "auto"}
     flat = flatten(RunConfig())
     assert current_flags(RunConfig, flat) == flat
 
 
-UNCHANGED = {"positions": "rotary", "attention_dropout": 0.0, "acceleration": "auto"}
+UNCHANGED = {"positions": "rotary", "attention_dropout": 0.0, "acceleration": "graphs"}
 RETIRED = [("positions", "bias"), ("attention_dropout", 0.1), ("acceleration", "compile")]
 
 

@@ -14,17 +14,13 @@ Full ranking on validation. Measured by this very command, HR@10 / NDCG@10:
 """
 
 import json
-import os
 from pathlib import Path
 
-import pytest
+from tests.conftest import DATA, RunMain, needs_ml_100k
 
-from tests.conftest import ROOT, RunMain
-
-DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data")) / "ml-100k.zip"
 FLAGS = (
     "--dataset_name=ml-100k",
-    f"--dataset_path={DATA}",
+    f"--dataset_path={DATA / 'ml-100k.zip'}",
     "--recipe=none",
     "--max_len=100",
     "--emb_dim=64",
@@ -38,7 +34,7 @@ FLAGS = (
 HR, NDCG = 0.17, 0.085
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="no ml-100k.zip in the folder BERT4REC_DATA")
+@needs_ml_100k
 def test_ml_100k_is_learned(run_main: RunMain, run_dir: Path, cache_dir: Path) -> None:
     outcome = run_main("train", *FLAGS, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}")
     assert outcome.code == 0, outcome.err

@@ -1,7 +1,6 @@
 """The real commands: train, evaluate, export, resume, and what they leave behind."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,9 +16,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.evaluation.metrics import METRICS
-from tests.conftest import ROOT, TINY, RunMain, environment, run_process, torchrun
+from tests.conftest import (
+    DATA,
+    ROOT,
+    TINY,
+    RunMain,
+    environment,
+    needs_ml_100k,
+    run_process,
+    torchrun,
+)
 
-DATA = Path(os.environ.get("BERT4REC_DATA", ROOT.parent / "shared" / "data"))
 CLOCK = (
     "records_per_second",
     "step_ms",
@@ -282,10 +289,7 @@ def test_help_is_printed() -> None:
     assert "--dataset_name TEXT" in outcome.out
 
 
-@pytest.mark.skipif(
-    not (DATA / "ml-100k.zip").exists(),
-    reason=f"no ml-100k.zip in {DATA}: set BERT4REC_DATA to the folder that holds it",
-)
+@needs_ml_100k
 def test_ml_100k_on_two_ranks_and_on_one(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:

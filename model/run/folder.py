@@ -6,13 +6,14 @@ runs/mine/
     checkpoints/      and the files of the log (``model/training/run_log.py``)
 """
 
-import importlib.metadata
 import json
 import os
 import shlex
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,13 +142,10 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide results and speed, and the device's name."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            found["fbgemm-gpu"] = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {name: version(name) for name in _PACKAGES}
+    for name in ("fbgemm-gpu", "fbgemm-gpu-cpu"):
+        with suppress(PackageNotFoundError):
+            found["fbgemm-gpu"] = version(name)
     found["python"] = sys.version.split()[0]
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
@@ -161,11 +159,7 @@ def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) ->
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Read config.json.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read config.json and check its parts."""
     path = run_dir / "config.json"
     try:
         text = path.read_text()
