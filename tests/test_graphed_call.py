@@ -1,5 +1,6 @@
 """The training step's fast path on CUDA against its plain one; skipped where there is no CUDA."""
 
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -104,9 +105,12 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], limit:
 
 
 @cuda
-@pytest.mark.parametrize("left_rows", [0, 4, 8])
-def test_jagged_half_precision_is_padded_full_precision(left_rows: int) -> None:
-    given = inputs(1, left_rows)
+@pytest.mark.parametrize("left_share", [0, 0.5, 1])
+@pytest.mark.parametrize(("make", "rows"), [(inputs, 8), (two_streams, 4)])
+def test_jagged_half_precision_is_padded_full_precision(
+    make: Callable[[int, int], dict[str, torch.Tensor]], rows: int, left_share: float
+) -> None:
+    given = make(1, int(left_share * rows))
     (plain, slow), (fast, encoder) = step(), step()
     encoder.cuda()
     torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is not harmless zeros
@@ -138,16 +142,6 @@ def test_somebody_hooks_into_the_gradients() -> None:
         seen.clear()
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
         assert len(seen) == len(held)  # once each: the capture itself bothers nobody
-
-
-@cuda
-@pytest.mark.parametrize("left_rows", [0, 2, 4])
-def test_second_streams_on_jagged_rows_are_padded_ones(left_rows: int) -> None:
-    given = two_streams(1, left_rows)
-    (plain, slow), (fast, encoder) = step(), step()
-    encoder.cuda()
-    torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is not harmless zeros
-    assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 
 @cuda

@@ -24,30 +24,29 @@ def break_events(log: RunLog) -> None:
     log._events.file_writer.event_writer._general_file_writer.filename = b"/dev/full"
 
 
-def at_step_3(monkeypatch: pytest.MonkeyPatch, act: Callable[[RunLog], None]) -> None:
+@pytest.fixture(params=[break_metrics, break_events])
+def broken(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[RunLog], None]:
+    """What breaks the log after step 3."""
     step = Trainer._step
 
     def patched(self: Trainer, *arguments: object) -> None:
         step(self, *arguments)
         if self.position.step == 3:
-            act(self.log)
+            request.param(self.log)
 
     monkeypatch.setattr(Trainer, "_step", patched)
+    return request.param
 
 
 def lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("broken", [break_metrics, break_events])
 def test_a_full_disk_stops_the_run(
-    run_main: RunMain,
-    run_dir: Path,
-    cache_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    broken: Callable[[RunLog], None],
+    run_main: RunMain, run_dir: Path, cache_dir: Path, broken: Callable[[RunLog], None]
 ) -> None:
-    at_step_3(monkeypatch, broken)
     flags = [*TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags)
     assert outcome.code == 2
@@ -56,18 +55,11 @@ def test_a_full_disk_stops_the_run(
         f"train.py: {run_dir}: metrics cannot be written: No space left on device; checkpoints are "
         "intact: make room, then go on with --resume auto"
     )
-    monkeypatch.undo()
 
 
-@pytest.mark.parametrize("broken", [break_metrics, break_events])
 def test_a_full_disk_is_survived_if_wanted(
-    run_main: RunMain,
-    run_dir: Path,
-    cache_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    broken: Callable[[RunLog], None],
+    run_main: RunMain, run_dir: Path, cache_dir: Path, broken: Callable[[RunLog], None]
 ) -> None:
-    at_step_3(monkeypatch, broken)
     flags = [*TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags, "--on_save_error=continue")
     assert outcome.code == 0, outcome.err
