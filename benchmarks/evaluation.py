@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -88,8 +87,7 @@ def measure(flags: EvalFlags) -> None:
         started = time.perf_counter()
         evaluate()
         taken = time.perf_counter() - started
-    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "no GPU"
-    ranks.say(f"{device}; {processor()}; {ranks}; {commit()}; {versions()}")
+    ranks.say(f"{processor()}; {ranks}; {commit()}; {versions()}")
     ranks.say(f"{flags.checkpoint}: first {seconds[0]:.3f} s, then {seconds[1]:.3f} s")
     ranks.say(table(recorded.events(), taken))
 
