@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
 from torchrec.types import DataType
 
@@ -45,11 +45,8 @@ class BERT4Rec(nn.Module):
     """Predicts the masked items of histories.
 
     Args:
-        config: sizes.
         catalog: the slice of items that this rank scores.
         seed: of the initial weights, equal on all ranks.
-        plan: how training steps are executed.
-        teachers: models from which it learns besides the data.
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
         left_only: histories are evaluated with left context alone, as all training rows were.
     """
@@ -76,7 +73,7 @@ class BERT4Rec(nn.Module):
         self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
 
-    def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
         given = StepInput(
@@ -101,16 +98,16 @@ def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
     Rows 0 (padding) and V + 1 (mask) exist in both, so that ids mean the same everywhere.
     """
 
-    def table(name: str, features: list[str]) -> EmbeddingConfig:
+    def table(name: str, *features: str) -> EmbeddingConfig:
         return EmbeddingConfig(
             name=name,
             num_embeddings=config.num_items + 2,
             embedding_dim=config.encoder.emb_dim,
-            feature_names=features,
+            feature_names=list(features),
             data_type=TABLE_PRECISIONS[config.table_precision],
             init_fn=partial(nn.init.normal_, std=0.02),
         )
 
     if config.head.head == "tied":
-        return [table("item", [ITEM, CANDIDATE])]
-    return [table("item", [ITEM]), table("output", [CANDIDATE])]
+        return [table("item", ITEM, CANDIDATE)]
+    return [table("item", ITEM), table("output", CANDIDATE)]

@@ -40,7 +40,7 @@ def layer_by_hand(layer: EncoderLayer, row: torch.Tensor) -> torch.Tensor:
     query, key, value = attention.project_in(normed).split(row.shape[1], dim=1)
     for head in range(attention.heads):
         part = slice(head * width, (head + 1) * width)
-        if attention.rotary:
+        if attention.rotation is not None:
             query[:, part], key[:, part] = rotated(query[:, part]), rotated(key[:, part])
         for i in range(len(row)):
             scores = torch.zeros(len(row))
@@ -82,7 +82,7 @@ def encode_by_hand(encoder: Encoder, items: torch.Tensor, lengths: list[int]) ->
 @pytest.mark.parametrize("positions", ["rotary", "none"])
 def test_it_equals_the_encoder_by_hand(positions: str, num_layers: int) -> None:
     encoder = encoder_of(positions, num_layers)
-    assert encoder.layers[0].attention.rotary == (positions == "rotary")
+    assert (encoder.layers[0].attention.rotation is not None) == (positions == "rotary")
     items, offsets = batch_of(LENGTHS)
     masked = torch.tensor(MASKED)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_masked_positions_in_any_order_and_none() -> None:
     there = encoder(items, offsets, torch.tensor([3, 1]), longest=6)
     back = encoder(items, offsets, torch.tensor([1, 3]), longest=6)
     torch.testing.assert_close(there, back.flip(0))
-    assert encoder(items, offsets, torch.tensor([], dtype=torch.int64), 6).shape == (0, 8)
+    assert encoder(items, offsets, torch.tensor([], dtype=torch.int64), longest=6).shape == (0, 8)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "none"])
@@ -114,7 +114,7 @@ def test_a_row_is_the_same_alone_and_among_others(positions: str) -> None:
     items, offsets = batch_of(LENGTHS)
     together = encoder(items, offsets, torch.arange(12), longest=6).split(LENGTHS)
     for row, expected in zip(items.split(LENGTHS), together, strict=True):
-        alone = encoder(row, torch.tensor([0, len(row)]), torch.arange(len(row)), len(row))
+        alone = encoder(row, torch.tensor([0, len(row)]), torch.arange(len(row)), longest=len(row))
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_padding_to_more_than_the_longest_row_changes_nothing() -> None:
     items, offsets = batch_of([2, 3])
     tight = encoder(items, offsets, torch.tensor([1, 4]), longest=3)
     for longest in (4, 6, rounded_up(3)):  # 8 is more than max_len
-        loose = encoder(items, offsets, torch.tensor([1, 4]), longest)
+        loose = encoder(items, offsets, torch.tensor([1, 4]), longest=longest)
         torch.testing.assert_close(loose, tight, atol=1e-6, rtol=1e-6)
 
 

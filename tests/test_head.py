@@ -79,7 +79,7 @@ def test_tied_and_linear_heads_score_with_their_own_table(head: str) -> None:
     ).to(torch.device("cpu"))
     loss, _ = model(batch)
     items = tables["item"][[2, 6, 3]]
-    hidden = model.encoder(items, torch.tensor([0, 3]), batch.masked, 4)
+    hidden = model.encoder(items, torch.tensor([0, 3]), batch.masked, longest=4)
     scoring = tables["item" if head == "tied" else "output"][1:6]
     logits = F.normalize(hidden, dim=1) @ F.normalize(scoring, dim=1).T / 0.07
     assert loss.item() == pytest.approx(F.cross_entropy(logits, torch.tensor([3])).item(), abs=1e-5)

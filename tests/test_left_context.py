@@ -58,8 +58,8 @@ def test_their_positions_see_only_what_came_before(positions: str) -> None:
     items = torch.randn(8, 16)
     changed = items.clone()
     changed[1], changed[6] = torch.randn(16), torch.randn(16)
-    before = encoder(items, offsets, everywhere, 8, left_only)
-    after = encoder(changed, offsets, everywhere, 8, left_only)
+    before = encoder(items, offsets, everywhere, left_only, longest=8)
+    after = encoder(changed, offsets, everywhere, left_only, longest=8)
     moved = (before - after).abs().amax(dim=1) > 1e-6
     # Row 0 (positions 0-2): only 1 and what follows it. Row 1 (3-7) sees both ways: all of it.
     assert moved.tolist() == [False, True, True, True, True, True, True, True]
@@ -74,12 +74,12 @@ def test_without_learned_positions_they_train_what_evaluation_asks() -> None:
     for parameter in encoder.parameters():  # with small initial weights context is hardly seen
         torch.nn.init.normal_(parameter, std=0.3)
     items, left_only = torch.randn(8, 16), torch.tensor([True])
-    whole = encoder(items, torch.tensor([0, 8]), torch.arange(8), 8, left_only)
+    whole = encoder(items, torch.tensor([0, 8]), torch.arange(8), left_only, longest=8)
     for end in (1, 3, 8):
         offsets, last = torch.tensor([0, end]), torch.tensor([end - 1])
-        row = encoder(items[:end], offsets, last, 8, left_only)
+        row = encoder(items[:end], offsets, last, left_only, longest=8)
         assert torch.allclose(whole[last], row, atol=1e-5)
-        seeing_all = encoder(items[:end], offsets, last, 8)
+        seeing_all = encoder(items[:end], offsets, last, longest=8)
         assert end == 1 or not torch.allclose(whole[last], seeing_all, atol=1e-4)
 
 

@@ -116,9 +116,9 @@ def two_streams(encoder: Encoder, items: torch.Tensor, mask: torch.Tensor) -> to
         embedded,
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor([8, 9, 10, 11, 13, 5, 6, 7]),
-        8,
         torch.tensor([True, True, False]),
         steps_ago,
+        longest=8,
     )
 
 
@@ -133,9 +133,10 @@ def test_each_mask_token_is_one_behind_a_shorter_history() -> None:
     for number, (first, last) in enumerate([(0, 0), (0, 1), (0, 2), (0, 3), (4, 4)]):
         row = torch.cat([items[first:last], mask[None]])
         offsets, end = torch.tensor([0, len(row)]), torch.tensor([len(row) - 1])
-        alone = encoder(row, offsets, end, 8, torch.tensor([True]))
+        alone = encoder(row, offsets, end, torch.tensor([True]), longest=8)
         torch.testing.assert_close(found[number], alone[0])
-    both_ways = encoder(items[5:8], torch.tensor([0, 3]), torch.arange(3), 8, torch.tensor([False]))
+    row, right = (torch.tensor([0, 3]), torch.arange(3)), torch.tensor([False])
+    both_ways = encoder(items[5:8], *row, right, longest=8)
     torch.testing.assert_close(found[5:], both_ways)
 
 

@@ -147,7 +147,9 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(rows.values(), offsets, batch.masked, batch.longest, left_only)
+        hidden = bert.encoder(
+            rows.values(), offsets, batch.masked, left_only, longest=batch.longest
+        )
     hidden = bert.head.project(hidden)
     seen_row = torch.repeat_interleave(
         torch.arange(hidden.shape[0], device=hidden.device),

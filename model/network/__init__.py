@@ -1,0 +1,8 @@
+"""The network after the table lookup, in plain torch (no TorchRec).
+
+encoder       transformer layers        attention     within rows of a jagged batch
+head          scores and loss           distillation  teachers' logits
+dense_step    encoder and head of a training step, through CUDA graphs
+config        flags
+Imports: ``model.losses``, ``model.kernels``, ``model.execution``.
+"""

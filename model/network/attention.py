@@ -1,4 +1,4 @@
-"""Attention within the rows of a jagged batch, on jagged positions or padded ones.
+"""Attention within the rows of a jagged batch.
 
     jagged   a b c | d e | f g h     FlashAttention on the packed rows: half precision on CUDA
     padded   a b c / . d e / f g h   the reference, on any device and in any precision
@@ -9,7 +9,7 @@ head, W windows.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from model.kernels.bf16_linear import linear
 from model.kernels.varlen_attention import JaggedRows, attend, takes
@@ -18,16 +18,14 @@ from model.kernels.varlen_attention import JaggedRows, attend, takes
 class RowLayout:
     """The rows of a jagged batch, and which positions attend to which.
 
-    Positions are counted from the row's end: index 0 is the newest item, whatever the length of the
-    history. Several positions may have the same index.
+    Positions are counted from the row's end: index 0 is the newest item.
 
     Args:
         offsets: int64 [B + 1], starts of the rows in the packed positions.
         num_positions: T, known on the host.
         longest: L, at least the length of every row.
         left_only: bool [W], whether each of the first W rows has left context alone (a position
-            attends to itself and earlier ones); those that do come first. None: in every row all
-            positions attend to all.
+            attends to itself and earlier ones); those that do come first. None: no row has.
         steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
             W ... 2 W - 1 are second streams: position t of such a row, which is one longer than
             row w, attends to itself and to the first t positions of row w; no other position
@@ -36,11 +34,11 @@ class RowLayout:
 
     def __init__(
         self,
-        offsets: torch.Tensor,
+        offsets: Tensor,
         num_positions: int,
         longest: int,
-        left_only: torch.Tensor | None = None,
-        steps_ago: torch.Tensor | None = None,
+        left_only: Tensor | None = None,
+        steps_ago: Tensor | None = None,
     ) -> None:
         self.offsets, self.rows, self.longest = offsets, offsets.numel() - 1, longest
         self.left_only = left_only
@@ -49,23 +47,14 @@ class RowLayout:
             offsets.diff(),
             output_size=num_positions,  # the host knows T: no synchronisation
         )
-        self.flat = torch.arange(num_positions, device=offsets.device)
-        self.from_end = offsets[1:][self.row] - self.flat - 1  # [T]
+        flat = torch.arange(num_positions, device=offsets.device)
+        self.from_end = offsets[1:][self.row] - flat - 1  # [T]
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
         # W where there are second streams, else 0.
         self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
 
-    def attend_jagged(self, projected: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
-        """FlashAttention on the packed rows: queries, keys and values [T, 3, H, K] -> [T, H, K].
-
-        Args:
-            rotation: float32 [max_len, 2, K / 2], rotates queries and keys by their positions.
-        """
-        rows = JaggedRows(self.offsets.int(), self.longest, self.left_only, self.windows)
-        return attend(projected, rows, rotation, self.steps_ago)
-
-    def attend_padded(self, projected: torch.Tensor) -> torch.Tensor:
-        """The same with rows padded to L, on any device: rotated [T, 3, H, K] -> [T, H, K]."""
+    def attend_padded(self, projected: Tensor) -> Tensor:
+        """Rotated queries, keys and values [T, 3, H, K] -> [T, H, K], with rows padded to L."""
         cell = (self.row + 1) * self.longest - 1 - self.from_end  # [T] in the flattened grid
         grid = projected.new_zeros(self.rows * self.longest, *projected.shape[1:])
         grid = grid.index_copy(0, cell, projected).view(self.rows, self.longest, 3, *grid.shape[2:])
@@ -83,20 +72,7 @@ class RowLayout:
             mixed = torch.cat([mixed[first], second_mixed, mixed[2 * self.windows :]])
         return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cell)
 
-    def _visible_to_second(self) -> torch.Tensor:
-        """Keys that a second stream's query attends to: bool [W, L, 2 L].
-
-        The first L columns are those of the window, the others its second stream's. Rows are padded
-        on the left and a second stream is one longer, so its position t is in the column of the
-        window's position t - 1.
-        """
-        columns = torch.arange(self.longest, device=self.offsets.device)
-        lengths = self.offsets.diff()[: self.windows, None, None]
-        earlier = (columns <= columns[:, None]) & (columns >= self.longest - lengths)  # [W, L, L]
-        itself = torch.eye(self.longest, dtype=torch.bool, device=self.offsets.device)
-        return torch.cat([earlier, itself.expand_as(earlier)], dim=2)
-
-    def _visible(self) -> torch.Tensor:
+    def _visible(self) -> Tensor:
         """Keys (columns) that a query attends to in its padded row: bool [B, 1 or L, L]."""
         columns = torch.arange(self.longest, device=self.offsets.device)
         lengths = self.offsets.diff()[:, None]
@@ -104,61 +80,65 @@ class RowLayout:
         visible = ((columns >= self.longest - lengths) | (lengths == 0))[:, None]  # [B, 1, L]
         if self.left_only is None:
             return visible
-        earlier = columns <= columns[:, None]  # [L, L]
-        itself = torch.eye(self.longest, dtype=torch.bool, device=self.offsets.device)
-        left_only = F.pad(self.left_only, (0, self.rows - self.left_only.numel()))
-        return (visible & (earlier | ~left_only[:, None, None])) | itself  # [B, L, L]
+        left_only = F.pad(self.left_only, (0, self.rows - self.left_only.numel()))[:, None, None]
+        earlier, itself = columns <= columns[:, None], columns == columns[:, None]  # [L, L]
+        return (visible & (earlier | ~left_only)) | itself  # [B, L, L]
+
+    def _visible_to_second(self) -> Tensor:
+        """Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
+
+        Rows are padded on the left and a second stream is one longer, so its position t is in the
+        column of the window's position t - 1.
+        """
+        columns = torch.arange(self.longest, device=self.offsets.device)
+        lengths = self.offsets.diff()[: self.windows, None, None]
+        earlier = (columns <= columns[:, None]) & (columns >= self.longest - lengths)  # [W, L, L]
+        itself = columns == columns[:, None]
+        return torch.cat([earlier, itself.expand_as(earlier)], dim=2)
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention within rows: jagged in half precision on CUDA, else padded."""
 
-    rotation: torch.Tensor
+    rotation: Tensor | None
 
     def __init__(self, width: int, heads: int, max_len: int, positions: str) -> None:
         super().__init__()
         self.heads = heads
         self.project_in = nn.Linear(width, 3 * width)
         self.project_out = nn.Linear(width, width)
-        self.rotary = positions == "rotary"
-        if self.rotary:
-            self.register_buffer("rotation", _rotations(max_len, width // heads), persistent=False)
+        rotation = _rotations(max_len, width // heads) if positions == "rotary" else None
+        self.register_buffer("rotation", rotation, persistent=False)
 
-    @property
-    def jagged(self) -> bool:
-        """Whether the kernels of jagged attention support this width of a head."""
-        return takes(self.project_in.in_features // self.heads)
-
-    def forward(
-        self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, packed: Tensor, layout: RowLayout, wanted: Tensor | None) -> Tensor:
         """[T, D] -> [T, D], or [M, D] if only the positions ``wanted``, int64 [M], are needed."""
         return self.project_out(self.mix(packed, layout, wanted))
 
-    def mix(
-        self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None
-    ) -> torch.Tensor:
+    def mix(self, packed: Tensor, layout: RowLayout, wanted: Tensor | None) -> Tensor:
         """:meth:`forward` without the output projection."""
         projected = linear(self.project_in, packed).view(packed.shape[0], 3, self.heads, -1)
         half = projected.dtype in (torch.bfloat16, torch.float16)
-        if self.jagged and half and projected.is_cuda:
-            mixed = layout.attend_jagged(projected, self.rotation if self.rotary else None)
+        if half and projected.is_cuda and takes(projected.shape[-1]):
+            rows = JaggedRows(
+                layout.offsets.int(), layout.longest, layout.left_only, layout.windows
+            )
+            mixed = attend(projected, rows, self.rotation, layout.steps_ago)
         else:
-            if self.rotary:
+            if self.rotation is not None:
                 projected = _rotate(projected, self.rotation[layout.steps_ago])
             mixed = layout.attend_padded(projected)
         mixed = mixed if wanted is None else mixed.index_select(0, wanted)
         return mixed.flatten(1)
 
 
-def _rotations(max_len: int, width: int) -> torch.Tensor:
+def _rotations(max_len: int, width: int) -> Tensor:
     """Cosines and sines of rotary positions (arXiv 2104.09864): float [L, 2, width / 2]."""
     frequency = 10_000 ** (-torch.arange(0, width, 2).float() / width)
     angle = torch.arange(max_len)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def _rotate(projected: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+def _rotate(projected: Tensor, rotation: Tensor) -> Tensor:
     """Rotate queries and keys [T, 3, H, K] by their positions' angles [T, 2, K / 2]."""
     cos, sin = rotation.to(projected.dtype)[:, None, None].unbind(-2)
     low, high = projected[:, :2].chunk(2, dim=-1)

@@ -6,16 +6,16 @@
 Shapes: T positions of all rows, M masked positions, C candidates, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from model.execution import ExecutionPlan
 from model.kernels.graphed_call import GraphedCall
+from model.losses.sharded_softmax import TeacherLogits
 from model.network.distillation import Teachers
-from model.network.encoder import Encoder
+from model.network.encoder import Encoder, Layout
 from model.network.head import ScoringHead
 
 
@@ -28,29 +28,22 @@ class StepInput(NamedTuple):
         ids: int64 [T + ...], begins with the items of the positions; for teachers.
     """
 
-    offsets: torch.Tensor
-    masked: torch.Tensor
-    left_only: torch.Tensor | None
-    steps_ago: torch.Tensor | None
-    targets: torch.Tensor
-    negatives: torch.Tensor | None
-    log_counts: torch.Tensor | None
-    ids: torch.Tensor | None
+    offsets: Tensor
+    masked: Tensor
+    left_only: Tensor | None
+    steps_ago: Tensor | None
+    targets: Tensor
+    negatives: Tensor | None
+    log_counts: Tensor | None
+    ids: Tensor | None
 
     @property
-    def layout(self) -> tuple[torch.Tensor | None, ...]:
-        """What the encoder needs."""
-        return self[:4]
+    def layout(self) -> Layout:
+        return self.offsets, self.masked, self.left_only, self.steps_ago
 
 
 class DenseStep(nn.Module):
-    """Loss of looked-up rows; owns no parameter.
-
-    Args:
-        encoder, head: registered by the model, whose names their weights keep.
-        plan: which graphs to use in training.
-        teachers: models whose logits the loss aims at besides the targets.
-    """
+    """Loss of looked-up rows; owns no parameter: the model registers ``encoder`` and ``head``."""
 
     def __init__(
         self,
@@ -71,12 +64,12 @@ class DenseStep(nn.Module):
 
     def forward(
         self,
-        items: torch.Tensor,
-        candidates: torch.Tensor,
+        items: Tensor,
+        candidates: Tensor,
         given: StepInput,
-        longest: int,
+        longest: int | None,
         equal_shapes: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """The head's loss and report.
 
         Args:
@@ -85,8 +78,8 @@ class DenseStep(nn.Module):
             longest: as of :class:`Encoder`.
             equal_shapes: the batch has the same shapes on all ranks.
         """
-        encoder, _ = self._parts
-        graphs = self._plan.graphs if self._may_replay(given, equal_shapes) else "none"
+        may_replay = self.training and equal_shapes and given.masked.numel() > 0
+        graphs = self._plan.graphs if may_replay else "none"
         if self._teachers is None:
             given = given._replace(ids=None)
         if graphs == "dense":
@@ -94,15 +87,10 @@ class DenseStep(nn.Module):
             return loss, report.clone()
         if graphs == "encoder":
             (hidden,) = self._graph()(items, *given.layout)
-        elif graphs == "step":  # by shapes alone: this call may be under capture
-            hidden = encoder.encode(items, *given.layout)
-        else:
-            offsets, masked, *rest = given.layout
-            hidden = encoder(items, offsets, masked, longest, *rest)
-        return self._loss(hidden, candidates, given, len(items))
-
-    def _may_replay(self, given: StepInput, equal_shapes: bool) -> bool:
-        return self.training and equal_shapes and given.masked.numel() > 0
+            return self._loss(hidden, candidates, given, len(items))
+        if graphs == "step":  # by shapes alone: this call may be under capture
+            longest = None
+        return self._encode_and_score(items, candidates, *given, longest=longest)
 
     def _graph(self) -> GraphedCall:
         """Made at the first call, when the parameters are on their device."""
@@ -110,7 +98,7 @@ class DenseStep(nn.Module):
             encoder, _ = self._parts
             whole = self._plan.graphs == "dense"
             self._graphed = GraphedCall(
-                self._encode_and_score if whole else encoder.encode,
+                self._encode_and_score if whole else encoder,
                 encoder,
                 hooked=not self._plan.has_static_gradients,
                 is_loss=whole,
@@ -118,31 +106,25 @@ class DenseStep(nn.Module):
         return self._graphed
 
     def _encode_and_score(
-        self, items: torch.Tensor, candidates: torch.Tensor, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, items: Tensor, candidates: Tensor, *tensors: Any, longest: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         encoder, _ = self._parts
         given = StepInput(*tensors)
-        hidden = encoder.encode(items, *given.layout)
+        hidden = encoder(items, *given.layout, longest=longest)
         return self._loss(hidden, candidates, given, len(items))
 
     def _loss(
-        self, hidden: torch.Tensor, candidates: torch.Tensor, given: StepInput, positions: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden: Tensor, candidates: Tensor, given: StepInput, positions: int
+    ) -> tuple[Tensor, Tensor]:
         _, head = self._parts
-        logits, share = [], 0.0
+        logits: list[TeacherLogits] = []
+        share = 0.0
         if self._teachers is not None:
-            logits = self._teachers(given.ids[:positions], *given.layout)
-            share = self._teachers.share
+            assert given.ids is not None
+            ids, share = given.ids[:positions], self._teachers.share
+            logits = [teacher(ids, given.layout) for teacher in self._teachers.models]
         sizes = None
         if self._plan.exchange == "gather" and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
-        return head(
-            hidden,
-            candidates,
-            given.targets,
-            given.negatives,
-            given.log_counts,
-            logits,
-            share,
-            sizes,
-        )
+        scored = given.targets, given.negatives, given.log_counts
+        return head(hidden, candidates, *scored, logits, share, sizes)

@@ -1,25 +1,27 @@
 """The bidirectional transformer of BERT4Rec (arXiv 1904.06690, section 3.3), in plain torch.
 
-Rows of a batch have different lengths. Norms, projections and feed-forward layers work position by
-position, on the packed positions of all rows; only attention needs to know the rows.
-
     items [T, D] + positions -> layer x N -> norm -> vectors of the masked positions [M, D]
 
-Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual` compute the same.
+Norms, projections and feed-forward layers work on the packed positions of all rows; only attention
+needs to know the rows. Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual`
+compute the same.
 
-Shapes: B rows, L longest row, T positions of all rows, H heads, D width, M masked positions.
+Shapes: B rows, L longest row, T positions of all rows, D width, M masked positions.
 """
 
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.kernels import residual
 from model.kernels.bf16_linear import gelu_dropout, linear
 from model.kernels.dropout_bits import Dropout, new_dropouts
 from model.network.attention import RowLayout, SelfAttention
 from model.network.config import EncoderConfig
+
+# offsets, masked, left_only, steps_ago of Encoder.forward
+Layout = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class EncoderLayer(nn.Module):
@@ -39,9 +41,7 @@ class EncoderLayer(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, packed: torch.Tensor, layout: RowLayout, wanted: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, packed: Tensor, layout: RowLayout, wanted: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D], or [M, D] if only the positions ``wanted``, int64 [M], are needed."""
         attended = self.attention(self.attention_norm(packed), layout, wanted)
         if wanted is not None:
@@ -51,19 +51,18 @@ class EncoderLayer(nn.Module):
 
     def forward_fused(
         self,
-        packed: torch.Tensor,
-        normed: torch.Tensor,
+        packed: Tensor,
+        normed: Tensor,
         layout: RowLayout,
-        wanted: torch.Tensor | None,
+        wanted: Tensor | None,
         dropouts: list[Dropout | None],
         following: tuple[nn.LayerNorm, torch.dtype],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` in fewer passes over memory, from one norm to the next.
 
         Args:
             packed: float32 [T, D].
             normed: half precision [T, D], ``packed`` after the layer's first norm.
-            layout, wanted: as in :meth:`forward`.
             dropouts: on the attention branch, inside the feed-forward layer, and on its branch.
             following: the norm that the next layer begins with, and its output dtype.
 
@@ -103,41 +102,25 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        items: torch.Tensor,
-        offsets: torch.Tensor,
-        masked: torch.Tensor,
-        longest: int,
-        left_only: torch.Tensor | None = None,
-        steps_ago: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Encode a jagged batch.
+        items: Tensor,
+        offsets: Tensor,
+        masked: Tensor,
+        left_only: Tensor | None = None,
+        steps_ago: Tensor | None = None,
+        longest: int | None = None,
+    ) -> Tensor:
+        """Encode the masked positions of a jagged batch: float [M, D].
 
         Args:
             items: float [T, D], embeddings of all positions, row after row.
             offsets: int64 [B + 1], starts of the rows in ``items``; a row has at most ``max_len``
                 positions, or ``max_len + 1`` with second streams.
             masked: int64 [M], positions in ``items`` to encode.
-            longest: length to which padded attention pads the rows; may exceed ``max_len``.
-            left_only: bool [W], whether each of the first W rows has left context alone (a position
-                attends to itself and earlier ones); those that do come first.
-            steps_ago: int64 [T], below ``max_len``, if the batch has second streams (see
-                :class:`~model.network.attention.RowLayout`).
-
-        Returns:
-            float [M, D].
+            left_only: bool [W], as in :class:`~model.network.attention.RowLayout`.
+            steps_ago: int64 [T], below ``max_len``, as there.
+            longest: length to which padded attention pads the rows; may exceed ``max_len``. None:
+                the longest possible, so that shapes alone decide, as CUDA graphs need it.
         """
-        return self.encode(items, offsets, masked, left_only, steps_ago, longest)
-
-    def encode(
-        self,
-        items: torch.Tensor,
-        offsets: torch.Tensor,
-        masked: torch.Tensor,
-        left_only: torch.Tensor | None,
-        steps_ago: torch.Tensor | None = None,
-        longest: int | None = None,
-    ) -> torch.Tensor:
-        """:meth:`forward`, depending on tensors and their shapes alone, as CUDA graphs need it."""
         limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
@@ -153,29 +136,21 @@ class Encoder(nn.Module):
         # alone: about a fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
 
-    def _encode_fused(
-        self, items: torch.Tensor, layout: RowLayout, masked: torch.Tensor
-    ) -> torch.Tensor:
-        """:meth:`encode` on CUDA under autocast: one kernel between two matrix products."""
+    def _encode_fused(self, items: Tensor, layout: RowLayout, masked: Tensor) -> Tensor:
+        """The same on CUDA under autocast: one kernel between two matrix products."""
         half, full = torch.get_autocast_dtype("cuda"), torch.float32
         share = self.dropout.p if self.training else 0.0
         layers = cast(list[EncoderLayer], list(self.layers))
         first, *dropouts = new_dropouts(share, 1 + 3 * len(layers), items.device)
         table = None if self.positions is None else self.positions.weight
-        packed, normed = residual.enter(
-            items,
-            table,
-            layout.steps_ago,
-            self.embedding_norm,
-            layers[0].attention_norm,
-            first,
-            half,
-        )
-        norms = [(layer.attention_norm, half) for layer in layers[1:]]
-        for layer, following in zip(layers, [*norms, (self.final_norm, full)], strict=True):
+        norms = self.embedding_norm, layers[0].attention_norm
+        packed, normed = residual.enter(items, table, layout.steps_ago, *norms, first, half)
+        following = [(layer.attention_norm, half) for layer in layers[1:]]
+        following.append((self.final_norm, full))
+        for layer, norm in zip(layers, following, strict=True):
             wanted = masked if layer is layers[-1] else None
             own, dropouts = dropouts[:3], dropouts[3:]
-            packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, following)
+            packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, norm)
         return normed
 
 

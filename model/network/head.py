@@ -1,11 +1,10 @@
 """The output layer: scores of items, and the loss of the masked positions.
 
-The rows that score items come from an embedding table, looked up as the feature "candidate":
-the item table itself (head "tied") or a table of its own (head "linear"). On one rank, or with
-replicated tables, the candidates are the whole catalog. With sharded tables each rank looks up
-only its own part, and the softmax is computed over the parts (see
-:mod:`model.losses.sharded_softmax`), so that no rank ever holds V x D values. The candidates of a
-sampled loss are each position's target and the negatives drawn for the step.
+The rows that score items are looked up as the feature "candidate", in the item table itself (head
+"tied") or in a table of its own (head "linear"). On one rank, or with replicated tables, the
+candidates are the whole catalog. With sharded tables each rank looks up its own part only, and the
+softmax is computed over the parts (:mod:`model.losses.sharded_softmax`): no rank ever holds V x D
+values. The candidates of a sampled loss are the positions' targets and the step's negatives.
 
 Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
 """
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from model.losses import sampled as sampled_losses
-from model.losses.sampled import gbce_beta
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 from model.network.config import HeadConfig
 
@@ -53,11 +51,9 @@ def catalog_slice(num_items: int, rank: int, world_size: int, sharded: bool) -> 
 
 
 class ScoringHead(nn.Module):
-    """Scores of candidates and the loss of masked positions.
+    """Scores of the items in ``catalog`` and the loss of masked positions.
 
     Args:
-        config: which scores, which loss.
-        catalog: the slice of items that this rank scores.
         num_items: V; None: the slice is the whole catalog.
     """
 
@@ -68,16 +64,10 @@ class ScoringHead(nn.Module):
         self.config, self.catalog = config, catalog
         self.num_items = num_items or catalog.high - catalog.low
 
-    def project(self, vectors: torch.Tensor) -> torch.Tensor:
+    def project(self, vectors: Tensor) -> Tensor:
         """Unit length for cosine scores, unchanged for dot products; float32 [*, D]."""
         vectors = vectors.float()
         return F.normalize(vectors, dim=-1) if self.config.logit_temperature else vectors
-
-    def num_candidates(self, targets: torch.Tensor, negatives: torch.Tensor | None) -> int:
-        """The number of rows that :meth:`forward` takes as candidates."""
-        if negatives is None:
-            return self.catalog.high - self.catalog.low
-        return targets.numel() + negatives.numel()
 
     @property
     def scale(self) -> float:
@@ -86,15 +76,15 @@ class ScoringHead(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
-        candidates: torch.Tensor,
-        targets: torch.Tensor,
-        negatives: torch.Tensor | None = None,
-        log_counts: torch.Tensor | None = None,
+        hidden: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        negatives: Tensor | None = None,
+        log_counts: Tensor | None = None,
         teacher_logits: Sequence[TeacherLogits] = (),
         teacher_share: float = 0.0,
         sizes: list[int] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Mean loss over the masked positions of all ranks.
 
         Args:
@@ -127,6 +117,7 @@ class ScoringHead(nn.Module):
                 sizes=sizes,
             )
         else:
+            assert negatives is not None and log_counts is not None
             losses = self._sampled(hidden, candidates, targets, negatives, log_counts)
         counted = targets != NO_TARGET
         total = torch.where(counted, losses, 0.0).sum()
@@ -139,19 +130,18 @@ class ScoringHead(nn.Module):
 
     def _sampled(
         self,
-        hidden: torch.Tensor,
-        candidates: torch.Tensor,
-        targets: torch.Tensor,
-        negatives: torch.Tensor,
-        log_counts: torch.Tensor,
-    ) -> torch.Tensor:
+        hidden: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        negatives: Tensor,
+        log_counts: Tensor,
+    ) -> Tensor:
         """Each position's loss [M] over the negatives."""
         hidden = self.project(hidden) * self.scale
         own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
-        positives = (hidden * own).sum(dim=1)
-        scores = hidden @ drawn.T
-        given = positives, scores, targets, negatives
+        given = (hidden * own).sum(dim=1), hidden @ drawn.T, targets, negatives
         if self.config.loss == "sampled_softmax":
             return sampled_losses.softmax(*given, log_counts)
-        beta = gbce_beta(self.config.gbce_calibration, negatives.numel(), self.num_items)
+        share = self.config.gbce_calibration
+        beta = sampled_losses.gbce_beta(share, negatives.numel(), self.num_items)
         return sampled_losses.gbce(*given, beta)

@@ -36,12 +36,9 @@ def build_plain_model(
     teachers: Teachers | None = None,
 ) -> BERT4Rec:
     """An unsharded model with the seed's initial weights, the same on every rank."""
+    precision = config.sharding.table_precision
     model_config = ModelConfig(
-        num_items,
-        config.windows.max_len,
-        config.encoder,
-        config.head,
-        config.sharding.table_precision,
+        num_items, config.windows.max_len, config.encoder, config.head, precision
     )
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
     return BERT4Rec(
@@ -62,7 +59,7 @@ def build_model(
     plan: ExecutionPlan,
     teachers: Teachers | None = None,
 ) -> DistributedModelParallel:
-    """The model, sharded or replicated over the ranks."""
+    """The same, sharded or replicated over the ranks."""
     plain = build_plain_model(config, num_items, ranks, plan, teachers)
     rows = config.loader.train_batch_size
     return distribute(plain, plan, config.sharding, config.optimizer.beta2, rows, ranks)
@@ -88,7 +85,6 @@ def train_loader(
 
 
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:
-    """The sampler of a sampled loss."""
     if config.head.loss == "softmax":
         return None
     # One more of each, so that an item without training ratings is drawn sometimes.
@@ -113,8 +109,7 @@ def evaluator(
 ) -> Callable[..., Result]:
     """A function that evaluates ``model`` as it is when called, on every user of ``split``.
 
-    Its argument, if given, is put around the batches, to do something between them. ``discount`` is
-    that of popularity, see :func:`~model.evaluation.evaluate.evaluate`.
+    Its argument, if given, is put around the batches. ``discount``: of popularity.
     """
     output = config.output
     loader = EvalLoader(

@@ -3,11 +3,9 @@
 import torch
 
 from model.distributed import Ranks
-from model.execution import ExecutionPlan
+from model.execution import Exchange, ExecutionPlan, Graphs, Precision
 from model.kernels import varlen_attention
 from model.run.config import RunConfig
-from model.step.config import OptimizerConfig
-from model.tables.config import ShardingConfig
 from model.tables.sharding_plan import table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
@@ -19,14 +17,7 @@ GATHERED_BYTES = 256 << 20
 
 
 def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
-    """The plan of a run; the same on every rank.
-
-    Args:
-        num_items: V.
-
-    Raises:
-        UserError: the device cannot do what the flags say.
-    """
+    """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision = _precision(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
     optimizer = "adam" if replicated else table_optimizer(config.sharding, ranks.device)
@@ -37,13 +28,14 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         )
     own = not replicated and _has_own_lookup(config, optimizer, num_items, ranks)
     several = ranks.world_size > 1
-    exchange = "none"
+    exchange: Exchange = "none"
     if several:
         exchange = "all_reduce" if replicated else "gather" if own else "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
-    graphs = "none"
-    if precision == "bf16" and config.output.acceleration != "none" and _has_fast_attention(config):
+    graphs: Graphs = "none"
+    has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
+    if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
         if own and optimizer == "adam":
             graphs = "step"
         else:
@@ -55,20 +47,19 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         in_place=in_place,
         precision=precision,
         table_optimizer=optimizer,
-        table_lr=_table_lr(config.sharding, config.optimizer, optimizer),
+        table_lr=_table_lr(config, optimizer),
     )
 
 
-def _precision(config: RunConfig, device: torch.device) -> str:
-    if config.output.precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+def _precision(config: RunConfig, device: torch.device) -> Precision:
+    if config.output.precision == "fp32":
+        return "fp32"
     if config.output.precision == "bf16" and device.type != "cuda":
         raise UserError("--precision bf16 needs CUDA: leave it out on CPU, where it is slower")
-    return config.output.precision
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def _has_own_lookup(config: RunConfig, optimizer: str, num_items: int, ranks: Ranks) -> bool:
-    """Whether this project's kernels can look the table up and update it."""
     sharding = config.sharding
     if (sharding.table_precision, sharding.compute_kernel) != ("fp32", "fused"):
         return False
@@ -91,18 +82,13 @@ def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
     return positions, positions + config.negatives.train_negatives  # the targets, and the negatives
 
 
-def _has_fast_attention(config: RunConfig) -> bool:
-    return varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
-
-
-def _table_lr(sharding: ShardingConfig, config: OptimizerConfig, optimizer: str) -> float:
+def _table_lr(config: RunConfig, optimizer: str) -> float:
     """The tables' peak learning rate.
 
     Adagrad divides by the root of all squared gradients so far, not of recent ones, so its steps
     shrink from the start; it needs a larger rate than Adam.
     """
-    if sharding.embedding_lr is not None:
-        return sharding.embedding_lr
-    if sharding.mode == "dmp" and "adagrad" in optimizer:
-        return 20 * config.lr
-    return config.lr
+    if config.sharding.embedding_lr is not None:
+        return config.sharding.embedding_lr
+    factor = 20 if config.sharding.mode == "dmp" and "adagrad" in optimizer else 1
+    return factor * config.optimizer.lr
