@@ -2,9 +2,9 @@
 
     gradients of all parameters -> one piece of memory -> all-reduce -> their means as gradients
 
-DistributedDataParallel hooks into autograd to send some gradients while others are computed. For
-the encoder's few megabytes the hooks take longer than the all-reduce. Without hooks, and with means
-at fixed addresses, CUDA graphs can hold the backward pass and the update.
+For the encoder's few megabytes, the hooks of DistributedDataParallel take longer than the
+all-reduce. Without hooks, and with means at fixed addresses, CUDA graphs can hold the backward pass
+and the update.
 """
 
 from typing import Any
@@ -21,10 +21,8 @@ _ALIGNED = 4
 class AveragingOptimizer(OptimizerWrapper):
     """Replaces the gradients by their means over all ranks, then steps.
 
-    Args:
-        optimizer: does the step.
-        parameters: the same on every rank, all of one dtype and device. A gradient that is None
-            counts as zeros.
+    The parameters are the same on every rank, all of one dtype and device. A gradient that is None
+    counts as zeros.
     """
 
     def __init__(self, optimizer: KeyedOptimizer, parameters: list[nn.Parameter]) -> None:
@@ -43,14 +41,15 @@ class AveragingOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def _average(self) -> None:
-        moved: list[tuple[torch.Tensor, torch.Tensor]] = []
+        gradients, moved_to = [], []
         for parameter, mean in zip(self._parameters, self._means, strict=True):
             if parameter.grad is None:
                 mean.zero_()
             elif parameter.grad is not mean:
-                moved.append((mean, parameter.grad))
-        if moved:
-            torch._foreach_copy_(*map(list, zip(*moved, strict=True)))
+                gradients.append(parameter.grad)
+                moved_to.append(mean)
+        if gradients:
+            torch._foreach_copy_(moved_to, gradients)
         dist.all_reduce(self._flat)
         self._flat /= dist.get_world_size()
         for parameter, mean in zip(self._parameters, self._means, strict=True):

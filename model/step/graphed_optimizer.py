@@ -15,10 +15,7 @@ _WARM_UP = 2  # steps before the capture, in which the optimizer makes its state
 class GraphedOptimizer(OptimizerWrapper):
     """Steps through a CUDA graph once the gradients stay at the same addresses.
 
-    Args:
-        optimizer: whose step does the same kernels every time; its learning rates are tensors on
-            the device, its state is made by the first step.
-        parameters: that it updates.
+    The optimizer's learning rates are tensors on the device; its first step makes its state.
     """
 
     def __init__(self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]) -> None:

@@ -23,6 +23,7 @@ class Optimizers:
         device: torch.device,
     ) -> None:
         self._plan, self._config = plan, config
+        self.peak_lr = config.lr
         self.tables = model.fused_optimizer
         parameters = replicated(model)
         # In ddp the tables are ordinary parameters, with a learning rate of their own.
@@ -45,15 +46,12 @@ class Optimizers:
         dense = [p for p in params if id(p) not in self._table_ids]
         tables = [p for p in params if id(p) in self._table_ids]
         groups = [
-            {
-                "params": [p for p in dense if p.ndim > 1],
-                "weight_decay": self._config.weight_decay,
-            },
-            {"params": [p for p in dense if p.ndim <= 1], "weight_decay": 0.0},
-            {"params": tables, "weight_decay": 0.0},
+            ([p for p in dense if p.ndim > 1], self._config.weight_decay),
+            ([p for p in dense if p.ndim <= 1], 0.0),
+            (tables, 0.0),
         ]
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": group, "weight_decay": decay} for group, decay in groups if group],
             lr=self._config.lr,
             betas=(0.9, self._config.beta2),
             eps=1e-8,
@@ -69,11 +67,10 @@ class Optimizers:
         Ranks that take the same steps through graphs average inside the graph, too.
         """
         plan = self._plan
-        averages = plan.exchange in ("gather", "torchrec")
         graphed = self._graphed_lr is not None and plan.graphs != "step"
         if graphed and plan.exchange != "gather":
             optimizer = GraphedOptimizer(optimizer, parameters)
-        if averages:
+        if plan.exchange in ("gather", "torchrec"):
             optimizer = AveragingOptimizer(optimizer, parameters)
         if graphed and plan.exchange == "gather":
             optimizer = GraphedOptimizer(optimizer, parameters)
@@ -84,11 +81,6 @@ class Optimizers:
             return f"AdamW, lr {self._config.lr:g}"
         tables = f"tables {self._plan.table_optimizer}, lr {self._plan.table_lr:g}"
         return f"encoder AdamW, lr {self._config.lr:g}, {tables}"
-
-    @property
-    def peak_lr(self) -> float:
-        """The encoder's learning rate at factor 1."""
-        return self._config.lr
 
     def set_lr(self, factor: float) -> None:
         """Set all learning rates to ``factor`` times their peaks, effective at the next step."""
@@ -111,9 +103,6 @@ class Optimizers:
         self._stepped.step()
 
     def materialise_state(self) -> None:
-        """Create AdamW's state tensors, so that a checkpoint can be loaded into them.
-
-        Takes a step with zero gradients: load the weights afterwards.
-        """
+        """Create AdamW's state by a step with zero gradients; load a checkpoint afterwards."""
         self.dense.init_state()
         self.dense.zero_grad(set_to_none=True)

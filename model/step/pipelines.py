@@ -42,11 +42,7 @@ class ExchangingPipeline(TrainPipelineSparseDist):
 
 
 class CopyingPipeline(TrainPipelineSparseDist):
-    """Copies batches ahead of steps that are one call.
-
-    Attributes:
-        train_step: does the steps.
-    """
+    """Copies batches ahead of steps that are one call."""
 
     def __init__(
         self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
@@ -59,11 +55,7 @@ class CopyingPipeline(TrainPipelineSparseDist):
         self.train_step.release()
 
     def progress(self, batches: Iterator[PackedBatch]) -> torch.Tensor:
-        """One step; its report.
-
-        Raises:
-            StopIteration: there is no batch left.
-        """
+        """One step; its report. StopIteration if there is no batch left."""
         if not self.batches:  # the first
             self.enqueue_batch(batches)
             self.enqueue_batch(batches)

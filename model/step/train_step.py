@@ -3,14 +3,11 @@
     zero_grad -> lookup -> encoder and head -> backward, which updates the tables -> optimizer
 
 With graphs "step" of :class:`~model.execution.ExecutionPlan`, all steps of one shape are one CUDA
-graph, so that a small step does not wait for its host to launch some hundred kernels:
+graph, so that a small step does not wait for the launch of some hundred kernels:
 
     first step of a shape      launched kernel by kernel: compiles them, makes the optimizer's state
     second                     captured, and replayed
     later ones                 copy the batch to where the graph reads it, replay
-
-While a step is captured, work off the critical path goes to a side stream
-(``model/kernels/side_stream.py``).
 """
 
 from dataclasses import replace
@@ -33,11 +30,9 @@ _MAX_GRAPHS = 48
 class Stepper(Protocol):
     """The optimizer of a step."""
 
-    def zero_grad(self) -> None:
-        """Before a step."""
+    def zero_grad(self) -> None: ...
 
-    def step(self) -> None:
-        """After its backward pass."""
+    def step(self) -> None: ...
 
 
 def backward(loss: torch.Tensor, one: torch.Tensor) -> None:
@@ -52,12 +47,7 @@ def backward(loss: torch.Tensor, one: torch.Tensor) -> None:
 class TrainStep:
     """Trains ``model`` on one batch a call.
 
-    Args:
-        model: distributed; its loss is a scalar.
-        optimizer: of ``model``; its learning rates are on the device if steps are graphs.
-
-    Attributes:
-        is_eager: launch kernels one by one for a while, to see the parts of a step.
+    ``is_eager`` launches kernels one by one for a while, to see the parts of a step.
     """
 
     def __init__(

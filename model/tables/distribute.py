@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -24,8 +24,8 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
 from model.tables.config import ShardingConfig
-from model.tables.item_table import ItemTableSharder
-from model.tables.local_collection import LocalSharder
+from model.tables.item_table import ShardedItemTable
+from model.tables.local_collection import LocalCollection
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, plan_tables
 
@@ -38,14 +38,11 @@ def distribute(
     batch_rows: int,
     ranks: Ranks,
 ) -> DistributedModelParallel:
-    """Distribute ``model`` over the ranks.
+    """Distribute ``model`` over the ranks; UserError if no sharding fits the memory.
 
     Args:
         beta2: of Adam, for the tables.
         batch_rows: rows of a training batch on one rank, for the planner's cost model.
-
-    Raises:
-        UserError: no sharding fits the memory.
     """
     fused = {
         "optimizer": FUSED_OPTIMIZERS[plan.table_optimizer],
@@ -78,14 +75,32 @@ def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
     if plan.lookup == "own":
-        return ItemTableSharder(
+        return _Sharder(
             fused,
+            ShardedItemTable,
             plan=plan,
             exchange=RowExchange.of(model.head.num_items + 2, ranks),
             catalog=model.head.catalog,
             draws_candidates=model.head.config.loss != "softmax",
         )
-    return (LocalSharder if ranks.world_size == 1 else EmbeddingCollectionSharder)(fused)
+    if ranks.world_size == 1:
+        return _Sharder(fused, LocalCollection)
+    return EmbeddingCollectionSharder(fused)
+
+
+class _Sharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder, which makes collections of this project's ``kind``."""
+
+    def __init__(
+        self, fused: dict[str, Any], kind: type[ShardedEmbeddingCollection], **made_with: Any
+    ) -> None:
+        super().__init__(fused)
+        self._kind, self._made_with = kind, made_with
+
+    def shard(
+        self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: str | None = None
+    ) -> ShardedEmbeddingCollection:
+        return self._kind(module, params, env, self.fused_params, device, **self._made_with)
 
 
 class _NoWrapper(DataParallelWrapper):
@@ -103,7 +118,7 @@ def replicated(model: DistributedModelParallel) -> dict[str, nn.Parameter]:
 def unwrap(model: nn.Module) -> BERT4Rec:
     """The BERT4Rec inside the wrappers."""
     while not isinstance(model, BERT4Rec):
-        model = model.module
+        model = model.get_submodule("module")
     return model
 
 

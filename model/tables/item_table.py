@@ -1,11 +1,7 @@
-"""The item table, looked up and updated by this project's kernels in few calls.
+"""The item table, one float32 table looked up and updated by this project's kernels.
 
-    FBGEMM's lookup     sorts the ids of all rows that take part, copies the rows, updates them one
-                        by one: for any number of tables, precision and place, by dozens of calls
-    ShardedItemTable    looks up rows of one float32 table; its backward pass sums the gradients of
-                        equal ids and updates their rows
-
-The exact softmax scores every item, so every row gets a gradient in every step. In place, the
+The backward pass of the lookup sums the gradients of equal ids and updates their rows. The exact
+softmax scores every item, so every row gets a gradient in every step. In place, the
 candidates are the shard itself: only the items of the histories are looked up, their gradients are
 added to those of the candidates, and one pass over the shard updates it.
 
@@ -19,8 +15,9 @@ width.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from model.execution import ExecutionPlan
@@ -40,8 +37,6 @@ class TableShard:
 
     Args:
         table: FBGEMM's module of one table with float32 rows.
-        optimizer: its fused optimizer.
-        exchange: with the other ranks.
         scored: the items that this rank scores in place; None: candidates are looked up.
     """
 
@@ -57,12 +52,12 @@ class TableShard:
         self._states = next(iter(table.split_optimizer_states()), ())
         self._table, self._optimizer = table, optimizer
         self._first = 0
-        self.in_place: torch.Tensor | None = None
+        self.in_place: Tensor | None = None
         if scored is not None:
             self._first = scored.low - exchange.low
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
         # Adam's kernels read their rates from the device, so that one graph serves many steps.
-        self._rates: torch.Tensor | None = None
+        self._rates: Tensor | None = None
         if optimizer == "adam":
             self._rates = torch.zeros(2, device=self.rows.device)
 
@@ -75,13 +70,13 @@ class TableShard:
             beta2=known.beta2,
             eps=known.eps,
             number=int(self._table.iter_cpu.add_(1)),
-            scale=1 / self.exchange.world_size,  # TorchRec means gradients so
+            scale=1 / self.exchange.world_size,  # the mean over ranks, as TorchRec's
         )
         if self._rates is not None:
             for place, rate in zip(self._rates.unbind(), self._step.rates, strict=True):
                 place.fill_(rate)
 
-    def index(self, ids: torch.Tensor) -> SortedIndex:
+    def index(self, ids: Tensor) -> SortedIndex:
         """Where the gradients of local ids [U] go; R for -1: nowhere.
 
         In place, the candidates come first, then the rows behind them, then those before them.
@@ -96,15 +91,13 @@ class TableShard:
     def update(
         self,
         index: Pending[SortedIndex],
-        of_rows: torch.Tensor,
-        of_candidates: torch.Tensor | None = None,
+        of_rows: Tensor,
+        of_candidates: Tensor | None = None,
     ) -> None:
         """Do one step of the optimizer, on the side stream if one is open.
 
-        Args:
-            index: of :meth:`index`.
-            of_rows: [U, D], gradients of the rows looked up.
-            of_candidates: [C, D], of the candidates in place.
+        ``of_rows`` [U, D] are gradients of the rows looked up, ``of_candidates`` [C, D] those of
+        the candidates in place.
         """
         # A captured step is replayed many times; each replay is counted by its caller.
         if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
@@ -114,8 +107,8 @@ class TableShard:
     def _update(
         self,
         index: Pending[SortedIndex],
-        of_rows: torch.Tensor,
-        of_candidates: torch.Tensor | None,
+        of_rows: Tensor,
+        of_candidates: Tensor | None,
     ) -> None:
         known = self._optimizer, self.rows, self._states
         if self.in_place is None:
@@ -132,9 +125,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
     """A sharded collection of one table, trained through a :class:`TableShard`.
 
     Args:
-        args, given: of TorchRec's class.
-        plan: with lookup "own".
-        ranks, catalog: this rank's exchange and the items that it scores.
+        catalog: the items that this rank scores.
         draws_candidates: candidates are drawn items, exchanged as the others are; False: a range of
             this rank's own rows.
     """
@@ -171,9 +162,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         return with_lengths(features, rows)
 
 
-def with_lengths(
-    features: KeyedJaggedTensor, rows: tuple[torch.Tensor, ...]
-) -> dict[str, JaggedTensor]:
+def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
     """The rows of each feature, with its lengths."""
     lengths = features.lengths().view(len(rows), -1).unbind()
     return {
@@ -186,12 +175,12 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        trigger: torch.Tensor,
+        trigger: Tensor,
         shard: TableShard,
-        ids: torch.Tensor,
+        ids: Tensor,
         num_items: int,
         draws: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         exchange = shard.exchange
         sent = ids if draws else ids[:num_items]
         local = exchange.local_ids(sent)
@@ -208,7 +197,7 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_items: torch.Tensor, of_candidates: torch.Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
         all_gradients = shard.exchange.all_gradients
         if ctx.draws:
@@ -218,29 +207,3 @@ class _LookUp(torch.autograd.Function):
         else:
             shard.update(ctx.index, all_gradients(of_items), of_candidates)
         return (None,) * 5
-
-
-class ItemTableSharder(EmbeddingCollectionSharder):
-    """TorchRec's sharder, which makes a :class:`ShardedItemTable` of the item table.
-
-    Args:
-        fused_params: of TorchRec's class.
-        made_with: keyword arguments of :class:`ShardedItemTable`.
-    """
-
-    def __init__(self, fused_params: dict[str, Any], **made_with: Any) -> None:
-        super().__init__(fused_params=fused_params)
-        self._made_with = made_with
-
-    def shard(self, module: Any, params: Any, env: Any, *rest: Any, **more: Any) -> Any:
-        """As TorchRec's, with this project's class."""
-        device = rest[0] if rest else more.get("device")
-        return ShardedItemTable(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            module_fqn=more.get("module_fqn"),
-            **self._made_with,
-        )

@@ -1,8 +1,7 @@
 """A sharded collection of a single rank: it looks up without an exchange.
 
-TorchRec's forward sends features to the ranks that have their rows, waits for the device to say how
-many came, looks up and sends the rows back. A rank that is alone only looks up. The rows are the
-same, bit by bit.
+TorchRec's forward exchanges features and rows between ranks, and waits for the device to say how
+many came. A rank that is alone only looks up. The rows are the same, bit by bit.
 
 Shapes: T items and C candidates of the batch, D width.
 """
@@ -10,8 +9,9 @@ Shapes: T items and C candidates of the batch, D width.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from model.kernels.l2_normalize import join_gradients
@@ -46,25 +46,10 @@ class _Split(torch.autograd.Function):
     """Rows of both features; their gradients are joined without copying a large catalog's."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return rows[:count], rows[count:]
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, items: torch.Tensor, candidates: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        if not len(candidates):
-            return items, None
-        return join_gradients(items, candidates), None
-
-
-class LocalSharder(EmbeddingCollectionSharder):
-    """TorchRec's sharder, which makes a :class:`LocalCollection`."""
-
-    def shard(self, module: Any, params: Any, env: Any, *rest: Any, **more: Any) -> LocalCollection:
-        """As TorchRec's, with this project's class."""
-        device = rest[0] if rest else more.get("device")
-        return LocalCollection(
-            module, params, env, self.fused_params, device, module_fqn=more.get("module_fqn")
-        )
+    def backward(ctx: Any, items: Tensor, candidates: Tensor) -> tuple[Tensor, None]:
+        return join_gradients(items, candidates) if len(candidates) else items, None

@@ -5,10 +5,9 @@
                                   --reduce-scatter-->  rows of this rank [n, D]
     backward: gradients [n, D]    --all-gather-->      [U, D]; those of the shard's rows update it
 
-TorchRec sends each id to the rank that has its row, after all ranks have told each other how many
-ids come: the fewest bytes, by many calls between which the hosts wait. Here the ranks' loaders
-agree on the sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange. It sends W
-times as many bytes, which is little between the GPUs of a host.
+TorchRec sends each id to the rank that has its row: the fewest bytes, by many calls between which
+the hosts wait for sizes. Here the ranks' loaders agree on the sizes (:func:`agreed_sizes`), so that
+a CUDA graph can hold the exchange. It sends W times as many bytes.
 
 Shapes: W ranks, n ids of a rank, U = W n, D width, R rows of the shard.
 """
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.distributed import Ranks
 
@@ -43,11 +43,8 @@ class RowExchange:
         low = min(ranks.rank * block, num_rows)
         return cls(ranks.world_size, low, min(block, num_rows - low))
 
-    def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids of all ranks [U] as rows of this shard, -1 for rows of other shards.
-
-        Every rank calls it with as many ids, int64 [n].
-        """
+    def local_ids(self, ids: Tensor) -> Tensor:
+        """Ids of all ranks [U], n of each, as rows of this shard; -1 for rows of other shards."""
         if self.world_size == 1:
             return ids
         gathered = ids.new_empty(self.world_size * len(ids))
@@ -55,7 +52,7 @@ class RowExchange:
         local = gathered - self.low
         return local.masked_fill_((local < 0) | (local >= self.rows), -1)
 
-    def own_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def own_rows(self, rows: Tensor) -> Tensor:
         """The rows [n, D] of this rank's ids, of the rows [U, D] that each rank has looked up."""
         if self.world_size == 1:
             return rows
@@ -63,7 +60,7 @@ class RowExchange:
         dist.reduce_scatter_tensor(own, rows)
         return own
 
-    def all_gradients(self, gradient: torch.Tensor) -> torch.Tensor:
+    def all_gradients(self, gradient: Tensor) -> Tensor:
         """Gradients [U, D] of all ranks' rows from those of this rank's, [n, D]."""
         if self.world_size == 1:
             return gradient
@@ -75,8 +72,7 @@ class RowExchange:
 def agreed_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """A function that returns the largest of each integer on all ranks.
 
-    It runs between hosts, in a process group of its own, so that the loader's thread may call it
-    beside training.
+    It has a process group of its own, so that the loader's thread may call it beside training.
     """
     group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 

@@ -1,4 +1,4 @@
-"""How the tables are cut and kept: the flags, and TorchRec's sharding plan that follows from them.
+"""How the tables are cut and stored: TorchRec's sharding plan, and FBGEMM's fused optimizers.
 
 row_wise      rank r holds rows [r * k, (r + 1) * k); the softmax is cut the same way
 column_wise   every rank holds a part of each row's width
@@ -41,10 +41,9 @@ def plan_tables(
     """The planner's choice within ``--sharding``; every rank computes the same one by itself."""
     allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
     if ranks.world_size == 1:
-        # Row by row or column by column, the one rank has all of it: whole, it is not sorted into
-        # shards and back.
+        # The one rank has all of it: a whole table is not sorted into shards and back.
         allowed = ["table_wise"]
-    # Without a word on kernels the planner may choose "dense", which is broken on CPU.
+    # Without compute_kernels the planner may choose "dense", which is broken on CPU.
     constraints = {
         table.name: ParameterConstraints(
             sharding_types=allowed,
@@ -86,11 +85,7 @@ def column_width(width: int, world_size: int) -> int:
 
 
 def table_optimizer(config: ShardingConfig, device: torch.device) -> str:
-    """The tables' optimizer in dmp. FBGEMM's fused Adam is one of float32 tables on CUDA.
-
-    Raises:
-        UserError: Adam was asked for elsewhere.
-    """
+    """The tables' optimizer in dmp; UserError for Adam where FBGEMM has no fused Adam."""
     whole = config.table_precision == "fp32"
     if config.embedding_optimizer == "auto":
         return "adam" if device.type == "cuda" and whole else "rowwise_adagrad"

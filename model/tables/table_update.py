@@ -14,11 +14,12 @@ Shapes: R rows of the table, C candidates, S outer rows, D width.
 """
 # ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.kernels.compiler import row_tiles, tl, triton
 from model.kernels.segment_sum import SortedIndex, adam_rows, adam_step
@@ -31,11 +32,7 @@ _TILE = 1024
 class Step:
     """Constants of one optimizer step.
 
-    Attributes:
-        lr: learning rate.
-        beta1, beta2, eps: constants of Adam; Adagrad has the same eps.
-        number: the step's number, from 1.
-        scale: factor of the gradients.
+    Adagrad has Adam's eps. Steps are numbered from 1; ``scale`` is a factor of the gradients.
     """
 
     lr: float
@@ -47,25 +44,20 @@ class Step:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Factors of Adam's means and of its roots of squares, with bias corrections.
-
-        Computed on the host, in float64.
-        """
-        return (
-            self.lr / (1 - self.beta1**self.number),
-            1 / (1 - self.beta2**self.number) ** 0.5,
-        )
+        """Factors of Adam's means and of its roots of squares, bias-corrected in float64."""
+        lr = self.lr / (1 - self.beta1**self.number)
+        return lr, 1 / (1 - self.beta2**self.number) ** 0.5
 
 
 def update(
     optimizer: str,
-    table: torch.Tensor,
-    states: Sequence[torch.Tensor],
-    gradient: torch.Tensor,
-    outer: torch.Tensor,
+    table: Tensor,
+    states: Sequence[Tensor],
+    gradient: Tensor,
+    outer: Tensor,
     first: int,
     step: Step,
-    rates: torch.Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """One step of ``optimizer``, in place.
 
@@ -97,12 +89,12 @@ def update(
 
 def update_some(
     optimizer: str,
-    table: torch.Tensor,
-    states: Sequence[torch.Tensor],
+    table: Tensor,
+    states: Sequence[Tensor],
     index: SortedIndex,
-    gradients: torch.Tensor,
+    gradients: Tensor,
     step: Step,
-    rates: torch.Tensor | None = None,
+    rates: Tensor | None = None,
 ) -> None:
     """One step of ``optimizer`` for the rows of an index, in place.
 
@@ -125,34 +117,34 @@ def update_some(
         whole[rows] = part
 
 
-def _adam_arguments(
-    states: Sequence[torch.Tensor], step: Step, rates: torch.Tensor | None
-) -> tuple[Any, ...]:
+def _adam_arguments(states: Sequence[Tensor], step: Step, rates: Tensor | None) -> tuple[Any, ...]:
     """State and constants as :func:`~model.kernels.segment_sum.adam_step` takes them."""
     if rates is None:
         rates = torch.tensor(step.rates, device=states[0].device)
     return *states, rates, step.beta1, step.beta2, step.eps
 
 
-def _sgd(rows: torch.Tensor, gradient: torch.Tensor, step: Step) -> None:
+def _sgd(rows: Tensor, gradient: Tensor, step: Step) -> None:
     rows.add_(gradient, alpha=-step.lr * step.scale)
 
 
-def _adagrad(rows: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor, step: Step) -> None:
+def _adagrad(rows: Tensor, sums: Tensor, gradient: Tensor, step: Step) -> None:
     sums.addcmul_(gradient, gradient, value=step.scale**2)
     rows.addcdiv_(gradient, sums.sqrt().add_(step.eps), value=-step.lr * step.scale)
 
 
-def _rowwise_adagrad(
-    rows: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor, step: Step
-) -> None:
+def _rowwise_adagrad(rows: Tensor, sums: Tensor, gradient: Tensor, step: Step) -> None:
     means = torch.linalg.vector_norm(gradient, dim=1).square_().div_(gradient.shape[1])
     sums.add_(means, alpha=step.scale**2)
     shrink = sums.sqrt().add_(step.eps).reciprocal_()
     rows.addcmul_(gradient, shrink[:, None], value=-step.lr * step.scale)
 
 
-_UPDATES = {"sgd": _sgd, "adagrad": _adagrad, "rowwise_adagrad": _rowwise_adagrad}
+_UPDATES: dict[str, Callable[..., None]] = {
+    "sgd": _sgd,
+    "adagrad": _adagrad,
+    "rowwise_adagrad": _rowwise_adagrad,
+}
 UPDATES = (*_UPDATES, *(("adam",) if triton is not None else ()))
 
 

@@ -5,6 +5,7 @@ Nothing else in the project uses such names of theirs, but for ``model/step/pipe
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -15,8 +16,8 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 
-def lookups(model: nn.Module) -> Iterator[nn.Module]:
-    """What looks up rows in a sharded collection: one module for each way of sharding."""
+def lookups(model: nn.Module) -> Iterator[Any]:
+    """The modules that look up rows in sharded collections: one for each way of sharding."""
     for module in model.modules():
         if isinstance(module, ShardedEmbeddingCollection):
             yield from module._lookups
@@ -28,7 +29,7 @@ def features_per_lookup(collection: ShardedEmbeddingCollection) -> list[list[str
 
 
 def width(collection: ShardedEmbeddingCollection) -> int:
-    """D, of a row."""
+    """Width of a row."""
     return collection._embedding_dim
 
 
