@@ -7,6 +7,7 @@ and AdamW launch dozens.
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
 _WARM_UP = 2  # steps before the capture, in which the optimizer makes its state
@@ -21,7 +22,7 @@ class GraphedOptimizer(OptimizerWrapper):
     def __init__(self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]) -> None:
         super().__init__(optimizer)
         self._parameters = parameters
-        self._gradients: list[torch.Tensor | None] = []
+        self._gradients: list[Tensor | None] = []
         self._steady = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 

@@ -1,6 +1,7 @@
 """The fused optimizer of the tables and AdamW of everything else, under one learning rate."""
 
 import torch
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -34,7 +35,7 @@ class Optimizers:
             stepped = GradientClippingOptimizer(
                 self.dense, clipping=GradientClipping.NORM, max_gradient=config.max_grad_norm
             )
-        self._graphed_lr: torch.Tensor | None = None  # where a CUDA graph reads it
+        self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
         if plan.graphs == "step" or (plan.has_static_gradients and not self._table_ids):
             self._graphed_lr = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
@@ -42,7 +43,7 @@ class Optimizers:
         self._stepped = self._wrapped(stepped, list(parameters.values()))
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
 
-    def _adamw(self, params: list[torch.Tensor], device: torch.device) -> torch.optim.Optimizer:
+    def _adamw(self, params: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
         dense = [p for p in params if id(p) not in self._table_ids]
         tables = [p for p in params if id(p) in self._table_ids]
         groups = [

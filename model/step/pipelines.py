@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -33,7 +34,7 @@ class ExchangingPipeline(TrainPipelineSparseDist):
         super().__init__(model, optimizer, device, execute_all_batches=True)
         self._one = torch.ones((), device=device)
 
-    def _backward(self, losses: torch.Tensor) -> None:
+    def _backward(self, losses: Tensor) -> None:
         backward(losses, self._one)
 
     def release(self) -> None:
@@ -54,7 +55,7 @@ class CopyingPipeline(TrainPipelineSparseDist):
         """Drop CUDA graphs."""
         self.train_step.release()
 
-    def progress(self, batches: Iterator[PackedBatch]) -> torch.Tensor:
+    def progress(self, batches: Iterator[PackedBatch]) -> Tensor:
         """One step; its report. StopIteration if there is no batch left."""
         if not self.batches:  # the first
             self.enqueue_batch(batches)
@@ -82,10 +83,7 @@ class CopyingPipeline(TrainPipelineSparseDist):
 
 
 def train_pipeline(
-    model: DistributedModelParallel,
-    optimizer: Stepper,
-    plan: ExecutionPlan,
-    device: torch.device,
+    model: DistributedModelParallel, optimizer: Stepper, plan: ExecutionPlan, device: torch.device
 ) -> ExchangingPipeline | CopyingPipeline:
     """The pipeline for ``model``; drain its batches before ``detach``."""
     if plan.exchange == "torchrec":

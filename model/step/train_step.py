@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import set_multithreading_enabled
 from torch.profiler import record_function
 
@@ -35,7 +35,7 @@ class Stepper(Protocol):
     def step(self) -> None: ...
 
 
-def backward(loss: torch.Tensor, one: torch.Tensor) -> None:
+def backward(loss: Tensor, one: Tensor) -> None:
     """The backward pass of a scalar loss in this thread; ``one`` is its gradient.
 
     Waking autograd's own thread, and waking up from it, takes a tenth of a small step.
@@ -60,7 +60,7 @@ class TrainStep:
         self._streams: Any = None
         self.is_eager = False
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+    def __call__(self, batch: PackedBatch) -> Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions."""
         self._optimizer.zero_grad()
         key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
@@ -86,7 +86,7 @@ class TrainStep:
         self._pool = None  # gone with the last graph
         unwrap(self._model).dense_step.release()
 
-    def _launch(self, batch: TrainBatch) -> torch.Tensor:
+    def _launch(self, batch: TrainBatch) -> Tensor:
         with record_function("## forward ##"):
             loss, report = self._model(batch)
         backward(loss, self._one)
@@ -131,7 +131,7 @@ class _Captured:
         packed = replace(batch.packed, words=self._words)
         return replace(batch, packed=packed).unpack().with_candidates()
 
-    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+    def __call__(self, batch: PackedBatch) -> Tensor:
         self._words.copy_(batch.packed.words)
         self.graph.replay()
         return self.report.clone()

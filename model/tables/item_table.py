@@ -41,11 +41,7 @@ class TableShard:
     """
 
     def __init__(
-        self,
-        table: Any,
-        optimizer: str,
-        exchange: RowExchange,
-        scored: CatalogSlice | None = None,
+        self, table: Any, optimizer: str, exchange: RowExchange, scored: CatalogSlice | None = None
     ) -> None:
         (self.rows,) = table.split_embedding_weights()
         self.exchange = exchange
@@ -89,10 +85,7 @@ class TableShard:
         return sort_index(index, count)
 
     def update(
-        self,
-        index: Pending[SortedIndex],
-        of_rows: Tensor,
-        of_candidates: Tensor | None = None,
+        self, index: Pending[SortedIndex], of_rows: Tensor, of_candidates: Tensor | None = None
     ) -> None:
         """Do one step of the optimizer, on the side stream if one is open.
 
@@ -105,10 +98,7 @@ class TableShard:
         side_stream.run(lambda: self._update(index, of_rows, of_candidates))
 
     def _update(
-        self,
-        index: Pending[SortedIndex],
-        of_rows: Tensor,
-        of_candidates: Tensor | None,
+        self, index: Pending[SortedIndex], of_rows: Tensor, of_candidates: Tensor | None
     ) -> None:
         known = self._optimizer, self.rows, self._states
         if self.in_place is None:
@@ -174,12 +164,7 @@ def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        trigger: Tensor,
-        shard: TableShard,
-        ids: Tensor,
-        num_items: int,
-        draws: bool,
+        ctx: Any, trigger: Tensor, shard: TableShard, ids: Tensor, num_items: int, draws: bool
     ) -> tuple[Tensor, Tensor]:
         exchange = shard.exchange
         sent = ids if draws else ids[:num_items]

@@ -7,11 +7,10 @@ Nothing else in the project uses such names of theirs, but for ``model/step/pipe
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
@@ -55,7 +54,7 @@ def set_table_steps(model: nn.Module, step: int) -> None:
     for lookup in lookups(model):
         for table in lookup.modules():
             for counter in ("iter", "iter_cpu"):
-                if isinstance(count := getattr(table, counter, None), torch.Tensor):
+                if isinstance(count := getattr(table, counter, None), Tensor):
                     count.fill_(step)
 
 
