@@ -42,10 +42,9 @@ class ModelConfig:
 
 
 class BERT4Rec(nn.Module):
-    """Predicts the masked items of histories.
+    """Predicts the masked items of histories; this rank scores those of ``catalog``.
 
     Args:
-        catalog: the slice of items that this rank scores.
         seed: of the initial weights, equal on all ranks.
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
         left_only: histories are evaluated with left context alone, as all training rows were.
@@ -93,10 +92,7 @@ class BERT4Rec(nn.Module):
 
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
-    """The item table, which scores too when the head is tied; else a second table for scoring.
-
-    Rows 0 (padding) and V + 1 (mask) exist in both, so that ids mean the same everywhere.
-    """
+    """The item table, and one for scoring unless the head is tied; rows 0: padding, V + 1: mask."""
 
     def table(name: str, *features: str) -> EmbeddingConfig:
         return EmbeddingConfig(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Lookup = Literal["own", "fbgemm", "replicated"]
+# gather: in sizes known beforehand, so that a CUDA graph can hold the exchange
 Exchange = Literal["none", "gather", "torchrec", "all_reduce"]
+# dense, encoder: the encoder's optimizer is another graph, but not in ddp
 Graphs = Literal["step", "dense", "encoder", "none"]
 Precision = Literal["bf16", "fp32"]
 
@@ -32,19 +34,12 @@ _GRAPHS = {
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """The way of execution of a run, the same on every rank.
-
-    The default executes a plain model on one rank, as export and teachers do.
+    """The same on every rank. The default executes a plain model on one rank.
 
     Attributes:
-        lookup: who looks up and updates the tables.
-        exchange: how ranks exchange rows; gather: in sizes known beforehand, so that a CUDA graph
-            can hold the exchange.
-        graphs: what CUDA graphs hold; dense and encoder: another one for the encoder's optimizer,
-            but not in ddp.
         in_place: the exact softmax scores the rank's shard itself, not a looked-up copy of it.
         precision: of the encoder's products.
-        table_optimizer: of the tables; in ddp the encoder's.
+        table_optimizer: in ddp the encoder's.
         table_lr: the tables' peak learning rate.
     """
 
@@ -62,7 +57,6 @@ class ExecutionPlan:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank holds the whole model."""
         return self.lookup == "replicated"
 
     @property

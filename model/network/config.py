@@ -83,5 +83,4 @@ class TeachersConfig(Config):
 
     @property
     def folders(self) -> list[str]:
-        """The teachers' folders."""
         return [folder.strip() for folder in self.teachers.split(",")] if self.teachers else []

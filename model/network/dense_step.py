@@ -20,12 +20,9 @@ from model.network.head import ScoringHead
 
 
 class StepInput(NamedTuple):
-    """The tensors of a batch besides its embeddings; None where the batch has none.
+    """A batch without its embeddings: arguments of :class:`Encoder` and :class:`ScoringHead`.
 
-    Attributes:
-        offsets, masked, left_only, steps_ago: as of :class:`Encoder`.
-        targets, negatives, log_counts: as of :class:`ScoringHead`.
-        ids: int64 [T + ...], begins with the items of the positions; for teachers.
+    ``ids``, int64 [T + ...], for teachers, begin with the items of the positions.
     """
 
     offsets: Tensor
@@ -70,14 +67,7 @@ class DenseStep(nn.Module):
         longest: int | None,
         equal_shapes: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The head's loss and report.
-
-        Args:
-            items: [T, D].
-            candidates: [C, D].
-            longest: as of :class:`Encoder`.
-            equal_shapes: the batch has the same shapes on all ranks.
-        """
+        """The head's loss and report; ``equal_shapes``: the batch's are the same on all ranks."""
         may_replay = self.training and equal_shapes and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         if self._teachers is None:

@@ -4,9 +4,8 @@
                      +-> each teacher: table, encoder -> hidden [M, E], logits of --+
                          all items; their probabilities are averaged over the teachers
 
-Teachers encode the same masked rows without dropout; they may have other sizes, but the same
-catalog. Every rank holds them whole. After Hinton et al. (arXiv 1503.02531) at temperature 1, and
-born-again networks (arXiv 1805.04770), whose teachers are no larger than their students.
+Teachers may have other sizes, but the same catalog; every rank holds them whole. After Hinton et
+al. (arXiv 1503.02531) at temperature 1, and born-again networks (arXiv 1805.04770).
 
 Shapes: T positions, M masked ones, C items of this rank's slice, E a teacher's width.
 """

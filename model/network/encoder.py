@@ -67,8 +67,7 @@ class EncoderLayer(nn.Module):
             following: the norm that the next layer begins with, and its output dtype.
 
         Returns:
-            The layer's output, float32 [T, D], and the same after the norm ``following``, [T, D];
-            both [M, D] with ``wanted``.
+            The layer's output, float32 [T, D] or [M, D], and the same after the norm ``following``.
         """
         mixed = self.attention.mix(normed, layout, wanted)
         if wanted is not None:

@@ -1,10 +1,7 @@
 """The output layer: scores of items, and the loss of the masked positions.
 
-The rows that score items are looked up as the feature "candidate", in the item table itself (head
-"tied") or in a table of its own (head "linear"). On one rank, or with replicated tables, the
-candidates are the whole catalog. With sharded tables each rank looks up its own part only, and the
-softmax is computed over the parts (:mod:`model.losses.sharded_softmax`): no rank ever holds V x D
-values. The candidates of a sampled loss are the positions' targets and the step's negatives.
+Candidates are the rows to score with: of the whole catalog; with sharded tables, of this rank's
+part (:mod:`model.losses.sharded_softmax`); for a sampled loss, of the targets and negatives.
 
 Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
 """
@@ -26,10 +23,7 @@ NO_TARGET = 0  # the padding item
 
 @dataclass(frozen=True)
 class CatalogSlice:
-    """The items ``low`` ... ``high - 1``, which this rank scores.
-
-    ``shared`` is False if every rank scores the whole catalog (one rank, or replicas).
-    """
+    """The items ``low`` ... ``high - 1``, which this rank scores; not ``shared``: all items."""
 
     low: int
     high: int
@@ -94,14 +88,11 @@ class ScoringHead(nn.Module):
             targets: int64 [M] item ids; 0 where nothing is to be predicted.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of the negatives' expected counts.
-            teacher_logits, teacher_share: distillation in the exact softmax, see
-                :func:`~model.losses.sharded_softmax.linear_cross_entropy`.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
 
         Returns:
-            The loss for ``backward()``, a float32 scalar, scaled so that the mean over ranks of its
-            gradients is the gradient of the global mean; and float32 [2], detached, the sum of this
-            rank's losses and their number.
+            The loss, a float32 scalar, scaled so that the mean over ranks of its gradients is the
+            gradient of the global mean; float32 [2], this rank's sum of losses and their number.
         """
         if self.config.loss == "softmax":
             losses = linear_cross_entropy(

@@ -123,12 +123,11 @@ def evaluator(
         candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
     )
     popularity = torch.from_numpy(store.train_item_counts)
-    earlier: list[Result] = []
+    earlier: Result | None = None
 
     def run(around: Callable[..., Any] = iter) -> Result:
-        known = earlier[-1] if earlier else None
-        result = evaluate(model, around(loader), popularity, discount=discount, earlier=known)
-        earlier[:] = [result]
-        return result
+        nonlocal earlier
+        earlier = evaluate(model, around(loader), popularity, discount=discount, earlier=earlier)
+        return earlier
 
     return run

@@ -33,10 +33,7 @@ class GraphedOptimizer(OptimizerWrapper):
 
     def step(self, closure: Any = None) -> None:
         gradients = [parameter.grad for parameter in self._parameters]
-        same = len(gradients) == len(self._gradients) and all(
-            one is other for one, other in zip(gradients, self._gradients, strict=True)
-        )
-        if not same:  # a step that was not replayed
+        if [*map(id, gradients)] != [*map(id, self._gradients)]:  # a step that was not replayed
             if self._graph is None:
                 self._gradients, self._steady = gradients, 0
             super().step(closure)

@@ -24,7 +24,7 @@ class Optimizers:
         device: torch.device,
     ) -> None:
         self._plan, self._config = plan, config
-        self.peak_lr = config.lr
+        self.peak_lr = config.lr  # the encoder's
         self.tables = model.fused_optimizer
         parameters = replicated(model)
         # In ddp the tables are ordinary parameters, with a learning rate of their own.

@@ -4,9 +4,8 @@
     batch i + 1    its features exchanged between the ranks    (where TorchRec exchanges rows)
     batch i        looked up, forward, backward, update
 
-With exchange "torchrec" of :class:`~model.execution.ExecutionPlan` TorchRec rewrites the model, so
-that the exchange of features runs a batch ahead. Otherwise only the copies run ahead: nothing comes
-between a step's forward and its backward pass, and the step is one call (:class:`TrainStep`).
+With exchange "torchrec" of the plan, TorchRec rewrites the model, so that the exchange of features
+runs a batch ahead. Otherwise only the copies do, and the step is one call (:class:`TrainStep`).
 """
 
 from collections.abc import Iterator
@@ -38,12 +37,11 @@ class ExchangingPipeline(TrainPipelineSparseDist):
         backward(losses, self._one)
 
     def release(self) -> None:
-        """Drop CUDA graphs."""
         unwrap(self._model).dense_step.release()
 
 
 class CopyingPipeline(TrainPipelineSparseDist):
-    """Copies batches ahead of steps that are one call."""
+    """Copies batches ahead of steps that are one call, ``train_step``."""
 
     def __init__(
         self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
@@ -52,7 +50,6 @@ class CopyingPipeline(TrainPipelineSparseDist):
         self.train_step = train_step
 
     def release(self) -> None:
-        """Drop CUDA graphs."""
         self.train_step.release()
 
     def progress(self, batches: Iterator[PackedBatch]) -> Tensor:

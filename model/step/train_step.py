@@ -2,8 +2,8 @@
 
     zero_grad -> lookup -> encoder and head -> backward, which updates the tables -> optimizer
 
-With graphs "step" of :class:`~model.execution.ExecutionPlan`, all steps of one shape are one CUDA
-graph, so that a small step does not wait for the launch of some hundred kernels:
+With graphs "step" of the plan, all steps of one shape are one CUDA graph, so that a small step does
+not wait for the launch of some hundred kernels:
 
     first step of a shape      launched kernel by kernel: compiles them, makes the optimizer's state
     second                     captured, and replayed
@@ -127,7 +127,7 @@ class _Captured:
         self._words = batch.packed.words.clone()
 
     def read_batch(self, batch: PackedBatch) -> TrainBatch:
-        """A batch of the same shape whose memory is what the graph reads."""
+        """A batch of the same shape, in the memory that the graph reads."""
         packed = replace(batch.packed, words=self._words)
         return replace(batch, packed=packed).unpack().with_candidates()
 

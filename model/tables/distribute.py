@@ -1,11 +1,8 @@
 """From a plain BERT4Rec to DistributedModelParallel.
 
-    --mode dmp   tables sharded as planned, updated inside the backward pass; the encoder is
-                 replicated, its gradients are averaged by ``step/averaging.py``
-    --mode ddp   the whole model replicated, all gradients averaged by DistributedDataParallel
-
-The order follows TorchRec's golden training example: module -> plan -> DistributedModelParallel ->
-optimizers -> train pipeline.
+--mode dmp   tables sharded as planned, updated inside the backward pass; the encoder is
+             replicated, its gradients are averaged by ``step/averaging.py``
+--mode ddp   the whole model replicated, all gradients averaged by DistributedDataParallel
 """
 
 from typing import Any

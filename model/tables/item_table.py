@@ -1,9 +1,9 @@
 """The item table, one float32 table looked up and updated by this project's kernels.
 
-The backward pass of the lookup sums the gradients of equal ids and updates their rows. The exact
-softmax scores every item, so every row gets a gradient in every step. In place, the
-candidates are the shard itself: only the items of the histories are looked up, their gradients are
-added to those of the candidates, and one pass over the shard updates it.
+The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
+exact softmax every row gets a gradient in every step. In place, the candidates are the shard
+itself: only the items of the histories are looked up, their gradients are added to those of the
+candidates, and one pass over the shard updates it.
 
 FBGEMM keeps weights, optimizer state, learning rate and step count, so that TorchRec shards, saves
 and restores the table like any other. Evaluation on several ranks uses TorchRec's forward.
@@ -95,29 +95,25 @@ class TableShard:
         # A captured step is replayed many times; each replay is counted by its caller.
         if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
             self.begin_step()
-        side_stream.run(lambda: self._update(index, of_rows, of_candidates))
 
-    def _update(
-        self, index: Pending[SortedIndex], of_rows: Tensor, of_candidates: Tensor | None
-    ) -> None:
-        known = self._optimizer, self.rows, self._states
-        if self.in_place is None:
-            update_some(*known, index.result(), of_rows, self._step, self._rates)
-            return
-        assert of_candidates is not None
-        gradient = of_candidates.contiguous()
-        outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
-        add_rows(gradient, index.result(), of_rows, outer)
-        update(*known, gradient, outer, self._first, self._step, self._rates)
+        def work() -> None:
+            known = self._optimizer, self.rows, self._states
+            if self.in_place is None:
+                update_some(*known, index.result(), of_rows, self._step, self._rates)
+                return
+            assert of_candidates is not None
+            gradient = of_candidates.contiguous()
+            outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
+            add_rows(gradient, index.result(), of_rows, outer)
+            update(*known, gradient, outer, self._first, self._step, self._rates)
+
+        side_stream.run(work)
 
 
 class ShardedItemTable(ShardedEmbeddingCollection):
     """A sharded collection of one table, trained through a :class:`TableShard`.
 
-    Args:
-        catalog: the items that this rank scores.
-        draws_candidates: candidates are drawn items, exchanged as the others are; False: a range of
-            this rank's own rows.
+    ``draws_candidates``: they are any items, exchanged as the others; else this rank's own rows.
     """
 
     def __init__(
@@ -140,7 +136,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Rows [T, D] and [C, D] of the features "item" and "candidate".
 
-        In training in place, the candidates are the shard's items and the features have none.
+        In training in place, the features have no candidates: they are the shard's items.
         """
         ids, sizes = features.values(), features.length_per_key()
         if self.training:

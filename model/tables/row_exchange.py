@@ -25,12 +25,7 @@ from model.distributed import Ranks
 
 @dataclass(frozen=True)
 class RowExchange:
-    """The exchange of one rank; the identity if it is alone.
-
-    Attributes:
-        low: the table's row that is the shard's first.
-        rows: R.
-    """
+    """The exchange of a rank whose shard has the ``rows`` rows from ``low``."""
 
     world_size: int
     low: int

@@ -38,7 +38,7 @@ def plan_tables(
     rows: int,
     ranks: Ranks,
 ) -> ShardingPlan:
-    """The planner's choice within ``--sharding``; every rank computes the same one by itself."""
+    """The planner's choice within ``--sharding``, computed on every rank."""
     allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
     if ranks.world_size == 1:
         # The one rank has all of it: a whole table is not sorted into shards and back.
@@ -53,13 +53,10 @@ def plan_tables(
         )
         for table in model.embeddings.embedding_configs()
     }
+    trainer = TrainerConfig(world_size=ranks.world_size, local_world_size=ranks.local_world_size)
+    kernels = KernelConfig(compute_device=ranks.device.type)
     planner = EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(
-            trainer_config=TrainerConfig(
-                world_size=ranks.world_size, local_world_size=ranks.local_world_size
-            ),
-            kernel_config=KernelConfig(compute_device=ranks.device.type),
-        ),
+        topology=TopologyFactory.create_topology(trainer_config=trainer, kernel_config=kernels),
         batch_size=rows,
         storage_reservation=FixedPercentageStorageReservation(0.15),
         constraints=constraints,
@@ -76,8 +73,7 @@ def plan_tables(
 def column_width(width: int, world_size: int) -> int:
     """Width of a column-wise shard: an equal part for as many ranks as the kernels allow.
 
-    They read rows in groups of four values. Left to itself the planner makes no shard narrower
-    than 128, so that one rank would hold most tables whole.
+    They read four values at once. By default the planner makes no shard narrower than 128.
     """
     return next(
         part for part in range(4, width + 1, 4) if width % part == 0 and part * world_size >= width

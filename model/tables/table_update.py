@@ -1,14 +1,13 @@
 """Optimizer steps on a table's rows with the formulas of FBGEMM's fused optimizers.
 
-``update_some`` updates the rows of an index; gradients of equal ids are summed first.
 ``update`` updates every row, in one pass over the table in memory order:
 
     table [R, D]    outer rows 0 ... first - 1 | candidates first ... first + C - 1 | outer rows
     gradients       of the candidates [C, D], then of the S = R - C outer rows [S, D]; row i of both
                     together belongs to row (first + i) mod R of the table
 
-FBGEMM leaves rows alone that were not looked up. Here an outer row counts as looked up if its
-gradient is not zero, which makes a difference only for Adam.
+FBGEMM's Adam leaves rows alone that were not looked up. Here an outer row counts as looked up if
+its gradient is not zero.
 
 Shapes: R rows of the table, C candidates, S outer rows, D width.
 """
@@ -62,7 +61,6 @@ def update(
     """One step of ``optimizer``, in place.
 
     Args:
-        optimizer: one of ``UPDATES``.
         table: float32 [R, D].
         states: the optimizer's state: two [R, D] for adam, [R, D] for adagrad, [R] for
             rowwise_adagrad.
@@ -99,7 +97,6 @@ def update_some(
     """One step of ``optimizer`` for the rows of an index, in place.
 
     Args:
-        table, states, rates: as for :func:`update`.
         index: [M], rows, with repetitions; R is no row.
         gradients: float32 [M, D]; those of equal rows are summed.
     """

@@ -1,7 +1,7 @@
 """Names of TorchRec and FBGEMM that are private or unstable, and what each is needed for.
 
-Nothing else in the project uses such names of theirs, but for ``model/step/pipelines.py``.
-``tests/test_upstream.py`` fails with a sentence when an upgrade takes one away.
+Only ``model/step/pipelines.py`` uses more of them. ``tests/test_upstream.py`` fails when an upgrade
+takes one away.
 """
 
 from collections.abc import Iterator
@@ -40,16 +40,15 @@ def fbgemm_table(collection: ShardedEmbeddingCollection) -> SplitTableBatchedEmb
 
 
 def drop_cached_rows(model: nn.Module) -> None:
-    """Forget the rows that ``fused_uvm_caching`` keeps on the GPU: the tables were loaded anew."""
+    """Drop the rows that ``fused_uvm_caching`` keeps on the GPU, after loading the tables anew."""
     for lookup in lookups(model):
         lookup.purge()
 
 
 def set_table_steps(model: nn.Module, step: int) -> None:
-    """Set the number of steps that the fused optimizers have done.
+    """Set the fused optimizers' step counts, by which Adam corrects its averages.
 
-    Adam corrects its averages by it. FBGEMM does not save it, and counts every lookup as a step,
-    also in an evaluation.
+    FBGEMM does not save them, and counts every lookup as a step, also in an evaluation.
     """
     for lookup in lookups(model):
         for table in lookup.modules():
