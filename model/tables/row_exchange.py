@@ -5,9 +5,8 @@
                                   --reduce-scatter-->  rows of this rank [n, D]
     backward: gradients [n, D]    --all-gather-->      [U, D]; those of the shard's rows update it
 
-TorchRec sends each id to the rank that has its row: the fewest bytes, by many calls between which
-the hosts wait for sizes. Here the ranks' loaders agree on the sizes (:func:`agreed_sizes`), so that
-a CUDA graph can hold the exchange. It sends W times as many bytes.
+TorchRec's all-to-all sends W times fewer bytes, but the hosts wait for sizes between its calls.
+Here the loaders agree on sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange.
 
 Shapes: W ranks, n ids of a rank, U = W n, D width, R rows of the shard.
 """
