@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from model.checkpoints.manifest import DamagedError, describe_files, read_manifest, verify, write_manifest
+from model.checkpoints.manifest import (
+    DamagedError,
+    describe_files,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from model.checkpoints.writer import CheckpointWriter
 from model.training.trainer import Trainer
 from pipeline.errors import UserError

@@ -13,7 +13,15 @@ from torchdata.nodes import BaseNode, IterableWrapper
 import pipeline
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import describe, prepare
-from pipeline.preparation.stages import Densify, EncodeIds, FilterItems, FilterRatings, FilterUsers, GroupByUser, RatingChunk
+from pipeline.preparation.stages import (
+    Densify,
+    EncodeIds,
+    FilterItems,
+    FilterRatings,
+    FilterUsers,
+    GroupByUser,
+    RatingChunk,
+)
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 
