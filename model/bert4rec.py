@@ -3,8 +3,8 @@
     batch.features  "item"      -> rows of all positions  -> encoder -> hidden [M, D]
                     "candidate" -> rows to score with ----------------> head -> loss
 
-``forward`` is kept to what TorchRec's pipelines can trace: one call of the EmbeddingCollection on
-``batch.features`` as it came, then modules that know nothing of TorchRec.
+TorchRec's pipelines trace ``forward``: it calls the EmbeddingCollection once, on the unchanged
+``batch.features``, then modules without TorchRec.
 
 Shapes: M masked positions, D width, V items.
 """
@@ -26,7 +26,7 @@ from model.network.head import CatalogSlice, ScoringHead
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.train_batch import TrainBatch
 
-# FBGEMM trains no bfloat16 tables: its kernels are for these, and float8.
+# FBGEMM's kernels train these and float8 tables, not bfloat16 ones.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
@@ -47,7 +47,7 @@ class BERT4Rec(nn.Module):
     Args:
         seed: of the initial weights, equal on all ranks.
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
-        left_only: histories are evaluated with left context alone, as all training rows were.
+        left_only: histories are evaluated with left context only, as all training rows were.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class BERT4Rec(nn.Module):
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
         given = StepInput(
-            batch.row_offsets,  # those of the rows would have to be summed
+            batch.row_offsets,  # TorchRec would have to sum lengths for the offsets of ``rows``
             batch.masked,
             batch.left_only,
             batch.steps_ago,
@@ -86,7 +86,7 @@ class BERT4Rec(nn.Module):
             batch.ids,
         )
         items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
-        # Without its cache of cast weights, whose memory a CUDA graph would keep pointing to.
+        # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             return self.dense_step(items, candidates, given, batch.longest, batch.equal_shapes)
 

@@ -159,7 +159,7 @@ def exit_rank(code: int = 0) -> NoReturn:
     destroyed: that waits for the other ranks, without end while a CUDA graph communicates.
     """
     if _has_nccl():
-        with suppress(RuntimeError):  # another rank is gone
+        with suppress(RuntimeError):  # another rank has ended
             torch.cuda.synchronize()
             dist.all_reduce(torch.zeros(1))  # afterwards no rank reads this rank's memory
     elif dist.is_initialized():

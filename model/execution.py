@@ -1,6 +1,6 @@
 """How a run is executed: decided once, before anything is built (``model/run/execution.py``).
 
-docs/architecture.md and docs/distributed.md say what each value means and which run gets it.
+docs/architecture.md and docs/distributed.md explain each value and when it is chosen.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class ExecutionPlan:
         return self.graphs in ("dense", "encoder") and not self.is_replicated
 
     def describe(self, shards: str) -> str:
-        """One line for the log; ``shards`` as of ``describe_shards``."""
+        """One line for the log; ``shards`` from ``describe_shards``."""
         lookup = _LOOKUPS[self.lookup] + _EXCHANGES[self.exchange]
         if self.in_place:
             lookup += ", the exact softmax scores the shard in place"

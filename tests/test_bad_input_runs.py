@@ -226,7 +226,7 @@ def test_a_position_that_makes_no_sense(run_main: RunMain, train: Train, run_dir
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
     assert_one_line(outcome, "eval", f"{run_dir} has no checkpoint yet")
-    assert "its position makes no sense" in train(run_dir, "--resume=auto").err
+    assert "its position is invalid" in train(run_dir, "--resume=auto").err
 
 
 class Evil:
@@ -251,7 +251,7 @@ def test_a_stranger_s_checkpoint_runs_no_code(
 
     rewrite_manifests(run_dir, right_checksums)
     without_model(run_dir)
-    message = "mkdir does not belong there"
+    message = "mkdir is not allowed there"
     assert_one_line(run_main("eval", f"--checkpoint={run_dir}"), "eval", message)
     assert message in train(run_dir, "--resume=auto").err
     assert not (tmp_path / "evil").exists()

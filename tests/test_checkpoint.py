@@ -187,7 +187,7 @@ def test_a_lost_best_checkpoint_is_replaced(interrupted: Path, train: Train) -> 
     shutil.rmtree(interrupted / "checkpoints" / "step-00000005")
     outcome = train(interrupted, "--resume=auto")
     assert outcome.code == 0, outcome.err
-    assert "step-00000005, the best model so far, is lost: 7 stands in" in outcome.err
+    assert "step-00000005, the best model, is lost: using step 7" in outcome.err
 
 
 def test_the_best_is_kept_besides_the_newest(interrupted: Path, train: Train) -> None:

@@ -149,7 +149,7 @@ def test_a_rank_that_is_gone_while_a_checkpoint_is_read(
 
     monkeypatch.setattr("model.checkpoints.checkpoints.dcp.load", lost)
     outcome = run_main("eval", f"--checkpoint={tmp_path}")
-    assert_one_line(outcome, "eval", "another rank is gone while")
+    assert_one_line(outcome, "eval", "another rank ended while")
 
 
 def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.wait() == 0, job.err
     assert "resumed from" in job.out
-    assert "another rank is gone" in job.err
+    assert "another rank ended" in job.err
     # On as many ranks it is the same run, bit by bit, learning curve and all.
     assert final(job.run_dir) == final(whole.run_dir)
     assert losses(job.run_dir) == losses(whole.run_dir)
@@ -137,7 +137,7 @@ def test_a_lost_rank_is_told_of_before_torchrun_ends_the_others(start: Start) ->
     assert job.wait() != 0
     lines = [line for line in job.err.splitlines() if line.startswith("lost.py: ")]
     assert len(lines) == 1, job.err
-    assert re.search(r"another rank is gone at step \d+; earlier checkpoints are intact", lines[0])
+    assert re.search(r"another rank ended at step \d+; earlier checkpoints are intact", lines[0])
 
 
 def stop(job: Job, number: signal.Signals) -> None:

@@ -337,4 +337,4 @@ def test_a_final_run_trains_on_validation_items_and_tests_its_last_model(
     assert again.code == 0, again.err
     refused = run_main("eval", f"--checkpoint={run_dir}", "--split=validation")
     assert refused.code == 2
-    assert "only --split test tells anything" in refused.err
+    assert "only --split test can evaluate it" in refused.err

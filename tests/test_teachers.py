@@ -158,7 +158,7 @@ def test_two_ranks_learn_from_teachers_as_one_does(
     ("flags", "message"),
     [
         ("--teachers=none", "none is no run folder: config.json cannot be read"),
-        ("--teachers=TEACHER,,", "names an empty folder: see the commas"),
+        ("--teachers=TEACHER,,", "has an empty name between its commas"),
         (
             "--teachers=TEACHER --teacher_share=0",
             "--teacher_share must be above 0 and at most 1, not 0.0",

@@ -163,7 +163,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(
         run_dir = tmp_path / str(steps)
         outcome = run_main("train", *flags, f"--max_steps={steps}", f"--run_dir={run_dir}")
         assert outcome.code == 0, outcome.err
-        assert outcome.out.splitlines()[-1] == f"ended after step {steps}, as --max_steps says"
+        assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps)"
         expected = lines_of(tmp_path / "whole")[:steps]
         found = lines_of(run_dir)
         assert [line["step"] for line in found] == list(range(1, steps + 1))

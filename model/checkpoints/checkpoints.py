@@ -4,10 +4,10 @@
         step-00001200/      torch.distributed.checkpoint files: weights and optimizer state
             manifest.json   position in training, flags, versions; sizes and checksums of the files
         step-00001350/
-        damaged-00001500/   a resume found damage in it and used the one before
+        damaged-00001500/   damaged: the resume used the checkpoint before it
 
 A checkpoint gets its name once it is complete (writer.py), but may be damaged later: a resume
-checks every byte before it uses one. Within an epoch training pauses only while its state is
+checks every byte first. Within an epoch training pauses only while its state is
 copied; a thread writes the copy. No loader or generator state is stored: order, masks and dropout
 are functions of (seed, epoch, sample, step).
 """
@@ -46,7 +46,7 @@ _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError,
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; all ranks create it together.
+    """The checkpoints of one run folder; created on all ranks.
 
     Args:
         recorded: JSON-able facts for every manifest: flags, versions.
@@ -61,11 +61,11 @@ class Checkpoints:
     ) -> None:
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self._ranks, self._config = ranks, config or CheckpointConfig()
-        # Created here: during training it would wait without end for a rank that is lost.
+        # Created here: during training, its creation would wait forever for a lost rank.
         self._writer = CheckpointWriter(ranks, recorded or {})
         self._last_write = time.monotonic()
         self._background: Background | None = None
-        self._final = self.folder  # of the last save
+        self._final = self.folder  # folder of the last save
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
@@ -79,7 +79,7 @@ class Checkpoints:
 
     @property
     def is_due(self) -> bool:
-        """Whether rank 0 should save: by time, or so that ``save`` raises a background error."""
+        """Whether rank 0 should save: the interval is over, or ``save`` must raise an error."""
         if self._background is not None:
             if self._background.is_alive():
                 return False
@@ -94,14 +94,14 @@ class Checkpoints:
         position: Position,
         wait: bool = True,
     ) -> bool:
-        """Write the checkpoint of ``position.step``; all ranks call it together.
+        """Write the checkpoint of ``position.step``; called on all ranks.
 
         Args:
             wait: False copies the state, starts a thread that writes the copy, and returns; the
                 next ``save`` or ``finish`` reports the outcome.
 
         Returns:
-            Whether it is written, or started; False only with ``--on_save_error continue``.
+            False if the write failed (only with ``--on_save_error continue``), else True.
         """
         self.finish()
         state = _state(model, optimizers)
@@ -113,7 +113,7 @@ class Checkpoints:
         return True
 
     def finish(self) -> None:
-        """Wait for the background write, if any; all ranks call it together; raises as ``save``."""
+        """Wait for the background write, if any; called on all ranks; raises like ``save``."""
         background, self._background = self._background, None
         if background is not None:
             self._succeeds(background.result)
@@ -141,14 +141,14 @@ class Checkpoints:
         return True
 
     def _delete_outdated(self, position: Position) -> None:
-        # The exported model has weights of an earlier end of training.
+        # The exported model is older than this checkpoint.
         remove_folder(self.run_dir / PORTABLE)
         keep = {*self.steps()[-self._config.keep_last :], position.best_step}
         for step in set(self.steps()) - keep:
             remove_folder(self.path(step))
 
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
-        """Load the newest undamaged checkpoint, if any; all ranks call it together."""
+        """Load the newest undamaged checkpoint, if any; called on all ranks."""
         position = from_first_rank(self._ranks, self._newest_good)
         if position is None:
             return Position()
@@ -166,7 +166,7 @@ class Checkpoints:
         position = _position(self.path(step))
         best = position.best_step
         if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
-            self._ranks.warn(f"{self.path(best)}, the best model so far, is lost: {step} stands in")
+            self._ranks.warn(f"{self.path(best)}, the best model, is lost: using step {step}")
             position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
         return position
 
@@ -186,7 +186,7 @@ class Checkpoints:
         return True
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint, or None; all ranks call it together."""
+        """Step of the best checkpoint, or None; called on all ranks."""
         return from_first_rank(self._ranks, self._best_step)
 
     def _best_step(self) -> int | None:
@@ -207,7 +207,7 @@ class Checkpoints:
         return best
 
     def load_weights(self, model: nn.Module, step: int) -> None:
-        """Load only the weights, in place; all ranks call it together."""
+        """Load only the weights, in place; called on all ranks."""
         self._load({"model": model.state_dict()}, step)
         drop_cached_rows(model)
 
@@ -218,7 +218,7 @@ class Checkpoints:
         except _LOAD_ERRORS as error:
             if GONE.search(str(error)):
                 raise UserError(
-                    f"another rank is gone while {path} was read: start again; train.py goes on "
+                    f"another rank ended while {path} was read: start again; train.py goes on "
                     "with --resume auto"
                 ) from error
             raise UserError(
@@ -235,11 +235,11 @@ def _position(folder: Path) -> Position:
     try:
         return Position(**read_manifest(folder)["position"])
     except TypeError as error:
-        raise DamagedError(f"its position makes no sense ({error})") from error
+        raise DamagedError(f"its position is invalid ({error})") from error
 
 
 def _cause(error: BaseException) -> str:
-    """The first meaningful line of a possibly nested error."""
+    """The first line of the innermost error's message."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:

@@ -32,7 +32,7 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
     A new folder is complete once it exists; in an existing folder the weights are replaced last.
 
     Args:
-        plain: an unsharded BERT4Rec on CPU, whose weights are overwritten by the checkpoint's.
+        plain: an unsharded BERT4Rec on CPU; its weights become the checkpoint's.
     """
     state = {
         "model": {

@@ -22,7 +22,7 @@ NAME = "manifest.json"
 
 
 class DamagedError(Exception):
-    """A file of a checkpoint is missing, cut or altered; the message says which."""
+    """A file of a checkpoint is missing, cut or altered; the message names it."""
 
 
 def describe_files(folder: Path, pattern: str) -> dict[str, dict[str, int]]:
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after a check of every byte of the other files; raises as ``read_manifest``."""
+    """The manifest, after a check of all other files; raises like ``read_manifest``."""
     content = read_manifest(folder)
     for name, expected in content["files"].items():
         try:
@@ -82,6 +82,6 @@ def _describe(path: Path) -> dict[str, int]:
 
 
 def _checksum(content: dict[str, Any]) -> int:
-    # Via JSON: the checksum of a float or key must be that of the value read back.
+    # Via JSON: a float or key must have the same checksum after it is read back.
     plain = json.loads(json.dumps(content))
     return zlib.crc32(json.dumps(plain, sort_keys=True).encode())

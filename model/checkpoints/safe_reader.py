@@ -1,4 +1,4 @@
-"""Read a checkpoint without running code that its writer may have hidden in it.
+"""Read a checkpoint without running code that may be hidden in it.
 
 torch.distributed.checkpoint (DCP) stores its index, ``.metadata``, as a pickle, and unpickling can
 call any function. SafeReader allows only the few classes that an index of tensors consists of. DCP
@@ -32,7 +32,7 @@ _ALLOWED = {
 
 
 class UnreadableIndex(BaseException):
-    """The index is damaged, or refers to anything but tensors.
+    """The index is damaged or contains other objects than tensors.
 
     Not an Exception: dcp.load of torch 2.11 would hide it, and report that there is no index.
     """
@@ -51,7 +51,7 @@ class SafeReader(dcp.FileSystemReader):
                 raise UnreadableIndex(f".metadata is no index of tensors: {error}") from error
         if not isinstance(metadata, Metadata) or metadata.storage_meta is None:
             raise UnreadableIndex(".metadata is no index of tensors")
-        # Private: FileSystemReader.read_metadata, which this replaces, sets load_id.
+        # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -61,4 +61,4 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in _ALLOWED.get(module, ()) or is_dtype:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed there")

@@ -1,11 +1,11 @@
-"""Write one checkpoint, all ranks together.
+"""Write one checkpoint with all ranks.
 
     .step-00001200.part/         every rank writes and syncs its files, then computes checksums
         manifest.json            rank 0, after all ranks
     step-00001200/               one rename
 
-The ranks communicate through a process group of their own, so that a thread can write while
-training communicates: two threads that share a group would mix up their messages.
+The ranks use a separate process group, so that a thread can write during training: two threads on
+one group would mix up their messages.
 """
 
 import copy
@@ -28,7 +28,7 @@ from pipeline.files import aside_of, publish, remove_leftovers
 
 
 class CheckpointWriter:
-    """Writes checkpoints; all ranks create one and call ``write`` together."""
+    """Writes checkpoints; created, and ``write`` called, on all ranks."""
 
     def __init__(self, ranks: Ranks, recorded: Mapping[str, Any]) -> None:
         self._ranks, self._recorded = ranks, recorded
@@ -77,7 +77,7 @@ class CheckpointWriter:
         return {name: about for outcome in outcomes for name, about in outcome.items()}
 
     def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Run on rank 0; all ranks raise its OSError (as UserError), so that none waits for it."""
+        """Run on rank 0; all ranks raise its OSError (as UserError), so that no rank waits."""
 
         def reported() -> None:
             try:
@@ -92,7 +92,7 @@ class Background(threading.Thread):
     """Runs ``work`` in a thread and keeps its error for ``result``."""
 
     def __init__(self, work: Callable[[], None]) -> None:
-        # A daemon: if the process ends first, the unfinished checkpoint has no final name yet.
+        # A daemon: if the process ends first, the checkpoint does not get its final name.
         super().__init__(daemon=True)
         self._work = work
         self.error: BaseException | None = None
@@ -105,7 +105,7 @@ class Background(threading.Thread):
             self.error = error
 
     def result(self) -> None:
-        """Wait for the end of the work, and raise its error if it had one."""
+        """Wait for the end of the work and raise its error, if any."""
         self.join()
         if self.error is not None:
             raise self.error

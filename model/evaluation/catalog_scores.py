@@ -2,8 +2,8 @@
 
     slice of this rank -> parts of PART_ITEMS -> rows [C, D], looked up -> scores [U, C] of each
 
-The rows of a slice stay on the device for the next users if they take ``KEPT_BYTES`` at most;
-those of a larger slice are looked up part by part for every block of users.
+The rows of a slice of at most ``KEPT_BYTES`` stay on the device for the next users; a larger slice
+is looked up part by part for every block of users.
 
 Shapes: U users, C items of a part, D width, V items.
 """
@@ -54,7 +54,7 @@ class CatalogScores:
         self._kept = [first, *map(self._rows, self.parts[1:])] if keep else None
 
     def scored(self, hidden: torch.Tensor) -> Scored:
-        """The scores of users [U, D]; those of a single part are computed once."""
+        """Scores of the users' vectors [U, D]; with a single part, computed only once."""
         if len(self.parts) > 1:
             return partial(self._scores, hidden)
         scores = list(self._scores(hidden))

@@ -1,6 +1,6 @@
 """Leave-one-out evaluation, exact on any number of ranks.
 
-Two protocols, always both:
+Both protocols are computed:
     sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
     full     the target against the whole catalog without the items the user rated before
 
@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 @dataclass
 class EncodedUsers:
-    """Users of a batch, of all ranks where the catalog is sharded, with what to rank for them."""
+    """Users of a batch (of all ranks if the catalog is sharded) and the items to rank."""
 
     hidden: torch.Tensor  # float32 [U, D]
     targets: torch.Tensor  # int64 [U]
@@ -126,7 +126,7 @@ def _rank_all(
     if counts is not None and discount:
         lowered = (counts + 1).log() * (discount / bert.head.scale)
     catalog = CatalogScores(bert, device, lowered)
-    # Collected on the device and reduced at the end: the host need not wait for it in between.
+    # Reduced only at the end, so that the host does not wait for the device in between.
     ranks: list[torch.Tensor] = []
     own: list[torch.Tensor] = []
     for batch in batches:
@@ -181,7 +181,7 @@ def target_ranks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's rank among its negatives and among all unseen items, int64 [U] each, 1 = best.
 
-    Items that are not lower than the target are ahead of it, so that NaN counts against the model.
+    An item without a lower score than the target is ahead of it: NaN counts against the model.
 
     Args:
         shared: whether other ranks have the rest of the catalog.
@@ -210,7 +210,7 @@ def target_ranks(
 
 
 def _columns(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The items' columns in a part that is not empty, and whether they are in it."""
+    """Each item's column in a non-empty part, and whether the part contains the item."""
     column = items - part.low
     inside = (column >= 0) & (column < part.high - part.low)
     return column.clamp(0, part.high - part.low - 1), inside

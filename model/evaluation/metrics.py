@@ -28,6 +28,6 @@ def metric_sums(ranks: torch.Tensor) -> torch.Tensor:
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:
-    """Means over users of added-up :func:`metric_sums`."""
+    """Means over users, from added :func:`metric_sums`."""
     *totals, users = sums.tolist()
     return {name: total / max(users, 1) for name, total in zip(METRICS, totals, strict=True)}

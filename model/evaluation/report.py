@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a table to read, and ``eval_<split>.json``."""
+"""The output of an evaluation: a printed table and ``eval_<split>.json``."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _PROTOCOLS = {
 
 
 def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
-    """The table of a split: both protocols, the ranking by popularity below the model's."""
+    """The table of a split: for each protocol the model's row, then the popularity ranking's."""
     rows: list[tuple[str, dict[str, float]]] = []
     for protocol, label in _PROTOCOLS.items():
         rows.append((label, result[protocol]))

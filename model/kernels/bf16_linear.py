@@ -4,7 +4,7 @@ Unlike autocast, this casts a weight once for both passes, and its gradient is f
 
 Shapes: T rows, D and N widths, P programs.
 """
-# ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from model.kernels.dropout_bits import Dropout, drop, dropout_options
 
 # Values of each tensor that a program of a kernel holds at a time, and their columns.
 _TILE, _COLUMNS = 2048, 128
-# Programs that sum over rows: as many as a large device runs at once, four a multiprocessor;
-# ``column_sum``, which does nothing else, runs twice as many.
+# Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
+# ``column_sum``, a smaller kernel, runs twice as many.
 _PROGRAMS = 528
 
 
@@ -41,7 +41,7 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 
 
 def column_sum(rows: Tensor) -> Tensor:
-    """The sum, float32 [N], of rows [T, N], contiguous on CUDA; the same bits in every run."""
+    """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
     partial = _partial(rows, 2 * _PROGRAMS)
     _column_sum[_grid(partial)](rows, partial, *_shape(rows))
     return partial.sum(dim=0)

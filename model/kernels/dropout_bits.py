@@ -6,7 +6,7 @@
 torch draws the seeds: they follow ``torch.cuda.manual_seed``, and each replay of a CUDA graph draws
 new ones. Philox, with ten times the arithmetic, would take longer than the kernels' memory traffic.
 """
-# ruff: noqa: ANN001, ANN201, ANN202 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001, ANN201, ANN202 - Triton would interpret a kernel's annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 
 from model.kernels.compiler import tl, triton
 
-_BITS = 31  # of a hash that is compared
+_BITS = 31  # compared bits of a hash
 
 
 @dataclass(frozen=True)
 class Dropout:
     """Dropout at one place."""
 
-    share: float  # of the values that is dropped, in (0, 1)
+    share: float  # dropped share of the values, in (0, 1)
     seed: torch.Tensor  # int32 [4], on the device
 
 

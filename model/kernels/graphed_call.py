@@ -4,7 +4,7 @@
     every call                        copy inputs -> replay forward -> outputs
     backward                          copy the output's gradient -> replay backward -> gradients
 
-A launch costs the host about 5 us, more than many a small kernel runs. Unlike
+A launch costs the host about 5 us, longer than many small kernels run. Unlike
 ``torch.cuda.make_graphed_callables``, this takes many shapes (the loader keeps them few, see
 ``pipeline/training/shape_buckets.py``), and other threads may pin memory during a capture.
 """
@@ -23,7 +23,7 @@ Inputs = tuple[Tensor | None, ...]
 
 _WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
 _MAX_GRAPHS = 48
-# Larger inputs are not copied: a graph is captured for the address at which they lie.
+# Larger inputs are not copied: a graph is captured for their address.
 _COPIED_BYTES = 64 << 20
 
 
@@ -34,10 +34,10 @@ class GraphedCall:
         body: returns a tensor, or several of which only the first is differentiable, without host
             synchronisation. It draws the same random numbers as without graphs.
         module: its parameters get gradients.
-        hooked: autograd hands the parameters' gradients over, as DDP's hooks need. Otherwise they
-            are written into ``.grad``, the same tensors after every call: half the host's work, and
-            a graph of the optimizer can follow.
-        is_loss: ``backward()`` is called on the output, so that its gradient is 1. Not if hooked.
+        hooked: autograd returns the parameters' gradients, as DDP's hooks need. Otherwise the graph
+            writes them into fixed ``.grad`` tensors: half the host's work, and the optimizer step
+            can be a graph, too.
+        is_loss: the output's gradient is always 1 (``output.backward()``); not if hooked.
     """
 
     def __init__(self, body: Body, module: nn.Module, hooked: bool, is_loss: bool) -> None:
@@ -50,7 +50,7 @@ class GraphedCall:
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """``body(*inputs)``, without a graph for more than ``_MAX_GRAPHS`` combinations of shapes.
 
-        All outputs but the first lie in memory that the next call overwrites.
+        The next call overwrites all outputs but the first.
         """
         key = tuple(None if t is None else (*t.shape, _address(t)) for t in inputs)
         captured = self._captured.get(key)
@@ -62,19 +62,19 @@ class GraphedCall:
         return _Replay.apply(captured, *inputs, *(self._parameters if self._shared is None else ()))
 
     def release(self) -> None:
-        """Forget all graphs, and the memory that they hold."""
+        """Free all graphs and their memory."""
         for captured in self._captured.values():
             captured.forward.reset()
             captured.backward.reset()
         self._captured.clear()
-        self._pool = None  # gone with the last graph
+        self._pool = None  # freed with the last graph
 
     def _capture(self, inputs: Inputs) -> "_Captured":
         given = inputs, self._pool
         if self._shared is not None:
             return _Captured(self._body, self._parameters, self._shared, *given, self._is_loss)
-        # DDP's hooks tie a parameter's gradient to another stream than the captured one: capture
-        # with parameters of other names in the same memory.
+        # DDP's hooks bind a parameter's gradient to a stream other than the captured one: capture
+        # with new parameters in the same memory.
         others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
         with replaced(self._module, others):
             return _Captured(self._body, list(others.values()), None, *given, is_loss=False)
@@ -108,7 +108,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class _Captured:
-    """Forward and backward for one combination of shapes, in a memory pool that all share."""
+    """Forward and backward for one combination of shapes, in the shared memory pool."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class _Captured:
         self.parameters, self.shared, self.is_loss = parameters, shared, is_loss
         static = [None if given is None else _static(given) for given in inputs]
         wanted = [t for t in static if t is not None and t.requires_grad] + parameters
-        # Warming up must not use up random numbers: when it happens is chance after a resume.
+        # Warm-up must not consume random numbers: after a resume it happens at other steps.
         generator = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -135,7 +135,7 @@ class _Captured:
         torch.cuda.set_rng_state(generator)
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # The default mode fails when another thread, as the loader's, pins memory.
+        # The default mode fails when another thread (the loader's) pins memory.
         capture = {"pool": pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
@@ -151,18 +151,18 @@ class _Captured:
                 self.parameter_grads = []
         self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
         self.input_grads = [None if grad is None else _unowned(grad) for grad in input_grads]
-        # What is not copied is not kept alive either: its owner may put other rows there.
+        # Inputs without a copy are not kept alive: their owner may reuse the memory.
         self.inputs = [None if t is None or _address(t) else t.detach() for t in static]
 
 
 def _static(given: Tensor) -> Tensor:
-    """What a graph reads instead of an input: a copy, or the input where it lies."""
+    """The tensor that a graph reads for an input: a copy, or a large input itself."""
     kept = given.detach() if _address(given) else given.detach().clone()
     return kept.requires_grad_(given.requires_grad)
 
 
 def _unowned(grad: Tensor) -> Tensor:
-    """A large gradient without a hold on its memory, so that all graphs use the same."""
+    """A large gradient that does not own its memory, so that all graphs share the memory."""
     # It is read right after the replay that writes it, before any other graph is replayed.
     if not _address(grad) or grad.dtype != torch.float32 or not grad.is_contiguous():
         return grad
@@ -185,7 +185,7 @@ class _Replay(torch.autograd.Function):
         captured.forward.replay()
         ctx.set_materialize_grads(False)
         ctx.captured = captured
-        # The backward pass reads them again where they lie.
+        # The backward pass reads them again at the same address.
         ctx.held = [given for given in inputs if given is not None and _address(given)]
         first, *rest = (tensor.detach() for tensor in captured.outputs)
         ctx.mark_non_differentiable(*rest)
@@ -203,6 +203,6 @@ class _Replay(torch.autograd.Function):
         if captured.shared is None:
             return (None, *inputs, *(grad.detach() for grad in captured.parameter_grads))
         for parameter, grad in zip(captured.parameters, captured.shared, strict=True):
-            assert parameter.grad is None or parameter.grad is grad, "gradients do not add up here"
+            assert parameter.grad is None or parameter.grad is grad, "gradients are not accumulated"
             parameter.grad = grad
         return (None, *inputs)

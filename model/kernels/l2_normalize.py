@@ -1,10 +1,10 @@
-"""Rows normalised to length 1, as cosine scores need them, and the gradient of that.
+"""Rows normalised to length 1 for cosine scores, and the gradient.
 
 Plain torch makes four passes over memory for each; on CUDA each is one kernel and one pass.
 
 Shapes: C rows, D width.
 """
-# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001 - Triton would interpret a kernel's annotations
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.kernels.compiler import row_tiles, tl, triton
 
-# Rows are divided by their lengths, but by no less than this.
+# Lower bound of the length by which a row is divided.
 _SHORTEST = 1e-12
 # Values that a program of a kernel holds at a time.
 _TILE = 2048
@@ -38,7 +38,7 @@ def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
-    """The gradient for rows, [C, D] in the dtype of ``scale``: no part of it lies along the row.
+    """The gradient for rows, [C, D] in the dtype of ``scale``, orthogonal to each row.
 
     Args:
         mixed: [C, D]; mixed x scale [C] is the gradient for ``unit`` divided by the rows' lengths.
@@ -54,7 +54,7 @@ def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tenso
 
 
 def _empty_at_same_offset(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty [C, D], as far into its memory as ``rows``, for :func:`join_gradients`."""
+    """Empty [C, D] at the storage offset of ``rows``, for :func:`join_gradients`."""
     before = rows.storage_offset()
     memory = torch.empty(before + rows.numel(), dtype=dtype, device=rows.device)
     return memory[before:].view(rows.shape)

@@ -23,13 +23,13 @@ from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024
-# Programs that sum gradients: as many as a large device runs at once, four a multiprocessor.
+# Programs that sum gradients: as many as a large device runs at once, four per multiprocessor.
 _PROGRAMS = 528
 _WIDEST = 2048
 
 
 def takes(items: Tensor) -> bool:
-    """Whether these items [T, D] can take this path: on CUDA, inside bfloat16 autocast."""
+    """Whether the kernels accept these items [T, D]: on CUDA, inside bfloat16 autocast."""
     if triton is None or not items.is_cuda:
         return False
     half = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16

@@ -5,7 +5,7 @@ writes its sums of gradients to ``partial``, to be added up in order: the same b
 
 Shapes: T rows (``count``), D values of each (``width``), P programs.
 """
-# ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
 from model.kernels.compiler import tl, triton
 from model.kernels.dropout_bits import drop, kept
@@ -22,7 +22,7 @@ if triton is not None:
 
     @triton.jit
     def _standard_gradient(grad, unit, inverse, width):
-        """The gradient for the values behind ``unit`` from the one for ``unit``, 0 outside."""
+        """The gradient for the values before :func:`_standard`, from ``unit``'s; 0 outside."""
         mean = tl.sum(grad, axis=1) / width
         along = tl.sum(grad * unit, axis=1) / width
         return (grad - mean[:, None] - unit * along[:, None]) * inverse[:, None]

@@ -1,14 +1,14 @@
-"""Add rows to other rows, several to the same one, with the same bits in every run.
+"""Add rows at indices that may repeat, in a fixed order: the same bits in every run.
 
     index 2 0 2 5 -> sorted 0 2 2 5 -> one program per run: rows[0] += ., rows[2] += . + ., ...
 
-Equal indices, sorted together, are a run. A run across chunks of the sorted values is summed chunk
+After the sort, equal indices form a run. A run across chunks of the sorted values is summed chunk
 by chunk, and a second kernel adds these sums: the mask token's run is a fifth of all values. A
 run's sum is added to its row, or is the gradient of an Adam step of that row.
 
 Shapes: M values, C rows, S more rows, D width.
 """
-# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001 - Triton would interpret a kernel's annotations
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class SortedIndex:
     """An index of rows and, for the kernels on CUDA, its sorted order."""
 
     index: Tensor  # int64 [M]
-    count: int  # of rows; an entry of ``count`` or more names no row
+    count: int  # number of rows; entries of ``count`` or more are ignored
     keys: Tensor | None = None  # [M], the entries ascending
     order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
 
@@ -39,19 +39,19 @@ def sort_index(index: Tensor, count: int) -> SortedIndex:
     """Sort an index, int64 [M], of ``count`` rows; entries are at least 0."""
     if triton is None or not index.is_cuda:
         return SortedIndex(index, count)
-    # A sort passes over the keys once for every few of their bits.
+    # A radix sort makes fewer passes over shorter keys.
     short = count < torch.iinfo(torch.int16).max
     keys = index.clamp(max=count).to(torch.int16 if short else torch.int32)
     return SortedIndex(index, count, *keys.sort(stable=True))
 
 
 def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | None = None) -> None:
-    """rows[index[i]] += values[i], in place, for every i whose index names a row.
+    """rows[index[i]] += values[i], in place, for every index[i] below ``index.count``.
 
     Args:
         rows: float [C, D], contiguous.
         values: [M, D] of the same dtype.
-        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, in other memory.
+        more: [S, D] of the same dtype, contiguous: rows C ... C + S - 1, in separate memory.
     """
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
@@ -178,7 +178,7 @@ if triton is not None:
             if begins & (follows == 0):
                 _finish(key, total, column, width, out, adam, scale)
             else:
-                # Two sums a chunk: of a run from before it, and of a run that begins in it.
+                # Two sums per chunk: of a run that began before it, and of one that begins in it.
                 edge = (start // chunk) * 2 + begins.to(tl.int32)
                 tl.store(edges + edge * width + column, total, mask=wide)
 

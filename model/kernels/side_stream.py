@@ -32,7 +32,7 @@ _kept: list[Callable[[], object]] = []
 
 @dataclass(frozen=True)
 class Pending(Generic[T]):
-    """The result of work on the side stream; without a side stream, of work done when needed."""
+    """The result of work on the side stream; without a side stream, ``result`` does the work."""
 
     work: Callable[[], T]
     done: torch.cuda.Event | None = None
@@ -70,7 +70,7 @@ def start(work: Callable[[], T]) -> Pending[T]:
 
 
 def run(work: Callable[[], None]) -> None:
-    """Run work whose results are read, and whose inputs are changed, only after ``running_on``."""
+    """Run work; before ``running_on`` ends, do not read its results or change its inputs."""
     if _side is None:
         work()
     else:

@@ -9,8 +9,8 @@
 
 In each call the rows of the other calls are empty. Backward: the same calls, then ``join``.
 
-A second stream's position also sees itself. ``choose`` adds that; the backward pass of
-FlashAttention, given output and log-sum-exp over everything seen, is right for its own part.
+A second stream's position also attends to itself. ``choose`` adds that. FlashAttention's backward
+pass is correct for its keys, given output and log-sum-exp over all visible keys.
 
 Shapes: B rows, T positions of all rows, H heads, W width of a head, V windows.
 """
@@ -36,7 +36,7 @@ def takes(width: int) -> bool:
 
 @dataclass(frozen=True)
 class JaggedRows:
-    """Where the rows of each kind lie."""
+    """Boundaries and kinds of the rows."""
 
     starts: Tensor  # int32 [B + 1], where rows begin, and T
     longest: int  # an upper bound of the rows' lengths
@@ -69,7 +69,7 @@ class JaggedRows:
 def attend(
     projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
 ) -> Tensor:
-    """Attention of every position to those that it may see: [T, H, W], zeros for fillers.
+    """Attention of every position to its visible positions: [T, H, W], zeros for fillers.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.

@@ -6,7 +6,7 @@
 
 Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 """
-# ruff: noqa: ANN001, ANN202 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def rotate(projected: Tensor, rotation: Tensor, steps_ago: Tensor) -> Tensor:
 def choose(rotated: Tensor, outputs: Calls, sums: Calls, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Output [T, H, W] and log-sum-exp, float32 [H, T], of each position's own call.
 
-    A position of a second stream is added to what it sees. ``outputs`` and ``sums`` are those of
+    A second stream's position also attends to itself. ``outputs`` and ``sums`` are those of
     calls 0, 1 and 2; call 2 may be None.
     """
     positions, _, heads, width = rotated.shape
@@ -158,7 +158,7 @@ if triton is not None:
             key = _load(line + size, second)
             own = _load(line + 2 * size, second)
             score = tl.sum(query * key, axis=1) * scale
-            # FlashAttention over no item at all gives infinity, and output 0.
+            # FlashAttention without a key returns log-sum-exp infinity and output 0.
             sums_of_items = tl.where(tl.abs(sums) < 1e30, sums, -1e30)
             top = tl.maximum(sums_of_items, score)
             total = top + tl.log(tl.exp(sums_of_items - top) + tl.exp(score - top))
@@ -205,13 +205,13 @@ if triton is not None:
         value_high = _pick(values, 2, at + half, inside, call)
         line = position * 3 * size + within
         if queries[2] is not None:
-            # Second streams also see the rows with left context only.
+            # Second streams also attend to the rows with left context only.
             seen = inside & (call == 0)
             key_low += _load(keys[2] + at, seen)
             key_high += _load(keys[2] + at + half, seen)
             value_low += _load(values[2] + at, seen)
             value_high += _load(values[2] + at + half, seen)
-            # And they see themselves: P = exp(score - log-sum-exp), dS = P (dO v - dO O).
+            # And to themselves: P = exp(score - log-sum-exp), dS = P (dO v - dO O).
             second = inside & (call == 2)
             q_low = _load(rotated + line, second)
             q_high = _load(rotated + line + half, second)

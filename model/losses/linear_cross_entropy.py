@@ -14,9 +14,8 @@ The backward pass needs logits whose exponentials cannot overflow: cosines divid
 Without such a bound, or a kernel for the width or dtype, plain matrix products score the candidates
 block by block.
 
-Vectors are float32 (float64 in tests), or bfloat16 inside autocast: then a mean candidate is wrong
-by at most 1/256 of its length, and so is the gradient, however small, of a position already
-learned.
+Vectors are float32 (float64 in tests), or bfloat16 inside autocast: then a mean candidate has an
+error of at most 1/256 of its length; a learned position's small gradient has the same error.
 
 Shapes: M positions, C candidates, D width.
 """

@@ -3,8 +3,8 @@
 An item drawn with probability q is expected K q times among the negatives. ``softmax`` divides its
 exponential by that count: the sum over the negatives then has the expectation of the sum over all
 items but the target, and the loss tends to the exact softmax as K grows. The target is scored
-itself, without correction (arXiv 2507.09331). Negatives equal to a position's target (hits) do not
-count for it.
+itself, without correction (arXiv 2507.09331). A position ignores negatives equal to its target
+(hits).
 
 Shapes: M positions, K negatives.
 """

@@ -24,8 +24,8 @@ class RowLayout:
         offsets: int64 [B + 1], starts of the rows in the packed positions.
         num_positions: T, known on the host.
         longest: L, at least the length of every row.
-        left_only: bool [W], whether each of the first W rows has left context alone (a position
-            attends to itself and earlier ones); those that do come first. None: no row has.
+        left_only: bool [W], whether each of the first W rows has only left context (a position
+            attends to itself and earlier ones); these rows come first. None: no row has.
         steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
             W ... 2 W - 1 are second streams: position t of such a row, which is one longer than
             row w, attends to itself and to the first t positions of row w; no other position
@@ -76,7 +76,7 @@ class RowLayout:
         """Keys (columns) that a query attends to in its padded row: bool [B, 1 or L, L]."""
         columns = torch.arange(self.longest, device=self.offsets.device)
         lengths = self.offsets.diff()[:, None]
-        # Padding and empty rows attend to something too: a softmax over nothing would be NaN.
+        # Padding and empty rows get visible keys, too: a softmax over no key would be NaN.
         visible = ((columns >= self.longest - lengths) | (lengths == 0))[:, None]  # [B, 1, L]
         if self.left_only is None:
             return visible

@@ -18,7 +18,7 @@ class EncoderConfig(Config):
     dropout: float = flag(0.2, "dropout of embeddings and layer branches", at_least=0, below=1)
     positions: str = flag(
         "rotary",
-        "how attention sees distances; rotary: rotated queries and keys, none: not at all",
+        "how attention encodes distances; rotary: rotated queries and keys, none: not at all",
         choices=("rotary", "none"),
     )
     learned_positions: bool = flag(
@@ -79,7 +79,7 @@ class TeachersConfig(Config):
 
     def check(self) -> None:
         if self.teachers and not all(self.folders):
-            raise UserError(f"--teachers {self.teachers!r} names an empty folder: see the commas")
+            raise UserError(f"--teachers {self.teachers!r} has an empty name between its commas")
 
     @property
     def folders(self) -> list[str]:

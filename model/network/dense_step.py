@@ -78,12 +78,12 @@ class DenseStep(nn.Module):
         if graphs == "encoder":
             (hidden,) = self._graph()(items, *given.layout)
             return self._loss(hidden, candidates, given, len(items))
-        if graphs == "step":  # by shapes alone: this call may be under capture
+        if graphs == "step":  # under capture only the shapes may decide
             longest = None
         return self._encode_and_score(items, candidates, *given, longest=longest)
 
     def _graph(self) -> GraphedCall:
-        """Made at the first call, when the parameters are on their device."""
+        """Created at the first call, when the parameters are on their device."""
         if self._graphed is None:
             encoder, _ = self._parts
             whole = self._plan.graphs == "dense"

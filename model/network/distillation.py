@@ -1,10 +1,10 @@
-"""Trained models from which a new one learns, besides the data (knowledge distillation).
+"""Knowledge distillation: a model learns from the data and from trained models.
 
     rows of a batch -+-> the model in training -> hidden [M, D] --------------------+-> loss
                      +-> each teacher: table, encoder -> hidden [M, E], logits of --+
                          all items; their probabilities are averaged over the teachers
 
-Teachers may have other sizes, but the same catalog; every rank holds them whole. After Hinton et
+Teachers may have other sizes, but the same catalog; they are not sharded. After Hinton et
 al. (arXiv 1503.02531) at temperature 1, and born-again networks (arXiv 1805.04770).
 
 Shapes: T positions, M masked ones, C items of this rank's slice, E a teacher's width.
@@ -21,12 +21,12 @@ from model.network.head import ScoringHead
 
 
 class Teacher:
-    """A trained model; no part of the model in training.
+    """A trained model; not part of the model in training.
 
     Args:
         items: [V + 2, E], the rows that it encodes.
         candidates: [C, E], the rows that score this rank's items.
-        dtype: of its products.
+        dtype: of its matrix products.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Teachers:
-    """All teachers, and the share of the loss that aims at them, in (0, 1]."""
+    """All teachers, and their share of the loss, in (0, 1]."""
 
     models: list[Teacher]
     share: float

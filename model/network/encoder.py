@@ -3,7 +3,7 @@
     items [T, D] + positions -> layer x N -> norm -> vectors of the masked positions [M, D]
 
 Norms, projections and feed-forward layers work on the packed positions of all rows; only attention
-needs to know the rows. Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual`
+depends on the rows. Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual`
 compute the same.
 
 Shapes: B rows, L longest row, T positions of all rows, D width, M masked positions.
@@ -131,8 +131,8 @@ class Encoder(nn.Module):
         *lower, last = self.layers
         for layer in lower:
             packed = layer(packed, layout)
-        # Only the masked positions of the last layer are read, so its feed-forward runs on them
-        # alone: about a fifth of the work.
+        # The loss reads only the masked positions: the last feed-forward runs only on them, about a
+        # fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
 
     def _encode_fused(self, items: Tensor, layout: RowLayout, masked: Tensor) -> Tensor:

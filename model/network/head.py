@@ -85,7 +85,7 @@ class ScoringHead(nn.Module):
             hidden: [M, D] vectors of this rank's masked positions.
             candidates: [C, D] rows of the items of this rank's slice; for a sampled loss [M + K, D]
                 rows of the targets and the negatives.
-            targets: int64 [M] item ids; 0 where nothing is to be predicted.
+            targets: int64 [M] item ids; 0: no target.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of the negatives' expected counts.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.

@@ -77,7 +77,7 @@ def train_loader(
         config.loader,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        # In place there is nothing to look up: the table itself is scored.
+        # In place, candidates are not looked up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
         largest_sizes=agreed_sizes(ranks) if plan.exchange == "gather" else None,
@@ -87,7 +87,7 @@ def train_loader(
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:
     if config.head.loss == "softmax":
         return None
-    # One more of each, so that an item without training ratings is drawn sometimes.
+    # Every count plus 1, so that an item without training ratings is drawn sometimes.
     weights = store.train_item_counts[1:-1] + 1 if config.head.loss != "gbce" else None
     count, seed = config.negatives.train_negatives, config.loader.seed
     return SharedNegatives(count, store.num_items, seed, weights)
@@ -107,9 +107,9 @@ def evaluator(
     ranks: Ranks,
     discount: float = 0.0,
 ) -> Callable[..., Result]:
-    """A function that evaluates ``model`` as it is when called, on every user of ``split``.
+    """A function that evaluates the current ``model`` on every user of ``split``.
 
-    Its argument, if given, is put around the batches. ``discount``: of popularity.
+    Its argument, if given, wraps the iterator of batches. ``discount``: of popularity.
     """
     output = config.output
     loader = EvalLoader(
@@ -120,7 +120,7 @@ def evaluator(
         batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        candidate_range=(1, 1),  # the table wants both features; candidates are looked up once
+        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
     )
     popularity = torch.from_numpy(store.train_item_counts)
     earlier: Result | None = None

@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 
 # A catalog of fewer items than a step has positions is cheap to look up for scoring.
 ITEMS_A_POSITION = 1
-# Gathering sends the rows of all ranks to each rank; for more bytes TorchRec's way is better.
+# Gathering sends the rows of all ranks to each rank; above this TorchRec's all-to-all is used.
 GATHERED_BYTES = 256 << 20
 
 
@@ -74,7 +74,7 @@ def _has_own_lookup(config: RunConfig, optimizer: str, num_items: int, ranks: Ra
 
 
 def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
-    """Of a rank's training batch, at most: positions, and items that it scores besides."""
+    """Upper bounds for a rank's training batch: positions, and drawn items that are scored."""
     longest = config.windows.max_len * (1 + config.mask.two_stream)
     positions = config.loader.train_batch_size * longest
     if config.head.loss == "softmax":

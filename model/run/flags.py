@@ -1,6 +1,6 @@
 """Command line flags from config classes, which check the values (:mod:`pipeline.config`).
 
-Names are flat: ``--max_len`` is the field ``max_len`` of whichever group declares it.
+Names are flat: ``--max_len`` is the field ``max_len`` of the group that declares it.
 
     config = FlagParser("Train", RunConfig).parse(["--mode", "ddp", "--num-epochs", "3"])
     assert build(RunConfig, flatten(config)) == config
@@ -21,7 +21,7 @@ C = TypeVar("C", bound=Config)
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}
 _CLOSING_LINE = "--help-all shows all flags, by group; hyphens in names work too"
-# Flags that earlier versions wrote into config.json, each with the value that changes nothing now.
+# Flags that earlier versions wrote into config.json, each with its value that has no effect now.
 _RETIRED_FLAGS = {"attention_dropout": 0.0}
 # Values that earlier versions wrote into config.json and this version refuses.
 _RETIRED_VALUES = {"positions": "bias", "acceleration": "compile"}
@@ -77,7 +77,7 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
                 f"made with --{name} {value}, which this version no longer has: use the version "
                 "that made it"
             )
-        if name == "acceleration" and value == "graphs":  # what "auto" means now
+        if name == "acceleration" and value == "graphs":  # now the meaning of "auto"
             value = "auto"
         flat[new_names.get(name, name)] = value
     return flat

@@ -101,7 +101,7 @@ def _unwritable(flag: str, folder: Path, error: OSError) -> UserError:
 
 
 def _check_export(folder: Path, run_dir: Path) -> None:
-    """Refuse before training an export that would fail after it."""
+    """Check before training that the export after training can be written."""
     if folder.resolve() == run_dir.resolve() or (folder / "checkpoints").exists():
         raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
     try:

@@ -1,9 +1,9 @@
 """Recipes: flags to start from for each data set, as plain data.
 
-    python train.py --dataset_name ml-1m                      takes the recipe "ml-1m" by itself
+    python train.py --dataset_name ml-1m                      uses the recipe "ml-1m"
     python train.py --dataset_name ml-1m --recipe none        the general defaults
     python train.py --dataset_name ml-1m --num_epochs 20      flags given override the recipe
-    python train.py --dataset_name ml-1m --teachers a,b       takes the recipe "ml-1m-taught"
+    python train.py --dataset_name ml-1m --teachers a,b       uses the recipe "ml-1m-taught"
 
 ``ml-1m``, ``beauty`` and ``ml-100k`` were chosen on validation (``benchmarks/ABLATIONS.md``);
 ``ml-20m`` was not measured. Learning rates of tables are for Adam, the default on CUDA.
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **dict(train_batch_size=32, num_epochs=60),
     },
     "ml-1m": _ML_1M,
-    # Teachers give probabilities of all items: there is less to overfit to.
+    # Teachers give probabilities of all items, which reduces overfitting.
     "ml-1m-taught": {**_ML_1M, "dropout": 0.0, "teacher_share": 0.9},
     # Not measured: less dropout and a shorter schedule for twenty times as much data.
     "ml-20m": {**_ML_1M, "dropout": 0.1, "num_epochs": 60},
@@ -60,8 +60,8 @@ CHOICES = ("auto", "none", *RECIPES)
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags given on a command line on top of their recipe's; ``recipe`` is its name.
 
-    "auto", the default, takes the recipe named like the data set, if there is one; with
-    ``teachers``, the one named like that and "-taught".
+    "auto", the default, uses the recipe with the data set's name, if there is one; with
+    ``teachers``, the recipe with that name and "-taught".
     """
     name = given.get("recipe", "auto")
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Start a script: first its flags, then everything that is slow to import."""
+"""Start a script: parse its flags before the slow imports."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -46,7 +46,7 @@ class TrainedRun:
         if flags.split == "validation" and self.config.windows.train_on_validation:
             raise UserError(
                 f"{self.folder} was trained on the validation items (--train_on_validation): only "
-                "--split test tells anything about it"
+                "--split test can evaluate it"
             )
 
     def check_catalog(self, store: SequenceStore) -> None:

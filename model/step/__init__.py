@@ -1,8 +1,8 @@
 """One training step and the pipelines that feed it.
 
 train_step    forward, backward, update; through CUDA graphs    pipelines  copy batches ahead
-optimizers    of the tables and of everything else, of which
-averaging     averages gradients over the ranks, graphed_optimizer replays a CUDA graph
+optimizers    of the tables and of everything else, with
+averaging     of gradients over the ranks    graphed_optimizer  an update as a CUDA graph
 config        flags
 Imports: ``model.tables`` and the rooms below it.
 """

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
-# Values at whose multiples a parameter begins: kernels read four at once.
+# Alignment of the parameters, in values: kernels read four at once.
 _ALIGNED = 4
 
 
 class AveragingOptimizer(OptimizerWrapper):
     """Replaces the gradients by their means over all ranks, then steps.
 
-    The parameters are the same on every rank, all of one dtype and device. A gradient that is None
-    counts as zeros.
+    The parameters are the same on every rank, all of one dtype and device. None gradients count as
+    zeros.
     """
 
     def __init__(self, optimizer: KeyedOptimizer, parameters: list[nn.Parameter]) -> None:

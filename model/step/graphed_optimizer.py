@@ -27,7 +27,7 @@ class GraphedOptimizer(OptimizerWrapper):
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Forget the gradients: every step writes them anew."""
+        """Drop the gradients: every step writes new ones."""
         for parameter in self._parameters:
             parameter.grad = None
 

@@ -1,4 +1,4 @@
-"""The fused optimizer of the tables and AdamW of everything else, under one learning rate."""
+"""The fused optimizer of the tables and AdamW of everything else, on one schedule."""
 
 import torch
 from torch import Tensor
@@ -63,9 +63,9 @@ class Optimizers:
     def _wrapped(
         self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]
     ) -> KeyedOptimizer:
-        """Average the gradients over ranks, and step through a CUDA graph, as planned.
+        """Add averaging over ranks and a CUDA graph to the optimizer, as planned.
 
-        Ranks that take the same steps through graphs average inside the graph, too.
+        The graph includes the averaging if all ranks replay their graphs at the same steps.
         """
         plan = self._plan
         graphed = self._graphed_lr is not None and plan.graphs != "step"

@@ -25,7 +25,7 @@ from pipeline.batches.train_batch import PackedBatch
 
 
 class ExchangingPipeline(TrainPipelineSparseDist):
-    """TorchRec's own, for a scalar loss."""
+    """TorchRec's pipeline, for a scalar loss."""
 
     def __init__(
         self, model: DistributedModelParallel, optimizer: Stepper, device: torch.device
@@ -41,7 +41,7 @@ class ExchangingPipeline(TrainPipelineSparseDist):
 
 
 class CopyingPipeline(TrainPipelineSparseDist):
-    """Copies batches ahead of steps that are one call, ``train_step``."""
+    """Copies batches ahead; a step is one call of ``train_step``."""
 
     def __init__(
         self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
@@ -54,7 +54,7 @@ class CopyingPipeline(TrainPipelineSparseDist):
 
     def progress(self, batches: Iterator[PackedBatch]) -> Tensor:
         """One step; its report. StopIteration if there is no batch left."""
-        if not self.batches:  # the first
+        if not self.batches:  # the first step
             self.enqueue_batch(batches)
             self.enqueue_batch(batches)
         if not self.batches:

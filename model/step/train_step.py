@@ -38,16 +38,16 @@ class Stepper(Protocol):
 def backward(loss: Tensor, one: Tensor) -> None:
     """The backward pass of a scalar loss in this thread; ``one`` is its gradient.
 
-    Waking autograd's own thread, and waking up from it, takes a tenth of a small step.
+    Switching to autograd's thread and back takes a tenth of a small step.
     """
     with record_function("## backward ##"), set_multithreading_enabled(False):
         loss.backward(one)
 
 
 class TrainStep:
-    """Trains ``model`` on one batch a call.
+    """Trains ``model`` on one batch per call.
 
-    ``is_eager`` launches kernels one by one for a while, to see the parts of a step.
+    ``is_eager`` launches kernels one by one, so that a profile shows the parts of a step.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainStep:
             if captured is not None:
                 captured.graph.reset()
         self._captured.clear()
-        self._pool = None  # gone with the last graph
+        self._pool = None  # freed with the last graph
         unwrap(self._model).dense_step.release()
 
     def _launch(self, batch: TrainBatch) -> Tensor:
@@ -95,13 +95,13 @@ class TrainStep:
         return report
 
     def _capture(self, batch: PackedBatch) -> "_Captured":
-        # All graphs share one memory pool: a replay overwrites what the last one kept.
+        # All graphs share one memory pool: a replay overwrites the tensors of the previous one.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # The side stream has the lower priority: an update of a whole table would fill the GPU.
         self._streams = self._streams or (torch.cuda.Stream(priority=-1), torch.cuda.Stream())
         main, side = self._streams
         captured = _Captured(torch.cuda.CUDAGraph(), batch)
-        # thread_local: other threads, as the loader's, may allocate memory meanwhile.
+        # thread_local: other threads (the loader's) may allocate memory meanwhile.
         with (
             torch.cuda.graph(captured.graph, self._pool, main, capture_error_mode="thread_local"),
             side_stream.running_on(side),
@@ -112,7 +112,7 @@ class TrainStep:
 
 
 def _key(batch: PackedBatch) -> Any:
-    """The shapes that one graph can train; None: none can."""
+    """The shapes of a step, by which a graph is found; None: it cannot use a graph."""
     names, sizes = batch.packed.names, tuple(batch.packed.sizes)
     is_masked = sizes[names.index("targets")] > 0
     return (names, sizes) if batch.equal_shapes and is_masked else None

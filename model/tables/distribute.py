@@ -120,7 +120,7 @@ def unwrap(model: nn.Module) -> BERT4Rec:
 
 
 def describe_shards(model: DistributedModelParallel, world_size: int) -> str:
-    """What the planner did with each table, such as "item row_wise", or "" for replicas."""
+    """The sharding of each table, e.g. "item row_wise"; "" for replicas."""
     parts = []
     for module in model.plan.plan.values():
         for table, sharding in module.items():

@@ -33,7 +33,7 @@ from model.tables.table_update import Step, update, update_some
 
 
 class TableShard:
-    """This rank's rows: where they are looked up and updated.
+    """Looks up and updates this rank's rows.
 
     Args:
         table: FBGEMM's module of one table with float32 rows.
@@ -58,7 +58,7 @@ class TableShard:
             self._rates = torch.zeros(2, device=self.rows.device)
 
     def begin_step(self) -> None:
-        """Count one more step, at the learning rate that the table has now."""
+        """Count a step and read the table's current learning rate."""
         known = self._table.optimizer_args
         self._step = Step(
             lr=self._table.get_learning_rate(),
@@ -73,7 +73,7 @@ class TableShard:
                 place.fill_(rate)
 
     def index(self, ids: Tensor) -> SortedIndex:
-        """Where the gradients of local ids [U] go; R for -1: nowhere.
+        """The row that the gradient of each local id [U] is added to; R (ignored) for -1.
 
         In place, the candidates come first, then the rows behind them, then those before them.
         """
@@ -113,7 +113,7 @@ class TableShard:
 class ShardedItemTable(ShardedEmbeddingCollection):
     """A sharded collection of one table, trained through a :class:`TableShard`.
 
-    ``draws_candidates``: they are any items, exchanged as the others; else this rank's own rows.
+    ``draws_candidates``: candidates are any items, exchanged like histories; else this shard's.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """A sharded collection of a single rank: it looks up without an exchange.
 
-TorchRec's forward exchanges features and rows between ranks, and waits for the device to say how
-many came. A rank that is alone only looks up. The rows are the same, bit by bit.
+TorchRec's forward exchanges features and rows between ranks and waits for their counts from the
+device. A single rank only needs the lookup. The rows are the same, bit by bit.
 
 Shapes: T items and C candidates of the batch, D width.
 """

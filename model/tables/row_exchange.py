@@ -1,4 +1,4 @@
-"""Rows of a row-wise sharded table for all ranks at once: every size is known beforehand.
+"""Exchange rows of a row-wise sharded table between all ranks, with sizes known in advance.
 
     ids of this rank [n]          --all-gather-->      ids of all ranks [U]
     rows of this shard [U, D], zeros for ids of other shards
@@ -24,7 +24,7 @@ from model.distributed import Ranks
 
 @dataclass(frozen=True)
 class RowExchange:
-    """The exchange of a rank whose shard has the ``rows`` rows from ``low``."""
+    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``."""
 
     world_size: int
     low: int
@@ -47,7 +47,7 @@ class RowExchange:
         return local.masked_fill_((local < 0) | (local >= self.rows), -1)
 
     def own_rows(self, rows: Tensor) -> Tensor:
-        """The rows [n, D] of this rank's ids, of the rows [U, D] that each rank has looked up."""
+        """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank."""
         if self.world_size == 1:
             return rows
         own = rows.new_empty(len(rows) // self.world_size, rows.shape[1])
@@ -55,7 +55,7 @@ class RowExchange:
         return own
 
     def all_gradients(self, gradient: Tensor) -> Tensor:
-        """Gradients [U, D] of all ranks' rows from those of this rank's, [n, D]."""
+        """Gradients [U, D] of all ranks' rows, from this rank's [n, D]."""
         if self.world_size == 1:
             return gradient
         gathered = gradient.new_empty(len(gradient) * self.world_size, gradient.shape[1])
@@ -66,7 +66,7 @@ class RowExchange:
 def agreed_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
     """A function that returns the largest of each integer on all ranks.
 
-    It has a process group of its own, so that the loader's thread may call it beside training.
+    It uses a separate process group, so that the loader's thread may call it during training.
     """
     group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 

@@ -2,7 +2,7 @@
 
 Shapes: T ids, R rows, D width.
 """
-# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001 - Triton would interpret a kernel's annotations
 
 import torch
 

@@ -41,7 +41,7 @@ def plan_tables(
     """The planner's choice within ``--sharding``, computed on every rank."""
     allowed = list(SHARDINGS) if config.sharding == "auto" else [config.sharding]
     if ranks.world_size == 1:
-        # The one rank has all of it: a whole table is not sorted into shards and back.
+        # A single rank holds whole tables: table_wise does not sort rows into shards and back.
         allowed = ["table_wise"]
     # Without compute_kernels the planner may choose "dense", which is broken on CPU.
     constraints = {

@@ -6,12 +6,12 @@
     gradients       of the candidates [C, D], then of the S = R - C outer rows [S, D]; row i of both
                     together belongs to row (first + i) mod R of the table
 
-FBGEMM's Adam leaves rows alone that were not looked up. Here an outer row counts as looked up if
-its gradient is not zero.
+FBGEMM's Adam does not update rows without a lookup. Here an outer row counts as looked up if its
+gradient is not zero.
 
 Shapes: R rows of the table, C candidates, S outer rows, D width.
 """
-# ruff: noqa: ANN001 - Triton takes annotations of a kernel for its own
+# ruff: noqa: ANN001 - Triton would interpret a kernel's annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ def update_some(
     """One step of ``optimizer`` for the rows of an index, in place.
 
     Args:
-        index: [M], rows, with repetitions; R is no row.
+        index: [M], rows, may repeat; R is ignored.
         gradients: float32 [M, D]; those of equal rows are summed.
     """
     if optimizer == "adam":

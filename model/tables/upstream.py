@@ -40,7 +40,7 @@ def fbgemm_table(collection: ShardedEmbeddingCollection) -> SplitTableBatchedEmb
 
 
 def drop_cached_rows(model: nn.Module) -> None:
-    """Drop the rows that ``fused_uvm_caching`` keeps on the GPU, after loading the tables anew."""
+    """Drop the rows that ``fused_uvm_caching`` keeps on the GPU, after the tables were loaded."""
     for lookup in lookups(model):
         lookup.purge()
 
@@ -58,5 +58,5 @@ def set_table_steps(model: nn.Module, step: int) -> None:
 
 
 def wrapped(model: DistributedModelParallel) -> nn.Module:
-    """What DistributedModelParallel puts into DistributedDataParallel."""
+    """The module that DistributedModelParallel puts into DistributedDataParallel."""
     return model._dmp_wrapped_module

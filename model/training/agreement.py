@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 # Requests and decisions, in ascending priority. STOP is added to the number of the signal.
 NOTHING, SAVE, CHECK_LOSS, STOP = 0, 1, 2, 100
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# All-reduce at every fourth step of a GPU: hosts that lag by turns do not wait each time.
+# On GPUs, all-reduce every fourth step: hosts that lag in turn do not wait at every step.
 _STEPS_BETWEEN = 4
 _BARRIER_TIMEOUT = timedelta(seconds=10)
 TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
@@ -49,7 +49,7 @@ class Agreement:
         self._explains_first = ranks.is_first and ranks.world_size > 1
         if ranks.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-            # A second group: one in which an operation failed is unusable.
+            # A second group: after a failed operation, a group is unusable.
             self._barrier_group = dist.new_group(backend="gloo", timeout=timeout)
 
     def __enter__(self) -> "Agreement":
@@ -57,8 +57,8 @@ class Agreement:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # torchrun sends SIGTERM to the other ranks as soon as one is gone. Rank 0 goes on ignoring
-        # it, so that it can explain the error first.
+        # torchrun sends SIGTERM to the other ranks as soon as one exits. Rank 0 still ignores it,
+        # so that it can explain the error first.
         ignored = signal.SIGTERM if self._explains_first and isinstance(error, RuntimeError) else 0
         for number, handler in self._handlers.items():
             if number != ignored:
@@ -68,10 +68,10 @@ class Agreement:
         self._signal = STOP + number
 
     def exchange(self, request: int = NOTHING) -> int:
-        """Hand in this rank's request; every rank must call it equally often.
+        """Submit this rank's request; every rank must call it equally often.
 
         Returns:
-            The highest request that any rank handed in before its last exchange; on a single
+            The highest request that any rank submitted before its last exchange; on a single
             rank, the request itself.
         """
         self._request = max(request, self._request, self._signal)
@@ -91,14 +91,14 @@ class Agreement:
         return decision
 
     def explain(self, error: RuntimeError, step: int) -> UserError | None:
-        """The user's version of a failed collective; None if other ranks are not the cause."""
+        """The UserError for a failed collective; None if other ranks are not the cause."""
         text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
         if self._barrier_group is None or not (GONE.search(text) or TIMED_OUT.search(text)):
             return None
         when = f"for {self._timeout.total_seconds():g} s at step {step}"
         if silent := self._silent_ranks():
             if GONE.search(text):
-                return UserError(f"another rank is gone at step {step}; {advice}")
+                return UserError(f"another rank ended at step {step}; {advice}")
             return UserError(f"no answer from {silent} {when}: it is stuck; {advice}")
         # All ranks are alive: the first to time out closed its connections to the others.
         places = self._waiting_places(error)
@@ -108,7 +108,7 @@ class Agreement:
         return UserError(f"a rank did not answer {when}, though it answers now; {advice}")
 
     def _silent_ranks(self) -> str:
-        """The ranks that do not reach a barrier; only rank 0 hears all answers."""
+        """The ranks that do not reach a barrier; only rank 0 gets all answers."""
         try:
             dist.monitored_barrier(
                 self._barrier_group, timeout=_BARRIER_TIMEOUT, wait_all_ranks=True

@@ -86,7 +86,7 @@ class StepProfiler:
             self._end(self._profile)
 
     def step(self) -> None:
-        """To be called after each training step."""
+        """Call after each training step."""
         if self._profile is not None:
             self._profile.step()
             self._to_record -= 1
@@ -155,7 +155,7 @@ def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHand
 def summary(events: list[Any]) -> str:
     """One line from ``profile.events()``: host time of a step and its stages, share of GPU time.
 
-    The GPU runs later what a stage launches, and stages may overlap there: see the trace.
+    The GPU runs a stage's kernels later, and stages may overlap there: see the trace.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     steps = [event for event in host if event.name.startswith("ProfilerStep")]

@@ -28,7 +28,7 @@ class Feed(Iterator[PackedBatch]):
         self._loader = loader
         # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
         self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
-        # Of the batches in the pipeline: windows, and the epoch's samples consumed after each.
+        # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
         self.held: deque[tuple[int, int]] = deque()
         self.waited = 0.0  # seconds, for the loader
 
@@ -43,10 +43,10 @@ class Feed(Iterator[PackedBatch]):
 class HostThrottle:
     """Keeps the host at most ``ahead`` steps ahead of its GPU.
 
-    Running further ahead takes the interpreter lock from the loader's thread, whose batches then
-    come late. The host polls the GPU instead of blocking: a collective inside a CUDA graph, which
-    no watchdog observes, never ends if another rank is gone. A wait for a step that is longer than
-    ``timeout`` ends in a RuntimeError.
+    A host further ahead takes the interpreter lock from the loader's thread and delays its batches.
+    The host polls the GPU instead of blocking: no watchdog observes a collective inside a CUDA
+    graph, and it never ends if another rank has ended. A wait longer than ``timeout`` raises a
+    RuntimeError.
     """
 
     def __init__(self, device: torch.device, timeout: timedelta, ahead: int = 4) -> None:
@@ -56,7 +56,7 @@ class HostThrottle:
         self._running: deque[torch.cuda.Event] = deque()
 
     def after_step(self) -> None:
-        """Wait until at most ``ahead`` steps are unfinished; to be called after every step."""
+        """Wait until at most ``ahead`` steps are unfinished; called after every step."""
         if self._free:
             event = self._free.pop()
         elif self._running:

@@ -1,4 +1,4 @@
-"""The log of a run, written by rank 0 alone.
+"""The log of a run, written by rank 0.
 
     runs/mine/metrics.jsonl     one JSON object a line: step, epoch, loss, lr, records_per_second
     runs/mine/events.out.*      the same for TensorBoard
@@ -31,7 +31,7 @@ class RunLog:
     Args:
         run_dir: the run folder, or None on ranks that do not write.
         total, step: steps of the whole run, and those already done.
-        on_error: when nothing can be written: "stop" by a UserError, or "continue" with a warning,
+        on_error: if a write fails: "stop" by a UserError, or "continue" with a warning,
             without TensorBoard events from then on.
     """
 
@@ -152,7 +152,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
         return
     before, kept = path.read_text(errors="replace"), ""
     for line in before.splitlines(keepends=True):
-        with suppress(ValueError, LookupError, TypeError):  # no JSON, or not a line of ours
+        with suppress(ValueError, LookupError, TypeError):  # not a line of this log
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept += line
     if kept != before:

@@ -47,7 +47,7 @@ class Pipeline(Protocol):
         """One step; float32 [2], its sum of losses and its number of masked positions."""
 
     def detach(self) -> None:
-        """Give the model back for evaluation; no batch may be left."""
+        """Release the model for evaluation; no batch may be left."""
 
     def release(self) -> None:
         """Free CUDA graphs."""
@@ -55,14 +55,14 @@ class Pipeline(Protocol):
 
 @dataclass(eq=False)
 class Trainer:
-    """Trains a sharded model; ``position`` is where training begins, then where it stands."""
+    """Trains a sharded model from ``position``, which every step updates."""
 
     model: DistributedModelParallel
     optimizers: Optimizers
     pipeline: Pipeline
     loader: TrainLoader
-    # Evaluates on the validation split, on all ranks, with its argument wrapped around the batches.
-    # None, if no validation items are left, takes the last model as the best.
+    # Evaluates the validation split on all ranks; its argument wraps the iterator of batches. None
+    # (no validation items are left): the last model is the best.
     validate: Callable[..., Result] | None
     checkpoints: Checkpoints
     log: RunLog
@@ -97,16 +97,16 @@ class Trainer:
                 self.checkpoints.finish()
         except UserError:
             with suppress(UserError):
-                self.checkpoints.finish()  # the one being written is of an earlier, good step
+                self.checkpoints.finish()  # a background write holds an earlier, good step
             raise
         except RuntimeError as error:
             if explained := self._agreement.explain(error, self.position.step):
                 raise explained from error
             raise
-        # Not after a failure: the GPU may still be waiting for another one inside its graph.
+        # Not after a failure: the GPU may still wait for another GPU inside its graph.
         self.pipeline.release()
         if self._is_cut():
-            self.log.say(f"ended after step {self.position.step}, as --max_steps says")
+            self.log.say(f"ended after step {self.position.step} (--max_steps)")
         elif not self.position.best_step:
             raise UserError(
                 "no checkpoint of an evaluated model could be written: make room, then go on with "
