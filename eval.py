@@ -47,7 +47,7 @@ def evaluate(flags: EvalFlags) -> None:
 
 
 def main() -> None:
-    """Evaluate as the command line says."""
+    """Evaluate with the flags of the command line."""
     start_script(read_flags, evaluate)
 
 

@@ -110,7 +110,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
 
 
 def main() -> None:
-    """Train as the command line says."""
+    """Train with the flags of the command line."""
     start_script(read_flags, train)
 
 

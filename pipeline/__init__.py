@@ -5,7 +5,7 @@
     training/      draw windows, mask items, pad, draw negatives -> batches/: TrainBatch
     evaluation/    held-out items, sampled negatives -> batches/: EvalBatch
 
-Every stage is one small class on `torchdata.nodes` (stage.py) and can be used alone. Example, with
+Every stage is one small class on `torchdata.nodes` (stage.py), usable separately. Example, with
 a file ``clicks.csv`` whose columns are user, item and time::
 
     from pipeline.preparation.prepare import describe, prepare

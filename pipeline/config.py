@@ -42,7 +42,7 @@ def flag(
 
     Args:
         help: what the flag does and its unit; one clause, no full stop.
-        reason: why the bounds are what they are; ends the error message.
+        reason: why these bounds; ends the error message.
         aliases: other names, accepted on the command line and in config.json.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}

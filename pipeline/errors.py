@@ -22,8 +22,8 @@ def warn(text: str) -> None:
 def exit_with_message(message: str) -> NoReturn:
     """Print one line on stderr and end this process with exit code 2.
 
-    Usually all ranks fail in the same way, so only rank 0 prints at once. The others wait for
-    torchrun to end them, and print if it does not: then the mistake was theirs alone.
+    Usually all ranks fail in the same way: only rank 0 prints at once. The others wait for torchrun
+    to end them, and print if it does not, because then rank 0 did not fail.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, whatever interrupts their writing.
+"""Files and folders that are complete or absent, even if their writing is interrupted.
 
     with whole_file(path, "w") as file:      written as runs/mine/config.json.part
         file.write(text)                     fsync, rename to config.json, fsync of runs/mine
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where `folder` is written before it gets its name."""
+    """The path of `folder` while it is written."""
     return folder.with_name(f".{folder.name}.part")
 
 
@@ -66,7 +66,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def publish(aside: Path, folder: Path) -> None:
-    """Rename `aside`, whose files are synced, to `folder`, and delete what had that name."""
+    """Rename `aside`, whose files are synced, to `folder`; delete the previous `folder`."""
     sync(aside)
     old = _move_away(folder) if folder.exists() else None
     aside.rename(folder)
@@ -82,7 +82,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete what killed writers of folders left in `parent`."""
+    """Delete the unfinished folders of killed writers in `parent`."""
     for leftover in (*parent.glob(".*.part"), *parent.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
 

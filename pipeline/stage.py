@@ -26,7 +26,7 @@ Out = TypeVar("Out")
 
 @dataclass(eq=False)
 class Stage(BaseNode[T]):
-    """A stage written as a generator; its state is the number of chunks that it handed out."""
+    """A stage written as a generator; its state is the number of chunks it has yielded."""
 
     source: Any = None
 

@@ -57,7 +57,7 @@ def inputs(seed: int, left_rows: int, loss: str = "softmax") -> dict[str, torch.
 
 
 def two_streams(seed: int, left_rows: int) -> dict[str, torch.Tensor]:
-    """Four windows, the second rows of those with left context alone, and a filler."""
+    """Four windows, the second rows of those with left context only, and a filler row."""
     lengths = [39, 7, 1, 23]
     seconds = [n + 1 if row < left_rows else 0 for row, n in enumerate(lengths)]
     # So that shapes stay, whatever the rows: fillers take what second rows leave.

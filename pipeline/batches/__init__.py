@@ -1,7 +1,7 @@
-"""The batches that cross to the device. Imports no other room.
+"""The batches that are copied to the device. Imports no other room.
 
 train_batch    what one rank trains on in one step, packed or not
 eval_batch     users whose held-out items are ranked at once
 features       items and candidates as one KeyedJaggedTensor
-packing        all tensors of a step in one piece of memory
+packing        all tensors of a step in one allocation
 """

@@ -40,7 +40,7 @@ class EvalBatch:
         return replace(self, **moved)
 
     def pin_memory(self) -> "EvalBatch":
-        """A copy in page-locked memory, or this very batch where there is no CUDA."""
+        """A copy in page-locked memory; without CUDA, this batch."""
         if not torch.cuda.is_available():
             return self
         return replace(self, **{name: part.pin_memory() for name, part in tensors_of(self).items()})

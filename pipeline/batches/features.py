@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 ITEM = "item"
 CANDIDATE = "candidate"
-# FBGEMM looks a row up with one warp: a row of thousands would keep it for milliseconds.
+# FBGEMM looks up a row with one warp, which needs milliseconds for thousands of items.
 _CANDIDATES_A_ROW = 64
 # Ids of streams under capture; none is used twice.
 _CAPTURES = count(-1, -1)
@@ -82,7 +82,7 @@ def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> 
     )
 
 
-# ``stream_id``: another CUDA stream would have to wait until the cached tensors are written.
+# Cached per stream: another CUDA stream would have to wait until the tensors are written.
 
 
 @lru_cache(maxsize=4)
@@ -113,6 +113,6 @@ def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id
 def _stream_id(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
-    if torch.cuda.is_current_stream_capturing():  # a CUDA graph makes its own at every replay
+    if torch.cuda.is_current_stream_capturing():  # a CUDA graph writes its own at every replay
         return next(_CAPTURES)
     return torch.cuda.current_stream(device).cuda_stream

@@ -1,6 +1,6 @@
-"""A step's tensors in one piece of memory, so that one copy takes them all to the device.
+"""A step's tensors in one allocation, so that one copy moves them all to the device.
 
-Parts of 8-byte words lie one behind the other; the two rows of ``train_batch.py``::
+Parts of 8-byte words are concatenated; the two rows of ``train_batch.py``::
 
     words     7 11 9 4 11 | 3 2     | 3 2     | 0 3 5   | 1 4
     sizes     values 5      targets 2 lengths 2 offsets 3 masked 2
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(eq=False, slots=True)
 class Packed:
-    """The parts of one step: names and sizes, in words, in the order in which they lie in words."""
+    """The parts of one step: names and sizes (in words), in the order of ``words``."""
 
     words: Tensor
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ def float_pairs(rows: np.ndarray) -> np.ndarray:
 
 
 def as_floats(words: Tensor, count: int) -> Tensor:
-    """The ``count`` float32 that :func:`float_pairs` put there."""
+    """The ``count`` float32 that :func:`float_pairs` stored."""
     return words.view(torch.float32)[:count]
 
 

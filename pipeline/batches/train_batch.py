@@ -8,7 +8,7 @@ position each, are::
     masked                  1            |     4      flat positions in the values above
     targets                 3            |     2      the items that stood there
 
-The loader yields a :class:`PackedBatch`, which one copy takes to the device. There it becomes a
+The loader yields a :class:`PackedBatch`; one copy moves it to the device. There it becomes a
 :class:`TrainBatch`: views of the same memory, and the candidates. TorchRec's train pipelines copy a
 ``Pipelineable`` on one CUDA stream and use it on another.
 
@@ -35,23 +35,23 @@ def rounded_up(longest: int) -> int:
 class TrainBatch(Pipelineable):
     """One rank's step of B rows.
 
-    Tensors are int64 unless noted. If ``steps_ago`` is None, as many items come after a position as
-    positions of its row; else rows W ... 2 W - 1 are the second streams of the W windows
+    Tensors are int64 unless noted. If ``steps_ago`` is None, it is each position's distance from
+    its row's end; else rows W ... 2 W - 1 are the second streams of the W windows
     (``pipeline/training/two_stream.py``).
     """
 
     features: KeyedJaggedTensor  # key "item", [T] in B rows; the candidates may need more rows
     masked: Tensor  # [M], flat positions in the items, ascending
     targets: Tensor  # [M], the items there before masking
-    num_windows: int  # W, rows that are no filler rows
+    num_windows: int  # W, rows other than filler rows
     num_rows: int  # B
     longest: int  # no row has more items than this
     candidate_range: tuple[int, int] | None = None  # half-open; the items that this rank scores
     left_only: Tensor | None = None  # bool [W], windows with left context only
-    steps_ago: Tensor | None = None  # [T], how many items of its history come after a position
+    steps_ago: Tensor | None = None  # [T], number of its window's items after a position
     negatives: Tensor | None = None  # [K], scored with the targets instead of the candidate range
     log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
-    words: Tensor | None = None  # the memory of which all tensors are views, if it is one
+    words: Tensor | None = None  # the allocation, if all tensors are views of one
     equal_shapes: bool = True  # False: ranks exchange sizes, and this step's shapes still differ
 
     @property
@@ -94,7 +94,7 @@ class TrainBatch(Pipelineable):
 
 @dataclass(eq=False)
 class PackedBatch(Pipelineable):
-    """A :class:`TrainBatch` whose tensors lie in one piece of memory.
+    """A :class:`TrainBatch` whose tensors are views of one allocation.
 
     Its parts are named as the batch's attributes, and "values", "lengths" and "offsets" of the
     features. "values", "targets" and "negatives" come first: they are looked up as one tensor.

@@ -10,7 +10,7 @@ Inputs are cut to the newest ``max_len - 1`` items and the mask token. Seen item
 ranking leaves out, are those of the whole history before the target.
 
 Negatives are items outside the user's whole history, drawn without replacement by popularity in the
-training parts (BERT4Rec, arXiv 1904.06690, section 4.2). They depend on (seed, split, user) alone,
+training parts (BERT4Rec, arXiv 1904.06690, section 4.2). They depend only on (seed, split, user),
 not on the batch size or the number of ranks.
 
 Shapes: B users, N negatives of each, V items.

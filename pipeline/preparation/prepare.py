@@ -79,7 +79,7 @@ def _measure(store: SequenceStore) -> dict[str, Any]:
 
 
 def describe(store: SequenceStore) -> str:
-    """What each stage kept, history lengths and cold targets, as a text for the user."""
+    """Output size of each stage, history lengths and cold targets, as text for the user."""
     counts = store.counts
     lines = [f"{counts['name']}: what each stage kept"]
     for stage in counts["stages"]:

@@ -3,7 +3,7 @@
     dense = Densify(FilterRatings(EncodeIds(ReadRatings("ratings.csv")), min_rating=4))
     histories = next(GroupByUser(dense))
 
-What a stage let through is in its `counts` afterwards.
+Afterwards a stage's `counts` describe its output.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ class Histories:
 
 
 class CountingStage(Stage[RatingChunk]):
-    """A stage whose subclasses implement `chunks`; it counts what they let through."""
+    """A stage whose subclasses implement `chunks`; it counts their output."""
 
     def stream(self) -> Iterator[RatingChunk]:
         self._ratings, self._users, self._items = 0, np.zeros(0, bool), np.zeros(0, bool)
@@ -240,7 +240,7 @@ def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:
 
 
 def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
-    """The distinct ids in ascending order, and each part as int32 codes: places in that order."""
+    """The distinct ids in ascending order, and each part as int32 codes: indices in that order."""
     if not all(pa.types.is_integer(part.type) for part in parts):
         parts = [pc.utf8_trim_whitespace(part.cast(pa.string())) for part in parts]
     else:

@@ -27,7 +27,7 @@ from pipeline.preparation.catalog import Catalog
 FORMAT_VERSION = 1
 _ARRAYS = ("items.npy", "offsets.npy")
 _MANIFEST_KEYS = {"num_items", "counts", "best_possible", "fingerprint", "files"}
-_BLOCK = 1 << 22  # ids looked at together, so that counting never copies the whole store
+_BLOCK = 1 << 22  # ids per block, so that counting never copies the whole store
 
 
 @dataclass(eq=False, repr=False)
@@ -36,15 +36,15 @@ class SequenceStore:
 
     R ratings, U users, V items. Items are dense ids 1..V; 0 (padding) and V+1 (the mask token) do
     not occur. Leave-one-out: the last item of a user with at least 3 items is the test target, the
-    one before it the validation target, the rest is the training part; of other users all is.
+    one before it the validation target, the rest the training part. Other users only train.
     """
 
     items: np.ndarray  # int32 [R], user by user, in time order
     offsets: np.ndarray  # int64 [U+1]; user u's history is items[offsets[u]:offsets[u+1]]
     num_items: int  # V
-    # What each preparation stage kept, cold targets, history lengths.
+    # Output size of each preparation stage, cold targets, history lengths.
     counts: dict[str, Any] = field(default_factory=dict)
-    # Of generated data, the metrics that no model can beat on average: {"test": {"HR@10": ...}}.
+    # For generated data, metrics that no model can beat on average: {"test": {"HR@10": ...}}.
     best_possible: dict[str, dict[str, float]] | None = None
     # The source and the flags that the store was made from.
     fingerprint: dict[str, Any] = field(default_factory=dict)

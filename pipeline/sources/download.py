@@ -61,7 +61,7 @@ def _fetch(name: str, archive: Path) -> None:
                 progress.update(len(block))
         if digest.hexdigest() != CHECKSUMS[name]:
             found = f"md5 {digest.hexdigest()} where GroupLens publishes {CHECKSUMS[name]}"
-            raise _failure(name, f"what {url} sent is not the archive ({found})")
+            raise _failure(name, f"{url} is not the archive ({found})")
 
 
 def _failure(name: str, problem: str) -> UserError:

@@ -136,7 +136,7 @@ def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _types(layout: Layout, block: bytes) -> Types:
-    """The first line tells whole, decimal and date times apart."""
+    """Column types; the first line decides between whole, decimal and date times."""
     types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
     line = block.lstrip().partition(b"\n")[0].decode(errors="replace")
     fields = split_line(line, layout.separator)

@@ -3,7 +3,7 @@
     SourceFile(Path("ratings.csv"))
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
 
-A file's first bytes tell how it is packed, not its name.
+A file's first bytes, not its name, decide how it is unpacked.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pipeline.errors import UserError
 
-# Ratings as text shrink to a tenth, perhaps a thirtieth; a file that shrinks far more is no table.
+# Ratings as text compress to 1/10, at most 1/30; a file with a far higher ratio is no table.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 _BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
@@ -31,7 +31,7 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """Name of the member or else the file, without ``.gz``; its extension tells the format."""
+        """Name of the member or else the file, without ``.gz``; its extension sets the format."""
         name = (self.member or self.path.name).rsplit("/", 1)[-1]
         return name[:-3] if name.lower().endswith(".gz") else name
 

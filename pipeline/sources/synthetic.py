@@ -5,9 +5,9 @@ successors of an item are the next few items on the ring. A user's next item is 
 
     P(next | history)  ~  (1 - noise) * successor[last item, next]  +  noise * popularity[next]
 
-over the items not yet in the history, so nothing repeats. Ranking the unseen items by this
+over the items not yet in the history: no item repeats. Ranking the unseen items by this
 probability is the best that any model can do in a full ranking; its HR@10 and NDCG@10 on the actual
-targets are the yardstick for trained models (luck may lift a model above it on few users).
+targets are the bound for trained models (by chance a model may exceed it on few users).
 """
 
 from collections.abc import Iterator

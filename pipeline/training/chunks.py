@@ -1,4 +1,4 @@
-"""What the training stages hand on: one rank's rows of S consecutive steps, in NumPy arrays.
+"""Data passed between training stages: one rank's rows of S consecutive steps, in NumPy arrays.
 
 The steps share NumPy's fixed cost per call. Random draws are keyed by window, not by chunk.
 

@@ -102,7 +102,7 @@ class ClozeMask:
         return chosen, only_last
 
     def _replacements(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """What the masked positions hold afterwards: int32 [M]."""
+        """New values of the masked positions: int32 [M]."""
         token_share, random_share = self.config.mask_token_share, self.config.random_item_share
         actions = mix32(draws ^ np.uint32(_ACTION))
         replaced = np.full(len(targets), self.mask_token, dtype=np.int32)

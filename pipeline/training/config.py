@@ -37,7 +37,7 @@ class MaskConfig(Config):
         "probability that a position of a window is masked",
         above=0,
         below=1,
-        reason="something must be hidden and something must be left to see",
+        reason="some positions must be masked and some visible",
     )
     dupe_factor: int = flag(
         1, "differently masked copies of each window in an epoch", at_least=1, at_most=MAX_COPIES
@@ -57,12 +57,12 @@ class MaskConfig(Config):
     def check(self) -> None:
         if self.two_stream and not self.left_context_share:
             raise UserError(
-                "--two_stream is about windows with left context alone, and there are none: "
+                "--two_stream needs windows with left context only, and there are none: "
                 "raise --left_context_share or leave it out"
             )
         if self.mask_token_share + self.random_item_share > 1.0 + 1e-9:
             raise UserError(
-                "--mask_token_share and --random_item_share must not exceed 1 together, "
+                "--mask_token_share and --random_item_share must not exceed 1 in sum, "
                 f"but {self.mask_token_share} + {self.random_item_share} do: lower one of them"
             )
 

@@ -36,7 +36,7 @@ from pipeline.training.to_tensors import Steps, ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowTable
 
-# Large enough that NumPy's fixed cost per call vanishes; a chunk takes some milliseconds to make.
+# Large enough that NumPy's fixed cost per call is negligible; a chunk takes some milliseconds.
 _CHUNK_ITEMS = 1 << 18
 
 
@@ -119,7 +119,7 @@ class TrainLoader:
         """The batches of one epoch, from ``sample`` on; a thread starts to make them at once.
 
         They may be consumed in parts. The iterator of an earlier call ends. With ``stop``, the
-        epochs before it follow without the break of a new call, some milliseconds.
+        epochs before it follow without the pause of a new call (some milliseconds).
         """
         if self._prefetch is not None:
             self._prefetch.close()

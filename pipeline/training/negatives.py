@@ -4,7 +4,7 @@ They are drawn with replacement, keyed by (seed, epoch, position in the data ord
 the logarithm of its expected count in the step, K times its probability, by which a sampled softmax
 corrects its score.
 
-A draw by popularity takes two look-ups, however many items there are (Walker's alias method; its
+A draw by popularity takes two look-ups for any number of items (Walker's alias method; its
 tables are built by prefix sums: Huebschle-Schneider and Sanders, arXiv 1903.00227, section 4).
 """
 

@@ -58,7 +58,7 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         self._sample = min(first + steps * size, self.num_samples)
         samples = self._epoch_order()[first : self._sample]
 
-        # Only the last, partial step has other than `size` samples, and it is a chunk of its own.
+        # Only the last, partial step has fewer than `size` samples; it is a separate chunk.
         per_step = len(samples) // steps
         low = per_step * self.rank // self.world_size
         high = per_step * (self.rank + 1) // self.world_size

@@ -48,7 +48,7 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
         return [*zip(batches, states, strict=True)]
 
     def _filled(self, chunk: MaskedWindows) -> MaskedWindows:
-        """An epoch's last step, empty on this rank, with one mask token that has no target."""
+        """An epoch's last step, empty on this rank, plus one mask token without a target."""
         return replace(
             chunk,
             values=np.array([self.mask_token], dtype=chunk.values.dtype),

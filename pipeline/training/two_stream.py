@@ -1,18 +1,18 @@
 """Two streams of left-context rows: the items, and mask tokens that predict them.
 
-In a masked row, later positions see mask tokens where evaluation has items. With ``--two_stream``
+In a masked row, positions attend to mask tokens where evaluation has items. With ``--two_stream``
 the rows with left context only keep all their items, and each gets a second row of mask tokens: one
 per item and one more::
 
-    row         7  3  9             an item sees itself and the items before it
-    second row  M  M  M  M          M t sees itself and the items before item t
+    row         7  3  9             an item attends to itself and the items before it
+    second row  M  M  M  M          M t attends to itself and the items before item t
     steps ago   2  1  0  0
     targets     7  3  9  -
 
-M t sees what the mask token of evaluation sees in a history that ends before item t, and every item
-is a target in every epoch. The extra M predicts nothing: with one query more than keys, "causal"
-means "strictly before" to attention kernels, which align the last query and the last key. After
-XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
+M t attends to the same items as evaluation's mask token after a history that ends before item t;
+every item is a target in every epoch. The extra M predicts nothing: attention kernels align the
+last query and the last key, and with one query more than keys "causal" means "strictly before".
+After XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
 
 The rows of a step are its W windows, left-context rows first, then W second rows in the same order,
 empty for windows that have none.
