@@ -1,4 +1,4 @@
-"""How long training stands still while a checkpoint is saved.
+"""How long training pauses while a checkpoint is saved.
 
     python benchmarks/checkpoint.py                              three sizes of the tables
     torchrun --nproc_per_node 2 benchmarks/checkpoint.py --items 3706 -- --emb_dim 256

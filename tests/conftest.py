@@ -1,4 +1,4 @@
-"""What several test files share: one rank in this process, the two scripts, and worker processes.
+"""Shared fixtures: one rank in this process, the two scripts, and worker processes.
 
 All ranks of the tests are on CPU, also on a host with GPUs.
 """
@@ -26,8 +26,8 @@ needs_ml_100k = pytest.mark.skipif(
     reason=f"no ml-100k.zip in {DATA}: set BERT4REC_DATA to the folder that holds it",
 )
 
-# One thread a process: the models are tiny, and threads that wait for each other on cores that
-# they share with other processes are many times slower.
+# One thread per process: the models are tiny, and threads that wait for each other on shared cores
+# are many times slower.
 torch.set_num_threads(1)
 
 # A training run of about a second: 60 users, 80 items, 4 steps an epoch on one rank.
@@ -107,7 +107,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def assert_one_line(outcome: Outcome, script: str, message: str) -> None:
-    """Exit code 2, and all that is on stderr is one line that begins so."""
+    """Exit code 2; stderr is one line with this beginning."""
     assert outcome.code == 2, outcome.err
     lines = outcome.err.strip().splitlines()
     assert len(lines) == 1, outcome.err
@@ -118,7 +118,7 @@ def assert_one_line(outcome: Outcome, script: str, message: str) -> None:
 def assert_refused(
     run_main: RunMain, tmp_path: Path, arguments: list[str | Path], message: str
 ) -> None:
-    """train.py refuses in one line, leaving neither a run folder nor anything half-prepared."""
+    """train.py exits with one line and leaves neither a run folder nor prepared data."""
     run_dir, cache_dir = tmp_path / "runs" / "mine", tmp_path / "cache"
     flags = [f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", *arguments]
     assert_one_line(run_main("train", *TINY, *flags), "train", message)
@@ -129,7 +129,7 @@ def assert_refused(
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a process of its own: no GPU, one thread."""
+    """The environment of a new process: no GPU, one thread."""
     alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return {**os.environ, **alone, **more}
 

@@ -1,6 +1,6 @@
 """Import rules of docs/architecture.md, read from the source without importing it.
 
-A *part* is what stands directly in pipeline/ or model/: a room (a folder) or a single file.
+A *part* is a direct child of pipeline/ or model/: a room (a folder) or a single file.
 """
 
 import ast
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 DOCUMENT = ROOT / "docs" / "architecture.md"
 MAX_FILES, MAX_LINES = 12, 400
 PACKAGES = ("pipeline", "model")
-# What must not be loaded: by plain torch, and by a config, so that --help answers at once.
+# Modules that plain torch code and configs must not load, so that --help is fast.
 TORCHREC = {"torchrec", "fbgemm_gpu"}
 TORCH = TORCHREC | {"torch", "torchdata"}
 
@@ -80,7 +80,7 @@ def _at_once(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def loaded(module: str) -> dict[str, str]:
-    """All that loading a module loads: name -> the module of ours that imports it."""
+    """All modules that an import loads: name -> the project module that imports it."""
     found, waiting = {module: ""}, [module]
     while waiting:
         current = waiting.pop()
@@ -104,7 +104,7 @@ def assert_not_loaded(module: str, packages: set[str]) -> None:
             pytest.fail(f"{module} loads {name}: {' < '.join(chain[:-1])}")
 
 
-def test_every_part_has_its_place() -> None:
+def test_every_part_has_a_level() -> None:
     levels, parts = order(), {part_of(module) for module in modules()} - {*PACKAGES}
     assert levels.keys() == parts, f"only in one of both: {parts ^ levels.keys()}"
 
@@ -123,7 +123,7 @@ def test_parts_import_lower_parts_only() -> None:
     assert not broken, broken
 
 
-def test_no_circle_of_modules() -> None:
+def test_no_import_cycle() -> None:
     graph = {
         module: [name for name in imports(file) if name in modules()]
         for module, file in modules().items()
@@ -134,14 +134,14 @@ def test_no_circle_of_modules() -> None:
         pytest.fail(f"a circle of imports: {' > '.join(error.args[1])}")
 
 
-def test_the_pipeline_knows_no_model() -> None:
+def test_the_pipeline_does_not_import_the_model() -> None:
     for module, file in modules().items():
         if module.startswith("pipeline"):
             bad = {name for name in imports(file) if name.split(".")[0] in ("model", "train")}
             assert not bad, f"{file.relative_to(ROOT)} imports {bad}"
 
 
-def test_scripts_are_imported_by_nobody() -> None:
+def test_nothing_imports_the_scripts() -> None:
     for file in modules().values():
         bad = imports(file) & {"train", "eval", "tests", "benchmarks"}
         assert not bad, f"{file.relative_to(ROOT)} imports {bad}"
@@ -179,7 +179,7 @@ def test_rooms_are_small() -> None:
         assert lines <= MAX_LINES, f"{file.relative_to(ROOT)} has {lines} lines"
 
 
-def test_rooms_say_what_they_do() -> None:
+def test_rooms_have_a_docstring_that_names_their_files() -> None:
     """A room's ``__init__.py`` is a docstring that names all of its files, and imports nothing."""
     missing = {}
     for room in rooms():

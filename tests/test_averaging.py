@@ -1,4 +1,4 @@
-"""Means of gradients by hand; that they are right on real ranks is tests/test_distributed.py's."""
+"""Means of gradients by hand; tests/test_distributed.py checks them on real ranks."""
 
 import pytest
 import torch
@@ -34,13 +34,13 @@ def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent == [12, 12]  # each begins at a multiple of four
 
 
-def test_gradients_that_lie_there_already_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_already_in_the_buffer_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     sgd = KeyedOptimizerWrapper({"it": parameter}, lambda params: torch.optim.SGD(params, lr=0.0))
     averaging = AveragingOptimizer(sgd, [parameter])
     monkeypatch.setattr(dist, "all_reduce", lambda _: None)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     averaging.step()
-    parameter.grad += 5  # as autograd adds to what is not None
+    parameter.grad += 5  # autograd adds to an existing gradient
     averaging.step()
     assert parameter.grad.tolist() == [5, 5]

@@ -1,6 +1,6 @@
-"""Ratings files as users have them, through train.py: each is read rightly or refused in one line.
+"""Ratings files through train.py: each is read correctly or rejected with one line.
 
-What is read is looked up in the prepared store, history by history; what is refused leaves nothing.
+Accepted files are compared with the prepared store, history by history; rejected ones leave none.
 """
 
 import gzip
@@ -53,7 +53,7 @@ PARQUET = parquet(
 )
 MORE = {"3": ["10", "x"]}
 
-# What a folder holds, which of it is --dataset_path ("." is the folder), the histories that result.
+# Files of a folder, the one that is --dataset_path ("." is the folder), the resulting histories.
 READ: dict[str, tuple[dict[str, bytes], str, dict[str, list[str]]]] = {
     "as it should be": ({"r.csv": CSV}, "r.csv", HISTORIES),
     "duplicate rows": (
@@ -140,7 +140,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_is_read(run_main: RunMain, tmp_path: Path, run_dir: Path, case: str) -> None:
+def test_accepted_files(run_main: RunMain, tmp_path: Path, run_dir: Path, case: str) -> None:
     files, path, histories = READ[case]
     data = tmp_path / "data"
     write(data, files)
@@ -162,7 +162,7 @@ def test_what_is_read(run_main: RunMain, tmp_path: Path, run_dir: Path, case: st
 
 GZIP = gzip.compress(CSV * 50)
 ONE = [1, 1, 1]
-# File, content, what the line says; FILE stands for the file's path.
+# File, content, error line; FILE stands for the file's path.
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "empty": ("r.csv", b"", "FILE: no ratings in it"),
     "header only": ("r.csv", HEAD, "FILE: no ratings in it"),
@@ -305,7 +305,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(run_main: RunMain, tmp_path: Path, case: str) -> None:
+def test_rejected_files(run_main: RunMain, tmp_path: Path, case: str) -> None:
     name, content, message = REFUSED[case]
     path = tmp_path / name
     path.write_bytes(content)
@@ -313,7 +313,7 @@ def test_what_is_refused(run_main: RunMain, tmp_path: Path, case: str) -> None:
     assert_refused(run_main, tmp_path, flags, message.replace("FILE", str(path)))
 
 
-def test_a_bomb_of_proper_lines(
+def test_a_zip_bomb_of_valid_lines(
     run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BOMB_BYTES", 1 << 20)
@@ -374,22 +374,20 @@ def pipe(folder: Path) -> str:
         pipe,
     ],
 )
-def test_paths_that_are_refused(
-    run_main: RunMain, tmp_path: Path, make: Callable[[Path], str]
-) -> None:
+def test_rejected_paths(run_main: RunMain, tmp_path: Path, make: Callable[[Path], str]) -> None:
     path = tmp_path / "data"
     message = make(path)
     assert_refused(run_main, tmp_path, [*FLAGS, f"--dataset_path={path}"], message)
 
 
-def test_a_file_that_may_not_be_read(run_main: RunMain, tmp_path: Path) -> None:
+def test_a_file_without_read_permission(run_main: RunMain, tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     path.write_bytes(CSV)
     path.chmod(0)
     tmp_path.chmod(0o777)
     user = os.geteuid()
     if user == 0:
-        os.seteuid(65534)  # root may read everything
+        os.seteuid(65534)  # root can read every file
     try:
         outcome = run_main("train", f"--dataset_path={path}", f"--run_dir={tmp_path / 'run'}")
     finally:

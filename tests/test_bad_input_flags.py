@@ -116,7 +116,7 @@ REFUSED: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("flags", "message"), REFUSED)
-def test_what_is_refused(
+def test_rejected_flags(
     run_main: RunMain, tmp_path: Path, data: list[str], flags: str, message: str
 ) -> None:
     assert_refused(run_main, tmp_path, [*data, *flags.split()], message)
@@ -130,7 +130,7 @@ def test_what_is_refused(
         (f"--run_dir={'x' * 300}", "cannot be written: File name too long"),
     ],
 )
-def test_what_is_refused_once_the_data_are_prepared(
+def test_flags_rejected_after_preparation(
     run_main: RunMain, tmp_path: Path, data: list[str], flags: str, message: str
 ) -> None:
     run_dir = tmp_path / "run"
@@ -139,7 +139,7 @@ def test_what_is_refused_once_the_data_are_prepared(
     assert not run_dir.exists()
 
 
-def test_the_folder_of_a_run_is_no_place_for_an_export(
+def test_a_run_folder_cannot_be_the_export_folder(
     run_main: RunMain, tmp_path: Path, data: list[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -171,7 +171,7 @@ WORKS = [
 
 
 @pytest.mark.parametrize("flags", WORKS)
-def test_what_works(run_main: RunMain, tmp_path: Path, data: list[str], flags: str) -> None:
+def test_extreme_flags(run_main: RunMain, tmp_path: Path, data: list[str], flags: str) -> None:
     run_dir = tmp_path / "run"
     folders = [f"--cache_dir={tmp_path / 'cache'}", f"--run_dir={run_dir}"]
     outcome = run_main("train", *TINY, *data, *folders, "--num_epochs=1", *flags.split())

@@ -1,4 +1,4 @@
-"""Run folders, checkpoints and exported models that are not what they should be; two ranks."""
+"""Damaged or unsuitable run folders, checkpoints and exported models; bad input on two ranks."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def train(run_main: RunMain, workplace: Path) -> Train:
 
 @pytest.fixture
 def run_dir(workplace: Path, tmp_path: Path, train: Train) -> Path:
-    """A finished run of one's own, to do harm to; its exported model is beside it."""
+    """A copy of a finished run that the test may damage; its exported model is beside it."""
     made = workplace / "made"
     if not made.exists():
         outcome = train(made, f"--export_root={workplace / 'exported'}")
@@ -53,7 +53,7 @@ def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 
 def rewrite_manifests(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """As somebody would who can compute checksums."""
+    """Change the manifest and update its checksum."""
     for folder in (run_dir / "checkpoints").iterdir():
         content = manifest.read_manifest(folder)
         content.pop("format")
@@ -61,7 +61,7 @@ def rewrite_manifests(run_dir: Path, change: Callable[[dict[str, Any]], None]) -
         manifest.write_manifest(folder, content)
 
 
-# What becomes of config.json, and what eval.py says of it; FOLDER stands for the run folder.
+# Change of config.json, and eval.py's error line; FOLDER stands for the run folder.
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda config: [config], "FOLDER/config.json is damaged (keys are missing)"),
     "no catalog": (lambda config: {"flags": {}}, "FOLDER/config.json is damaged (keys are missing"),
@@ -127,7 +127,7 @@ def test_configs(run_main: RunMain, run_dir: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\0")])
-def test_a_config_that_is_no_text(
+def test_a_config_that_is_not_text(
     run_main: RunMain, train: Train, run_dir: Path, make: Callable[[Path], Any]
 ) -> None:
     (run_dir / "config.json").unlink()
@@ -145,20 +145,20 @@ def test_checkpoints_without_a_config(train: Train, run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"12345678", "cut"])
-def test_weights_that_are_not_whole(run_main: RunMain, run_dir: Path, content: bytes) -> None:
+def test_truncated_weights(run_main: RunMain, run_dir: Path, content: bytes) -> None:
     path = run_dir / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
     assert_one_line(outcome, "eval", f"{path} cannot be loaded")
 
 
-def test_a_file_that_is_no_folder(run_main: RunMain, workplace: Path) -> None:
+def test_a_file_instead_of_a_run_folder(run_main: RunMain, workplace: Path) -> None:
     path = workplace / "ratings.csv"
     message = f"{path} is no run folder: config.json cannot be read (Not a directory)"
     assert_one_line(run_main("eval", f"--checkpoint={path}"), "eval", message)
 
 
-def test_an_exported_model_is_no_run_folder(train: Train, run_dir: Path) -> None:
+def test_an_exported_model_is_not_a_run_folder(train: Train, run_dir: Path) -> None:
     exported = run_dir.with_name("exported")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in exported.iterdir())
     for resume in ("--resume=never", "--resume=auto"):
@@ -168,7 +168,7 @@ def test_an_exported_model_is_no_run_folder(train: Train, run_dir: Path) -> None
     assert [each for each in after if each[0] != ".lock"] == before
 
 
-def test_another_run_is_no_place_for_an_export(train: Train, run_dir: Path) -> None:
+def test_another_run_cannot_be_the_export_folder(train: Train, run_dir: Path) -> None:
     outcome = train(run_dir.with_name("new"), f"--export_root={run_dir}")
     assert_one_line(outcome, "train", f"--export_root {run_dir} is the folder of a run")
 
@@ -214,14 +214,14 @@ def test_checkpoints_without_their_index(run_main: RunMain, train: Train, run_di
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
     assert_one_line(outcome, "eval", "the best model of this run, is damaged: .metadata cannot be")
-    # Nothing good is left: training begins anew, and says so.
+    # No good checkpoint is left: training starts again from step 0.
     outcome = train(run_dir, "--resume=auto")
     assert outcome.code == 0
     assert outcome.err.count("is damaged: .metadata cannot be read") == 2
     assert "resumed from" not in outcome.out
 
 
-def test_a_position_that_makes_no_sense(run_main: RunMain, train: Train, run_dir: Path) -> None:
+def test_an_invalid_position(run_main: RunMain, train: Train, run_dir: Path) -> None:
     rewrite_manifests(run_dir, lambda content: content["position"].update(steps=1))
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
@@ -239,7 +239,7 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-def test_a_stranger_s_checkpoint_runs_no_code(
+def test_a_checkpoint_with_a_malicious_pickle_runs_no_code(
     run_main: RunMain, train: Train, run_dir: Path, tmp_path: Path
 ) -> None:
     for index in run_dir.glob("checkpoints/*/.metadata"):
@@ -257,7 +257,7 @@ def test_a_stranger_s_checkpoint_runs_no_code(
     assert not (tmp_path / "evil").exists()
 
 
-def test_two_ranks_end_alike(workplace: Path, tmp_path: Path) -> None:
+def test_two_ranks_end_with_the_same_exit_code(workplace: Path, tmp_path: Path) -> None:
     """Many cases through one pair of ranks: tests/workers/bad_input.py lists them."""
     outcome = torchrun(2, ROOT / "tests" / "workers" / "bad_input.py", tmp_path, timeout=120)
     assert outcome.code == 0, outcome.err

@@ -48,7 +48,7 @@ def test_to_appends_the_candidates_spread_over_the_rows() -> None:
     assert features.stride() == 2
 
 
-def test_to_a_second_time_appends_nothing() -> None:
+def test_a_second_to_appends_nothing() -> None:
     once = train_batch((1, 11)).to(CPU)
     assert once.to(CPU).features.values().tolist() == once.features.values().tolist()
 
@@ -71,10 +71,10 @@ def test_ranges_and_row_counts_are_not_mixed_up_by_the_cache() -> None:
     assert one_row.to(CPU).features["candidate"].lengths().tolist() == [10]
 
 
-def test_lengths_per_key_are_known_without_asking_the_device() -> None:
+def test_lengths_per_key_need_no_device_synchronisation() -> None:
     features = train_batch((1, 11)).to(CPU).features
     assert features._length_per_key == [5, 10]
-    # TorchRec's own sums must agree with what was promised.
+    # TorchRec's own sums must equal the given ones.
     features._length_per_key = None
     assert features.length_per_key() == [5, 10]
 
@@ -88,7 +88,7 @@ def test_an_eval_batch_keeps_every_field() -> None:
 
 
 def sampled_batch() -> TrainBatch:
-    """The same rows with three negatives, and the first row attending to the left alone."""
+    """The same rows with three negatives; the first row has left context only."""
     batch = train_batch(None)
     batch.left_only = torch.tensor([True, False])
     batch.negatives, batch.log_counts = torch.tensor([5, 5, 8]), torch.tensor([0.5, 0.5, -1.0])
@@ -142,7 +142,7 @@ def test_copied_on_a_side_stream(batch: TrainBatch | EvalBatch) -> None:
     assert moved.targets.tolist() == batch.targets.tolist()
 
 
-def test_many_candidates_get_rows_of_their_own_behind_those_of_the_items() -> None:
+def test_many_candidates_get_extra_rows_after_the_item_rows() -> None:
     features = train_batch((1, 201)).to(CPU).features
     assert features["item"].lengths().tolist() == [3, 2, 0, 0]
     assert features["candidate"].lengths().tolist() == [50, 50, 50, 50]

@@ -1,4 +1,4 @@
-"""The benchmarks: rows train.py accepts, figures and tables by hand, one row measured for real."""
+"""The benchmarks: valid rows, figures and tables by hand, one measured row."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from tests.test_profile import event
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_train_py_knows_the_flags_of_a_row(name: str) -> None:
+def test_train_py_accepts_the_flags_of_every_row(name: str) -> None:
     row = ROWS[name]
     for mode in row.modes:
         given = FlagParser("", RunConfig).given(row.train_flags(mode))
@@ -33,7 +33,7 @@ def test_train_py_knows_the_flags_of_a_row(name: str) -> None:
         assert FlagParser("", RunConfig).parse(row.train_flags(mode)).sharding.mode == mode
 
 
-def test_sets_hold_known_rows() -> None:
+def test_sets_contain_existing_rows() -> None:
     assert {row.name for rows_ in SETS.values() for row in rows_} == ROWS.keys()
 
 
@@ -136,7 +136,7 @@ def test_the_least_time_by_hand() -> None:
         ("half a l", -9, "took too long"),
     ],
 )
-def test_why_a_run_failed(errors: str, code: int, why: str) -> None:
+def test_reason_of_a_failed_run(errors: str, code: int, why: str) -> None:
     assert throughput._why(errors, code) == why
 
 
@@ -164,7 +164,7 @@ def test_a_row_measured_through_train_py(
     assert not list((tmp_path / "bert4rec-throughput").glob("run"))
 
 
-def test_the_plain_loop_trains_what_the_pipeline_does(tmp_path: Path, cache_dir: Path) -> None:
+def test_the_plain_loop_equals_the_pipeline(tmp_path: Path, cache_dir: Path) -> None:
     losses = []
     for script in ("train.py", "benchmarks/plain_loop.py"):
         run_dir = tmp_path / Path(script).stem
@@ -191,7 +191,7 @@ def test_ranks_that_share_gpus(rank: int, gpu: int) -> None:
     assert (done.returncode, done.stdout) == (0, f"{gpu} 0\n"), done.stderr
 
 
-def test_a_row_without_the_pipeline_stands_beside_the_other() -> None:
+def test_a_row_without_the_pipeline_is_kept_beside_the_pipeline_row() -> None:
     results = [
         result("exact-128", 2, "dmp", loop=loop, **speed(rate))
         for loop, rate in (("pipelined", 90_000), ("plain", 60_000))
@@ -222,7 +222,7 @@ def test_data_measures_and_keeps_both_tables(
 
     row = data.loading(length=8, batch=16, num_ratings=1000, seconds=0.05)
     assert row["sequences_per_second"] > 0 and row["sequences_per_cpu_second"] > 0
-    # Each of 8 positions is masked with probability 0.2, in 5 % of the rows the last alone.
+    # Each of 8 positions is masked with probability 0.2, in 5 % of the rows only the last.
     share = row["masked_per_second"] / row["sequences_per_second"]
     assert share == pytest.approx(0.95 * (8 * 0.2 + 0.8**8) + 0.05, rel=0.1)
 
@@ -251,7 +251,7 @@ def test_the_quality_table_by_hand() -> None:
     assert len(quality.table("beauty", results).splitlines()) == len(lines) - 1
 
 
-def test_the_command_is_kept_without_folders() -> None:
+def test_the_recorded_command_has_no_folders() -> None:
     typed = ["ml-1m", "--dataset_path", "/data/ml-1m.zip", "--jobs", "8", "--cache_dir=/tmp/cache"]
     assert quality.command(typed) == (
         "python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --jobs 8 --cache_dir=cache"

@@ -22,7 +22,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-9))
 
 
-def test_full_precision_is_the_module() -> None:
+def test_full_precision_equals_the_module() -> None:
     module, rows = nn.Linear(8, 6), torch.randn(5, 8)
     assert linear(module, rows).equal(module(rows))
     assert linear(module, rows, with_bias=False).equal(rows @ module.weight.T)

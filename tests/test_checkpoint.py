@@ -59,7 +59,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-def test_a_manifest_knows_its_files(tmp_path: Path) -> None:
+def test_a_manifest_lists_its_files(tmp_path: Path) -> None:
     content = verify(checkpoint(tmp_path / "whole"))
     # CRC-32 of b"weights of rank 0", by another program (gzip's trailer).
     assert content["files"]["__0_0.distcp"]["size"] == 17
@@ -148,7 +148,7 @@ def uninterrupted(template: Path, train: Train) -> tuple[bytes, bytes]:
     return final(made)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     interrupted: Path, uninterrupted: tuple[bytes, bytes], train: Train
 ) -> None:
     assert names(interrupted) == [f"step-0000000{step}" for step in (5, 6, 7)]
@@ -191,7 +191,7 @@ def test_a_lost_best_checkpoint_is_replaced(interrupted: Path, train: Train) -> 
 
 
 def test_the_best_is_kept_besides_the_newest(interrupted: Path, train: Train) -> None:
-    # As if the evaluation at step 5 had reached 1.0, the highest NDCG@10: none can be better.
+    # Step 5 gets NDCG@10 = 1.0, which no later evaluation can exceed.
     newest = interrupted / "checkpoints" / "step-00000007"
     manifest = read_manifest(newest)
     write_manifest(newest, {**manifest, "position": {**manifest["position"], "best": 1.0}})
@@ -201,7 +201,7 @@ def test_the_best_is_kept_besides_the_newest(interrupted: Path, train: Train) ->
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
-    """Let the given calls of dcp.save, counted from 1, find the disk full, after half a file."""
+    """The given calls of dcp.save (from 1) write half a file, then fail with a full disk."""
     save, done = dcp.save, []
 
     def full(state: dict[str, Any], checkpoint_id: Path, **more: Any) -> None:
@@ -226,14 +226,14 @@ def test_a_full_disk_stops_the_run(
     verify(tmp_path / "checkpoints" / "step-00000005")
 
 
-def test_a_full_disk_is_survived_if_wanted(
+def test_training_continues_on_a_full_disk_with_on_save_error_continue(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, {1})
     outcome = train(tmp_path, "--on_save_error=continue")
     assert outcome.code == 0
     assert "No space left on device; earlier checkpoints are intact, training goes" in outcome.err
-    # The model of step 5 is lost, so that of step 10 is the best there is, though it is worse.
+    # The model of step 5 is lost: the worse model of step 10 is now the best.
     assert names(tmp_path) == ["step-00000010", "step-00000015"]
     verify(tmp_path / "checkpoints" / "step-00000010")
 
@@ -256,7 +256,7 @@ def test_training_goes_on_while_a_thread_writes_a_copy(
     outcome = train(tmp_path, "--checkpoint_every=1e-9", "--keep_last=99")
     assert outcome.code == 0, outcome.err
     assert final(tmp_path) == uninterrupted
-    # What was written is the state of step 1: from there it is the same run.
+    # The checkpoint has the state of step 1: resumed, the run is the same.
     for name in names(tmp_path):
         if name != "step-00000001":
             shutil.rmtree(tmp_path / "checkpoints" / name)
@@ -265,7 +265,7 @@ def test_training_goes_on_while_a_thread_writes_a_copy(
     assert final(tmp_path) == uninterrupted
 
 
-def test_a_failure_of_that_thread_comes_out_at_the_next_step(
+def test_a_failed_background_write_is_raised_at_the_next_step(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, {1})
@@ -278,7 +278,7 @@ def test_a_failure_of_that_thread_comes_out_at_the_next_step(
     assert '"step": 3' not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_failure_of_that_thread_is_survived_if_wanted(
+def test_a_failed_background_write_is_ignored_with_on_save_error_continue(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, {1})
@@ -287,7 +287,7 @@ def test_a_failure_of_that_thread_is_survived_if_wanted(
     assert outcome.err.count("cannot be written: No space left on device; earlier") == 1
 
 
-def test_a_checkpoints_folder_that_cannot_be_made(tmp_path: Path, train: Train) -> None:
+def test_a_checkpoints_folder_that_cannot_be_created(tmp_path: Path, train: Train) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     outcome = train(tmp_path)
     assert outcome.code == 2
@@ -305,7 +305,7 @@ def poison(trainer: Trainer) -> None:
         ("10", "the loss became nan at step 9 (epoch 2, its samples 96 to 127, lr "),
     ],
 )
-def test_what_is_not_finite_ends_the_run_and_is_never_saved(
+def test_non_finite_weights_end_the_run_and_are_not_saved(
     interrupted: Path, train: Train, monkeypatch: pytest.MonkeyPatch, every: str, message: str
 ) -> None:
     before = {name: verify(interrupted / "checkpoints" / name) for name in names(interrupted)}
@@ -326,7 +326,7 @@ def test_flags_out_of_range(tmp_path: Path, train: Train, flag: str) -> None:
     assert outcome.code == 2 and flag.split("=")[0] in outcome.err.splitlines()[-1]
 
 
-def test_the_portable_form_is_enough_to_evaluate(
+def test_the_exported_model_is_enough_for_evaluation(
     interrupted: Path, train: Train, run_main: RunMain, cache_dir: Path, tmp_path: Path
 ) -> None:
     exported = tmp_path / "exported"

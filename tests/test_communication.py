@@ -27,7 +27,7 @@ DIM = 8
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[str, Any]:
-    """What two ranks counted."""
+    """The counts of two ranks."""
     out = tmp_path_factory.mktemp("counted") / "counted.json"
     outcome = torchrun(2, "tests/workers/collectives.py", out, cache_dir)
     assert outcome.code == 0, outcome.err
@@ -83,7 +83,7 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
     found, dense = counted["dmp"]["collectives"], dense_parameters(config, 50)
     assert found["all-reduce, float32"]["mean"] == pytest.approx(4 * dense + 4)
 
-    # Sizes on which nobody has agreed: of two ranks the larger counts.
+    # Sizes differ between the two ranks: the larger one counts.
     monkeypatch.setattr("model.run.build.agreed_sizes", lambda _: lambda sizes: sizes)
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
     store, sizes = prepare(config.data), []
@@ -94,8 +94,8 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
         steps = [*itertools.islice(batches, WARM_UP, WARM_UP + STEPS)]
         sizes.append([(len(step.unpack().ids), len(step.unpack().masked)) for step in steps])
     ids, masked = np.max(sizes, axis=0).sum(axis=0) / STEPS
-    # Ids and targets; gradients of rows, hidden vectors, two sums of every position of both ranks,
-    # a weight of each of this rank's; rows, and the gradients of hidden vectors.
+    # int64: ids, targets. float32: gradients of rows; hidden vectors; two sums per position of both
+    # ranks, one weight per own position. Reduce-scatter: rows and gradients of hidden vectors.
     assert found["all-gather, int64"]["mean"] == pytest.approx(8 * (ids + masked))
     assert found["all-gather, float32"]["mean"] == pytest.approx(
         4 * (ids * DIM + masked * DIM + 5 * masked)
@@ -145,7 +145,7 @@ OPTIONS = Namespace(
 )
 
 
-def test_bytes_of_another_batch_lie_on_the_line() -> None:
+def test_bytes_are_linear_in_the_batch() -> None:
     assert communication.at_batch(counts(), "ddp", 8, 1024) == (2, 300e6)
     assert communication.at_batch(counts(), "row_wise", 8, 128) == (10, 65e6)
     assert communication.at_batch(counts()[:2], "ddp", 8, 8) == (2, 300e6)
@@ -168,7 +168,7 @@ def test_the_model_by_hand() -> None:
     assert lines[3].startswith("| 8 | 128 | row_wise | 1.50 | 3.00 | 3.00 ... 4.50 |")
 
 
-def test_of_the_exact_softmax_each_gpu_passes_over_its_rows() -> None:
+def test_with_the_exact_softmax_each_gpu_passes_over_its_own_rows() -> None:
     # 40 bytes for each of 200,000 x 128 values at 3 TB/s: 0.3413 ms, of which 8 GPUs save 7/8.
     exact = Namespace(**{**vars(OPTIONS), "flags": []})
     assert communication.compute_at("row_wise", 8, 8, exact) == pytest.approx(

@@ -73,7 +73,7 @@ def test_defaults_keep_the_examples_flags() -> None:
     assert (config.min_user_count, config.min_item_count, config.min_rating) == (5, 0, 0)
 
 
-def test_name_of_a_file_alone() -> None:
+def test_name_of_a_file_without_dataset_name() -> None:
     assert DataConfig(dataset_path="/a/my clicks.csv.gz").name == "my_clicks"
     assert DataConfig(dataset_path="/a/b.csv", dataset_name="mine").name == "mine"
 

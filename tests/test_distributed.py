@@ -1,7 +1,7 @@
-"""Sharded, replicated, pipelined, on one rank or two: always the same training and evaluation.
+"""Sharded, replicated or pipelined, one rank or two: the same training and evaluation.
 
 The worker (tests/workers/sharded.py) runs here on one rank and under torchrun on two; these tests
-compare what both found. Tolerances are for the same float32 sums in another order, over 21 steps.
+compare both results. Tolerances are for the same float32 sums in another order, over 21 steps.
 """
 
 import sys
@@ -25,7 +25,7 @@ Answers = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Answers]:
-    """The worker's answers on one rank."""
+    """The worker's results on one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         ranks = start()
@@ -38,12 +38,12 @@ def one() -> Iterator[Answers]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """The worker's answers on two ranks."""
+    """The worker's results on two ranks."""
     return answers_of(2, tmp_path_factory.mktemp("sharded"))
 
 
 def answers_of(num_ranks: int, folder: Path) -> Answers:
-    """The worker's answers on several ranks."""
+    """The worker's results on several ranks."""
     outcome = torchrun(num_ranks, "tests/workers/sharded.py", folder, timeout=240)
     assert outcome.code == 0, outcome.err
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def test_the_reference_learns(one: Answers) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_rank_is_the_unsharded_reference(one: Answers, way: str) -> None:
+def test_one_rank_equals_the_unsharded_reference(one: Answers, way: str) -> None:
     assert_same(one["every_way"][way], one["unsharded"]["tied"])
 
 
@@ -74,12 +74,12 @@ OTHERWISE = ["row_wise, replayed", "row_wise, looked up", "row_wise, sent"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, *OTHERWISE])
-def test_two_ranks_are_the_unsharded_reference(one: Answers, two: Answers, way: str) -> None:
+def test_two_ranks_equal_the_unsharded_reference(one: Answers, two: Answers, way: str) -> None:
     assert_same(two["every_way"][way], one["unsharded"]["tied"])
 
 
 @pytest.mark.parametrize("way", ["row_wise", "ddp"])
-def test_the_untied_head_too(one: Answers, two: Answers, way: str) -> None:
+def test_the_untied_head_equals_the_reference(one: Answers, two: Answers, way: str) -> None:
     for answers in (one, two):
         assert_same(answers["every_way"][f"{way}, linear"], one["unsharded"]["linear"])
     different = (
@@ -89,8 +89,8 @@ def test_the_untied_head_too(one: Answers, two: Answers, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["row_wise", "row_wise, replayed", "row_wise, sent", "ddp"])
-def test_a_sampled_loss_too(one: Answers, two: Answers, way: str) -> None:
-    # The negatives of a step are those of its place in the data order, on any number of ranks.
+def test_a_sampled_loss_equals_the_reference(one: Answers, two: Answers, way: str) -> None:
+    # A step's negatives depend on its position in the data order, not on the number of ranks.
     for answers in (one, two):
         assert_same(answers["every_way"][f"{way}, sampled"], one["unsharded"]["sampled"])
     exact, sampled = (one["unsharded"][name].losses for name in ("tied", "sampled"))
@@ -102,13 +102,13 @@ def test_a_sampled_loss_too(one: Answers, two: Answers, way: str) -> None:
 def test_torchrec_rewrites_the_model_where_it_exchanges_rows(
     one: Answers, two: Answers, way: str
 ) -> None:
-    """By default (row_wise) and in ddp it does not: batches are copied ahead, nothing else."""
+    """By default (row_wise) and in ddp it does not: only copies run ahead."""
     assert two["every_way"][way].pipelined == (0 if way in ("ddp", "row_wise") else 1)
     assert one["every_way"][way].pipelined == 0  # one rank has nothing to exchange
 
 
 @pytest.mark.parametrize("loss", ["", ", sampled"])
-def test_steps_of_one_shape_really_are_replayed(one: Answers, two: Answers, loss: str) -> None:
+def test_steps_of_one_shape_are_replayed(one: Answers, two: Answers, loss: str) -> None:
     for answers in (one, two):
         assert answers["every_way"][f"row_wise, replayed{loss}"].replayable > 2
         assert answers["every_way"][f"row_wise{loss}"].replayable == 0
@@ -116,7 +116,7 @@ def test_steps_of_one_shape_really_are_replayed(one: Answers, two: Answers, loss
 
 
 @pytest.mark.parametrize("way", ["row_wise", "ddp"])
-def test_the_pipeline_is_the_plain_loop(one: Answers, two: Answers, way: str) -> None:
+def test_the_pipeline_equals_the_plain_loop(one: Answers, two: Answers, way: str) -> None:
     for answers in (one, two):
         runs = answers["every_way"]
         assert runs[way].losses == runs[f"{way}, plain loop"].losses
@@ -128,15 +128,15 @@ def test_the_pipeline_is_the_plain_loop(one: Answers, two: Answers, way: str) ->
 def test_own_optimizers_give_the_same_losses_on_one_rank_and_two(
     one: Answers, two: Answers, way: str
 ) -> None:
-    # Adam and Adagrad divide by what may be tiny, which makes roundings larger: ten times the
-    # tolerance. Weights are not compared: the attention's key bias has no gradient but roundings.
+    # Adam and Adagrad may divide by tiny values, which enlarges rounding errors: ten times the
+    # tolerance. Weights are not compared: the key bias's gradient is only rounding errors.
     alone = one["own_optimizers"][way].losses
     assert two["own_optimizers"][way].losses == pytest.approx(alone, abs=10 * LOSS)
     assert sum(alone[-3:]) < sum(alone[:3]) - 0.3
 
 
 @pytest.mark.parametrize("way", ["row_wise", "ddp"])
-def test_a_learning_rate_of_0_changes_nothing_at_all(one: Answers, two: Answers, way: str) -> None:
+def test_a_learning_rate_of_0_changes_no_weight(one: Answers, two: Answers, way: str) -> None:
     for answers in (one, two):
         runs = answers["at_factor"][way]
         for name, weight in runs["untouched"].items():
@@ -173,7 +173,7 @@ def test_evaluation_does_not_depend_on_ranks_or_sharding(
 
 
 @pytest.mark.slow
-def test_four_ranks_are_one(one: Answers, two: Answers, tmp_path: Path) -> None:
+def test_four_ranks_equal_one(one: Answers, two: Answers, tmp_path: Path) -> None:
     """As on two ranks, but in every epoch's last step three of the four have a filler row."""
     four = answers_of(4, tmp_path)
     for way, run in two["every_way"].items():

@@ -1,4 +1,4 @@
-"""What README.md and docs/ name exists, and README's first minute runs."""
+"""Commands, flags and paths in README.md and docs/ exist; README's first minute runs."""
 
 import ast
 import re
@@ -76,7 +76,7 @@ def check_script(script: str, *arguments: str) -> None:
 
 
 def check_benchmark(script: str, *arguments: str) -> None:
-    """Its own flags are in its source; other flags are of train.py."""
+    """A benchmark's own flags are in its source; other flags belong to train.py."""
     calls = [node for node in ast.walk(ast.parse((ROOT / script).read_text())) if is_flag(node)]
     own = {call.args[0].value for call in calls}
     cut = arguments.index("--") if "--" in arguments else len(arguments)

@@ -1,4 +1,4 @@
-"""The packed encoder against a plain one that goes row by row, position by position."""
+"""The packed encoder against a plain loop over rows and positions."""
 
 import math
 
@@ -54,7 +54,7 @@ def layer_by_hand(layer: EncoderLayer, row: torch.Tensor) -> torch.Tensor:
 
 
 def rotated(vectors: torch.Tensor) -> torch.Tensor:
-    """A head's queries or keys [L, W], the i-th and the (W/2 + i)-th value turned together."""
+    """Rotate a head's queries or keys [L, W]: values i and W/2 + i are a pair."""
     length, width = vectors.shape
     turned = torch.empty_like(vectors)
     for at in range(length):
@@ -80,7 +80,7 @@ def encode_by_hand(encoder: Encoder, items: torch.Tensor, lengths: list[int]) ->
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("positions", ["rotary", "none"])
-def test_it_equals_the_encoder_by_hand(positions: str, num_layers: int) -> None:
+def test_the_encoder_equals_the_plain_loop(positions: str, num_layers: int) -> None:
     encoder = encoder_of(positions, num_layers)
     assert (encoder.layers[0].attention.rotation is not None) == (positions == "rotary")
     items, offsets = batch_of(LENGTHS)
@@ -91,7 +91,7 @@ def test_it_equals_the_encoder_by_hand(positions: str, num_layers: int) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_last_layer_at_masked_positions_is_the_whole_one_gathered() -> None:
+def test_the_last_layer_at_masked_positions_equals_the_gathered_full_layer() -> None:
     encoder = encoder_of()
     items, offsets = batch_of(LENGTHS)
     everywhere = encoder(items, offsets, torch.arange(12), longest=6)
@@ -109,7 +109,7 @@ def test_masked_positions_in_any_order_and_none() -> None:
 
 
 @pytest.mark.parametrize("positions", ["rotary", "none"])
-def test_a_row_is_the_same_alone_and_among_others(positions: str) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(positions: str) -> None:
     encoder = encoder_of(positions)
     items, offsets = batch_of(LENGTHS)
     together = encoder(items, offsets, torch.arange(12), longest=6).split(LENGTHS)
@@ -137,7 +137,7 @@ def test_gradients_reach_every_parameter_and_stay_finite() -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training() -> None:
     encoder = encoder_of()
     items, offsets = batch_of(LENGTHS)
 

@@ -1,6 +1,6 @@
-"""A user's mistakes at the command line: exit code 2, one line that says what to do, no leftovers.
+"""A user's mistakes at the command line: exit code 2, one line with the remedy, no leftovers.
 
-Most run `main()` in this process; that every rank of a real start ends alike is seen at the end.
+Most tests run `main()` in this process; the last ones start real ranks.
 """
 
 import fcntl
@@ -29,9 +29,7 @@ def ratings(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("flag", ["--precision=bf16", "--embedding_optimizer=adam"])
-def test_what_the_cpu_cannot_do(
-    run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str
-) -> None:
+def test_flags_that_need_cuda(run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str) -> None:
     outcome = run_main("train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag)
     assert_one_line(outcome, "train", f"{flag.replace('=', ' ')} needs CUDA")
     assert not run_dir.exists()
@@ -96,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Path:
-    """A copy of that folder to do harm to."""
+    """A copy of that folder that the test may damage."""
     return shutil.copytree(trained, tmp_path / "copy")
 
 
@@ -129,7 +127,7 @@ def test_a_checkpoint_of_another_shape(
     run_main: RunMain, copied: Path, cache_dir: Path, script: str
 ) -> None:
     edit_config(copied, emb_dim=32)
-    shutil.rmtree(copied / "model", ignore_errors=True)  # eval.py would rather take that
+    shutil.rmtree(copied / "model", ignore_errors=True)  # eval.py would prefer it
     arguments = ["--checkpoint", copied]
     if script == "train":
         arguments = [*TINY, "--emb_dim=32", f"--run_dir={copied}", "--resume=auto"]
@@ -137,12 +135,12 @@ def test_a_checkpoint_of_another_shape(
     assert_one_line(outcome, script, "does not fit this model")
 
 
-def test_a_rank_that_is_gone_while_a_checkpoint_is_read(
+def test_a_rank_that_ends_while_a_checkpoint_is_read(
     run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"
     assert run_main("train", *TINY, *folders, "--num_epochs=1").code == 0
-    shutil.rmtree(tmp_path / "model")  # eval.py would rather take that
+    shutil.rmtree(tmp_path / "model")  # eval.py would prefer it
 
     def lost(*_: object, **__: object) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80")
@@ -191,7 +189,7 @@ def test_eval_of_a_run_without_checkpoint(run_main: RunMain, copied: Path, cache
     assert_one_line(outcome, "eval", f"{copied} has no checkpoint yet")
 
 
-def test_eval_says_when_its_result_cannot_be_written(
+def test_eval_reports_a_result_that_cannot_be_written(
     run_main: RunMain, copied: Path, cache_dir: Path
 ) -> None:
     (copied / "eval_validation.json.part").mkdir()
@@ -201,7 +199,7 @@ def test_eval_says_when_its_result_cannot_be_written(
     assert "validation, 60 users" in outcome.out  # the figures are not lost
 
 
-def test_a_real_process_says_it_in_one_line() -> None:
+def test_a_real_process_prints_one_line() -> None:
     outcome = run_process(ROOT / "train.py", "--nhead=3")
     assert_one_line(outcome, "train", "--nhead 3 does not divide --emb_dim 64")
     assert outcome.out == ""
@@ -214,7 +212,7 @@ def test_a_real_process_says_it_in_one_line() -> None:
         ("eval", ["--chekpoint", "x"], "unknown argument --chekpoint: did you mean --checkpoint?"),
     ],
 )
-def test_all_ranks_end_and_one_of_them_speaks(
+def test_all_ranks_end_and_one_prints_the_error(
     tmp_path: Path, script: str, arguments: list[str], message: str
 ) -> None:
     outcome = torchrun(2, ROOT / f"{script}.py", *arguments, cwd=tmp_path, timeout=60)

@@ -1,4 +1,4 @@
-"""Both protocols by hand, ties, NaN, seen items, popularity; independence of how it is computed."""
+"""Both protocols by hand, ties, NaN, seen items, popularity; independence of block sizes."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_nan_never_wins() -> None:
     assert evaluated([-math.inf] * 4 + [math.inf, -math.inf])["full"]["HR@1"] == 1 / 3
 
 
-def test_an_earlier_evaluation_knows_popularity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_popularity_of_an_earlier_result_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(HISTORIES, 6)
     counts = torch.from_numpy(store.train_item_counts)
     batches = [*EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))]
@@ -142,7 +142,7 @@ def test_popularity_may_be_left_out() -> None:
     assert evaluate(model_with(SCORES), batches).keys() == {"users", "sampled", "full"}
 
 
-def test_the_model_stays_in_the_mode_it_was_in() -> None:
+def test_evaluation_restores_the_model_s_mode() -> None:
     batches = list(EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1)))
     model = model_with(SCORES)
     for training in (True, False):

@@ -1,4 +1,4 @@
-"""Which way of execution the flags, the catalog and the device lead to."""
+"""The execution plan by flags, catalog and device."""
 
 from dataclasses import replace
 from typing import Any
@@ -85,7 +85,7 @@ def test_the_lookup_and_the_exchange(
 
 @pytest.fixture
 def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels and optimizers are there."""
+    """As if CUDA kernels and optimizers were available."""
     monkeypatch.setattr(varlen_attention, "takes", lambda width: width % 8 == 0)
     monkeypatch.setattr(
         "model.run.execution.UPDATES", {*table_update.UPDATES, "adam"}, raising=True
@@ -125,7 +125,7 @@ def test_rates_of_the_tables() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
-def test_tables_that_a_cpu_cannot_have(kernel: str) -> None:
+def test_compute_kernels_that_need_cuda(kernel: str) -> None:
     with pytest.raises(UserError, match=f"--compute_kernel {kernel} needs CUDA"):
         planned(compute_kernel=kernel)
     with pytest.raises(UserError, match="--precision bf16 needs CUDA"):

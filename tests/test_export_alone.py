@@ -1,4 +1,4 @@
-"""An exported model is read by safetensors, JSON and Parquet alone: without TorchRec or torch."""
+"""safetensors, JSON and Parquet suffice to read an exported model, without TorchRec or torch."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY, RunMain, run_process
 
-# Names of modules that cannot be imported, then the program of somebody who has none of them.
+# Names of modules that cannot be imported, then a program without them.
 READ = """
 import sys
 for name in ("torch", "torchrec", "fbgemm_gpu", "torchdata", "pipeline", "model"):

@@ -127,12 +127,12 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert job.wait() == 0, job.err
     assert "resumed from" in job.out
     assert "another rank ended" in job.err
-    # On as many ranks it is the same run, bit by bit, learning curve and all.
+    # On the same number of ranks the run and its learning curve are the same, bit by bit.
     assert final(job.run_dir) == final(whole.run_dir)
     assert losses(job.run_dir) == losses(whole.run_dir)
 
 
-def test_a_lost_rank_is_told_of_before_torchrun_ends_the_others(start: Start) -> None:
+def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(start: Start) -> None:
     job = start("told", script="tests/workers/lost.py")
     assert job.wait() != 0
     lines = [line for line in job.err.splitlines() if line.startswith("lost.py: ")]
@@ -141,7 +141,7 @@ def test_a_lost_rank_is_told_of_before_torchrun_ends_the_others(start: Start) ->
 
 
 def stop(job: Job, number: signal.Signals) -> None:
-    """Tell one rank alone to stop: all must, at the same step, within 10 s and 5 for the write."""
+    """Signal one rank: all must stop at the same step, within 10 s and 5 for the write."""
     began = time.monotonic()
     os.kill(job.ranks()[1], number)
     while job.ranks():
@@ -160,7 +160,7 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
     assert line, job.out + job.err
     assert "exitcode  : 143" in job.err
     position = newest(job.run_dir)["position"]
-    step, epoch, sample = map(int, line.groups())  # epochs are said from 1, stored from 0
+    step, epoch, sample = map(int, line.groups())  # epochs are printed from 1, stored from 0
     assert (position["step"], position["epoch"] + 1, position["sample"]) == (step, epoch, sample)
 
     before = losses(job.run_dir)
@@ -185,7 +185,7 @@ def test_two_runs_in_one_folder(start: Start) -> None:
     second = start("second", 2, f"--run_dir={first.run_dir}")
     assert second.wait() != 0
     assert f"--run_dir {first.run_dir} is in use by another run" in second.err
-    first.wait_for_steps(first.steps() + 5)  # it goes on as if nothing had been
+    first.wait_for_steps(first.steps() + 5)  # the first run continues
     stop(first, signal.SIGTERM)
     curve = losses(first.run_dir)
     assert sorted(curve) == list(range(1, len(curve) + 1))
@@ -193,7 +193,7 @@ def test_two_runs_in_one_folder(start: Start) -> None:
 
 
 def test_a_loss_that_is_not_finite(start: Start) -> None:
-    """A weight of rank 1 is: both ranks end at that step, in one line, and save nothing of it."""
+    """After a NaN weight on rank 1 both ranks end at that step with one line and save nothing."""
     job = start("nan", script="tests/workers/nan.py")
     assert job.wait() != 0
     assert "exitcode  : 2" in job.err
@@ -293,7 +293,7 @@ def test_a_stuck_rank_is_named(start: Start, stuck: int) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_do_different_things_are_named(start: Start) -> None:
+def test_ranks_in_different_collectives_are_named(start: Start) -> None:
     job = start("mismatch", 2, "--rank_timeout=0.1", script="tests/workers/mismatch.py")
     assert job.wait() != 0
     assert re.search(

@@ -1,4 +1,4 @@
-"""Files and folders are complete or absent, whatever interrupts their writing; locks exclude."""
+"""Files and folders are complete or absent after any interruption; locks are exclusive."""
 
 import json
 import multiprocessing
@@ -146,7 +146,7 @@ def test_size_and_crc32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert files.size_and_crc32(tmp_path / "empty") == (0, 0)
 
 
-def test_one_holds_the_lock_and_others_fail_or_wait(tmp_path: Path) -> None:
+def test_one_process_holds_the_lock_and_others_fail_or_wait(tmp_path: Path) -> None:
     held = files.lock(tmp_path / ".lock")
     with pytest.raises(BlockingIOError):
         files.lock(tmp_path / ".lock", wait=False)

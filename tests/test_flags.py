@@ -1,4 +1,4 @@
-"""Flags of both scripts: their names, help, errors, and the way into a file and back."""
+"""Flags of both scripts: names, help, errors, and the round trip through config.json."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def test_values_of_every_type() -> None:
     assert parse("--share", "-1").inner.share == -1.0
 
 
-def test_hyphens_are_underscores_in_names_alone() -> None:
+def test_hyphens_become_underscores_only_in_names() -> None:
     config = FlagParser("", RunConfig).parse(["--num-epochs=3", "--run-dir", "a-b", "--emb-dim=8"])
     assert config.training.num_epochs == 3
     assert config.output.run_dir == "a-b"
@@ -166,9 +166,7 @@ def test_train_py_has_about_fifteen_main_flags() -> None:
         ("eval", ["--split=training"], 2),
     ],
 )
-def test_flags_are_read_without_what_is_slow_to_import(
-    script: str, arguments: list[str], code: int
-) -> None:
+def test_flags_are_read_without_slow_imports(script: str, arguments: list[str], code: int) -> None:
     command = [sys.executable, "-X", "importtime", ROOT / f"{script}.py", *arguments]
     started = time.monotonic()
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
@@ -182,14 +180,14 @@ def test_flags_are_read_without_what_is_slow_to_import(
         assert done.stderr.splitlines()[-1].startswith(f"{script}.py: --")
 
 
-def test_choices_are_those_of_the_libraries() -> None:
+def test_choices_equal_those_of_the_libraries() -> None:
     assert tuple(CHECKSUMS) == MOVIELENS
     assert tuple(FUSED_OPTIMIZERS) == EMBEDDING_OPTIMIZERS
     assert tuple(TABLE_PRECISIONS) == flags_of(RunConfig)["table_precision"].metadata["choices"]
 
 
 @pytest.mark.parametrize("config_class", [RunConfig, EvalFlags])
-def test_every_flag_says_what_it_is_and_is_shown(config_class: type) -> None:
+def test_every_flag_has_a_help_text_and_is_shown(config_class: type) -> None:
     flags, shown = flags_of(config_class), FlagParser("", config_class).format_help()
     for name, entry in flags.items():
         text = entry.metadata["help"]
@@ -293,14 +291,14 @@ RETIRED = [("positions", "bias"), ("attention_dropout", 0.1), ("acceleration", "
 
 
 @pytest.mark.parametrize(("name", "value"), RETIRED)
-def test_what_this_version_no_longer_has_is_refused(name: str, value: Any) -> None:
+def test_removed_flag_values_are_rejected(name: str, value: Any) -> None:
     message = f"made with --{name} {value}, which this version no longer has"
     with pytest.raises(UserError, match=message):
         current_flags(RunConfig, EARLIER | {name: value})
 
 
 def rewrite_flags(folder: Path, **flags: Any) -> None:
-    """Make config.json one that an earlier version might have written."""
+    """Change config.json to the form of an earlier version."""
     path = folder / "config.json"
     recorded = json.loads(path.read_text())
     for name in ("eval_negatives", "eval_negatives_seed"):

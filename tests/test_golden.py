@@ -1,6 +1,6 @@
 """The losses of 20 training steps, compared with recorded numbers.
 
-Whoever changes one of them has changed what is computed. Both runs are seeded, in float32, on one
+Another number means that the computation has changed. Both runs are seeded, in float32, on one
 CPU core. Releases of torch draw other initial weights from a seed, so each has its own numbers.
 """
 

@@ -32,7 +32,7 @@ def step(
 ) -> tuple[DenseStep, Encoder]:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(emb_dim=64, nhead=2, dropout=dropout), max_len=40).train()
-    for parameter in encoder.parameters():  # small initial weights would hide what attention does
+    for parameter in encoder.parameters():  # small initial weights would hide attention
         torch.nn.init.normal_(parameter, std=0.15)
     head = ScoringHead(HeadConfig(loss=loss), CatalogSlice(1, ITEMS + 1, shared=False))
     return DenseStep(encoder, head, plan or ExecutionPlan()).train(), encoder
@@ -60,7 +60,7 @@ def two_streams(seed: int, left_rows: int) -> dict[str, torch.Tensor]:
     """Four windows, the second rows of those with left context only, and a filler row."""
     lengths = [39, 7, 1, 23]
     seconds = [n + 1 if row < left_rows else 0 for row, n in enumerate(lengths)]
-    # So that shapes stay, whatever the rows: fillers take what second rows leave.
+    # Constant shapes: filler rows pad the second rows.
     offsets = torch.tensor([0, *lengths, *seconds, 80 - sum(seconds)]).cumsum(0)
     generator = torch.Generator().manual_seed(seed)
     steps_ago = torch.zeros(150, dtype=torch.int64)
@@ -68,7 +68,7 @@ def two_streams(seed: int, left_rows: int) -> dict[str, torch.Tensor]:
         for start in (int(offsets[row]), int(offsets[4 + row])):
             if start < int(offsets[row]) + n or seconds[row]:
                 steps_ago[start : start + n] = torch.arange(n - 1, -1, -1)
-    seen = int(offsets[8])  # fillers mean nothing
+    seen = int(offsets[8])  # without fillers
     return {
         "rows": torch.randn(150 + ITEMS, 64, generator=generator),
         "offsets": offsets,
@@ -89,7 +89,7 @@ def results(
     moved = {name: tensor.to(device) for name, tensor in given.items()}
     rows = moved.pop("rows").requires_grad_()
     positions = int(given["offsets"][-1])  # T; the rest are candidates
-    # As a lookup hands them over: parts of one tensor that is no leaf.
+    # Like a lookup's output: parts of one non-leaf tensor.
     items, candidates = (rows * 1).split([positions, len(rows) - positions])
     with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
         given = StepInput(**dict.fromkeys(StepInput._fields) | moved)
@@ -107,7 +107,7 @@ def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], limit:
 @cuda
 @pytest.mark.parametrize("left_share", [0, 0.5, 1])
 @pytest.mark.parametrize(("make", "rows"), [(inputs, 8), (two_streams, 4)])
-def test_jagged_half_precision_is_padded_full_precision(
+def test_jagged_half_precision_equals_padded_full_precision(
     make: Callable[[int, int], dict[str, torch.Tensor]], rows: int, left_share: float
 ) -> None:
     given = make(1, int(left_share * rows))
@@ -120,7 +120,7 @@ def test_jagged_half_precision_is_padded_full_precision(
 @cuda
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
 @pytest.mark.parametrize("plan", [DENSE, ENCODER, HOOKED])
-def test_graphs_compute_what_the_plain_code_does(plan: ExecutionPlan, loss: str) -> None:
+def test_graphs_equal_the_plain_code(plan: ExecutionPlan, loss: str) -> None:
     (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss, plan=plan)
     encoder.cuda()
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):  # captured once, replayed with others
@@ -129,10 +129,10 @@ def test_graphs_compute_what_the_plain_code_does(plan: ExecutionPlan, loss: str)
 
 
 @cuda
-def test_somebody_hooks_into_the_gradients() -> None:
+def test_graphs_with_gradient_hooks() -> None:
     (plain, slow), (fast, encoder) = step(), step(plan=HOOKED)
     encoder.cuda()
-    # As DDP does: nodes of the autograd graph that belong to the stream on which they were made.
+    # Like DDP: autograd nodes belong to the stream on which they were created.
     held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in encoder.parameters()]
     seen: list[object] = []
     for node in held:
@@ -141,7 +141,7 @@ def test_somebody_hooks_into_the_gradients() -> None:
         given = inputs(seed, left_rows)
         seen.clear()
         assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
-        assert len(seen) == len(held)  # once each: the capture itself bothers nobody
+        assert len(seen) == len(held)  # once each: the capture calls no hook
 
 
 @cuda
@@ -154,7 +154,7 @@ def test_second_streams_through_graphs() -> None:
 
 
 @cuda
-def test_large_inputs_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed_call, "_COPIED_BYTES", 64_000)  # the candidates are larger
     (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     encoder.cuda()
@@ -197,7 +197,7 @@ class _Clipped:
 
 
 @cuda
-def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
+def test_a_graphed_optimizer_equals_the_plain_one() -> None:
     (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     slow.cuda()
     encoder.cuda()
@@ -218,7 +218,7 @@ def test_a_graphed_optimizer_steps_as_the_plain_one() -> None:
 
 
 @cuda
-def test_graphs_that_are_given_up_are_captured_again() -> None:
+def test_released_graphs_are_captured_again() -> None:
     (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
     encoder.cuda()
     expected = results(plain, slow, inputs(1, 2), False)
@@ -242,7 +242,7 @@ def test_the_host_stays_a_few_steps_ahead() -> None:
     assert done[-1].query()
 
 
-def test_a_module_computes_with_other_parameters_for_a_while() -> None:
+def test_replaced_parameters_are_restored() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
     own = dict(module.named_parameters())
     others = {p: torch.nn.Parameter(p.detach() + 1) for p in own.values()}

@@ -41,7 +41,7 @@ def test_loss_by_hand_with_cosines() -> None:
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)), abs=1e-6)
 
 
-def test_no_masked_position_is_a_loss_of_0_that_can_be_differentiated() -> None:
+def test_without_masked_positions_the_loss_is_0_and_differentiable() -> None:
     head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
     hidden = torch.zeros(0, 4, requires_grad=True)
     loss, report = head(hidden, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
@@ -121,7 +121,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("cosine", [False, True])
-def test_the_sharded_softmax_is_the_whole_one(sharded: Path, cosine: bool, world_size: int) -> None:
+def test_the_sharded_softmax_equals_the_whole(sharded: Path, cosine: bool, world_size: int) -> None:
     # Float32, sums of 6 exponentials in another order: 1e-6 is ten roundings.
     hidden, candidates, targets, _ = problem()
     hidden.requires_grad_(), candidates.requires_grad_()
@@ -150,7 +150,7 @@ def assert_parts_are(
     hidden: torch.Tensor,
     candidates: torch.Tensor,
 ) -> None:
-    """What the ranks found is the losses, and the gradients of their weighted sum."""
+    """The ranks' results equal the losses and the gradients of their weighted sum."""
     (losses * problem()[3]).sum().backward()
     parts = [torch.load(sharded / f"{world_size}-{rank}.pt")[name] for rank in range(world_size)]
     assert [len(part["losses"]) for part in parts] == SIZES[world_size]

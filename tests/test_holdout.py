@@ -1,4 +1,4 @@
-"""Held-out targets, what is known before them, and the negatives, by hand and by property."""
+"""Held-out targets, their inputs and seen items, and the negatives, by hand and by property."""
 
 from itertools import pairwise
 
@@ -120,7 +120,7 @@ def test_errors_are_the_users_to_fix() -> None:
 
 
 def first_draws(counts: list[int], num_users: int, draws: tuple[int, ...]) -> np.ndarray:
-    """Two negatives of each of many users, none of whom has seen anything."""
+    """Two negatives for each of many users without a seen item."""
     sampler = NegativeSampler(np.array([0, *counts, 0]), HoldoutConfig(eval_negatives=2))
     nothing = np.empty(0, dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:

@@ -23,13 +23,13 @@ def requirements(name: str) -> dict[str, str]:
     return found
 
 
-def test_both_files_ask_for_the_same() -> None:
+def test_both_files_have_the_same_requirements() -> None:
     gpu, cpu = requirements("requirements.txt"), requirements("requirements-cpu.txt")
     common = gpu.keys() & cpu.keys()
     assert common >= {"torch", "torchdata", "numpy", "pyarrow", "safetensors", "tensorboard"}
     assert {name: gpu[name] for name in common} == {name: cpu[name] for name in common}
-    # FBGEMM has two builds of one release that must never be installed together; TorchRec would
-    # bring the wrong one in, so the Makefile installs it by itself on CPU.
+    # FBGEMM has two builds of one release, which must not both be installed; TorchRec requires the
+    # GPU build, therefore the Makefile installs it without dependencies on CPU.
     assert gpu.keys() - cpu.keys() == {"fbgemm-gpu", "torchrec"}
     assert gpu["fbgemm-gpu"] == cpu["fbgemm-gpu-cpu"]
     comment = (ROOT / "requirements-cpu.txt").read_text()
@@ -38,7 +38,7 @@ def test_both_files_ask_for_the_same() -> None:
     assert not re.findall(r"torchrec==\d", (ROOT / "Makefile").read_text())
 
 
-def test_what_belongs_together_is_pinned() -> None:
+def test_torch_torchrec_and_fbgemm_are_pinned() -> None:
     for name in ("requirements.txt", "requirements-cpu.txt"):
         for package, specifier in requirements(name).items():
             pinned = package.removesuffix("-cpu") in PINNED
@@ -51,7 +51,7 @@ def test_torchrec_and_fbgemm_are_of_one_release() -> None:
     assert release.match(gpu["torchrec"]).group(1) == release.match(gpu["fbgemm-gpu"]).group(1)
 
 
-def test_development_tools_are_apart() -> None:
+def test_development_tools_have_their_own_file() -> None:
     tools = requirements("requirements-dev.txt")
     assert tools.keys() >= {"mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}
     assert not tools.keys() & requirements("requirements.txt").keys()

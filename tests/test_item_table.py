@@ -1,4 +1,4 @@
-"""The item table that this project looks up and updates itself: what FBGEMM would do."""
+"""This project's lookup and update of the item table equal FBGEMM's."""
 
 import itertools
 from dataclasses import replace
@@ -30,7 +30,7 @@ STEP = Step(lr=0.5, beta1=0.9, beta2=0.98, eps=1e-8, number=1)
 
 
 def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> torch.nn.Module:
-    """FBGEMM's, its rows drawn by a seed."""
+    """FBGEMM's module with seeded rows."""
     on_cuda = device == "cuda"
     made = SplitTableBatchedEmbeddingBagsCodegen(
         embedding_specs=[
@@ -97,7 +97,7 @@ def by_fbgemm(
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("optimizer", UPDATES)
 @pytest.mark.parametrize(("low", "count"), [(1, 7), (0, 8), (0, 9), (2, 3), (1, 0)])
-def test_steps_are_those_of_fbgemm(optimizer: str, device: str, low: int, count: int) -> None:
+def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) -> None:
     if optimizer == "adam" and device == "cpu":
         pytest.skip("FBGEMM has none")
     plain, own = table(optimizer, device), table(optimizer, device)
@@ -151,7 +151,7 @@ def long_step(device: str) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
-def test_training_is_that_of_fbgemm(
+def test_training_equals_fbgemms(
     one_rank: Ranks, optimizer: str, in_place: bool, loss: str
 ) -> None:
     config = sharded.config_of(ShardingConfig("dmp", "row_wise", optimizer, 0.1), one_rank)
@@ -195,7 +195,7 @@ def test_several_ranks_divide_gradients_and_leave_out_rows_of_others(
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-def test_adam_on_cuda_leaves_alone_what_was_not_looked_up() -> None:
+def test_adam_on_cuda_does_not_update_rows_without_a_lookup() -> None:
     """Its averages would move rows without gradients: of those around the candidates, the first."""
     rows, means, squares = torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)
     given = [t.cuda() for t in (rows, means, squares, torch.zeros(2, 2), torch.zeros(2, 2))]

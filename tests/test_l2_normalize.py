@@ -17,7 +17,7 @@ def test_by_hand() -> None:
     assert gradient[0].tolist() == [pytest.approx(0.2 * 0.64), pytest.approx(-0.2 * 0.48)]
 
 
-def test_is_what_autograd_says() -> None:
+def test_gradient_equals_autograds() -> None:
     rows = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(5, 8, dtype=torch.float64)
     (torch.nn.functional.normalize(rows, dim=-1) * weights).sum().backward()
@@ -25,7 +25,7 @@ def test_is_what_autograd_says() -> None:
     torch.testing.assert_close(normalize_rows_gradient(weights, inverse, unit), rows.grad)
 
 
-def test_the_gradient_of_a_tensors_end_leaves_room_for_that_of_its_beginning() -> None:
+def test_the_second_parts_gradient_has_space_for_the_first_parts() -> None:
     whole, mixed, first = torch.randn(7, 4), torch.randn(5, 4), torch.randn(2, 4)
     unit, inverse = normalize_rows(whole[2:], torch.float32)
     second = normalize_rows_gradient(mixed, inverse, unit)
@@ -40,7 +40,7 @@ def test_the_gradient_of_a_tensors_end_leaves_room_for_that_of_its_beginning() -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("width", [4, 60, 128, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_plain_torch(width: int, dtype: torch.dtype) -> None:
+def test_kernels_equal_plain_torch(width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
     rows, mixed = (torch.randn(1003, width, generator=generator) for _ in range(2))
     rows[7] = 0

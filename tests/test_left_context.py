@@ -1,4 +1,4 @@
-"""Rows with left context alone: which they are, and what their positions see."""
+"""Rows with left context only: their choice, and the context of their positions."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_batches_carry_them_row_by_row(few_shapes: bool) -> None:
 
 
 @pytest.mark.parametrize("positions", ("rotary", "none"))
-def test_their_positions_see_only_what_came_before(positions: str) -> None:
+def test_their_positions_attend_only_to_earlier_positions(positions: str) -> None:
     torch.manual_seed(0)
     config = EncoderConfig(emb_dim=16, nhead=2, positions=positions)
     encoder = Encoder(config, max_len=8).eval()
@@ -66,12 +66,12 @@ def test_their_positions_see_only_what_came_before(positions: str) -> None:
     assert torch.isfinite(before).all()
 
 
-def test_without_learned_positions_they_train_what_evaluation_asks() -> None:
-    """A position that sees its left alone is encoded as the last one of a row that ends there."""
+def test_without_learned_positions_a_prefix_has_the_same_vector() -> None:
+    """A left-context position has the same vector as the last one of a row that ends there."""
     torch.manual_seed(0)
     config = EncoderConfig(emb_dim=16, nhead=2, learned_positions=False)
     encoder = Encoder(config, max_len=8).eval()
-    for parameter in encoder.parameters():  # with small initial weights context is hardly seen
+    for parameter in encoder.parameters():  # with small initial weights context has little effect
         torch.nn.init.normal_(parameter, std=0.3)
     items, left_only = torch.randn(8, 16), torch.tensor([True])
     whole = encoder(items, torch.tensor([0, 8]), torch.arange(8), left_only, longest=8)
@@ -83,6 +83,6 @@ def test_without_learned_positions_they_train_what_evaluation_asks() -> None:
         assert end == 1 or not torch.allclose(whole[last], seeing_all, atol=1e-4)
 
 
-def test_without_any_positions_order_would_be_lost() -> None:
+def test_without_positions_the_order_of_items_is_lost() -> None:
     with pytest.raises(UserError, match="--positions none needs --learned_positions true"):
         EncoderConfig(positions="none", learned_positions=False)

@@ -1,4 +1,4 @@
-"""The cross-entropy without logits is the cross-entropy: losses, both gradients, memory."""
+"""The cross-entropy without stored logits equals the plain one: losses, gradients, memory."""
 
 import math
 from typing import Any
@@ -74,7 +74,7 @@ def test_equals_the_plain_one(
 
 @pytest.mark.parametrize("width", [8, 6])  # 6: no kernel of FlashAttention takes it on CUDA
 @pytest.mark.parametrize("fused", [True, False])
-def test_bfloat16_products_are_no_less_exact_than_plain_ones(
+def test_bfloat16_products_are_as_exact_as_plain_ones(
     width: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
@@ -93,7 +93,7 @@ def test_bfloat16_products_are_no_less_exact_than_plain_ones(
 
 
 @pytest.mark.parametrize("cosine", [True, False])
-def test_nothing_of_positions_times_items_is_held(
+def test_no_positions_times_items_matrix_is_stored(
     cosine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = 0
@@ -119,10 +119,10 @@ def test_nothing_of_positions_times_items_is_held(
     assert largest == 300 * 400
 
 
-def test_without_targets_nothing_learns() -> None:
+def test_without_targets_gradients_are_zero() -> None:
     hidden, rows, targets, _ = problem(5, 30, 8, torch.float32)
-    asked = (hidden, rows, torch.zeros_like(targets), torch.zeros(5))
-    losses, for_hidden, for_rows = solved(ours, asked, True, SCALE)
+    given = (hidden, rows, torch.zeros_like(targets), torch.zeros(5))
+    losses, for_hidden, for_rows = solved(ours, given, True, SCALE)
     assert losses.tolist() == [0] * 5
     assert not for_hidden.any() and not for_rows.any()
 

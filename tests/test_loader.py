@@ -1,4 +1,4 @@
-"""The training loader: every window once an epoch, at any world size, from any point on."""
+"""The training loader: every window once per epoch, at any world size, from any sample."""
 
 import json
 from collections import Counter
@@ -120,7 +120,7 @@ def test_any_world_size_trains_the_same_rows(world_size: int, batch_size: int) -
     assert Counter(row for batches in ranks for row in rows_of(batches)) == Counter(alone)
 
 
-def test_a_step_of_two_ranks_is_a_step_of_one_rank_with_the_double_batch() -> None:
+def test_a_step_of_two_ranks_equals_one_of_a_single_rank_at_twice_the_batch() -> None:
     alone = list(loader(batch_size=6).epoch(0))
     first, second = (list(loader(rank, 2, batch_size=3).epoch(0)) for rank in range(2))
     for whole, left, right in zip(alone, first, second, strict=True):
@@ -145,9 +145,7 @@ def test_more_ranks_than_windows() -> None:
 
 
 @pytest.mark.parametrize("chunk_items", [1, 40, 90])
-def test_how_many_steps_are_made_at_once_changes_nothing(
-    chunk_items: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_chunk_size_changes_nothing(chunk_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows_of(loader(batch_size=4).epoch(0))
     monkeypatch.setattr("pipeline.training.loader._CHUNK_ITEMS", chunk_items)
     assert rows_of(loader(batch_size=4).epoch(0)) == expected
@@ -164,9 +162,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 @pytest.mark.parametrize("prefetch_batches", [1, 8, 100])
 @pytest.mark.parametrize("consumed", [0, 1, 7, 22])
-def test_resume_is_exact_however_far_the_thread_ran_ahead(
-    prefetch_batches: int, consumed: int
-) -> None:
+def test_resume_is_exact_with_any_prefetch(prefetch_batches: int, consumed: int) -> None:
     whole = rows_of(loader().epoch(2))
     interrupted = loader(prefetch_batches=prefetch_batches)
     before = rows_of(islice(interrupted.epoch(2), consumed))
@@ -235,14 +231,14 @@ def test_resume_at_other_world_and_batch_sizes_skips_and_repeats_nothing(
     assert Counter(rows) == Counter(rows_of(loader().epoch(1)))
 
 
-def test_candidate_range_travels_with_every_batch() -> None:
+def test_every_batch_has_the_candidate_range() -> None:
     one = TrainLoader(
         store(), WINDOWS, MaskConfig(), LoaderConfig(8), 0, 30, candidate_range=(1, 9)
     )
     assert {batch.candidate_range for batch in one.epoch(0)} == {(1, 9)}
 
 
-def test_nothing_to_train_on_is_the_users_to_fix() -> None:
+def test_no_window_raises_a_user_error() -> None:
     empty = SequenceStore.from_arrays([], [0], 1)
     with pytest.raises(UserError, match="no history to train on"):
         TrainLoader(empty, WINDOWS, MaskConfig(), LoaderConfig())

@@ -1,4 +1,4 @@
-"""A rank that is alone exchanges nothing with itself, and looks up what TorchRec would."""
+"""The lookup of a single rank: no exchange, and the same rows as TorchRec's."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_nothing_is_exchanged(
 
 @pytest.mark.parametrize("head", ["tied", "linear"])
 @pytest.mark.parametrize("way", SHARDED)
-def test_rows_are_those_of_torchrec(one_rank: Ranks, way: str, head: str) -> None:
+def test_rows_equal_torchrecs(one_rank: Ranks, way: str, head: str) -> None:
     config = sharded.config_of(WAYS[way], one_rank, head=head)
     for changes in ({}, by_torchrec(one_rank)):
         built = Built.of(config, one_rank, **changes | {"in_place": False})
@@ -55,7 +55,7 @@ def test_rows_are_those_of_torchrec(one_rank: Ranks, way: str, head: str) -> Non
                 assert rows.offsets().equal(expected[name].offsets())
 
 
-def test_a_table_in_several_shards_is_left_to_torchrec(
+def test_a_table_in_several_shards_keeps_torchrecs_forward(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sharded.config_of(WAYS["column_wise"], one_rank)
@@ -72,7 +72,7 @@ def test_a_table_in_several_shards_is_left_to_torchrec(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
-def test_gradients_of_both_features_are_those_of_a_split(
+def test_gradients_of_both_features_equal_those_of_a_split(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []

@@ -1,4 +1,4 @@
-"""The cloze mask: shares, keys, and rows that leave little choice."""
+"""The cloze mask: shares, keys, short rows and small catalogs."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_every_position_of_a_row_is_masked_equally_often() -> None:
     assert all(within(count, 10_000, 0.5) for count in counts)
 
 
-def test_positions_are_masked_on_their_own() -> None:
+def test_positions_are_masked_independently() -> None:
     _, masked, _ = masked_rows([2] * 40_000, MaskConfig(mask_prob=0.5))
     first, second = np.isin(np.arange(80_000), masked).reshape(-1, 2).T
     # The forced position of rows in which nothing was drawn moves 1/4 of the rows, half each way.
@@ -62,7 +62,7 @@ def test_positions_are_masked_on_their_own() -> None:
 @pytest.mark.parametrize(
     ("token", "random"), [(0.8, 0.1), (0.8, 0.2), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)]
 )
-def test_shares_of_what_takes_the_place(token: float, random: float) -> None:
+def test_shares_of_replacements(token: float, random: float) -> None:
     config = MaskConfig(mask_prob=0.3, mask_token_share=token, random_item_share=random)
     values, masked, targets = masked_rows([50] * 1000, config)
     assert (targets == 7).all()
@@ -82,7 +82,7 @@ def test_random_items_are_uniform() -> None:
     assert all(within(count, len(masked), 1 / 50) for count in counts[1:MASK])
 
 
-def test_only_last_rows() -> None:
+def test_rows_with_only_the_last_item_masked() -> None:
     config = MaskConfig(mask_prob=0.5, mask_last_share=0.25, mask_token_share=0.0)
     values, masked, _ = masked_rows([20] * 4000, config)
     rows = np.split(masked, np.searchsorted(masked, np.arange(20, 80_000, 20)))
@@ -92,7 +92,7 @@ def test_only_last_rows() -> None:
     assert (values == MASK).sum() == len(only_last)
 
 
-def test_all_rows_only_last() -> None:
+def test_all_rows_with_only_the_last_item_masked() -> None:
     values, masked, targets = masked_rows([3, 1, 2], MaskConfig(mask_last_share=1.0))
     assert masked.tolist() == [2, 3, 5]
     assert targets.tolist() == [7, 7, 7]
@@ -173,7 +173,7 @@ def test_each_part_of_the_key_changes_the_mask(other: dict[str, object]) -> None
     assert masked_rows([64], config, **(same | other))[1].tolist() != first.tolist()
 
 
-def test_copies_do_not_depend_on_how_many_there_are() -> None:
+def test_copies_do_not_depend_on_their_number() -> None:
     few = masked_rows([64], MaskConfig(dupe_factor=2), copies=[1])[1]
     many = masked_rows([64], MaskConfig(dupe_factor=9), copies=[1])[1]
     assert few.tolist() == many.tolist()

@@ -48,7 +48,7 @@ def test_sums_of_parts_add_up() -> None:
     assert parts.dtype == torch.float64 and parts[-1] == 5
 
 
-def test_no_users_are_no_division_by_zero() -> None:
+def test_zero_users_do_not_divide_by_zero() -> None:
     assert means(metric_sums(torch.tensor([], dtype=torch.int64))) == dict.fromkeys(METRICS, 0.0)
 
 

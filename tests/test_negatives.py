@@ -1,4 +1,4 @@
-"""Negatives: drawn as likely as said, keyed by the position in the data order alone."""
+"""Negatives: drawn with the given probabilities, keyed by the position in the data order."""
 
 import numpy as np
 import pytest

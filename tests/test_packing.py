@@ -1,4 +1,4 @@
-"""Packed batches are the batches whose tensors were never packed, on the host and on the device."""
+"""Packed batches equal unpacked ones, on the host and on the device."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def plain(candidate_range: tuple[int, int] | None = None, sampled: bool = False)
 
 
 def packed(batch: TrainBatch, pin_memory: bool = False) -> PackedBatch:
-    """The second of two steps, of which the first has nothing."""
+    """The second of two steps; the first is empty."""
     parts = {"values": batch.features.values(), "targets": batch.targets}
     if batch.negatives is not None:
         parts["negatives"] = batch.negatives
@@ -66,7 +66,7 @@ def assert_equal(found: TrainBatch, expected: TrainBatch) -> None:
 
 @pytest.mark.parametrize("candidates", [None, (1, 11), (1, 201), (4, 4)])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_packed_is_unpacked(candidates: tuple[int, int] | None, sampled: bool) -> None:
+def test_unpack_restores_the_batch(candidates: tuple[int, int] | None, sampled: bool) -> None:
     batch = plain(None if sampled else candidates, sampled)
     assert_equal(packed(batch).unpack(), batch)
     assert_equal(packed(batch).to(CPU), batch.to(CPU))
@@ -89,7 +89,7 @@ def test_ids_that_are_looked_up_come_first() -> None:
         assert packed(batch).to(CPU).ids.tolist() == ids
 
 
-def test_one_copy_takes_all_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_moves_all_tensors_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     real = torch.Tensor.to
     monkeypatch.setattr(
@@ -122,7 +122,7 @@ def test_record_stream_covers_all_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_floats_and_bools_come_back(count: int) -> None:
+def test_floats_and_bools_round_trip(count: int) -> None:
     rows = np.random.default_rng(0).normal(size=(3, count)).astype(np.float32)
     flags = np.array([True, False, True])
     words = torch.from_numpy(float_pairs(rows))

@@ -1,4 +1,4 @@
-"""How tables are cut, for more ranks than this machine has: planning needs no process group."""
+"""Sharding plans for many ranks; planning needs no process group."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_column_wise_gives_every_rank_a_part_of_the_width() -> None:
     assert shards("column_wise", 4) == [(rank, 100, 8) for rank in range(4)]
 
 
-def test_table_wise_leaves_a_table_whole() -> None:
+def test_table_wise_does_not_cut_a_table() -> None:
     assert [size for _, *size in shards("table_wise", 4)] == [[100, 32]]
 
 

@@ -1,4 +1,4 @@
-"""The stages alone and together: filters, dense ids, stable time order, counts."""
+"""Each stage, and all in sequence: filters, dense ids, stable time order, counts."""
 
 import textwrap
 from pathlib import Path
@@ -39,7 +39,7 @@ def table(user: list, item: list, **more: list) -> pa.Table:
     return pa.table({"user": user, "item": item} | more)
 
 
-def test_encode_numbers_ids_in_ascending_order_whatever_the_chunks() -> None:
+def test_encode_numbers_ids_in_ascending_order_for_any_chunks() -> None:
     stage = EncodeIds(
         IterableWrapper([table(["10", "9"], ["b", " a"]), table(["9", "-1"], ["a ", "B"])])
     )
@@ -56,7 +56,7 @@ def test_encode_mixes_whole_numbers_and_text() -> None:
     assert stage.users.to_pylist() == ["7", "x"]
 
 
-def test_encode_keeps_ids_apart_that_only_look_like_one_number() -> None:
+def test_encode_distinguishes_ids_of_equal_numeric_value() -> None:
     stage = EncodeIds(IterableWrapper([table(["7", "07", "+7"], ["a", "a", "a"])]))
     assert sorted(pairs(stage)) == [(0, 0), (1, 0), (2, 0)]
 
@@ -261,5 +261,5 @@ def test_the_worked_example_of_the_package_runs(
     exec(textwrap.dedent(example), {})
     printed = capsys.readouterr().out.splitlines()
     assert "cup" in printed  # u's newest item
-    # The training part is "hat" alone, dense id 2 of 3: masked, so 4 or by chance another item.
+    # The training part is only "hat", dense id 2 of 3: masked, it is 4 or by chance another item.
     assert printed[-1].endswith("tensor([0]) tensor([2])")

@@ -1,4 +1,4 @@
-"""--profile: what the trace holds, what is said about it, and that nothing of it stays."""
+"""--profile: ranges in the trace, the printed summary, and removal of all hooks."""
 
 import gzip
 import json
@@ -77,7 +77,7 @@ def test_a_trace_of_steady_steps_with_its_stages(
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
 
 
-def test_two_ranks_show_what_they_distribute(tmp_path: Path, cache_dir: Path) -> None:
+def test_the_trace_of_two_ranks_has_the_input_distribution(tmp_path: Path, cache_dir: Path) -> None:
     flags = ["--mode=dmp", "--sharding=table_wise", "--max_steps=6", f"--profile={STEPS}"]
     folders = [f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"]
     outcome = torchrun(2, "train.py", *TINY, *flags, *folders)
@@ -134,7 +134,7 @@ def event(
     annotation: bool = False,
     parent: object = None,
 ) -> SimpleNamespace:
-    """As torch's profiler hands them over."""
+    """Like an event of torch's profiler."""
     return SimpleNamespace(
         name=name,
         device_type=device,

@@ -1,6 +1,6 @@
-"""Whatever the ratings: all are accounted for, order is kept, nothing held out is trained on.
+"""For any ratings: all are counted, order is kept, and no held-out item is trained on.
 
-And whatever the bytes of a file: reading them gives ratings or a UserError, nothing else.
+For any bytes of a file: reading them gives ratings or a UserError.
 """
 
 import gzip
@@ -111,7 +111,7 @@ def test_nothing_held_out_is_trained_on_and_everything_else_is(
     world_size: int,
     left_context: float,
 ) -> None:
-    # Every rating has an item of its own, so that an item tells its place.
+    # Every rating has a different item, so that an item identifies its position.
     items, offsets = list(range(1, sum(lengths) + 1)), [0]
     for length in lengths:
         offsets.append(offsets[-1] + length)
@@ -133,7 +133,7 @@ def test_nothing_held_out_is_trained_on_and_everything_else_is(
         )
         for batch in (packed.unpack() for packed in loader.epoch(0)):
             values = batch.features[ITEM].values().clone()
-            values[batch.masked] = batch.targets  # what was hidden, put back
+            values[batch.masked] = batch.targets  # undo the mask
             trained |= set(values.tolist())
     assert trained - {store.num_items + 1} == trainable
 

@@ -10,7 +10,7 @@ Full ranking on validation. Measured by this very command, HR@10 / NDCG@10:
     head: scores 14 times too small                    .112 / .057
     popularity alone                                   .073 / .034
     learning rate a tenth                              .072 / .034
-    mask: what is to be predicted stays visible        .006 / .003
+    mask: targets stay visible        .006 / .003
 """
 
 import json

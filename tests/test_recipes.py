@@ -55,7 +55,7 @@ def test_an_unknown_recipe_is_refused() -> None:
         ({"dataset_path": "x.csv", "teachers": "a"}, "none"),
     ],
 )
-def test_taught_models_have_recipes_of_their_own(given: dict[str, str], name: str) -> None:
+def test_taught_models_have_separate_recipes(given: dict[str, str], name: str) -> None:
     assert with_recipe(given)["recipe"] == name
 
 

@@ -54,7 +54,7 @@ def nothing_unwritten_is_zero() -> None:
 
 @pytest.mark.parametrize("width", [64, 100, 128, 256, 384, 2048])
 @pytest.mark.parametrize("count", [0, 1, 1003, 9001])
-def test_add_is_plain_torch(count: int, width: int) -> None:
+def test_add_equals_plain_torch(count: int, width: int) -> None:
     norm = norm_of(width)
     stream, bias = normal(count, width), normal(width)
     branch = normal(count, width, dtype=torch.bfloat16)
@@ -70,7 +70,7 @@ def test_add_is_plain_torch(count: int, width: int) -> None:
 @pytest.mark.parametrize("has_table", [True, False])
 @pytest.mark.parametrize("width", [64, 100, 128, 256, 384])
 @pytest.mark.parametrize("count", [0, 1, 1003, 9001])
-def test_enter_is_plain_torch(count: int, width: int, has_table: bool) -> None:
+def test_enter_equals_plain_torch(count: int, width: int, has_table: bool) -> None:
     outer, inner = norm_of(width), norm_of(width)
     items = normal(count, width)
     table = normal(20, width) if has_table else None
@@ -85,7 +85,7 @@ def test_enter_is_plain_torch(count: int, width: int, has_table: bool) -> None:
     assert_close(solved([*found], inputs), solved([stream, normed], exact))
 
 
-def test_a_result_that_nobody_reads_has_no_gradient() -> None:
+def test_an_unused_result_has_no_gradient() -> None:
     norm, stream = norm_of(64), normal(30, 64)
     branch = normal(30, 64, dtype=torch.bfloat16)
     _, found = residual.add(stream, branch, None, norm, None, torch.float32)
@@ -95,7 +95,7 @@ def test_a_result_that_nobody_reads_has_no_gradient() -> None:
 
 
 def masks(dropout: Dropout, count: int, width: int) -> Tensors:
-    """What dropout multiplies the values of a branch with, forward and backward."""
+    """Dropout's factors of a branch's values, forward and backward."""
     stream, norm = torch.zeros(count, width, device="cuda"), nn.LayerNorm(width, device="cuda")
     branch = torch.ones(count, width, device="cuda").requires_grad_()
     total, _ = residual.add(stream, branch, None, norm, dropout, torch.bfloat16)
@@ -128,7 +128,7 @@ def test_dropout_behind_the_first_norm_is_the_same_backward() -> None:
     assert_close(solved([stream], inputs), solved([expected], exact))
 
 
-def test_a_replayed_graph_draws_anew_and_follows_the_seed() -> None:
+def test_a_replayed_graph_draws_new_masks_that_follow_the_seed() -> None:
     def draw() -> torch.Tensor:
         (dropout,) = new_dropouts(0.5, 1, torch.device("cuda"))
         return masks(dropout, 100, 64)[0]
@@ -151,7 +151,7 @@ def test_a_replayed_graph_draws_anew_and_follows_the_seed() -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_the_encoder_is_the_plain_one(
+def test_the_encoder_equals_the_plain_one(
     num_layers: int, learned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EncoderConfig(64, 2, num_layers, dropout=0.0, learned_positions=learned)
@@ -172,7 +172,7 @@ def test_the_encoder_is_the_plain_one(
         assert float((one - other).norm() / other.norm()) < 0.02  # both are rounded to bfloat16
 
 
-def test_it_is_taken_inside_autocast_alone() -> None:
+def test_the_kernels_run_only_inside_autocast() -> None:
     items = torch.zeros(3, 64, device="cuda")
     assert not residual.takes(items)
     with torch.autocast("cuda", torch.bfloat16):

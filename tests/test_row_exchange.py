@@ -1,4 +1,4 @@
-"""Ranks that look up rows for each other; what several train is in test_distributed.py."""
+"""The exchange of rows, by hand; test_distributed.py trains with it."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_rows_are_cut_as_torchrec_cuts_them(
     assert [(one.low, one.rows) for one in cut] == expected
 
 
-def test_a_rank_that_is_alone_sends_nothing() -> None:
+def test_a_single_rank_sends_nothing() -> None:
     exchange = RowExchange.of(NUM_ROWS, ranks(0, 1))
     ids, rows = torch.tensor([3, 22, 0]), torch.randn(3, 2)
     assert exchange.local_ids(ids) is ids

@@ -1,4 +1,4 @@
-"""Rows by their numbers, and zeros where there is none."""
+"""Rows by their ids, and zeros for id -1."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Log lines or a bar; metrics.jsonl and events on a full disk, and what a resume keeps of them."""
+"""Log lines or a bar; metrics.jsonl and events on a full disk and after a resume."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def break_events(log: RunLog) -> None:
 def broken(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[RunLog], None]:
-    """What breaks the log after step 3."""
+    """Break the log after step 3."""
     step = Trainer._step
 
     def patched(self: Trainer, *arguments: object) -> None:
@@ -57,7 +57,7 @@ def test_a_full_disk_stops_the_run(
     )
 
 
-def test_a_full_disk_is_survived_if_wanted(
+def test_training_continues_on_a_full_disk_with_on_save_error_continue(
     run_main: RunMain, run_dir: Path, cache_dir: Path, broken: Callable[[RunLog], None]
 ) -> None:
     flags = [*TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]

@@ -166,9 +166,7 @@ def test_flags_out_of_range() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("positions", "draws"), [(1, 1), (7, 3), (300, 4096), (5, 10_001)])
-def test_the_kernel_sums_what_the_plain_code_does(
-    positions: int, draws: int, dtype: torch.dtype
-) -> None:
+def test_the_kernel_equals_the_plain_code(positions: int, draws: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(draws)
     scores = 10 * torch.randn(positions, draws, generator=generator)
     targets, negatives = (

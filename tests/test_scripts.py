@@ -1,4 +1,4 @@
-"""The real commands: train, evaluate, export, resume, and what they leave behind."""
+"""The real commands: train, evaluate, export, resume, and their files."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[s
     return {"run": folder / "run", "export": folder / "export", "outcome": outcome} | result
 
 
-def test_what_a_run_prints(trained: dict[str, Any]) -> None:
+def test_output_of_a_run(trained: dict[str, Any]) -> None:
     out, err = trained["outcome"].out, trained["outcome"].err
     assert out.count("synthetic: what each stage kept") == 1  # by one rank
     assert out.count("best possible on test") == 1
@@ -126,7 +126,7 @@ def test_what_a_run_prints(trained: dict[str, Any]) -> None:
     assert lines[-1].endswith("ETA 0:00:00")
 
 
-def test_what_a_run_leaves(trained: dict[str, Any]) -> None:
+def test_files_of_a_run(trained: dict[str, Any]) -> None:
     names = {path.name.split(".")[0] for path in trained["run"].iterdir()}
     wanted = {"catalog", "checkpoints", "config", "eval_test", "events", "metrics"}
     assert wanted <= names
@@ -138,7 +138,7 @@ def test_what_a_run_leaves(trained: dict[str, Any]) -> None:
     assert list(trained["run"].glob("checkpoints/step-*"))
 
 
-def test_metrics_jsonl_and_the_event_file_say_the_same(trained: dict[str, Any]) -> None:
+def test_metrics_jsonl_and_the_event_file_agree(trained: dict[str, Any]) -> None:
     lines = read_lines(trained["run"])
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
@@ -149,7 +149,7 @@ def test_metrics_jsonl_and_the_event_file_say_the_same(trained: dict[str, Any]) 
     assert event.value == pytest.approx(trained["full"]["NDCG@10"])
 
 
-def test_eval_finds_what_train_found_on_two_ranks_and_on_one(
+def test_eval_reproduces_trains_metrics_on_two_ranks_and_on_one(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     flags = ["--checkpoint", trained["run"], "--cache_dir", cache_dir]
@@ -201,7 +201,7 @@ def test_eval_of_the_exported_model(
     assert_equal_results(read_result(trained["export"]), trained)
 
 
-def test_going_on_with_a_finished_run_only_tests_it_again(
+def test_resuming_a_finished_run_only_tests_it_again(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     lines = read_lines(trained["run"])

@@ -13,7 +13,7 @@ def test_by_hand() -> None:
     assert rows.tolist() == [[21.0], [2.0], [43.0]]
 
 
-def test_nothing_to_add_and_nowhere() -> None:
+def test_no_values_and_no_rows() -> None:
     rows = torch.ones(2, 3)
     add_rows(rows, sort_index(torch.tensor([], dtype=torch.int64), 2), torch.empty(0, 3))
     assert rows.equal(torch.ones(2, 3))
@@ -26,7 +26,7 @@ def test_nothing_to_add_and_nowhere() -> None:
     ("count", "values"),
     [(1, 1), (1, 1000), (7, 9001), (3706, 9000), (32_766, 50), (32_767, 5000), (500_000, 6000)],
 )
-def test_the_kernel_is_exact_and_repeats_itself(count: int, values: int, width: int) -> None:
+def test_the_kernel_is_exact_and_deterministic(count: int, values: int, width: int) -> None:
     torch.manual_seed(count)
     rows = torch.randn(count, width, device="cuda")
     # Few are frequent, and some are nowhere.

@@ -1,4 +1,4 @@
-"""Padded steps hold the same windows and targets, and fillers that the loss ignores."""
+"""Padded steps have the same windows and targets, plus fillers that the loss ignores."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +133,7 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
             for rank, batch in enumerate(of_step):
                 before = plain[rank][step]
                 items, masked = before.features.values(), before.masked
-                if windows[rank] == 0:  # without the others, a lone mask token
+                if windows[rank] == 0:  # without padding, one mask token
                     assert (batch.ids == 21).all()
                     assert (batch.targets == 0).all()
                     continue

@@ -1,4 +1,4 @@
-"""Work off the critical path: without a side stream at once or when needed, with one the same."""
+"""Work off the critical path gives the same results with and without a side stream."""
 
 import gc
 import weakref
@@ -11,7 +11,7 @@ from model.kernels import side_stream
 
 
 class _Stream:
-    """Stands for a CUDA stream on which everything is done at once."""
+    """A fake CUDA stream that finishes all work at once."""
 
     def wait_stream(self, other: "_Stream") -> None:
         pass

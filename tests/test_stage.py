@@ -39,7 +39,7 @@ def wait_for(reached: Callable[[], bool]) -> None:
     raise AssertionError("waited for 5 seconds")
 
 
-def test_stages_resume_where_their_state_says() -> None:
+def test_stages_resume_from_their_state() -> None:
     stage = Doubled(Numbers(5))
     assert [next(stage), next(stage)] == [0, 2]
     state = stage.state_dict()
@@ -49,7 +49,7 @@ def test_stages_resume_where_their_state_says() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_thread_makes_so_many_ahead_and_no_more(count: int) -> None:
+def test_the_thread_prefetches_at_most_count_items(count: int) -> None:
     source = Numbers(100)
     ahead = Prefetch(source, count)
     wait_for(lambda: source.made == count)
@@ -62,7 +62,7 @@ def test_the_thread_makes_so_many_ahead_and_no_more(count: int) -> None:
         next(ahead)
 
 
-def test_errors_come_in_their_place_and_end_it() -> None:
+def test_errors_are_raised_in_order_and_end_the_thread() -> None:
     ahead = Prefetch(Doubled(Numbers(9)), 2)
     assert [next(ahead) for _ in range(5)] == [0, 2, 4, 6, 8]
     with pytest.raises(UserError, match=r"^five: no doubling$"):

@@ -38,7 +38,7 @@ def test_leave_one_out_parts() -> None:
     assert store.train_item_counts.tolist() == [0, 1, 3, 0, 1, 0, 0]
 
 
-def test_what_is_on_disk_need_not_read_its_catalog(
+def test_opening_a_store_does_not_read_its_catalog(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = SequenceStore.from_arrays(ITEMS, OFFSETS, 5)
@@ -185,7 +185,7 @@ def _die_while_writing(path: Path) -> None:
     open_or_build(path, {}, small_store)
 
 
-def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_builder_are_removed(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(
         target=_die_while_writing, args=(tmp_path / "s",)
     )
@@ -208,7 +208,7 @@ def _build_slowly(path: Path, log: Path) -> None:
     assert open_or_build(path, {"v": 1}, build).items.tolist() == ITEMS
 
 
-def test_of_many_processes_one_builds_and_all_read(tmp_path: Path) -> None:
+def test_one_of_many_processes_builds_and_all_read(tmp_path: Path) -> None:
     log = tmp_path / "log"
     context = multiprocessing.get_context("fork")
     processes = [

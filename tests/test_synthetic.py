@@ -1,4 +1,4 @@
-"""The generator: deterministic, nothing repeats, and its best possible metrics are just that."""
+"""The generator: deterministic, no repeated items, and no ranking beats its best metrics."""
 
 from pathlib import Path
 

@@ -49,7 +49,7 @@ def test_fp16_tables_train_resume_and_are_evaluated(
     assert "was trained with --table_precision fp16, not fp32" in outcome.err
 
 
-def test_tables_that_no_host_holds_whole(
+def test_tables_too_large_to_be_built_whole(
     run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_run, "WHOLE_TABLE_BYTES", 1000)  # 82 rows of 16 are more
@@ -101,7 +101,7 @@ def test_tables_in_half_precision_have_no_adam() -> None:
         table_optimizer(asked, cuda)
 
 
-def test_the_tables_are_told_how_many_steps_there_were(one_rank: Ranks) -> None:
+def test_the_step_count_of_the_tables_is_set(one_rank: Ranks) -> None:
     config = model_run.RunConfig()
     plan = plan_execution(config, 50, one_rank)
     model = model_run.build_model(config, 50, one_rank, plan)

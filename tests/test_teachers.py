@@ -1,4 +1,4 @@
-"""Learning from trained models: the loss by its formula, who may teach, one rank and two."""
+"""Distillation: the loss by its formula, valid teachers, one rank and two."""
 
 import json
 from pathlib import Path
@@ -90,14 +90,14 @@ def taught_by(trained: BERT4Rec, share: float, student: BERT4Rec) -> DenseStep:
     return DenseStep(student.encoder, student.head, ExecutionPlan(), teachers)
 
 
-# Rows 3 31 9 and 31 5 of 30 items and the mask token; nobody sees the left alone.
+# Rows 3 31 9 and 31 5 of 30 items and the mask token; all rows with both contexts.
 IDS = torch.tensor([3, 31, 9, 31, 5])
 ROWS = {"offsets": torch.tensor([0, 3, 5]), "masked": torch.tensor([1, 3])}
 NONE = dict.fromkeys(("left_only", "steps_ago", "negatives", "log_counts"))
 GIVEN = StepInput(**ROWS, **NONE, targets=torch.tensor([7, 30]), ids=IDS)
 
 
-def test_a_model_taught_by_itself_alone_has_nothing_to_learn() -> None:
+def test_a_model_taught_only_by_itself_has_no_gradient() -> None:
     """The entropy of its own probabilities cannot be lowered: no gradient, of no weight."""
     student = model(dropout=0.0)
     step = taught_by(model(dropout=0.5), 1.0, student)
@@ -136,7 +136,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_ranks_learn_from_teachers_as_one_does(
+def test_two_ranks_with_teachers_equal_one(
     teacher: Path, tmp_path: Path, cache_dir: Path, run_main: RunMain
 ) -> None:
     flags = [*TINY, "--dropout=0", "--embedding_optimizer=sgd", f"--cache_dir={cache_dir}"]
@@ -168,7 +168,7 @@ def test_two_ranks_learn_from_teachers_as_one_does(
         ("--teachers=TEACHER --synthetic_item_count=90", "items that are not the"),
     ],
 )
-def test_who_may_not_teach(
+def test_rejected_teachers(
     teacher: Path, tmp_path: Path, cache_dir: Path, run_main: RunMain, flags: str, message: str
 ) -> None:
     given = flags.replace("TEACHER", str(teacher)).split()
@@ -178,7 +178,7 @@ def test_who_may_not_teach(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_must_not_know_what_its_student_is_validated_by(
+def test_a_teacher_trained_on_validation_items_is_rejected(
     tmp_path: Path, cache_dir: Path, run_main: RunMain
 ) -> None:
     flags = [*TINY, f"--cache_dir={cache_dir}"]

@@ -1,4 +1,4 @@
-"""A step as one CUDA graph is the step that launches its kernels one by one."""
+"""A step as one CUDA graph equals a step that launches its kernels one by one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +56,7 @@ def trained(
 
 @pytest.mark.parametrize("items_a_position", [0, 1000])
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
-def test_a_graph_trains_what_the_launched_kernels_do(
+def test_a_graph_equals_the_launched_kernels(
     one_gpu: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str, items_a_position: int
 ) -> None:
     monkeypatch.setattr("model.run.execution.ITEMS_A_POSITION", items_a_position)
@@ -94,7 +94,7 @@ def test_a_graph_reads_each_batch_anew(
         assert weight.equal(runs[1][1][name]), name
 
 
-def test_graphs_that_are_given_up_are_captured_again(one_gpu: Ranks) -> None:
+def test_released_graphs_are_captured_again(one_gpu: Ranks) -> None:
     config = sharded.config_of(ShardingConfig("dmp", "row_wise"), one_gpu)
     config = replace(config, encoder=replace(ENCODER, dropout=0))
     built = Built.of(config, one_gpu)

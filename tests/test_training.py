@@ -58,7 +58,7 @@ def test_stairs_every_decay_step_epochs() -> None:
     config = TrainingConfig(warmup_share=0, lr_schedule="constant", decay_step=25, gamma=0.1)
     found = [lr_factor(config, 0.5, epoch) for epoch in (0, 24, 25, 49, 50)]
     assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    # They multiply whatever the schedule says.
+    # The stairs multiply any schedule.
     config = TrainingConfig(warmup_share=0, lr_schedule="linear", decay_step=1, gamma=0.5)
     assert lr_factor(config, 0.75, epoch=2) == pytest.approx(0.25 * 0.25)
 
@@ -127,7 +127,7 @@ def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Pa
     assert outcome.out.count("validation NDCG@10") == 2
 
 
-def test_patience_stops_what_does_not_improve(
+def test_patience_stops_a_run_without_improvement(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
     # Without a learning rate all evaluations are equal: the first is the best, two more are stale.
@@ -182,9 +182,7 @@ def test_max_steps_after_an_evaluation_leaves_its_model(
     assert (tmp_path / "eval_test.json").exists() and (tmp_path / "model").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
-    run_main: RunMain, tmp_path: Path, cache_dir: Path
-) -> None:
+def test_a_nan_loss_ends_the_run(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:
     outcome = run_main(
         "train",
         *TINY,
@@ -201,7 +199,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
-def test_it_learns_what_the_generator_put_in(
+def test_training_approaches_the_best_possible_metrics(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
     """About ten seconds of training; seeds 0 to 2 gave HR@10 from .80 to .83 of a possible .87.
@@ -288,7 +286,7 @@ def test_beta2_out_of_range() -> None:
         OptimizerConfig(beta2=1)
 
 
-def test_breaks_between_epochs_change_nothing(
+def test_a_pipeline_over_several_epochs_changes_nothing(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
     """Epochs without an evaluation between them go through one pipeline, without a stop."""
@@ -310,7 +308,7 @@ def test_breaks_between_epochs_change_nothing(
 
 def test_on_gpus_ranks_agree_at_every_fourth_step(one_rank: Ranks) -> None:
     agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
-    agreement._group = dist.group.WORLD  # as if there were others
+    agreement._group = dist.group.WORLD  # as with several ranks
     assert [agreement.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
         *[NOTHING] * 7,
         SAVE,
@@ -331,7 +329,7 @@ class _Steps:
         return self.number <= _Steps.done
 
 
-def test_a_host_does_not_wait_for_ever_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_gpu_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", _Steps)
     throttle = HostThrottle(torch.device("cuda"), timedelta(seconds=0.02), ahead=2)
     throttle.after_step()

@@ -1,6 +1,6 @@
-"""Two nodes of one rank each train what one node of two ranks does.
+"""Two nodes with one rank each equal one node with two ranks.
 
-Each node is a torchrun agent of its own on this host, with its own working folder and cache of
+Each node is a separate torchrun agent on this host, with its own working folder and cache of
 prepared data. The run folder is shared, as on a shared file system.
 """
 
@@ -45,7 +45,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_two_nodes_train_what_one_does(tmp_path: Path) -> None:
+def test_two_nodes_equal_one(tmp_path: Path) -> None:
     port = free_port()
     agents = [agent(node, port, tmp_path / f"node{node}") for node in (0, 1)]
     try:

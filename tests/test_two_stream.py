@@ -88,7 +88,7 @@ def rows(batch: TrainBatch) -> list[tuple[list[int], bool]]:
     return [(value.tolist(), left) for value, left in found]
 
 
-def test_rows_that_see_both_ways_stay_as_they_are() -> None:
+def test_rows_with_both_contexts_are_unchanged() -> None:
     kinds = set()
     for before, after in zip(batches(), batches(two_stream=True), strict=True):
         assert after.num_rows == 2 * before.num_rows
@@ -99,7 +99,7 @@ def test_rows_that_see_both_ways_stay_as_they_are() -> None:
     assert kinds == {True, False}
 
 
-def test_two_ranks_draw_what_one_does() -> None:
+def test_two_ranks_have_the_draws_of_one() -> None:
     ranks = [batches(rank, 2, two_stream=True) for rank in range(2)]
     for whole, *parts in zip(batches(two_stream=True), *ranks, strict=True):
         shared = [row for part in parts for row in rows(part) if part.num_windows]
@@ -122,11 +122,11 @@ def two_streams(encoder: Encoder, items: torch.Tensor, mask: torch.Tensor) -> to
     )
 
 
-def test_each_mask_token_is_one_behind_a_shorter_history() -> None:
-    """What a mask token sees is what evaluation shows one that ends the history before its item."""
+def test_each_mask_token_equals_one_after_a_shorter_history() -> None:
+    """A mask token's vector equals evaluation's for the history that ends before its item."""
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(emb_dim=16, nhead=2, learned_positions=False), max_len=8).eval()
-    for parameter in encoder.parameters():  # with small initial weights context is hardly seen
+    for parameter in encoder.parameters():  # with small initial weights context has little effect
         torch.nn.init.normal_(parameter, std=0.3)
     items, mask = torch.randn(8, 16), torch.randn(16)
     found = two_streams(encoder, items, mask)
@@ -141,7 +141,7 @@ def test_each_mask_token_is_one_behind_a_shorter_history() -> None:
 
 
 @pytest.mark.parametrize("positions", ["rotary", "none"])
-def test_a_mask_token_sees_nothing_from_its_item_on(positions: str) -> None:
+def test_a_mask_token_ignores_its_item_and_later_ones(positions: str) -> None:
     torch.manual_seed(0)
     encoder = Encoder(EncoderConfig(emb_dim=16, nhead=2, positions=positions), max_len=8).eval()
     items, mask = torch.randn(8, 16), torch.randn(16)
@@ -150,7 +150,7 @@ def test_a_mask_token_sees_nothing_from_its_item_on(positions: str) -> None:
         other = items.clone()
         other[changed] = 1.0
         moved = (two_streams(encoder, other, mask) - before).abs().amax(dim=1) > 1e-5
-        # Mask tokens 0-3 ask for items 0-3, 4 for item 4; the last three see each other.
+        # Mask tokens 0-3 predict items 0-3, 4 predicts item 4; the last three have both contexts.
         expected = [changed < asked for asked in range(4)] + [False] + [changed >= 5] * 3
         assert moved.tolist() == expected, changed
 

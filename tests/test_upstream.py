@@ -1,7 +1,7 @@
-"""Private and unstable names of libraries that the project uses, and what it uses each for.
+"""Private and unstable names of libraries that the project uses, and their purposes.
 
-These tests use the libraries alone. After an upgrade they fail in seconds, with a sentence that
-says which part of the project to change. Names are listed by library.
+These tests use only the libraries. After an upgrade they fail in seconds, with a message that names
+the part of the project to change. Names are listed by library.
 """
 
 import inspect
@@ -119,7 +119,7 @@ def test_the_step_count_of_a_table() -> None:
         assert f'"{name}"' in source or f"self.{name}:" in source, f"{name}: {purpose}"
 
 
-def test_what_wraps_the_model(sharded: DistributedModelParallel) -> None:
+def test_wrappers_of_the_model(sharded: DistributedModelParallel) -> None:
     purpose = "the module that Unwrapped moves to the device instead of wrapping it in DDP"
     assert has(sharded, "_dmp_wrapped_module", purpose) is sharded.module
     takes(DataParallelWrapper.wrap, ["self", "dmp", "env", "device"], purpose)
@@ -256,7 +256,7 @@ def two_ranks() -> Iterator[list[dist.ProcessGroup]]:
     yield made
 
 
-def test_what_gloo_says_of_silent_ranks(two_ranks: list[dist.ProcessGroup]) -> None:
+def test_gloos_message_about_silent_ranks(two_ranks: list[dist.ProcessGroup]) -> None:
     purpose = "errors about other ranks are told from other errors by their text"
     with pytest.raises(RuntimeError, match=r"Ranks? 1 failed to pass"):
         two_ranks[0].monitored_barrier(timedelta(milliseconds=50), True)
@@ -265,7 +265,7 @@ def test_what_gloo_says_of_silent_ranks(two_ranks: list[dist.ProcessGroup]) -> N
     assert "timeout" in str(raised.value).lower(), purpose
 
 
-def test_what_gloo_says_of_ranks_that_are_gone(two_ranks: list[dist.ProcessGroup]) -> None:
+def test_gloos_message_about_ended_ranks(two_ranks: list[dist.ProcessGroup]) -> None:
     del two_ranks[1:]
     with pytest.raises(RuntimeError, match=r"(?i)closed by peer|connection (reset|refused|closed)"):
         two_ranks[0].allreduce([torch.ones(1)]).wait(timedelta(seconds=2))
@@ -329,7 +329,7 @@ def test_sharded_tensors(one_rank: Ranks) -> None:
 # torchdata and TensorBoard --------------------------------------------------------------------
 
 
-def test_the_prefetcher_begins_where_its_state_says() -> None:
+def test_the_prefetcher_resumes_from_its_state() -> None:
     class Counter(BaseNode):
         """Counts up to 4 from what it is given."""
 

@@ -26,7 +26,7 @@ def test_the_example_of_the_module() -> None:
     assert table_of([11], 4, 0.75) == [(0, 0, 4), (0, 2, 6), (0, 5, 9)]
 
 
-def test_without_overlap_the_oldest_window_alone_overlaps() -> None:
+def test_with_stride_1_only_the_oldest_window_overlaps() -> None:
     assert table_of([12], 4, 1.0) == [(0, 0, 4), (0, 2, 6), (0, 6, 10)]
 
 
@@ -38,15 +38,15 @@ def test_a_step_is_at_least_one_item() -> None:
     assert table_of([6], 2, 0.1) == [(0, 0, 2), (0, 1, 3), (0, 2, 4)]
 
 
-def test_the_validation_item_trains_if_asked_for() -> None:
+def test_train_on_validation_adds_the_validation_item() -> None:
     offsets = np.cumsum([0, 2, 3, 7])
     store = SequenceStore.from_arrays(np.ones(12), offsets, num_items=1)
     table = WindowTable.build(store, WindowConfig(10, train_on_validation=True))
-    # Nothing is held out of two items; of three and of seven, the last alone.
+    # No item of two is held out; of three and of seven only the last.
     assert list(zip(table.start, table.end, strict=True)) == [(0, 2), (2, 4), (5, 11)]
 
 
-def test_users_keep_to_themselves() -> None:
+def test_no_window_crosses_users() -> None:
     # Two items only train; of three one trains; seven leave five, one more than a window.
     assert table_of([2, 3, 7], 4, 1.0) == [(0, 0, 2), (1, 2, 3), (2, 5, 9), (2, 6, 10)]
 

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/workers/bad_input.py FOLDER
 
-Each rank writes FOLDER/<rank>.json: how each case ended on it, and what it said on stderr.
+Each rank writes FOLDER/<rank>.json: exit code and stderr of each case.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ def cases(folder: Path) -> Iterator[tuple[str, int, list[str]]]:
 
 
 def end(number: int, arguments: list[str]) -> dict[str, object]:
-    """Run one case as a start of its own."""
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a process group of its own
+    """Run one case as a separate start."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a separate process group
     sys.argv = ["train.py", *TINY, *arguments]
     said, started, code = io.StringIO(), time.monotonic(), 0
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

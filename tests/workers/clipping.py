@@ -34,7 +34,7 @@ Gradients = dict[tuple[str, float], dict[str, torch.Tensor]]
 
 
 def step_gradients(ranks: Ranks, way: str, limit: float) -> dict[str, torch.Tensor]:
-    """The gradient of each replicated parameter that AdamW was given in the first step."""
+    """The gradient that AdamW got for each replicated parameter in the first step."""
     config = RunConfig(
         windows=WindowConfig(max_len=6),
         loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),

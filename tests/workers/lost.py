@@ -1,4 +1,4 @@
-"""Worker: train.py, whose rank 1 is lost at its first checkpoint; rank 0 takes its time to tell.
+"""Worker: train.py; rank 1 ends at its first checkpoint, rank 0 reports it late.
 
 torchrun --nproc_per_node 2 tests/workers/lost.py [train.py's flags]
 """
@@ -14,7 +14,7 @@ from model.checkpoints.checkpoints import Checkpoints
 from model.training.agreement import Agreement
 from pipeline.errors import UserError
 
-# Many times what torchrun needs to see that a rank is gone, and to end the others.
+# Many times what torchrun needs to detect that a rank has ended, and to end the others.
 SECONDS = 2
 
 

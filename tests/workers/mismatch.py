@@ -1,4 +1,4 @@
-"""Worker: train.py, in which rank 1 once does something else than rank 0.
+"""Worker: train.py; rank 1 once calls another collective than rank 0.
 
 torchrun --nproc_per_node 2 tests/workers/mismatch.py [train.py's flags]
 """
@@ -12,7 +12,7 @@ from model.training.trainer import Trainer
 AT_STEP = 10
 
 
-def one_too_many() -> None:
+def extra_barrier() -> None:
     dist.barrier()
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     def patched(self: Trainer, *arguments: object) -> None:
         step(self, *arguments)
         if self.position.step == AT_STEP and self.ranks.rank == 1:
-            one_too_many()
+            extra_barrier()
 
     Trainer._step = patched
     train.main()

@@ -1,6 +1,6 @@
-"""Stands for CUDA graphs where there is no CUDA: steps run from the memory that a graph would read.
+"""CUDA graphs faked without CUDA: steps run from the memory that a graph would read.
 
-What would be captured is kept, and runs anew whenever it would be replayed.
+The captured function is kept and runs again at every replay.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ class _Again:
         self.replay = run
 
     def reset(self) -> None:
-        """As of a graph."""
+        """Like a graph's replay."""
 
 
 class Replayed(TrainStep):
-    """A training step as TrainStep makes it on CUDA, its graphs aside."""
+    """A training step like TrainStep's on CUDA, with fake graphs."""
 
     def _capture(self, batch: PackedBatch) -> _Captured:
         def run() -> None:
@@ -39,7 +39,7 @@ class Replayed(TrainStep):
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Pipelines that are made in here take such steps, and loaders round sizes up."""
+    """Pipelines created inside use these steps, and loaders round sizes up."""
     with (
         patch("model.step.pipelines.TrainStep", Replayed),
         patch("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True)),

@@ -1,4 +1,4 @@
-"""Worker: train and evaluate the same tiny model in every way of distributing it.
+"""Worker: train and evaluate the same tiny model with every distribution.
 
     torchrun --nproc_per_node 2 tests/workers/sharded.py FOLDER
 
@@ -52,7 +52,7 @@ WAYS = {
 
 @dataclass
 class Run:
-    """What a training gave: loss of each step over all ranks, and all weights at the end."""
+    """A training's loss of each step over all ranks, and all weights at the end."""
 
     losses: list[float]
     weights: dict[str, torch.Tensor]
@@ -95,7 +95,7 @@ class Built:
 
     @classmethod
     def of(cls, config: RunConfig, ranks: Ranks, **changes: Any) -> "Built":
-        """As planned, but for some ``changes`` of the plan."""
+        """The plan of a run, with ``changes``."""
         plan = replace(plan_execution(config, NUM_ITEMS, ranks), **changes)
         return cls(config, ranks, plan, build_model(config, NUM_ITEMS, ranks, plan))
 
@@ -195,7 +195,7 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
 
 
 def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
-    """As by CUDA graphs; candidates looked up, too; and all by TorchRec and FBGEMM."""
+    """With fake CUDA graphs; with candidates looked up; and with TorchRec's and FBGEMM's lookup."""
     runs = {}
     for name, loss in (("", "softmax"), (", sampled", "sampled_softmax")):
         config = config_of(WAYS["row_wise"], ranks, loss=loss)
@@ -209,7 +209,7 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
 
 
 def unsharded(ranks: Ranks) -> dict[str, Run]:
-    """No TorchRec wrapper at all, torch.optim.SGD; on one rank alone."""
+    """No TorchRec wrapper, torch.optim.SGD; only on one rank."""
     runs = {}
     for name, options in (
         ("tied", {}),

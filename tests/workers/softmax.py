@@ -82,7 +82,7 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
 
 
 def work(rank: int, folder: Path) -> None:
-    """One process: a rank of 3, then of 2, then of 1 as long as there is room for it."""
+    """One process: a rank of 3, then of 2, then of 1, if the world has this rank."""
     for world_size in (3, 2, 1):
         if rank < world_size:
             solve(rank, world_size, folder)
