@@ -124,7 +124,7 @@ def size(count: float) -> str:
 def at_batch(counts: list[Count], way: str, ranks: int, batch: int) -> tuple[float, float] | None:
     """(Calls, bytes of the busiest rank) per step, on the line through the counted batch sizes.
 
-    DDP sends all-reduces only, so its bytes at other numbers of ranks follow from those counted.
+    DDP sends only all-reduces: its bytes at other numbers of ranks follow from those counted.
     """
     found = [c for c in counts if (c["way"], c["ranks"]) == (way, ranks)]
     if way == "ddp" and not found:

@@ -9,7 +9,7 @@
 next run. A new process then prepares it; wall time and peak memory include its imports.
 
 **Loader** measures how fast one core cuts, masks and batches windows, without a model. The 20
-million ratings are random, seeded and in memory; all histories have one length, so every window is
+million ratings are random, seeded and in memory; all histories have one length: every window is
 full. Batches go through the same stages as in training, including the prefetching thread, in a
 process bound to one core. Each row is the best of three periods. "sequences/CPU s" divides by
 processor time instead of wall time; both agree on an idle core. "MiB" is the memory that the

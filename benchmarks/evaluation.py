@@ -63,7 +63,7 @@ def table(events: list[Any], seconds: float) -> str:
 
 
 def main() -> None:
-    """Measure as the command line says."""
+    """Measure with the flags of the command line."""
     start_script(lambda: FlagParser(__doc__, EvalFlags).parse(sys.argv[1:]), measure)
 
 

@@ -1,7 +1,7 @@
 """The rows of benchmarks/throughput.py: what each trains or evaluates, and its goal.
 
 Goals are for one NVIDIA H100. The ``random`` data set draws item ids uniformly and keeps the drawn
-ones. R ratings over N ids leave N (1 - exp(-R / N)) items, so a catalog of V items needs more than
+ones. R ratings over N ids leave N (1 - exp(-R / N)) items: a catalog of V items needs more than
 V ids.
 """
 
@@ -43,7 +43,7 @@ class Row:
         """The row's flags of train.py, without folders."""
         flags = [*self.flags, f"--train_batch_size={self.batch}", f"--mode={mode}"]
         if self.evaluates:
-            # Nothing is learned, so only the first evaluation writes a checkpoint.
+            # Nothing is learned: only the first evaluation writes a checkpoint.
             return [*flags, "--lr=0", f"--num_epochs={EVALUATIONS}", "--eval_every=1"]
         # No evaluation before --max_steps ends the run.
         flags += ["--num_epochs=100000", "--eval_every=100000"]

@@ -86,7 +86,7 @@ def alone(device: torch.device) -> Ranks:
 
 
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
-    """Join the process group that torchrun describes, or form one of this process alone."""
+    """Join torchrun's process group, or create one with only this process."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -164,7 +164,7 @@ def exit_rank(code: int = 0) -> NoReturn:
             dist.all_reduce(torch.zeros(1))  # afterwards no rank reads this rank's memory
     elif dist.is_initialized():
         dist.destroy_process_group()
-    with suppress(BrokenPipeError):  # the reader of our output, such as head, may have ended
+    with suppress(BrokenPipeError):  # the reader of the output (e.g. head) may have ended
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

@@ -41,7 +41,7 @@ def zipped(*members: tuple[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> byte
 
 
 def encrypted() -> bytes:
-    """A zip whose headers say that its member is encrypted."""
+    """A zip whose headers mark its member as encrypted."""
     content = bytearray(zipped(("ratings.csv", CSV), how=zipfile.ZIP_STORED))
     content[6] |= 1
     content[content.find(b"PK\x01\x02") + 8] |= 1
@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "an old Mac's line ends": (
         "r.csv",
         CSV.replace(b"\n", b"\r"),
-        "FILE:1: lines must end in a line feed, not in a carriage return alone",
+        "FILE:1: lines must end in a line feed, not only a carriage return",
     ),
     "latin-1": (
         "r.csv",

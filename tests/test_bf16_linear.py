@@ -1,4 +1,4 @@
-"""Products in half precision and what is between them: on CUDA against float64."""
+"""Products in half precision, and GELU and dropout between them: on CUDA against float64."""
 
 import pytest
 import torch

@@ -97,7 +97,7 @@ Train = Callable[..., Outcome]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, wanted: int, act: Callable[[Trainer], Any]) -> None:
-    """Do something once in the middle of training, after step ``wanted``."""
+    """Call ``act`` once, after step ``wanted`` of a training."""
     step = Trainer._step
 
     def patched(self: Trainer, *arguments: Any) -> None:

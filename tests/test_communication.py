@@ -41,7 +41,7 @@ def config(cache_dir: Path) -> RunConfig:
 
 
 def test_known_collectives(counted: dict[str, Any]) -> None:
-    # A rank of two hands over: half of all it holds, twice in an all-reduce; see collectives.py.
+    # Each of two ranks sends half of its tensor, twice in an all-reduce; see collectives.py.
     expected = [
         ["all-reduce, float64", 2 * 80 / 2],
         ["all-gather, float32", 40],
@@ -125,7 +125,7 @@ def counts() -> list[dict[str, Any]]:
         entry = {"calls": calls, "mean": mean, "most": most}
         return {"way": way, "ranks": 8, "batch": batch, "collectives": {"all-gather, int8": entry}}
 
-    # 300 MB whatever the batch; 1 MB and 0.5 MB more a window.
+    # 300 MB for any batch; 1 MB and 0.5 MB more per window.
     return [
         one("ddp", 8, 2, 300e6),
         one("row_wise", 8, 10, 5e6),

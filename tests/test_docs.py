@@ -33,7 +33,7 @@ def commands(text: str) -> Iterator[list[str]]:
                 continue
             try:
                 words = shlex.split(unfinished, comments=True)
-            except ValueError:  # a quotation goes on
+            except ValueError:  # an open quotation
                 continue
             unfinished = ""
             for command in " ".join(map(shlex.quote, words)).split(" '&&' "):

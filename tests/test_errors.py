@@ -219,7 +219,7 @@ def test_all_ranks_end_and_one_prints_the_error(
     assert outcome.code == 1  # torchrun's own
     ours = [line for line in outcome.err.splitlines() if line.startswith(f"{script}.py: ")]
     assert ours == [f"{script}.py: {message}"]
-    # The only traceback is torchrun's, which says that a rank failed with exit code 2.
+    # The only traceback is torchrun's: a rank failed with exit code 2.
     assert outcome.err.count("Traceback (most recent call last)") == 1
     assert "ChildFailedError" in outcome.err and "exitcode  : 2" in outcome.err
     assert not list(tmp_path.iterdir())

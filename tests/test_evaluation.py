@@ -73,7 +73,7 @@ def of_ranks(*ranks: int) -> dict[str, float]:
 def test_test_split_by_hand() -> None:
     result = evaluated(SCORES)
     assert result["users"] == 3
-    # User 0: 5 against 6 alone. User 1: 3 against 1 (ahead), 4, 5; 2 and 6 are seen.
+    # User 0: 5 only against 6. User 1: 3 against 1 (ahead), 4, 5; 2 and 6 are seen.
     # User 2: 2, though it is in the history, against 1 (ahead), 3 (a tie), 5.
     assert result["full"] == pytest.approx(of_ranks(1, 2, 3))
     # Unseen items that occur in training: none; 1, 4; 1, 3.
@@ -117,7 +117,7 @@ def test_nan_never_wins() -> None:
     # All are NaN: every target is last.
     assert evaluated([math.nan] * 6)["full"] == pytest.approx(of_ranks(2, 4, 4))
     assert evaluated([math.nan] * 6)["sampled"] == pytest.approx(of_ranks(1, 3, 3))
-    # The target alone is NaN: last, and infinite scores are in order.
+    # Only the target is NaN: last, and infinite scores are in order.
     assert evaluated([*SCORES[:4], math.nan, math.inf])["full"] == pytest.approx(of_ranks(2, 3, 4))
     assert evaluated([-math.inf] * 4 + [math.inf, -math.inf])["full"]["HR@1"] == 1 / 3
 

@@ -169,7 +169,7 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
     assert outcome.code == 0, outcome.err
     after = losses(job.run_dir)
     assert {step: after[step] for step in before} == before
-    # Half as many windows a step: what was left of the epochs at 64 windows is done at 32.
+    # The rest of the epochs was trained with 32 instead of 64 windows per step.
     windows = newest(job.run_dir)["position"]
     assert (windows["epoch"], windows["sample"]) == (20, 0)
     recent, next_ones = [

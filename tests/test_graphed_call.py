@@ -113,7 +113,7 @@ def test_jagged_half_precision_equals_padded_full_precision(
     given = make(1, int(left_share * rows))
     (plain, slow), (fast, encoder) = step(), step()
     encoder.cuda()
-    torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is not harmless zeros
+    torch.full((1 << 24,), torch.nan, device="cuda")  # unwritten memory must not be zeros
     assert_close(results(fast, encoder, given, True), results(plain, slow, given, False), 0.05)
 
 

@@ -61,7 +61,7 @@ def test_their_positions_attend_only_to_earlier_positions(positions: str) -> Non
     before = encoder(items, offsets, everywhere, left_only, longest=8)
     after = encoder(changed, offsets, everywhere, left_only, longest=8)
     moved = (before - after).abs().amax(dim=1) > 1e-6
-    # Row 0 (positions 0-2): only 1 and what follows it. Row 1 (3-7) sees both ways: all of it.
+    # Row 0 (positions 0-2): only 1 and later positions. Row 1 (3-7, both contexts): all positions.
     assert moved.tolist() == [False, True, True, True, True, True, True, True]
     assert torch.isfinite(before).all()
 

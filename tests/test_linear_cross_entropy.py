@@ -44,9 +44,9 @@ def ours(
     return torch.where(targets > 0, losses, 0)
 
 
-def solved(loss: Any, asked: Problem, *options: Any) -> list[torch.Tensor]:
+def solved(loss: Any, given: Problem, *options: Any) -> list[torch.Tensor]:
     """Losses, and the gradients of their weighted sum."""
-    hidden, rows, targets, weights = asked
+    hidden, rows, targets, weights = given
     hidden, rows = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
     losses = loss(hidden, rows, targets, *options)
     (losses * weights).sum().backward()

@@ -122,7 +122,7 @@ def test_empty_input(kind: type[BaseNode]) -> None:
         next(EncodeIds(IterableWrapper([])))
 
 
-def test_every_stage_starts_anew_and_resumes() -> None:
+def test_every_stage_restarts_and_resumes() -> None:
     source = [chunk([0, 1], [0, 1], [1, 2]), chunk([1, 0], [0, 1], [3, 4])]
     for make in (
         FilterRatings,

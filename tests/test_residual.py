@@ -39,7 +39,7 @@ def solved(outputs: Tensors, inputs: Tensors) -> Tensors:
 
 
 def assert_close(found: Tensors, expected: Tensors) -> None:
-    """Within 5e-6 of the norm, or of what bfloat16 rounds: 4e-3."""
+    """Within 5e-6 of the norm, for bfloat16 within its rounding error, 4e-3."""
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         limit = 4e-3 if one.dtype == torch.bfloat16 else 5e-6
@@ -112,8 +112,8 @@ def test_dropout_keeps_its_share_and_the_mean(share: float) -> None:
     deviation = (share / (1 - share) / forward.numel()) ** 0.5
     assert abs(float(forward.double().mean()) - 1) < 5 * deviation
     for elsewhere in (masks(other, 5000, 384)[0], forward.roll(1, 0), forward.roll(1, 1)):
-        together = float(((forward - 1) * (elsewhere - 1)).double().mean())
-        assert abs(together) < 5 * share / (1 - share) / forward.numel() ** 0.5  # independent
+        covariance = float(((forward - 1) * (elsewhere - 1)).double().mean())
+        assert abs(covariance) < 5 * share / (1 - share) / forward.numel() ** 0.5  # independent
 
 
 def test_dropout_behind_the_first_norm_is_the_same_backward() -> None:

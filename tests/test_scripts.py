@@ -77,7 +77,7 @@ def assert_equal_results(found: dict[str, Any], expected: dict[str, Any]) -> Non
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> dict[str, Any]:
-    """A run by torchrun on two ranks: its folder, its export, what it printed and found."""
+    """A run by torchrun on two ranks: its folder, export, output and metrics."""
     folder = tmp_path_factory.mktemp("trained")
     outcome = torchrun(
         2,
@@ -310,7 +310,7 @@ def test_ml_100k_on_two_ranks_and_on_one(
         f"--run_dir={tmp_path}",
     )
     assert outcome.code == 0, outcome.err
-    # As GroupLens counts them; nobody there has fewer than 20 ratings.
+    # GroupLens' counts; every user has at least 20 ratings.
     kept = "100,000 ratings           943 users         1,682 items"
     assert outcome.out.count(kept) == 4
     result = read_result(tmp_path)

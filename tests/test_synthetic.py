@@ -87,7 +87,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_drawn_items_follow_the_scores() -> None:
-    """Over many users the first two items are as frequent as their probabilities say."""
+    """Over many users the first two items have the frequencies of their probabilities."""
     config = SyntheticConfig(num_users=20_000, num_items=12, min_length=3, max_length=3)
     process = RingProcess(config)
     paths, _ = process.draw()

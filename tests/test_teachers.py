@@ -98,7 +98,7 @@ GIVEN = StepInput(**ROWS, **NONE, targets=torch.tensor([7, 30]), ids=IDS)
 
 
 def test_a_model_taught_only_by_itself_has_no_gradient() -> None:
-    """The entropy of its own probabilities cannot be lowered: no gradient, of no weight."""
+    """The entropy of its own probabilities is the minimum: every weight's gradient is 0."""
     student = model(dropout=0.0)
     step = taught_by(model(dropout=0.5), 1.0, student)
     table = student.embeddings.embeddings["item"].weight

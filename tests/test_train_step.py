@@ -72,7 +72,7 @@ def test_a_graph_equals_the_launched_kernels(
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
-def test_a_graph_reads_each_batch_anew(
+def test_a_graph_reads_every_batch(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     monkeypatch.setattr("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True))

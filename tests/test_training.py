@@ -317,7 +317,7 @@ def test_on_gpus_ranks_agree_at_every_fourth_step(one_rank: Ranks) -> None:
 
 
 class _Steps:
-    """Stands for the GPU's events, of which the first ``_Steps.done`` have happened."""
+    """A fake GPU event; the first ``_Steps.done`` events have happened."""
 
     recorded = done = 0
 

@@ -331,7 +331,7 @@ def test_sharded_tensors(one_rank: Ranks) -> None:
 
 def test_the_prefetcher_resumes_from_its_state() -> None:
     class Counter(BaseNode):
-        """Counts up to 4 from what it is given."""
+        """Counts up to 4 from its state."""
 
         def reset(self, initial_state: Any = None) -> None:
             super().reset(initial_state)

@@ -1,4 +1,4 @@
-"""Windows against examples worked out by hand, and what must hold for any history."""
+"""Windows by hand, and properties for any history."""
 
 import numpy as np
 import pytest

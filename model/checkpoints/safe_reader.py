@@ -43,7 +43,7 @@ class SafeReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index; dcp.load turns UnreadableIndex into a CheckpointException on all ranks."""
-        # Private: FileSystemReader's fs and _get_metadata_path say where the index is.
+        # Private: FileSystemReader's fs and _get_metadata_path give the index's location.
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()

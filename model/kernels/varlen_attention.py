@@ -4,7 +4,7 @@
       call 0   causal, over the rows with left context only, which come first
       call 1   both ways, over the other rows
       call 2   causal, from second streams (queries) to the rows with left context only (keys); a
-               query row is one longer than its key row, so a position sees those strictly before it
+               query row is one longer than its key row: a query's keys are strictly before it
     -> choose -> attended [T, H, W]
 
 In each call the rows of the other calls are empty. Backward: the same calls, then ``join``.

@@ -11,7 +11,7 @@ is the sum of the h with the same weights. Attention computes both, tile by tile
                 means back into sums
 
 The backward pass needs logits whose exponentials cannot overflow: cosines divided by a temperature.
-Without such a bound, or a kernel for the width or dtype, plain matrix products score the candidates
+Without a bound, or a kernel for the width or dtype, plain matrix products score the candidates
 block by block.
 
 Vectors are float32 (float64 in tests), or bfloat16 inside autocast: then a mean candidate has an

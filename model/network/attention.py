@@ -27,8 +27,8 @@ class RowLayout:
         left_only: bool [W], whether each of the first W rows has only left context (a position
             attends to itself and earlier ones); these rows come first. None: no row has.
         steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
-            W ... 2 W - 1 are second streams: position t of such a row, which is one longer than
-            row w, attends to itself and to the first t positions of row w; no other position
+            W ... 2 W - 1 are second streams, each one position longer than its window's row w:
+            position t attends to itself and to the first t positions of row w; no other position
             attends to it. None: the index is the distance from the row's end.
     """
 
@@ -45,7 +45,7 @@ class RowLayout:
         self.row = torch.repeat_interleave(
             torch.arange(self.rows, device=offsets.device),
             offsets.diff(),
-            output_size=num_positions,  # the host knows T: no synchronisation
+            output_size=num_positions,  # T from the host: no synchronisation
         )
         flat = torch.arange(num_positions, device=offsets.device)
         self.from_end = offsets[1:][self.row] - flat - 1  # [T]
@@ -87,7 +87,7 @@ class RowLayout:
     def _visible_to_second(self) -> Tensor:
         """Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
 
-        Rows are padded on the left and a second stream is one longer, so its position t is in the
+        Rows are padded on the left and a second stream is one longer: its position t is in the
         column of the window's position t - 1.
         """
         columns = torch.arange(self.longest, device=self.offsets.device)

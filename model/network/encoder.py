@@ -118,7 +118,7 @@ class Encoder(nn.Module):
             left_only: bool [W], as in :class:`~model.network.attention.RowLayout`.
             steps_ago: int64 [T], below ``max_len``, as there.
             longest: length to which padded attention pads the rows; may exceed ``max_len``. None:
-                the longest possible, so that shapes alone decide, as CUDA graphs need it.
+                the longest possible, which depends only on shapes, as CUDA graphs require.
         """
         limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)

@@ -1,4 +1,4 @@
-"""The parts that train.py and eval.py wire together.
+"""The parts that train.py and eval.py connect.
 
     config, flags, recipes   all flags, the command line made of them, flags to start from
     script                   runs a script: flags first, then the slow imports

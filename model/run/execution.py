@@ -85,8 +85,8 @@ def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
 def _table_lr(config: RunConfig, optimizer: str) -> float:
     """The tables' peak learning rate.
 
-    Adagrad divides by the root of all squared gradients so far, not of recent ones, so its steps
-    shrink from the start; it needs a larger rate than Adam.
+    Adagrad divides by the root of the sum of all squared gradients so far: its steps shrink from
+    the start, and it needs a larger rate than Adam.
     """
     if config.sharding.embedding_lr is not None:
         return config.sharding.embedding_lr

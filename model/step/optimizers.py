@@ -14,7 +14,7 @@ from model.tables.distribute import replicated
 
 
 class Optimizers:
-    """Both optimizers of a distributed model, stepped together."""
+    """Both optimizers of a distributed model, with one ``step``."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Optimizers:
         self.peak_lr = config.lr  # the encoder's
         self.tables = model.fused_optimizer
         parameters = replicated(model)
-        # In ddp the tables are ordinary parameters, with a learning rate of their own.
+        # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
         self.dense = KeyedOptimizerWrapper(parameters, lambda params: self._adamw(params, device))
         stepped: KeyedOptimizer = self.dense

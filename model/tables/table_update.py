@@ -3,8 +3,8 @@
 ``update`` updates every row, in one pass over the table in memory order:
 
     table [R, D]    outer rows 0 ... first - 1 | candidates first ... first + C - 1 | outer rows
-    gradients       of the candidates [C, D], then of the S = R - C outer rows [S, D]; row i of both
-                    together belongs to row (first + i) mod R of the table
+    gradients       of the candidates [C, D], then of the S = R - C outer rows [S, D]; gradient i of
+                    the concatenation belongs to row (first + i) mod R of the table
 
 FBGEMM's Adam does not update rows without a lookup. Here an outer row counts as looked up if its
 gradient is not zero.

@@ -106,7 +106,7 @@ class LogWindow:
         self._windows += windows
 
     def reduce(self) -> dict[str, float]:
-        """Mean loss per masked position, speed of all ranks together, highest peak memory.
+        """Mean loss per masked position, summed speed of all ranks, highest peak memory.
 
         Raises:
             UserError: a loss is not finite; names the first such step.

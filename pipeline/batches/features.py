@@ -87,7 +87,7 @@ def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> 
 
 @lru_cache(maxsize=4)
 def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
-    """int64 [C]; a catalog may be large, so few are cached."""
+    """int64 [C]; few are cached, because a catalog may be large."""
     return torch.arange(*candidate_range, dtype=torch.int64, device=device)
 
 

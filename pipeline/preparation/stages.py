@@ -74,7 +74,7 @@ class CountingStage(Stage[RatingChunk]):
 class EncodeIds(CountingStage):
     """Arrow tables -> `RatingChunk`s: original ids become int32 codes, in ascending order of ids.
 
-    Ids are sorted as numbers if all are whole numbers, else as text, so codes do not depend on the
+    Ids are sorted as numbers if all are whole numbers, else as text: codes do not depend on the
     file's chunks. Spaces around an id are removed. Once streamed, string arrays ``users`` and
     ``items`` hold the original id of every code.
     """
@@ -172,7 +172,7 @@ class GroupByUser(Stage[Histories]):
     """All chunks -> one `Histories`, by a stable sort by user and time.
 
     A user's ratings with equal times keep the order of the file: an unstable sort would change the
-    targets of data such as MovieLens, where many times are equal.
+    targets of MovieLens, where many times are equal.
     """
 
     def stream(self) -> Iterator[Histories]:

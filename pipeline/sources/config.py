@@ -23,7 +23,7 @@ class SyntheticConfig:
     max_length: int = 40
     successors: int = 6  # number of favourite successors of an item
     decay: float = 0.7  # probability of a favourite divided by that of the one before it
-    noise: float = 0.3  # share of next items that are drawn by popularity alone
+    noise: float = 0.3  # share of next items drawn only by popularity
     zipf: float = 1.0  # popularity of the r-th most popular item ~ r ** -zipf
     seed: int = 0
 

@@ -79,7 +79,7 @@ def _read_text(file: SourceFile, columns: str, separator: str) -> Iterator[pa.Ta
             line, _, rest = block.partition(b"\n")
             if b"\r" in line.removesuffix(b"\r"):
                 raise UserError(
-                    f"{file}:1: lines must end in a line feed, not in a carriage return alone: "
+                    f"{file}:1: lines must end in a line feed, not only a carriage return: "
                     "convert the file with tr '\\r' '\\n'"
                 )
             layout = text_layout(str(file), file.name, _decode(file, line), columns, separator)

@@ -7,7 +7,7 @@
 
 All ranks have the same number of batches: a rank without a share of an epoch's last, partial step
 gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
-state counts the samples consumed by all ranks, so training can resume at any world and batch size::
+state counts the samples consumed by all ranks: training can resume at any world and batch size::
 
     loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
     batches = loader.epoch(3)

@@ -66,8 +66,8 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.start[chunk.windows], self.table.end[chunk.windows]
-        # These independent reads bring the rows, far apart in memory, into the cache; the gather
-        # below alone would wait for each row in turn (half the speed).
+        # These independent reads bring the rows, far apart in memory, into the cache. Without them
+        # the gather below would wait for each row in turn (half the speed).
         self.items[start], self.items[end - 1]
         # All positions are in range: "clip" changes none and skips the range check.
         values = np.take(self.items, jagged_positions(start, end), mode="clip")

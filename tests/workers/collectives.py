@@ -29,7 +29,7 @@ STEPS = 5
 
 
 def known() -> list[tuple[str, float]]:
-    """What the counter notes of one collective of each kind, and of DDP's own."""
+    """The counter's entries for one collective of each kind, and for DDP's."""
     rank = dist.get_rank()
     ten, twenty = torch.ones(10), torch.ones(20)
     ddp = DistributedDataParallel(torch.nn.Linear(3, 2))

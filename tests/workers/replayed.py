@@ -33,7 +33,7 @@ class Replayed(TrainStep):
 
     @property
     def replayable(self) -> int:
-        """Shapes that were met again."""
+        """Number of shapes that were replayed."""
         return sum(one is not None for one in self._captured.values())
 
 
