@@ -55,7 +55,7 @@ def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> 
 
 
 def steps(device: str, count: int) -> list[tuple[torch.Tensor, ...]]:
-    """Ids [T] looked up, weights [T, D] of their rows' loss and [C, D] of the candidates'."""
+    """Looked-up ids [T], loss weights [T, D] of their rows and [C, D] of the candidates."""
     generator = torch.Generator().manual_seed(5)
     ids = [[8, 3, 8, 5, 0], [3], [8, 1, 1, 1], [], [0, 8, 7]]
     drawn = []
@@ -172,7 +172,7 @@ def test_rows_around_the_candidates_stay_without_gradients() -> None:
 
 
 @pytest.mark.parametrize("catalog", [CatalogSlice(1, 8, True), None])
-def test_several_ranks_divide_gradients_and_leave_out_rows_of_others(
+def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     catalog: CatalogSlice | None,
 ) -> None:
     class OfFour(RowExchange):
@@ -196,7 +196,7 @@ def test_several_ranks_divide_gradients_and_leave_out_rows_of_others(
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 def test_adam_on_cuda_does_not_update_rows_without_a_lookup() -> None:
-    """Its averages would move rows without gradients: of those around the candidates, the first."""
+    """Adam's averages would move rows without gradients; here only row 0 has none."""
     rows, means, squares = torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)
     given = [t.cuda() for t in (rows, means, squares, torch.zeros(2, 2), torch.zeros(2, 2))]
     given[-1][0] = 2  # the last row's

@@ -16,7 +16,7 @@ from tests.conftest import TINY, RunMain
 
 
 def break_metrics(log: RunLog) -> None:
-    # Every write to it finds the disk full.
+    # Every write fails with a full disk.
     log._file = Path("/dev/full").open("a")  # noqa: SIM115
 
 

@@ -71,7 +71,7 @@ def test_the_loss_by_its_formula(
 
 
 def model(seed: int = 0, **encoder: float) -> BERT4Rec:
-    """A plain model of 30 items whose weights are no small ones."""
+    """A plain model of 30 items with large weights."""
     config = ModelConfig(30, 8, EncoderConfig(emb_dim=16, nhead=2, **encoder), HeadConfig())
     made = BERT4Rec(config, CatalogSlice(1, 31, shared=False), seed)
     torch.manual_seed(seed)
@@ -112,7 +112,7 @@ def test_a_model_taught_only_by_itself_has_no_gradient() -> None:
         assert parameter.grad.abs().max() < 1e-5
 
 
-def test_teachers_are_no_part_of_the_model() -> None:
+def test_teachers_are_not_part_of_the_model() -> None:
     student = model()
     before = student.state_dict().keys()
     student.dense_step = taught_by(model(1), 0.5, student)

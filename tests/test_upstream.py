@@ -85,7 +85,7 @@ def test_a_sharded_collection(sharded: DistributedModelParallel) -> None:
         collection, "_embedding_names_per_sharding", "the features of a lookup, in its order"
     )
     assert [*map(list, names)] == [["item", "candidate"]], "features of each lookup, in its order"
-    assert has(collection, "_embedding_dim", "the width of the rows that a lookup gives") == 4
+    assert has(collection, "_embedding_dim", "the width of a lookup's rows") == 4
     assert "forward" not in vars(collection), "forward is replaced on the instance"
     has(lookup, "purge", "drops rows that UVM caching keeps on the GPU when a table is loaded")
     features = KeyedJaggedTensor(
@@ -137,7 +137,7 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     purpose = "called by the pipelines of whole steps"
     takes(TrainPipelineSparseDist.enqueue_batch, ["self", "dataloader_iter"], purpose)
     takes(TrainPipelineSparseDist._next_batch, ["self", "dataloader_iter"], purpose)
-    takes(TrainPipelineSparseDist.detach, ["self"], "gives the model its own forward back")
+    takes(TrainPipelineSparseDist.detach, ["self"], "restores the model's forward")
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     pipeline = TrainPipelineSparseDist(sharded, optimizer, CPU, execute_all_batches=True)
@@ -175,7 +175,7 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
             "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
             "is_causal rng_state unused",
             3,
-            "its gradient, for outputs of several attentions put together",
+            "its gradient, for the combined output of several attentions",
         ),
         (
             "_scaled_dot_product_flash_attention",
@@ -257,7 +257,7 @@ def two_ranks() -> Iterator[list[dist.ProcessGroup]]:
 
 
 def test_gloos_message_about_silent_ranks(two_ranks: list[dist.ProcessGroup]) -> None:
-    purpose = "errors about other ranks are told from other errors by their text"
+    purpose = "errors about other ranks are recognised by their text"
     with pytest.raises(RuntimeError, match=r"Ranks? 1 failed to pass"):
         two_ranks[0].monitored_barrier(timedelta(milliseconds=50), True)
     with pytest.raises(RuntimeError) as raised:
@@ -280,7 +280,7 @@ def test_files_of_a_checkpoint(one_rank: Ranks, tmp_path: Path) -> None:
     assert names == [".metadata", "__0_0.distcp"], "each rank checks its own files: __<rank>_*"
 
     reader = dcp.FileSystemReader(tmp_path)
-    purpose = "the index is read by an unpickler that knows these few classes"
+    purpose = "the index is read by an unpickler that allows only these classes"
     path = has(reader, "_get_metadata_path", purpose)(None)
     has(reader, "load_id", "marks the index as read by this reader")
     with reader.fs.create_stream(path, "rb") as file:
@@ -348,7 +348,7 @@ def test_the_prefetcher_resumes_from_its_state() -> None:
 
     prefetcher = Prefetcher(Counter(), prefetch_factor=2)
     prefetcher.reset({"snapshot": {"begin": 2}, "steps_since_snapshot": 0})
-    assert list(prefetcher) == [3, 4], "the loader begins an epoch in the middle"
+    assert list(prefetcher) == [3, 4], "the loader starts in the middle of an epoch"
     assert list(Prefetcher(IterableWrapper([1, 2]), prefetch_factor=2)) == [1, 2]
 
 

@@ -5,8 +5,8 @@ Both protocols are computed:
     full     the target against the whole catalog without the items the user rated before
 
 Each rank scores the users of all ranks against its own slice of the catalog, part by part
-(``catalog_scores.py``) and twice: to find the scores of targets and negatives, then to count the
-items that score at least as high as the target:
+(``catalog_scores.py``), in two passes: the first finds the scores of targets and negatives, the
+second counts the items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
 

@@ -1,4 +1,4 @@
-"""Ranking metrics of leave-one-out evaluation: one relevant item a user.
+"""Ranking metrics of leave-one-out evaluation: one relevant item per user.
 
 With the target at rank r (1 = best), HR@k = [r <= k] (equal to Recall@k), NDCG@k = [r <= k] /
 log2(r + 1) and MRR = 1 / r, each averaged over users. A tie counts against the model: r = 1 + the

@@ -1,6 +1,6 @@
 """Average the gradients of replicated parameters in one all-reduce after the backward pass.
 
-    gradients of all parameters -> one piece of memory -> all-reduce -> their means as gradients
+    gradients of all parameters -> one buffer -> all-reduce -> their means as gradients
 
 For the encoder's few megabytes, the hooks of DistributedDataParallel take longer than the
 all-reduce. Without hooks, and with means at fixed addresses, CUDA graphs can hold the backward pass

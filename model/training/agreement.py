@@ -2,7 +2,7 @@
 
     rank 0  a checkpoint is due      rank 1  received SIGTERM      rank 2  its loss is not finite
         |                                |                             |
-        +----------- all-reduce of one integer a rank, maximum, on the host -----------+
+        +---------- all-reduce of one integer per rank, maximum, on the host ----------+
                                          |
                         one step later all ranks act on the result
 

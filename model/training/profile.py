@@ -28,8 +28,8 @@ from model.training.config import ProfileConfig
 _SKIPPED, _WARM_UP = 100, 2
 # Steps after it: the last ones have no further batch to prepare.
 _RUN_OUT = 2
-# Regular expressions for the beginning of each stage's ranges in the trace. Those with ## are
-# TorchRec's or follow them; the others are hooks that exist only while a trace is recorded.
+# Regular expressions for the beginning of each stage's ranges in the trace. Ranges with ## are
+# TorchRec's or named like them; the others are hooks that exist only while a trace is recorded.
 STAGES = {
     "data wait": "## next_batch ",
     "transfer": "## copy_batch_to_gpu ",

@@ -1,6 +1,6 @@
 """The log of a run, written by rank 0.
 
-    runs/mine/metrics.jsonl     one JSON object a line: step, epoch, loss, lr, records_per_second
+    runs/mine/metrics.jsonl     one JSON object per line: step, epoch, loss, lr, records_per_second
     runs/mine/events.out.*      the same for TensorBoard
     runs/mine/eval_test.json    the final metrics
 

@@ -93,7 +93,7 @@ def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: in
 
 @lru_cache(maxsize=64)
 def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
-    """The lengths that follow those of B rows of items: int64 [2 S - B].
+    """The lengths to append to those of the B item rows: int64 [2 S - B].
 
     S - B rows without items, then ``count`` candidates spread over S >= B rows.
     """
@@ -106,7 +106,7 @@ def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> 
 
 @lru_cache(maxsize=64)
 def _ends(items: int, count: int, num_rows: int, device: torch.device, stream_id: int) -> Tensor:
-    """The offsets that follow those of B rows of items: int64 [2 S - B]."""
+    """The offsets to append to those of the B item rows: int64 [2 S - B]."""
     return items + _spread(count, num_rows, device, stream_id).cumsum(0)
 
 

@@ -220,7 +220,7 @@ def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | Non
 
 
 def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Bool marks, grown if need be, with those of the codes set."""
+    """Bool marks, enlarged if needed, with the codes' entries set."""
     size = int(codes.max(initial=-1)) + 1
     if size > len(marks):
         marks = np.concatenate([marks, np.zeros(max(size, 2 * len(marks)) - len(marks), bool)])

@@ -1,4 +1,4 @@
-"""Flags of the data: which ratings to read and which of them to keep."""
+"""Flags of the data: the source of the ratings and their filters."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def _random(default: int, help: str) -> int:
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Which ratings to train on and which of them to keep."""
+    """The source of the ratings, and their filters."""
 
     dataset_name: str = flag(
         "synthetic", f"data set: {', '.join(DATASET_NAMES)}, or a name for --dataset_path"

@@ -45,7 +45,7 @@ class SourceFile:
         return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
 
     def check_unpacked(self, size: int) -> None:
-        """Refuse a file whose unpacked size in bytes is far above that of a table of ratings."""
+        """Reject a file with an unpacked size (bytes) far above that of a table of ratings."""
         if size > max(BOMB_BYTES, BOMB_RATIO * self.path.stat().st_size):
             raise UserError(
                 f"{self} unpacks to more than {BOMB_RATIO} times its size: it looks like a bomb; "

@@ -73,7 +73,7 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         )
 
     def _epoch_order(self) -> np.ndarray:
-        """The epoch's permutation of all samples: uint32, or int64 if they are too many."""
+        """The epoch's permutation of all samples: uint32, or int64 if uint32 is too small."""
         if self._order_epoch != self._epoch:
             dtype = np.uint32 if self.num_samples < 2**32 else np.int64
             self._order = np.arange(self.num_samples, dtype=dtype)

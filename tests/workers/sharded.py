@@ -114,7 +114,7 @@ def by_torchrec(ranks: Ranks) -> dict[str, Any]:
 
 
 def sgd(model: nn.Module) -> KeyedOptimizer:
-    """Plain SGD of everything; the fused tables bring their own."""
+    """Plain SGD for everything but the fused tables."""
     parameters = replicated(model)
     dense = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=LR))
     if any(model.plan.plan.values()) and dist.get_world_size() > 1:
