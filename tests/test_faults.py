@@ -298,7 +298,7 @@ def test_ranks_in_different_collectives_are_named(start: Start) -> None:
     assert job.wait() != 0
     assert re.search(
         r"the ranks wait for each other for 6 s at step 10: rank 0 at \w+\.py:\d+ \(\w+\), "
-        r"rank 1 at mismatch\.py:\d+ \(one_too_many\); earlier checkpoints are intact",
+        r"rank 1 at mismatch\.py:\d+ \(extra_barrier\); earlier checkpoints are intact",
         job.err,
     ), job.err
     assert job.err.count("mismatch.py: ") == 1

@@ -23,7 +23,7 @@ NO_TARGET = 0  # the padding item
 
 @dataclass(frozen=True)
 class CatalogSlice:
-    """The items ``low`` ... ``high - 1``, which this rank scores; not ``shared``: all items."""
+    """The items ``low`` ... ``high - 1``, scored by this rank; all items unless ``shared``."""
 
     low: int
     high: int

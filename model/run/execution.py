@@ -10,7 +10,7 @@ from model.tables.sharding_plan import table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
-# A catalog of fewer items than a step has positions is cheap to look up for scoring.
+# If a catalog has fewer items than a step has positions, its lookup for scoring is cheap.
 ITEMS_A_POSITION = 1
 # Gathering sends the rows of all ranks to each rank; above this TorchRec's all-to-all is used.
 GATHERED_BYTES = 256 << 20

@@ -183,7 +183,7 @@ def _boolean(text: str) -> bool:
 
 
 def _converted(entry: dataclasses.Field, value: Any) -> Any:
-    """``value`` as the flag's type: a file may hold anything."""
+    """``value`` as the flag's type; UserError if a file has another type."""
     if value is None and isinstance(entry.type, types.UnionType):
         return None
     plain = _plain(entry.type)

@@ -1,7 +1,7 @@
 """An optimizer step as one CUDA graph.
 
-Launching a small kernel costs the host about 5 us, which is more than many of them run; clipping
-and AdamW launch dozens.
+Launching a small kernel costs the host about 5 us, longer than many of them run; clipping and AdamW
+launch dozens.
 """
 
 from typing import Any

@@ -66,7 +66,7 @@ class TableShard:
             beta2=known.beta2,
             eps=known.eps,
             number=int(self._table.iter_cpu.add_(1)),
-            scale=1 / self.exchange.world_size,  # the mean over ranks, as TorchRec's
+            scale=1 / self.exchange.world_size,  # the mean over ranks, as in TorchRec
         )
         if self._rates is not None:
             for place, rate in zip(self._rates.unbind(), self._step.rates, strict=True):
@@ -75,7 +75,7 @@ class TableShard:
     def index(self, ids: Tensor) -> SortedIndex:
         """The row that the gradient of each local id [U] is added to; R (ignored) for -1.
 
-        In place, the candidates come first, then the rows behind them, then those before them.
+        In place, the order is: candidates, rows after them, rows before them.
         """
         count, index = len(self.rows), ids
         if self.in_place is not None:
@@ -136,7 +136,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Rows [T, D] and [C, D] of the features "item" and "candidate".
 
-        In training in place, the features have no candidates: they are the shard's items.
+        When trained in place, the features have no candidates: these are the shard's items.
         """
         ids, sizes = features.values(), features.length_per_key()
         if self.training:
