@@ -118,7 +118,7 @@ if triton is not None:
 
     @triton.jit
     def _pick(parts, calls: tl.constexpr, at, inside, call):
-        """The values ``at`` of the position's own call, one of the first ``calls``; or zeros."""
+        """The values ``at`` from the position's call if it is below ``calls``, else zeros."""
         found = _load(parts[1] + at, inside & (call == 1))
         if parts[0] is not None:
             found += _load(parts[0] + at, inside & (call == 0))

@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         means, log_sums = softmax_means(hidden, unit, bound)
         column = targets - low
         owned = (column >= 0) & (column < items)
-        # Positions whose target is elsewhere get no row: adding many zeros to one row takes time.
+        # Positions with targets in other slices get no row: adding many zeros to one row is slow.
         index = column.masked_fill(~owned, items)
         ctx.index = side_stream.start(lambda: sort_index(index, items))
         column = column.clamp(0, max(0, items - 1))

@@ -1,4 +1,4 @@
-"""The training loop and what surrounds its steps; may import every room of ``model`` but ``run``.
+"""The training loop, its log and its profile; may import every room of ``model`` but ``run``.
 
 trainer: epochs of pipelined steps, evaluation, checkpoints. config: flags. schedule: the learning
 rate by the position in training. agreement: ranks agree on saving and stopping; lost ranks are

@@ -3,8 +3,8 @@
     python train.py --profile 10          ->  runs/mine/profile/rank0.<time>.pt.trace.json.gz
     tensorboard --logdir runs/mine           (pip install torch-tb-profiler)
 
-A CUDA graph of the whole step hides its stages. As many further steps are then trained without it
-and written to rank0-apart.<time>.pt.trace.json.gz.
+A CUDA graph of the whole step hides its stages. In this case the same number of steps is then
+traced without it, into rank0-apart.<time>.pt.trace.json.gz.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The batches that are copied to the device. Imports no other room.
 
-train_batch    what one rank trains on in one step, packed or not
+train_batch    one rank's rows of one training step, packed or not
 eval_batch     users whose held-out items are ranked at once
 features       items and candidates as one KeyedJaggedTensor
 packing        all tensors of a step in one allocation

@@ -1,4 +1,4 @@
-"""Items and candidates as one KeyedJaggedTensor, the form in which TorchRec looks rows up.
+"""Items and candidates as one KeyedJaggedTensor, the input of TorchRec's lookup.
 
 The output layer is tied to the item table: candidates are a second feature of the same table. A
 range of candidates is made on the device and spread over the rows, because the embedding kernels

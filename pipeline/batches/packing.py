@@ -38,7 +38,7 @@ def pack(
 
     Args:
         parts: for each part, the integers or bools of all steps (floats: from :func:`float_pairs`)
-            and int64 [S + 1], where those of each step begin.
+            and int64 [S + 1], where each step begins.
         pin_memory: use page-locked memory.
     """
     sizes = np.stack([np.diff(splits) for _, splits in parts.values()], axis=1)

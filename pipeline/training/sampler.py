@@ -1,4 +1,4 @@
-"""Which rank trains which window when: an epoch's shuffled samples, split over steps and ranks.
+"""An epoch's shuffled samples, split over steps and ranks.
 
 A sample is one of ``dupe_factor`` copies of a window: number ``copy * windows + window``. The order
 of an epoch is a permutation keyed by (seed, epoch), the same on every rank. A step trains the next

@@ -28,7 +28,7 @@ from pipeline.training.cloze import MaskItems
 
 
 class TwoStreams(MaskItems):
-    """Mask the rows with both contexts, and give each of the others a second row."""
+    """Mask the rows with both contexts, and add a second row for each left-context row."""
 
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         left, lengths = chunk.left_only, np.diff(chunk.offsets)
