@@ -22,7 +22,13 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from pipeline.batches.features import CANDIDATE, jagged_items, join_candidates, tensors_of, with_candidates
+from pipeline.batches.features import (
+    CANDIDATE,
+    jagged_items,
+    join_candidates,
+    tensors_of,
+    with_candidates,
+)
 from pipeline.batches.packing import Packed, as_bools, as_floats
 
 

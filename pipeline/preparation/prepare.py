@@ -11,7 +11,15 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog, read_titles
-from pipeline.preparation.stages import CountingStage, Densify, EncodeIds, FilterItems, FilterRatings, FilterUsers, GroupByUser
+from pipeline.preparation.stages import (
+    CountingStage,
+    Densify,
+    EncodeIds,
+    FilterItems,
+    FilterRatings,
+    FilterUsers,
+    GroupByUser,
+)
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import DataSource, resolve
