@@ -64,7 +64,8 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = RunFolder(config, ranks, store)
     shards = describe_shards(model, ranks.world_size)
-    ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}; run folder {folder.path}")
+    ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}")
+    ranks.say(f"recipe {config.recipe}; run folder {folder.path}")
 
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)

@@ -20,12 +20,12 @@ _LOOKUPS = {
 }
 _EXCHANGES = {
     "none": "",
-    "gather": ", every rank looks up the ids of all",
+    "gather": ", every rank looks up the ids of all ranks in its shard",
     "torchrec": ", rows exchanged by TorchRec a batch ahead",
     "all_reduce": ", gradients averaged by DDP",
 }
 _GRAPHS = {
-    "step": "one CUDA graph a step",
+    "step": "one CUDA graph per step",
     "dense": "CUDA graphs of encoder and head",
     "encoder": "CUDA graphs of the encoder",
     "none": "no CUDA graphs",
@@ -70,4 +70,4 @@ class ExecutionPlan:
         if self.in_place:
             lookup += ", the exact softmax scores the shard in place"
         tables = f"{shards}: " * bool(shards) + lookup
-        return f"{tables}; {self.precision}; {_GRAPHS[self.graphs]}"
+        return f"{tables}; encoder {self.precision}; {_GRAPHS[self.graphs]}"

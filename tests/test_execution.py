@@ -136,7 +136,8 @@ def test_the_line_of_the_log() -> None:
     plan = planned(world_size=3)
     assert plan.describe("item row_wise") == (
         "item row_wise: looked up and updated by this project's kernels, every rank looks up the "
-        "ids of all, the exact softmax scores the shard in place; fp32; no CUDA graphs"
+        "ids of all ranks in its shard, the exact softmax scores the shard in place; encoder fp32; "
+        "no CUDA graphs"
     )
     replicas = replace(planned(mode="ddp"), graphs="encoder", precision="bf16").describe("")
-    assert replicas == "replicated as an ordinary weight; bf16; CUDA graphs of the encoder"
+    assert replicas == "replicated as an ordinary weight; encoder bf16; CUDA graphs of the encoder"

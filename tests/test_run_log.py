@@ -1,6 +1,7 @@
 """Log lines or a bar; metrics.jsonl and events on a full disk and after a resume."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -167,6 +168,35 @@ def test_a_bar_on_a_terminal(
     assert out == "epoch 1: validation\n"
     last = err.strip().split("\r")[-1]
     assert "| 4/4 [" in last and "epoch 1, loss 4.0000, 12,346 rec/s" in last
+
+
+def test_lines_on_a_terminal_of_unknown_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setattr(stream, "fileno", lambda: 1)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))
+    log = RunLog(tmp_path, total=4, step=1)
+    log.write(2, 1, values(2))
+    log.close()
+    assert "step 2/4, epoch 1" in capsys.readouterr().out
+
+
+def test_a_reader_of_stdout_that_ends_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        log = RunLog(tmp_path, total=4, step=1)
+        log.write(2, 1, values(2))
+        log.write(3, 1, values(3))
+        log.close()
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), written)  # what is buffered must go somewhere
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3]
 
 
 def test_other_ranks_write_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,7 +265,7 @@ def test_the_example_s_command_with_dmp(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     outcome = run_main("train", "--dataset_name", "random", "--mode", "dmp")
     assert outcome.code == 0, outcome.err
-    assert "item whole" in outcome.out  # whole on the only rank
+    assert "item unsharded" in outcome.out  # on the only rank
     (run_dir,) = Path("runs").iterdir()
     assert run_dir.name.startswith("random-")
     assert read_result(run_dir)["users"] == 10

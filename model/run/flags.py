@@ -24,7 +24,7 @@ _CLOSING_LINE = "--help-all shows all flags, by group; hyphens in names work too
 # Flags that earlier versions wrote into config.json, each with its value that has no effect now.
 _RETIRED_FLAGS = {"attention_dropout": 0.0}
 # Values that earlier versions wrote into config.json and this version refuses.
-_RETIRED_VALUES = {"positions": "bias", "acceleration": "compile"}
+_RETIRED_VALUES = {"positions": "bias"}
 
 
 def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
@@ -77,7 +77,7 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
                 f"made with --{name} {value}, which this version no longer has: use the version "
                 "that made it"
             )
-        if name == "acceleration" and value == "graphs":  # now the meaning of "auto"
+        if name == "acceleration" and value in ("graphs", "compile"):  # it changed only the speed
             value = "auto"
         flat[new_names.get(name, name)] = value
     return flat
@@ -104,6 +104,7 @@ class FlagParser(argparse.ArgumentParser):
         )
         self.config_class = config_class
         if main_flags is None:
+            self.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
             self._add_group(config_class, self)
             return
         self.add_argument("--help_all", action=_HelpAll, nargs=0, help=argparse.SUPPRESS)

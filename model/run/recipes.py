@@ -70,4 +70,5 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
         name = dataset if dataset in RECIPES and not own_file else "none"
         if given.get("teachers") and f"{name}-taught" in RECIPES:
             name = f"{name}-taught"
-    return {**RECIPES.get(name, {}), **given, "recipe": name}
+    recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}  # RunConfig refuses others
+    return {**recipe, **given, "recipe": name}

@@ -124,7 +124,7 @@ def describe_shards(model: DistributedModelParallel, world_size: int) -> str:
     parts = []
     for module in model.plan.plan.values():
         for table, sharding in module.items():
-            kind = "whole" if world_size == 1 else sharding.sharding_type
+            kind = "unsharded" if world_size == 1 else sharding.sharding_type
             place = sharding.compute_kernel.removeprefix("fused")
             parts.append(f"{table} {kind}{place and f' in {place[1:]}'}")
     return ", ".join(parts)

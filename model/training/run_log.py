@@ -10,6 +10,7 @@ A terminal gets a progress bar on stderr. Elsewhere stdout gets a line every --l
 """
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -51,7 +52,7 @@ class RunLog:
             raise UserError(
                 f"--run_dir {run_dir} cannot be written: {error.strerror or error}"
             ) from error
-        if sys.stdout.isatty() and sys.stderr.isatty():
+        if _shows_bar():
             self._bar = tqdm(
                 total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
             )
@@ -64,8 +65,6 @@ class RunLog:
         """Log scalars; names with a slash group them in TensorBoard; ``epoch`` counts from 1."""
         if self._run_dir is None:
             return
-        if "loss" in values:
-            self._show(step, epoch, values)
         tags = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         try:
             self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
@@ -73,6 +72,11 @@ class RunLog:
             self._add_scalars({**tags, "train/epoch": epoch}, step)
         except OSError as error:
             self._failed(error)
+        if "loss" in values:
+            with suppress(
+                OSError
+            ):  # stdout's reader, as head, has ended: metrics.jsonl has the line
+                self._show(step, epoch, values)
 
     def _show(self, step: int, epoch: int, values: dict[str, float]) -> None:
         loss, speed = f"loss {values['loss']:.4f}", f"{values['records_per_second']:,.0f} rec/s"
@@ -144,6 +148,16 @@ class RunLog:
         if self._events is not None:
             warn(f"{message}, training goes on")
         self._close_events()
+
+
+def _shows_bar() -> bool:
+    """Whether stdout and stderr are a terminal of known width: at width 0 tqdm prints nothing."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return True
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
