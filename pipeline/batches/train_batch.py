@@ -94,7 +94,10 @@ class TrainBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it (CUDA only)."""
-        for part in tensors_of(self).values():
+        parts = tensors_of(self)
+        if self.words is not None:  # the other tensors are views of it
+            parts = {"features": self.features, "words": self.words}
+        for part in parts.values():
             part.record_stream(stream)
 
 
