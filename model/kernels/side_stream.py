@@ -24,7 +24,6 @@ import torch
 
 T = TypeVar("T")
 
-
 _side: torch.cuda.Stream | None = None  # only the training thread uses it
 # Tensors that running work reads must not be freed: the main stream could reuse their memory.
 _kept: list[Callable[[], object]] = []

@@ -73,9 +73,8 @@ class RunLog:
         except OSError as error:
             self._failed(error)
         if "loss" in values:
-            with suppress(
-                OSError
-            ):  # stdout's reader, as head, has ended: metrics.jsonl has the line
+            # A reader of stdout, such as head, may have ended; metrics.jsonl has the line.
+            with suppress(OSError):
                 self._show(step, epoch, values)
 
     def _show(self, step: int, epoch: int, values: dict[str, float]) -> None:
