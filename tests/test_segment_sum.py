@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.kernels.segment_sum import add_rows, sort_index
+from model.tables.table_update import Step, update_some
 
 
 def test_by_hand() -> None:
@@ -18,6 +19,23 @@ def test_no_values_and_no_rows() -> None:
     add_rows(rows, sort_index(torch.tensor([], dtype=torch.int64), 2), torch.empty(0, 3))
     assert rows.equal(torch.ones(2, 3))
     add_rows(rows[:0], sort_index(torch.tensor([0, 1]), 0), torch.ones(2, 3))
+
+
+def test_threads_add_in_a_fixed_order_on_the_cpu() -> None:
+    index = sort_index(torch.randint(0, 50, (4000,)), 50)
+    added = torch.randn(4000, 32)
+    step = Step(lr=0.1, beta1=0.9, beta2=0.999, eps=1e-8, number=1)
+    found = set()
+    for threads in (1, *[4] * 20):
+        torch.set_num_threads(threads)
+        try:
+            sums, table, state = torch.zeros(50, 32), torch.zeros(50, 32), torch.zeros(50)
+            add_rows(sums, index, added)
+            update_some("rowwise_adagrad", table, [state], index, added, step)
+        finally:
+            torch.set_num_threads(1)
+        found.add(sums.numpy().tobytes() + table.numpy().tobytes())
+    assert len(found) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -66,8 +66,15 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
         if len(part):
             inside = (row >= 0) & (row < len(part))
             added = torch.where(inside[:, None], values, 0)
-            # Sums in a fixed order, unlike index_add_ on CUDA.
-            part.index_put_((row.clamp(0, len(part) - 1),), added, accumulate=True)
+            accumulate(part, row.clamp(0, len(part) - 1), added)
+
+
+def accumulate(rows: Tensor, index: Tensor, values: Tensor) -> None:
+    """rows[index[i]] += values[i], in place and in a fixed order, without kernels of this file."""
+    if rows.is_cuda:  # index_add_ would add atomically
+        rows.index_put_((index,), values, accumulate=True)
+    else:  # index_put_ would add in several threads
+        rows.index_add_(0, index, values)
 
 
 def adam_rows(

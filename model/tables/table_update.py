@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.compiler import row_tiles, tl, triton
-from model.kernels.segment_sum import SortedIndex, adam_rows, adam_step
+from model.kernels.segment_sum import SortedIndex, accumulate, adam_rows, adam_step
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
@@ -105,7 +105,7 @@ def update_some(
         return
     rows, place = index.index.unique(return_inverse=True)
     sums = gradients.new_zeros(len(rows), gradients.shape[1])
-    sums.index_put_((place,), gradients, accumulate=True)
+    accumulate(sums, place, gradients)
     if len(rows) and rows[-1] == len(table):
         rows, sums = rows[:-1], sums[:-1]
     parts = [part[rows] for part in (table, *states)]
