@@ -14,14 +14,14 @@ Graphs = Literal["step", "dense", "encoder", "none"]
 Precision = Literal["bf16", "fp32"]
 
 _LOOKUPS = {
-    "own": "looked up and updated by this project's kernels",
+    "own": "looked up and updated by this project's code",
     "fbgemm": "looked up and updated by FBGEMM",
     "replicated": "replicated as an ordinary weight",
 }
 _EXCHANGES = {
     "none": "",
     "gather": ", every rank looks up the ids of all ranks in its shard",
-    "torchrec": ", rows exchanged by TorchRec a batch ahead",
+    "torchrec": ", rows exchanged by TorchRec, ids a batch ahead",
     "all_reduce": ", gradients averaged by DDP",
 }
 _GRAPHS = {
@@ -38,7 +38,7 @@ class ExecutionPlan:
 
     Attributes:
         in_place: the exact softmax scores the rank's shard itself, not a looked-up copy of it.
-        precision: of the encoder's products.
+        precision: of the matrix products of encoder and head.
         table_optimizer: in ddp the encoder's.
         table_lr: the tables' peak learning rate.
     """

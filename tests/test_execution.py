@@ -135,7 +135,7 @@ def test_compute_kernels_that_need_cuda(kernel: str) -> None:
 def test_the_line_of_the_log() -> None:
     plan = planned(world_size=3)
     assert plan.describe("item row_wise") == (
-        "item row_wise: looked up and updated by this project's kernels, every rank looks up the "
+        "item row_wise: looked up and updated by this project's code, every rank looks up the "
         "ids of all ranks in its shard, the exact softmax scores the shard in place; encoder fp32; "
         "no CUDA graphs"
     )

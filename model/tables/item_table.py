@@ -1,4 +1,4 @@
-"""The item table, one float32 table looked up and updated by this project's kernels.
+"""The item table, one float32 table looked up and updated by this project's code.
 
 The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
 exact softmax every row gets a gradient in every step. In place, the candidates are the shard
