@@ -3,8 +3,8 @@
     batch.features  "item"      -> rows of all positions  -> encoder -> hidden [M, D]
                     "candidate" -> rows to score with ----------------> head -> loss
 
-TorchRec's pipelines trace ``forward``: it calls the EmbeddingCollection once, on the unchanged
-``batch.features``, then modules without TorchRec.
+TorchRec's pipelines trace ``forward``: it calls the item table once, on the unchanged batch, then
+modules without TorchRec.
 
 Shapes: M masked positions, D width, V items.
 """
@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.sparse.jagged_tensor import JaggedTensor
 from torchrec.types import DataType
 
 from model.execution import ExecutionPlan
@@ -23,8 +24,8 @@ from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder
 from model.network.head import CatalogSlice, ScoringHead
-from pipeline.batches.features import CANDIDATE, ITEM
-from pipeline.batches.train_batch import TrainBatch
+from pipeline.batches.features import CANDIDATE, ITEM, Lookup
+from pipeline.batches.train_batch import PackedBatch, TrainBatch
 
 # FBGEMM's kernels train these and float8 tables, not bfloat16 ones.
 TABLE_PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
@@ -39,6 +40,14 @@ class ModelConfig:
     encoder: EncoderConfig
     head: HeadConfig
     table_precision: str = "fp32"
+
+
+class ItemTable(EmbeddingCollection):
+    """The tables of items; sharded, one of ``model/tables``."""
+
+    def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
+        """Rows [T, D] and [C, D] of the features "item" and "candidate" of a batch."""
+        return super().forward(batch.features)
 
 
 class BERT4Rec(nn.Module):
@@ -64,17 +73,18 @@ class BERT4Rec(nn.Module):
         plan = plan or ExecutionPlan()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.embeddings = EmbeddingCollection(
-                tables=_tables(config), device=torch.device(table_device)
-            )
+            self.embeddings = ItemTable(tables=_tables(config), device=torch.device(table_device))
             self.encoder = Encoder(config.encoder, config.max_len)
         self.head = ScoringHead(config.head, catalog, config.num_items)
         self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
 
-    def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: PackedBatch | TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
-        rows = self.embeddings(batch.features)
+        return self.score(self.embeddings(batch), batch.unpacked)
+
+    def score(self, rows: dict[str, JaggedTensor], batch: TrainBatch) -> tuple[Tensor, Tensor]:
+        """The same, from the batch's looked-up rows."""
         given = StepInput(
             batch.row_offsets,  # TorchRec would have to sum lengths for the offsets of ``rows``
             batch.masked,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from model.bert4rec import BERT4Rec
 from model.network.head import CatalogSlice
-from pipeline.batches.features import CANDIDATE, jagged_items, with_candidates
+from pipeline.batches.features import CANDIDATE, Ids, jagged_items, with_candidates
 
 PART_ITEMS = 2**18
 KEPT_BYTES = 2 << 30
@@ -77,4 +77,4 @@ class CatalogScores:
         """Scoring rows [C, D], looked up as the training step does."""
         no_rows = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         features = with_candidates(no_rows.to(self._device), (part.low, part.high))
-        return self._bert.head.project(self._bert.embeddings(features)[CANDIDATE].values())
+        return self._bert.head.project(self._bert.embeddings(Ids(features))[CANDIDATE].values())

@@ -143,7 +143,7 @@ def _rank_all(
 
 def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
-    rows = bert.embeddings(batch.features)[ITEM]
+    rows = bert.embeddings(batch)[ITEM]
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):

@@ -5,7 +5,8 @@ exact softmax every row gets a gradient in every step. In place, the candidates 
 itself: only the items of the histories are looked up, their gradients are added to those of the
 candidates, and one pass over the shard updates it.
 
-FBGEMM keeps weights, optimizer state, learning rate and step count, so that TorchRec shards, saves
+TorchRec's train pipeline calls ``input_dist`` a batch ahead (the requests of ``all_to_all.py``) and
+``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM keeps weights, optimizer state, learning rate and step count, so that TorchRec shards, saves
 and restores the table like any other. Evaluation on several ranks uses TorchRec's forward.
 
 Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R rows of the shard, D
@@ -27,9 +28,12 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
+from model.tables.collections import LookupContext, Sent, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, update, update_some
+from pipeline.batches.features import Lookup
+from pipeline.batches.train_batch import PackedBatch
 
 
 class TableShard:
@@ -130,61 +134,89 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         table = upstream.fbgemm_table(self)
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
         self._draws = draws_candidates
+        upstream.skip_input_dist(self)
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate".
+    def create_context(self) -> LookupContext:
+        """The context of a batch."""
+        return LookupContext()
 
-        When trained in place, the features have no candidates: these are the shard's items.
+    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> Sent:
+        """Request the rows of a batch."""
+        ctx.batch = batch
+        return Sent.of(self.request(batch), ctx)
+
+    def request(self, batch: PackedBatch) -> Any:
+        """What the exchange does a batch ahead."""
+        return self.shard.exchange.request(batch.requested, batch.slots)
+
+    def compute_and_output_dist(
+        self, ctx: LookupContext, sent: list[Any]
+    ) -> dict[str, JaggedTensor]:
+        """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch.
+
+        When trained in place, the batch has no candidates: these are the shard's items.
         """
-        ids, sizes = features.values(), features.length_per_key()
+        features = ctx.batch.features
+        num_items, _ = features.length_per_key()
+        candidates = None if self._draws else features.values()[num_items:]
+        found = _LookUp.apply(self._trigger, self.shard, sent[0], num_items, candidates)
+        return with_lengths(features, found)
+
+    def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
+        """The same; in an evaluation without exchange on one rank, by TorchRec on several."""
         if self.training:
-            rows = _LookUp.apply(self._trigger, self.shard, ids, sizes[0], self._draws)
-        elif self.shard.exchange.world_size > 1:
-            return super().forward(features)
-        else:
-            rows = rows_or_zeros(self.shard.rows, ids).split(sizes)
-        return with_lengths(features, rows)
+            return super().forward(batch)
+        features = batch.features
+        if self.shard.exchange.world_size > 1:
+            return self._by_torchrec(features)
+        rows = rows_or_zeros(self.shard.rows, features.values())
+        return with_lengths(features, rows.split(features.length_per_key()))
 
-
-def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
-    """The rows of each feature, with its lengths."""
-    lengths = features.lengths().view(len(rows), -1).unbind()
-    return {
-        name: JaggedTensor(of_name, lengths=each)
-        for name, of_name, each in zip(features.keys(), rows, lengths, strict=True)
-    }
+    def _by_torchrec(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        stock, ctx = ShardedEmbeddingCollection, super().create_context()
+        upstream.start_input_dist(self, features)
+        sent = stock.input_dist(self, ctx, features).wait().wait()
+        return stock.compute_and_output_dist(self, ctx, sent)
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, trigger: Tensor, shard: TableShard, ids: Tensor, num_items: int, draws: bool
+        ctx: Any,
+        trigger: Tensor,
+        shard: TableShard,
+        request: Any,
+        num_items: int,
+        candidates: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """``candidates``: rows of this shard to score; None: the last of the requested rows."""
         exchange = shard.exchange
-        sent = ids if draws else ids[:num_items]
-        local = exchange.local_ids(sent)
+        local = exchange.local_ids(request)
         count = len(local)
-        if len(ids) > len(sent):  # candidates that are rows of this shard
-            local = torch.cat([local, ids[num_items:] - exchange.low])
-        ctx.shard, ctx.draws = shard, draws
+        if candidates is not None and len(candidates):
+            local = torch.cat([local, candidates - exchange.low])
+        ctx.shard, ctx.request, ctx.draws = shard, request, candidates is None
         ctx.index = side_stream.start(lambda: shard.index(local))
         rows = rows_or_zeros(shard.rows, local)
-        own = exchange.own_rows(rows[:count])
+        own = exchange.own_rows(rows[:count], request)
         if shard.in_place is not None:
             return own, shard.in_place.detach()
-        return own[:num_items], own[num_items:] if draws else rows[count:]
+        return own[:num_items], own[num_items:] if candidates is None else rows[count:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
-        all_gradients = shard.exchange.all_gradients
+
+        def exchanged(gradient: Tensor) -> Tensor:
+            return shard.exchange.all_gradients(gradient, ctx.request)
+
         if ctx.draws:
-            shard.update(ctx.index, all_gradients(join_gradients(of_items, of_candidates)))
+            shard.update(ctx.index, exchanged(join_gradients(of_items, of_candidates)))
         elif shard.in_place is None:
-            shard.update(ctx.index, join_gradients(all_gradients(of_items), of_candidates))
+            shard.update(ctx.index, join_gradients(exchanged(of_items), of_candidates))
         else:
-            shard.update(ctx.index, all_gradients(of_items), of_candidates)
+            shard.update(ctx.index, exchanged(of_items), of_candidates)
         return (None,) * 5

@@ -1,18 +1,22 @@
 """Exchange rows of a row-wise sharded table between all ranks, with sizes known in advance.
 
-    ids of this rank [n]          --all-gather-->      ids of all ranks [U]
+Gather, for few rows; a CUDA graph holds all of it:
+
+    ids of this rank [n]          --all-gather-->      ids of all ranks [U = W n]
     rows of this shard [U, D], zeros for ids of other shards
                                   --reduce-scatter-->  rows of this rank [n, D]
     backward: gradients [n, D]    --all-gather-->      [U, D]; those of the shard's rows update it
 
-TorchRec's all-to-all sends W times fewer bytes, but the hosts wait for sizes between its calls.
-Here the loaders agree on sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange.
+All-to-all (``all_to_all.py``) sends each rank only the different rows that it needs. TorchRec's
+all-to-all sends as few, but the hosts wait for sizes between its calls. Here the loaders agree on
+sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange.
 
-Shapes: W ranks, n ids of a rank, U = W n, D width, R rows of the shard.
+Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R rows of the shard.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +28,7 @@ from model.distributed import Ranks
 
 @dataclass(frozen=True)
 class RowExchange:
-    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``."""
+    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``, by gathering."""
 
     world_size: int
     low: int
@@ -37,16 +41,20 @@ class RowExchange:
         low = min(ranks.rank * block, num_rows)
         return cls(ranks.world_size, low, min(block, num_rows - low))
 
-    def local_ids(self, ids: Tensor) -> Tensor:
+    def request(self, ids: Tensor, slots: int) -> Any:
+        """What does not depend on the table's values: done a batch ahead, for ids int64 [n]."""
+        return ids
+
+    def local_ids(self, request: Any) -> Tensor:
         """Ids of all ranks [U], n of each, as rows of this shard; -1 for rows of other shards."""
         if self.world_size == 1:
-            return ids
-        gathered = ids.new_empty(self.world_size * len(ids))
-        dist.all_gather_into_tensor(gathered, ids)
+            return request
+        gathered = request.new_empty(self.world_size * len(request))
+        dist.all_gather_into_tensor(gathered, request)
         local = gathered - self.low
         return local.masked_fill_((local < 0) | (local >= self.rows), -1)
 
-    def own_rows(self, rows: Tensor) -> Tensor:
+    def own_rows(self, rows: Tensor, request: Any) -> Tensor:
         """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank."""
         if self.world_size == 1:
             return rows
@@ -54,8 +62,8 @@ class RowExchange:
         dist.reduce_scatter_tensor(own, rows)
         return own
 
-    def all_gradients(self, gradient: Tensor) -> Tensor:
-        """Gradients [U, D] of all ranks' rows, from this rank's [n, D]."""
+    def all_gradients(self, gradient: Tensor, request: Any) -> Tensor:
+        """Gradients [U, D] of the rows that this rank looked up, from this rank's [n, D]."""
         if self.world_size == 1:
             return gradient
         gathered = gradient.new_empty(len(gradient) * self.world_size, gradient.shape[1])

@@ -14,7 +14,7 @@ Shapes: B rows, T items, C candidates.
 
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,20 @@ CANDIDATE = "candidate"
 _CANDIDATES_A_ROW = 64
 # Ids of streams under capture; none is used twice.
 _CAPTURES = count(-1, -1)
+
+
+class Lookup(Protocol):
+    """What the item table is called with: a batch."""
+
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        """Ids under the keys "item" and "candidate"."""
+
+
+class Ids(NamedTuple):
+    """Ids to look up without a batch."""
+
+    features: KeyedJaggedTensor
 
 
 def tensors_of(batch: object) -> dict[str, Any]:

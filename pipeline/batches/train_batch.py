@@ -8,7 +8,7 @@ position each, are::
     masked                  1            |     4      flat positions in the values above
     targets                 3            |     2      the items that stood there
 
-The loader yields a :class:`PackedBatch`; one copy moves it to the device. There it becomes a
+The loader yields a :class:`PackedBatch`; one copy moves it to the device. There it is read as a
 :class:`TrainBatch`: views of the same memory, and the candidates. TorchRec's train pipelines copy a
 ``Pipelineable`` on one CUDA stream and use it on another.
 
@@ -16,6 +16,7 @@ Shapes: B rows, W windows among them, T items, M masked positions, K negatives.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class TrainBatch(Pipelineable):
     log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
     words: Tensor | None = None  # the allocation, if all tensors are views of one
     equal_shapes: bool = True  # False: ranks exchange sizes, and this step's shapes still differ
+
+    @property
+    def unpacked(self) -> "TrainBatch":
+        """This batch."""
+        return self
 
     @property
     def ids(self) -> Tensor:
@@ -107,6 +113,8 @@ class PackedBatch(Pipelineable):
 
     Its parts are named as the batch's attributes, and "values", "lengths" and "offsets" of the
     features. "values", "targets" and "negatives" come first: they are looked up as one tensor.
+
+    ``slots``: no rank requests more different rows than this of any rank's shard of the table.
     """
 
     packed: Packed
@@ -115,15 +123,29 @@ class PackedBatch(Pipelineable):
     longest: int
     candidate_range: tuple[int, int] | None = None
     equal_shapes: bool = True
+    slots: int = 0
 
-    def move(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
-        """The step on ``device``, still packed: one copy."""
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+        """The batch on ``device``: one copy."""
         words = self.packed.words.to(device, non_blocking=non_blocking)
         return replace(self, packed=replace(self.packed, words=words))
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TrainBatch:
-        """The batch on ``device``, with the candidates appended."""
-        return self.move(device, non_blocking).unpack().with_candidates()
+    @property
+    def requested(self) -> Tensor:
+        """Ids of rows that any rank may hold: the items, and a sampled loss's candidates."""
+        names, sizes = self.packed.names, self.packed.sizes
+        looked_up = 3 if "negatives" in names else 1  # values, targets, negatives
+        return self.packed.words[: sum(sizes[:looked_up])]
+
+    @property
+    def features(self) -> KeyedJaggedTensor:
+        """Items and candidates."""
+        return self.unpacked.features
+
+    @cached_property
+    def unpacked(self) -> TrainBatch:
+        """The batch, with the candidates appended."""
+        return self.unpack().with_candidates()
 
     def unpack(self) -> TrainBatch:
         """The batch, without candidates: views of the packed memory."""
@@ -147,3 +169,5 @@ class PackedBatch(Pipelineable):
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until ``stream`` is done with it (CUDA only)."""
         self.packed.words.record_stream(stream)
+        if "unpacked" in vars(self):
+            self.unpacked.record_stream(stream)

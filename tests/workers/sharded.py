@@ -34,7 +34,7 @@ from model.step.optimizers import Optimizers
 from model.step.pipelines import CopyingPipeline, train_pipeline
 from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
-from pipeline.batches.features import ITEM, jagged_items, with_candidates
+from pipeline.batches.features import ITEM, Ids, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import LoaderConfig, NegativesConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
@@ -136,7 +136,7 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     features = with_candidates(jagged_items(rows, torch.tensor([len(rows)])), (1, 1))
     model.eval()
     with torch.no_grad():
-        found = {"table": bert.embeddings(features)[ITEM].values().clone()}
+        found = {"table": bert.embeddings(Ids(features))[ITEM].values().clone()}
     model.train()
     return found | {name: p.detach().clone() for name, p in bert.encoder.named_parameters()}
 
