@@ -33,7 +33,7 @@ class PlainLoop:
 
     def progress(self, batches: Iterator[Any]) -> torch.Tensor:
         """One step on the next batch; its sum of losses and its number of masked positions."""
-        return self.train_step(next(batches).move(self._device, non_blocking=True))
+        return self.train_step(next(batches).to(self._device, non_blocking=True))
 
     def release(self) -> None:
         """Free CUDA graphs."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Lookup = Literal["own", "fbgemm", "replicated"]
-# gather: in sizes known beforehand, so that a CUDA graph can hold the exchange
-Exchange = Literal["none", "gather", "torchrec", "all_reduce"]
+# gather, all_to_all: in sizes known beforehand, so that a CUDA graph can hold the exchange
+Exchange = Literal["none", "gather", "all_to_all", "torchrec", "all_reduce"]
 # dense, encoder: the encoder's optimizer is another graph, but not in ddp
 Graphs = Literal["step", "dense", "encoder", "none"]
 Precision = Literal["bf16", "fp32"]
@@ -21,6 +21,7 @@ _LOOKUPS = {
 _EXCHANGES = {
     "none": "",
     "gather": ", every rank looks up the ids of all ranks in its shard",
+    "all_to_all": ", rows exchanged by an all-to-all, ids a batch ahead",
     "torchrec": ", rows exchanged by TorchRec, ids a batch ahead",
     "all_reduce": ", gradients averaged by DDP",
 }
@@ -52,12 +53,17 @@ class ExecutionPlan:
     table_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        assert self.lookup == "own" or not (self.in_place or self.exchange == "gather")
+        assert self.lookup == "own" or not (self.in_place or self.agrees_on_sizes)
         assert self.graphs != "step" or self.lookup == "own"
 
     @property
     def is_replicated(self) -> bool:
         return self.lookup == "replicated"
+
+    @property
+    def agrees_on_sizes(self) -> bool:
+        """Whether the loaders pad the steps of all ranks to the same sizes."""
+        return self.exchange in ("gather", "all_to_all")
 
     @property
     def has_static_gradients(self) -> bool:

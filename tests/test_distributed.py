@@ -99,12 +99,21 @@ def test_a_sampled_loss_equals_the_reference(one: Answers, two: Answers, way: st
 
 
 @pytest.mark.parametrize("way", [*WAYS, "row_wise, sent"])
-def test_torchrec_rewrites_the_model_where_it_exchanges_rows(
+def test_torchrec_calls_the_tables_input_dist_a_batch_ahead(
     one: Answers, two: Answers, way: str
 ) -> None:
-    """By default (row_wise) and in ddp it does not: only copies run ahead."""
-    assert two["every_way"][way].pipelined == (0 if way in ("ddp", "row_wise") else 1)
-    assert one["every_way"][way].pipelined == 0  # one rank has nothing to exchange
+    for answers in (one, two):
+        assert answers["every_way"][way].pipelined == (way != "ddp")
+
+
+@pytest.mark.parametrize("loss", ["", ", sampled"])
+def test_requested_rows_equal_gathered_ones(one: Answers, two: Answers, loss: str) -> None:
+    runs, expected = two["every_way"], one["every_way"][f"row_wise{loss}"]
+    for way in ("", ", replayed", *([] if loss else [", looked up"])):
+        run = runs[f"row_wise, requested{way}{loss}"]
+        assert run.pipelined == 1
+        assert_same(run, expected)
+    assert runs[f"row_wise, requested, replayed{loss}"].replayable > 2
 
 
 @pytest.mark.parametrize("loss", ["", ", sampled"])

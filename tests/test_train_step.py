@@ -46,7 +46,7 @@ def trained(
         for batch in loader.epoch(epoch):
             optimizers.set_lr(1 / (1 + len(reports)))
             seed_dropout(ranks.device, len(reports))
-            reports.append(step(batch.move(ranks.device)).tolist())
+            reports.append(step(batch.to(ranks.device)).tolist())
     graphs = sum(one is not None for one in step._captured.values())
     weights = {name: value.clone() for name, value in model.named_parameters()}
     table = unwrap(model).embeddings.shard.rows.clone()
@@ -85,7 +85,7 @@ def test_a_graph_reads_every_batch(
         step, reports = Replayed(model, sharded.sgd(model), built.plan, one_rank.device), []
         loader = built.loader()
         for epoch in range(4):
-            reports += [step(b.move(one_rank.device)).tolist() for b in loader.epoch(epoch)]
+            reports += [step(b.to(one_rank.device)).tolist() for b in loader.epoch(epoch)]
         replays.append(step.replayable)
         runs.append((reports, sharded.weights_of(model)))
     assert replays[0] == 0 < replays[1]
@@ -99,7 +99,7 @@ def test_released_graphs_are_captured_again(one_gpu: Ranks) -> None:
     config = replace(config, encoder=replace(ENCODER, dropout=0))
     built = Built.of(config, one_gpu)
     step = TrainStep(built.model.train(), built.optimizers(), built.plan, one_gpu.device)
-    batch = next(built.loader().epoch(0)).move(one_gpu.device)
+    batch = next(built.loader().epoch(0)).to(one_gpu.device)
     losses = []
     for _ in range(2):
         losses += [step(batch)[0].item() for _ in range(3)]

@@ -114,7 +114,7 @@ class DenseStep(nn.Module):
             ids, share = given.ids[:positions], self._teachers.share
             logits = [teacher(ids, given.layout) for teacher in self._teachers.models]
         sizes = None
-        if self._plan.exchange == "gather" and head.catalog.shared:
+        if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
         scored = given.targets, given.negatives, given.log_counts
         return head(hidden, candidates, *scored, logits, share, sizes)

@@ -70,6 +70,7 @@ def train_loader(
 ) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
+    block = -(-(store.num_items + 2) // ranks.world_size)
     return TrainLoader(
         store,
         config.windows,
@@ -80,7 +81,8 @@ def train_loader(
         # In place, candidates are not looked up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
-        largest_sizes=agreed_sizes(ranks) if plan.exchange == "gather" else None,
+        largest_sizes=agreed_sizes(ranks) if plan.agrees_on_sizes else None,
+        shard_rows=block if plan.exchange == "all_to_all" else None,
     )
 
 

@@ -12,8 +12,8 @@ from pipeline.errors import UserError
 
 # If a catalog has fewer items than a step has positions, its lookup for scoring is cheap.
 ITEMS_A_POSITION = 1
-# Gathering sends the rows of all ranks to each rank; above this TorchRec's all-to-all is used.
-GATHERED_BYTES = 256 << 20
+# Gathering sends the rows of all ranks to each rank; with more, each rank requests what it needs.
+GATHERED_ROWS = 1 << 15
 
 
 def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
@@ -30,8 +30,11 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     several = ranks.world_size > 1
     exchange: Exchange = "none"
     if several:
-        exchange = "all_reduce" if replicated else "gather" if own else "torchrec"
-    positions, _ = _positions_and_draws(config)
+        exchange = "all_reduce" if replicated else "torchrec"
+    positions, draws = _positions_and_draws(config)
+    if several and own:
+        few = (positions + draws) * ranks.world_size <= GATHERED_ROWS
+        exchange = "gather" if few else "all_to_all"
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
@@ -39,7 +42,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         if own and optimizer == "adam":
             graphs = "step"
         else:
-            graphs = "dense" if exchange == "gather" or not (several or replicated) else "encoder"
+            graphs = "dense" if exchange in ("gather", "all_to_all") or not (several or replicated) else "encoder"
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else "fbgemm",
         exchange=exchange,
@@ -69,8 +72,7 @@ def _has_own_lookup(config: RunConfig, optimizer: str, num_items: int, ranks: Ra
         return True
     block = -(-(num_items + 2) // ranks.world_size)
     no_rank_without_rows = block * (ranks.world_size - 1) < num_items + 2
-    sent = 4 * config.encoder.emb_dim * sum(_positions_and_draws(config)) * ranks.world_size
-    return sharding.sharding == "row_wise" and sent <= GATHERED_BYTES and no_rank_without_rows
+    return sharding.sharding == "row_wise" and no_rank_without_rows
 
 
 def _positions_and_draws(config: RunConfig) -> tuple[int, int]:

@@ -69,11 +69,11 @@ class Optimizers:
         """
         plan = self._plan
         graphed = self._graphed_lr is not None and plan.graphs != "step"
-        if graphed and plan.exchange != "gather":
+        if graphed and not plan.agrees_on_sizes:
             optimizer = GraphedOptimizer(optimizer, parameters)
-        if plan.exchange in ("gather", "torchrec"):
+        if plan.agrees_on_sizes or plan.exchange == "torchrec":
             optimizer = AveragingOptimizer(optimizer, parameters)
-        if graphed and plan.exchange == "gather":
+        if graphed and plan.agrees_on_sizes:
             optimizer = GraphedOptimizer(optimizer, parameters)
         return optimizer
 

@@ -1,22 +1,20 @@
-"""TorchRec's train pipeline, in two forms.
+"""TorchRec's train pipeline, in three forms.
 
     batch i + 2    copied to the device
-    batch i + 1    its features exchanged between the ranks    (where TorchRec exchanges rows)
+    batch i + 1    its rows requested, by ``input_dist`` of the item table
     batch i        looked up, forward, backward, update
 
-With exchange "torchrec" of the plan, TorchRec rewrites the model, so that the exchange of features
-runs a batch ahead. Otherwise only the copies do, and the step is one call (:class:`TrainStep`).
+TorchRec traces the model and finds the table's call, so that its ``input_dist`` runs a batch ahead.
+With exchange "torchrec" of the plan, TorchRec also runs the steps. Otherwise a step is one call
+(:class:`TrainStep`), which may replay a CUDA graph.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.train_pipeline.utils import _wait_for_batch
 
 from model.execution import ExecutionPlan
 from model.step.train_step import Stepper, TrainStep, backward
@@ -40,49 +38,63 @@ class ExchangingPipeline(TrainPipelineSparseDist):
         unwrap(self._model).dense_step.release()
 
 
-class CopyingPipeline(TrainPipelineSparseDist):
-    """Copies batches ahead; a step is one call of ``train_step``."""
+class StepPipeline(TrainPipelineSparseDist):
+    """TorchRec's pipeline, in which the forward pass is a whole call of ``train_step``."""
 
     def __init__(
         self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
     ) -> None:
-        super().__init__(model, train_step, device, execute_all_batches=True)
+        super().__init__(
+            model,
+            _NoOptimizer(),
+            device,
+            execute_all_batches=True,
+            custom_model_fwd=self._train,
+            enqueue_batch_after_forward=True,
+        )
         self.train_step = train_step
+        self._no_loss = torch.empty(0)
+
+    def _train(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return self._no_loss, self.train_step(batch, self._take_request)
+
+    def _take_request(self) -> Any:
+        """What the table requested for this batch; the model's own call would take it."""
+        context = self.contexts[0]
+        _, awaited = context.input_dist_tensors_requests.popitem()
+        context.module_contexts.clear()
+        (request,) = awaited.wait()
+        if request.is_cuda:  # made on the stream of the requests
+            request.record_stream(torch.cuda.current_stream())
+        return request
+
+    def _backward(self, losses: Tensor) -> None:
+        """Part of the step."""
 
     def release(self) -> None:
         self.train_step.release()
 
-    def progress(self, batches: Iterator[PackedBatch]) -> Tensor:
-        """One step; its report. StopIteration if there is no batch left."""
-        if not self.batches:  # the first step
-            self.enqueue_batch(batches)
-            self.enqueue_batch(batches)
-        if not self.batches:
-            raise StopIteration
-        _wait_for_batch(self.batches[0], self._memcpy_stream)
-        report = self.train_step(self.batches[0])
-        self.enqueue_batch(batches)
-        self.batches.popleft()
-        self.contexts.popleft()
-        return report
 
-    def copy_batch_to_gpu(self, batches: Iterator[PackedBatch]) -> tuple[PackedBatch | None, Any]:
-        """The next batch on the device, still packed: the step unpacks it."""
-        context = self._create_context()
-        with (
-            record_function(f"## copy_batch_to_gpu {context.index} ##"),
-            self._stream_context(self._memcpy_stream),
-        ):
-            batch = self._next_batch(batches)
-            if batch is not None:
-                batch = batch.move(self._device, non_blocking=True)
-            return batch, context
+class ReplicasPipeline(StepPipeline):
+    """The same for a model without sharded modules: only copies run ahead."""
+
+    def _pipeline_model(self, *_: Any, **__: Any) -> None:
+        """There is nothing to find in a trace."""
+
+
+class _NoOptimizer:
+    """The step has its own."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> None: ...
 
 
 def train_pipeline(
     model: DistributedModelParallel, optimizer: Stepper, plan: ExecutionPlan, device: torch.device
-) -> ExchangingPipeline | CopyingPipeline:
+) -> ExchangingPipeline | StepPipeline:
     """The pipeline for ``model``; drain its batches before ``detach``."""
     if plan.exchange == "torchrec":
         return ExchangingPipeline(model, optimizer, device)
-    return CopyingPipeline(model, TrainStep(model, optimizer, plan, device), device)
+    kind = ReplicasPipeline if plan.is_replicated else StepPipeline
+    return kind(model, TrainStep(model, optimizer, plan, device), device)

@@ -8,8 +8,11 @@ not wait for the launch of some hundred kernels:
     first step of a shape      launched kernel by kernel: compiles them, makes the optimizer's state
     second                     captured, and replayed
     later ones                 copy the batch to where the graph reads it, replay
+
+What the table requested a batch ahead is not part of the graph; it is copied like the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -20,8 +23,10 @@ from torch.profiler import record_function
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
+from model.tables.all_to_all import Request
+from model.tables.collections import LookupContext
 from model.tables.distribute import unwrap
-from pipeline.batches.train_batch import PackedBatch, TrainBatch
+from pipeline.batches.train_batch import PackedBatch
 
 # Steps of more combinations of shapes are launched kernel by kernel.
 _MAX_GRAPHS = 48
@@ -60,22 +65,28 @@ class TrainStep:
         self._streams: Any = None
         self.is_eager = False
 
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        """One step; float32 [2], the batch's sum of losses and its number of positions."""
+    def __call__(self, batch: PackedBatch, take: Callable[[], Any] | None = None) -> Tensor:
+        """One step; float32 [2], the batch's sum of losses and its number of positions.
+
+        ``take``: what the table requested a batch ahead, for a step that does not call the model;
+        None: requested here.
+        """
         self._optimizer.zero_grad()
         key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
         is_full = len(self._captured) == _MAX_GRAPHS
         if key is None or (key not in self._captured and is_full):
-            return self._launch(batch.unpack().with_candidates())
+            return self._launch(lambda: self._model(batch))
         if key not in self._captured:
             self._captured[key] = None
-            return self._launch(batch.unpack().with_candidates())
+            return self._launch(lambda: self._model(batch))
         with record_function("## step ##"):
-            unwrap(self._model).embeddings.shard.begin_step()
+            table = unwrap(self._model).embeddings
+            request = table.request(batch) if take is None else take()
+            table.shard.begin_step()
             captured = self._captured[key]
             if captured is None:
-                captured = self._captured[key] = self._capture(batch)
-            return captured(batch)
+                captured = self._captured[key] = self._capture(batch, request)
+            return captured(batch, request)
 
     def release(self) -> None:
         """Drop all graphs; a communicator cannot be closed while a graph sends through it."""
@@ -86,27 +97,34 @@ class TrainStep:
         self._pool = None  # freed with the last graph
         unwrap(self._model).dense_step.release()
 
-    def _launch(self, batch: TrainBatch) -> Tensor:
+    def _launch(self, forward: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         with record_function("## forward ##"):
-            loss, report = self._model(batch)
+            loss, report = forward()
         backward(loss, self._one)
         with record_function("## optimizer ##"):
             self._optimizer.step()
         return report
 
-    def _capture(self, batch: PackedBatch) -> "_Captured":
+    def _forward(self, captured: "_Captured") -> tuple[Tensor, Tensor]:
+        """The model's forward pass from the memory that a graph reads."""
+        bert = unwrap(self._model)
+        batch, request = captured.read(bert.embeddings)
+        rows = bert.embeddings.compute_and_output_dist(LookupContext(batch), [request])
+        return bert.score(rows, batch.unpacked)
+
+    def _capture(self, batch: PackedBatch, request: Any) -> "_Captured":
         # All graphs share one memory pool: a replay overwrites the tensors of the previous one.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # The side stream has the lower priority: an update of a whole table would fill the GPU.
         self._streams = self._streams or (torch.cuda.Stream(priority=-1), torch.cuda.Stream())
         main, side = self._streams
-        captured = _Captured(torch.cuda.CUDAGraph(), batch)
+        captured = _Captured(torch.cuda.CUDAGraph(), batch, request)
         # thread_local: other threads (the loader's) may allocate memory meanwhile.
         with (
             torch.cuda.graph(captured.graph, self._pool, main, capture_error_mode="thread_local"),
             side_stream.running_on(side),
         ):
-            captured.report = self._launch(captured.read_batch(batch))
+            captured.report = self._launch(lambda: self._forward(captured))
         self._optimizer.zero_grad()  # the gradients belong to the graph
         return captured
 
@@ -115,23 +133,30 @@ def _key(batch: PackedBatch) -> Any:
     """The shapes of a step, by which a graph is found; None: it cannot use a graph."""
     names, sizes = batch.packed.names, tuple(batch.packed.sizes)
     is_masked = sizes[names.index("targets")] > 0
-    return (names, sizes) if batch.equal_shapes and is_masked else None
+    return (names, sizes, batch.slots) if batch.equal_shapes and is_masked else None
 
 
 class _Captured:
     """The graph of a step, and the memory that it reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: PackedBatch) -> None:
+    def __init__(self, graph: torch.cuda.CUDAGraph, batch: PackedBatch, request: Any) -> None:
         self.graph = graph
         self.report = torch.empty(0)
-        self._words = batch.packed.words.clone()
+        packed = replace(batch.packed, words=batch.packed.words.clone())
+        self._batch = replace(batch, packed=packed)
+        self._request: Request | None = None  # else made of views of the batch
+        if isinstance(request, Request):
+            self._request = Request(*(part.clone() for part in request.parts))
 
-    def read_batch(self, batch: PackedBatch) -> TrainBatch:
-        """A batch of the same shape, in the memory that the graph reads."""
-        packed = replace(batch.packed, words=self._words)
-        return replace(batch, packed=packed).unpack().with_candidates()
+    def read(self, table: Any) -> tuple[PackedBatch, Any]:
+        """The batch and the table's request, in the memory that the graph reads."""
+        batch = replace(self._batch)  # not unpacked yet
+        return batch, self._request or table.request(batch)
 
-    def __call__(self, batch: PackedBatch) -> Tensor:
-        self._words.copy_(batch.packed.words)
+    def __call__(self, batch: PackedBatch, request: Any) -> Tensor:
+        self._batch.packed.words.copy_(batch.packed.words)
+        if self._request is not None:
+            for place, part in zip(self._request.parts, request.parts, strict=True):
+                place.copy_(part)
         self.graph.replay()
         return self.report.clone()

@@ -37,6 +37,10 @@ class Request(Multistreamable):
     def parts(self) -> list[Tensor]:
         return [self.slots, self.order, self.keys, self.received]
 
+    @property
+    def is_cuda(self) -> bool:
+        return self.slots.is_cuda
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until ``stream`` is done with it (CUDA only)."""
         for part in self.parts:

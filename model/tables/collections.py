@@ -1,45 +1,92 @@
-"""A sharded collection of a single rank: it looks up without an exchange.
+"""What sharded item tables share, and those that FBGEMM looks up.
 
-TorchRec's forward exchanges features and rows between ranks and waits for their counts from the
-device. A single rank only needs the lookup. The rows are the same, bit by bit.
+TorchRec's train pipeline calls ``input_dist`` of a sharded module with the module's arguments, here
+the batch, one batch ahead, and ``compute_and_output_dist`` in the step.
 
 Shapes: T items and C candidates of the batch, D width.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
+from torchrec.distributed.types import NoWait
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.streamable import Multistreamable
 
 from model.kernels.l2_normalize import join_gradients
 from model.tables import upstream
-from model.tables.item_table import with_lengths
+from pipeline.batches.features import Lookup
+
+
+@dataclass
+class LookupContext(Multistreamable):
+    """The batch that is looked up."""
+
+    batch: Any = None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """The pipeline keeps the batch's memory."""
+
+
+def sent(what: Any, ctx: LookupContext) -> KJTListSplitsAwaitable:
+    """The result of ``input_dist`` where no host waits: ``[what]`` after two waits."""
+    return KJTListSplitsAwaitable([NoWait(NoWait(what))], ctx)
+
+
+def with_lengths(
+    features: KeyedJaggedTensor, rows: tuple[Tensor, ...]
+) -> dict[str, JaggedTensor]:
+    """The rows of each feature, with its lengths."""
+    lengths = features.lengths().view(len(rows), -1).unbind()
+    return {
+        name: JaggedTensor(of_name, lengths=each)
+        for name, of_name, each in zip(features.keys(), rows, lengths, strict=True)
+    }
+
+
+class ExchangedCollection(ShardedEmbeddingCollection):
+    """TorchRec's sharded collection, called with a batch."""
+
+    def input_dist(self, ctx: Any, batch: Lookup) -> Any:
+        """TorchRec's all-to-all of the batch's ids."""
+        return super().input_dist(ctx, batch.features)
 
 
 class LocalCollection(ShardedEmbeddingCollection):
-    """TorchRec's sharded collection with a forward for one rank.
+    """TorchRec's sharded collection on one rank: it looks up without an exchange.
 
-    A table in several shards, each with some of its columns, keeps TorchRec's forward.
+    TorchRec's exchanges features and rows with itself and waits for their counts from the device.
+    The rows are the same, bit by bit.
     """
 
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
-        names = [name for each in upstream.features_per_lookup(self) for name in each]
-        lookups = [*upstream.lookups(self)]
-        self._is_whole = len(lookups) == 1 and len(set(names)) == len(names)
-        self._names, self._width = names, upstream.width(self)
+        (self._names,) = upstream.features_per_lookup(self)
+        (self._lookup,) = upstream.lookups(self)
+        self._width = upstream.width(self)
+        upstream.set_input_dist_ready(self, True)
 
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+    def create_context(self) -> LookupContext:
+        """The context of a batch."""
+        return LookupContext()
+
+    def input_dist(self, ctx: LookupContext, batch: Lookup) -> KJTListSplitsAwaitable:
+        """Nothing is sent."""
+        return sent(batch.features, ctx)
+
+    def compute_and_output_dist(
+        self, ctx: LookupContext, features: list[KeyedJaggedTensor]
+    ) -> dict[str, JaggedTensor]:
         """Rows [T, D] and [C, D] of the features "item" and "candidate"."""
-        if not self._is_whole:
-            return super().forward(features)
-        assert features.keys() == self._names, (features.keys(), self._names)
-        (lookup,) = upstream.lookups(self)
-        rows = lookup(features).view(-1, self._width)
-        return with_lengths(features, _Split.apply(rows, features.length_per_key()[0]))
+        (ids,) = features
+        assert ids.keys() == self._names, (ids.keys(), self._names)
+        rows = self._lookup(ids).view(-1, self._width)
+        return with_lengths(ids, _Split.apply(rows, ids.length_per_key()[0]))
 
 
 class _Split(torch.autograd.Function):

@@ -16,13 +16,14 @@ from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from model.bert4rec import BERT4Rec
+from model.bert4rec import BERT4Rec, ItemTable
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
 from model.tables.config import ShardingConfig
+from model.tables.all_to_all import AllToAll
+from model.tables.collections import ExchangedCollection, LocalCollection
 from model.tables.item_table import ShardedItemTable
-from model.tables.local_collection import LocalCollection
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, plan_tables
 
@@ -72,17 +73,16 @@ def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
     if plan.lookup == "own":
+        exchange = AllToAll if plan.exchange == "all_to_all" else RowExchange
         return _Sharder(
             fused,
             ShardedItemTable,
             plan=plan,
-            exchange=RowExchange.of(model.head.num_items + 2, ranks),
+            exchange=exchange.of(model.head.num_items + 2, ranks),
             catalog=model.head.catalog,
             draws_candidates=model.head.config.loss != "softmax",
         )
-    if ranks.world_size == 1:
-        return _Sharder(fused, LocalCollection)
-    return EmbeddingCollectionSharder(fused)
+    return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
 
 
 class _Sharder(EmbeddingCollectionSharder):
@@ -93,6 +93,10 @@ class _Sharder(EmbeddingCollectionSharder):
     ) -> None:
         super().__init__(fused)
         self._kind, self._made_with = kind, made_with
+
+    @property
+    def module_type(self) -> type[ItemTable]:
+        return ItemTable
 
     def shard(
         self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: str | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from model.execution import ExecutionPlan
@@ -28,7 +29,7 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import LookupContext, Sent, with_lengths
+from model.tables.collections import LookupContext, sent, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, update, update_some
@@ -134,7 +135,8 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         table = upstream.fbgemm_table(self)
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
         self._draws = draws_candidates
-        upstream.skip_input_dist(self)
+        upstream.set_input_dist_ready(self, True)
+        self._was_evaluated = False
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
 
@@ -142,17 +144,17 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         """The context of a batch."""
         return LookupContext()
 
-    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> Sent:
+    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
         """Request the rows of a batch."""
         ctx.batch = batch
-        return Sent.of(self.request(batch), ctx)
+        return sent(self.request(batch), ctx)
 
     def request(self, batch: PackedBatch) -> Any:
         """What the exchange does a batch ahead."""
         return self.shard.exchange.request(batch.requested, batch.slots)
 
     def compute_and_output_dist(
-        self, ctx: LookupContext, sent: list[Any]
+        self, ctx: LookupContext, requests: list[Any]
     ) -> dict[str, JaggedTensor]:
         """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch.
 
@@ -161,7 +163,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         features = ctx.batch.features
         num_items, _ = features.length_per_key()
         candidates = None if self._draws else features.values()[num_items:]
-        found = _LookUp.apply(self._trigger, self.shard, sent[0], num_items, candidates)
+        found = _LookUp.apply(self._trigger, self.shard, requests[0], num_items, candidates)
         return with_lengths(features, found)
 
     def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
@@ -176,9 +178,10 @@ class ShardedItemTable(ShardedEmbeddingCollection):
 
     def _by_torchrec(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         stock, ctx = ShardedEmbeddingCollection, super().create_context()
-        upstream.start_input_dist(self, features)
-        sent = stock.input_dist(self, ctx, features).wait().wait()
-        return stock.compute_and_output_dist(self, ctx, sent)
+        upstream.set_input_dist_ready(self, self._was_evaluated)
+        self._was_evaluated = True
+        features = stock.input_dist(self, ctx, features).wait().wait()
+        return stock.compute_and_output_dist(self, ctx, features)
 
 
 class _LookUp(torch.autograd.Function):

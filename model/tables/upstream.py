@@ -39,6 +39,11 @@ def fbgemm_table(collection: ShardedEmbeddingCollection) -> SplitTableBatchedEmb
     return kernel.emb_module
 
 
+def set_input_dist_ready(collection: ShardedEmbeddingCollection, is_ready: bool) -> None:
+    """Whether ``input_dist`` has what it needs; TorchRec's creates it at its first call."""
+    collection._has_uninitialized_input_dist = not is_ready
+
+
 def drop_cached_rows(model: nn.Module) -> None:
     """Drop the rows that ``fused_uvm_caching`` keeps on the GPU, after the tables were loaded."""
     for lookup in lookups(model):

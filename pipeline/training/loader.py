@@ -2,8 +2,8 @@
 
     ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems or TwoStreams
     which windows      order in a step     items         cloze task
-        [-> PadToBuckets] [-> DrawNegatives] -> ToTensors -> Prefetch -> PackedBatch
-        few shapes        sampled losses                     a thread
+        [-> PadToBuckets] [-> DrawNegatives] [-> CountSlots] -> ToTensors -> Prefetch -> PackedBatch
+        few shapes        sampled losses     all-to-all                      a thread
 
 All ranks have the same number of batches: a rank without a share of an epoch's last, partial step
 gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
@@ -32,6 +32,7 @@ from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
 from pipeline.training.sampler import ShuffledSamples
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
+from pipeline.training.slots import CountSlots
 from pipeline.training.to_tensors import Steps, ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowTable
@@ -49,6 +50,8 @@ class TrainLoader:
         negatives: draws the items that each step scores instead of the candidate range.
         largest_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
             have the same number of positions, rows and masked positions on all ranks.
+        shard_rows: rows of a rank's shard of the item table, to count the slots of each step
+            (slots.py); needs ``largest_sizes``.
 
     Raises:
         UserError: there is no window to train on.
@@ -66,6 +69,7 @@ class TrainLoader:
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
         largest_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
+        shard_rows: int | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
         if len(table) == 0:
@@ -104,6 +108,9 @@ class TrainLoader:
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)
+        if shard_rows is not None:
+            assert largest_sizes is not None
+            chunks = CountSlots(chunks, shard_rows, world_size, largest_sizes)
         pin_memory = torch.cuda.is_available()
         self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory)
         # At least two chunks, because an epoch's first chunk takes longer to make.

@@ -33,6 +33,7 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
         windows, rows = chunk.step_windows.tolist(), np.diff(chunk.row_splits).tolist()
         longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
         equal_shapes = [True] * len(rows) if equal is None else equal.tolist()
+        slots = [0] * len(rows) if chunk.slots is None else chunk.slots.tolist()
         batches = [
             PackedBatch(
                 packed=packed,
@@ -41,6 +42,7 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
                 longest=rounded_up(longest[step]),
                 candidate_range=self.candidate_range,
                 equal_shapes=equal_shapes[step],
+                slots=slots[step],
             )
             for step, packed in enumerate(pack(_parts(chunk, lengths), self.pin_memory))
         ]

@@ -6,6 +6,7 @@ The captured function is kept and runs again at every replay.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 from model.step.train_step import TrainStep, _Captured
@@ -24,11 +25,11 @@ class _Again:
 class Replayed(TrainStep):
     """A training step like TrainStep's on CUDA, with fake graphs."""
 
-    def _capture(self, batch: PackedBatch) -> _Captured:
+    def _capture(self, batch: PackedBatch, request: Any) -> _Captured:
         def run() -> None:
-            captured.report = self._launch(captured.read_batch(batch))
+            captured.report = self._launch(lambda: self._forward(captured))
 
-        captured = _Captured(_Again(run), batch)
+        captured = _Captured(_Again(run), batch, request)
         return captured
 
     @property

@@ -31,7 +31,7 @@ from model.run.execution import plan_execution
 from model.step.averaging import AveragingOptimizer
 from model.step.config import OptimizerConfig
 from model.step.optimizers import Optimizers
-from model.step.pipelines import CopyingPipeline, train_pipeline
+from model.step.pipelines import StepPipeline, train_pipeline
 from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
 from pipeline.batches.features import ITEM, Ids, jagged_items, with_candidates
@@ -159,7 +159,7 @@ def pipelined(
         modules = len(pipeline._pipelined_modules)
         pipeline.detach()
     shapes = 0
-    if isinstance(pipeline, CopyingPipeline):
+    if isinstance(pipeline, StepPipeline):
         shapes = getattr(pipeline.train_step, "replayable", 0)
     return Run(mean_losses(reports), weights_of(model), modules, shapes)
 
@@ -195,15 +195,24 @@ def every_way(ranks: Ranks) -> dict[str, Run]:
 
 
 def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
-    """With fake CUDA graphs; with candidates looked up; and with TorchRec's and FBGEMM's lookup."""
+    """Other exchanges, fake CUDA graphs, candidates looked up, TorchRec's and FBGEMM's lookup."""
     runs = {}
+    exchanges = [{"exchange": "all_to_all"}] if ranks.world_size > 1 else []
     for name, loss in (("", "softmax"), (", sampled", "sampled_softmax")):
         config = config_of(WAYS["row_wise"], ranks, loss=loss)
         with as_on_cuda():
             built = Built.of(config, ranks, graphs="step")
             runs[f"row_wise, replayed{name}"] = pipelined(built)
         runs[f"row_wise, sent{name}"] = pipelined(Built.of(config, ranks, **by_torchrec(ranks)))
+        for changes in exchanges:
+            runs[f"row_wise, requested{name}"] = pipelined(Built.of(config, ranks, **changes))
+            with as_on_cuda():
+                built = Built.of(config, ranks, graphs="step", **changes)
+                runs[f"row_wise, requested, replayed{name}"] = pipelined(built)
     config = config_of(WAYS["row_wise"], ranks)
+    for changes in exchanges:
+        built = Built.of(config, ranks, in_place=False, **changes)
+        runs["row_wise, requested, looked up"] = pipelined(built)
     runs["row_wise, looked up"] = pipelined(Built.of(config, ranks, in_place=False))
     return runs
 
