@@ -42,7 +42,11 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         if own and optimizer == "adam":
             graphs = "step"
         else:
-            graphs = "dense" if exchange in ("gather", "all_to_all") or not (several or replicated) else "encoder"
+            graphs = (
+                "dense"
+                if exchange in ("gather", "all_to_all") or not (several or replicated)
+                else "encoder"
+            )
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else "fbgemm",
         exchange=exchange,

@@ -38,9 +38,7 @@ def sent(what: Any, ctx: LookupContext) -> KJTListSplitsAwaitable:
     return KJTListSplitsAwaitable([NoWait(NoWait(what))], ctx)
 
 
-def with_lengths(
-    features: KeyedJaggedTensor, rows: tuple[Tensor, ...]
-) -> dict[str, JaggedTensor]:
+def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
     """The rows of each feature, with its lengths."""
     lengths = features.lengths().view(len(rows), -1).unbind()
     return {

@@ -110,7 +110,7 @@ class TrainLoader:
             chunks = DrawNegatives(chunks, negatives)
         if shard_rows is not None:
             assert largest_sizes is not None
-            chunks = CountSlots(chunks, shard_rows, world_size, largest_sizes)
+            chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, largest_sizes)
         pin_memory = torch.cuda.is_available()
         self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory)
         # At least two chunks, because an epoch's first chunk takes longer to make.

@@ -13,6 +13,9 @@ from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
 from pipeline.training.shape_buckets import bucket_size
 
+# Larger tables are not marked row by row: the ids are sorted.
+_MARKED_ROWS = 1 << 25
+
 
 @dataclass(eq=False)
 class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
@@ -21,32 +24,45 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
     The number never falls during a run and is rounded up, so that few different ones occur.
 
     Args:
+        mask_token: the last row of the table.
         largest_sizes: as in `PadToBuckets`.
     """
 
     shard_rows: int
     world_size: int
+    mask_token: int
     largest_sizes: Callable[[np.ndarray], np.ndarray]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._most = 1
+        self._most = self._slots = 0
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         counts = np.array([self._count(ids) for ids in _requested(chunk)])
-        most = np.maximum.accumulate(np.maximum(self.largest_sizes(counts), self._most))
-        self._most = int(most[-1])
+        most = np.maximum.accumulate(np.maximum(self.largest_sizes(counts), max(self._most, 1)))
         units = np.array([bucket_size(one) for one in most.tolist()])
-        return replace(chunk, slots=-(-most // units) * units)
+        slots = -(-most // units) * units
+        self._most, self._slots = int(most[-1]), int(slots[-1])
+        return replace(chunk, slots=slots)
 
     def _count(self, ids: np.ndarray) -> int:
+        """The most different ids, int32 [n], in one block; more, if the slots are enough for it."""
+        repeated = np.bincount(ids // np.int32(self.shard_rows), minlength=self.world_size)
+        masked = np.count_nonzero(ids == self.mask_token)
+        repeated[self.mask_token // self.shard_rows] -= masked - bool(masked)
+        if (most := int(repeated.max())) <= self._slots:
+            return most
+        return self.different(ids)
+
+    def different(self, ids: np.ndarray) -> int:
         """The most different ids, int32 [n], in one block."""
-        ids = np.sort(ids)
-        first = np.flatnonzero(ids[1:] != ids[:-1]) + 1  # where another id begins
-        blocks = np.searchsorted(ids, np.arange(self.world_size + 1) * self.shard_rows)
-        # Each block that is not empty begins with one more different id.
-        inside = np.searchsorted(first, blocks[1:]) - np.searchsorted(first, blocks[:-1], "right")
-        return int((inside + (blocks[1:] > blocks[:-1])).max())
+        if self.mask_token >= _MARKED_ROWS:
+            different = np.unique(ids)
+            return int(np.bincount(different // np.int32(self.shard_rows)).max())
+        requested = np.zeros(self.mask_token + 1, dtype=bool)
+        requested[ids] = True
+        starts = range(0, len(requested), self.shard_rows)
+        return max(int(np.count_nonzero(requested[low : low + self.shard_rows])) for low in starts)
 
 
 def _requested(chunk: MaskedWindows) -> Iterator[np.ndarray]:
