@@ -64,7 +64,7 @@ class StepPipeline(TrainPipelineSparseDist):
         _, awaited = context.input_dist_tensors_requests.popitem()
         context.module_contexts.clear()
         (request,) = awaited.wait()
-        if request.is_cuda:  # made on the stream of the requests
+        if self._device.type == "cuda":  # made on the stream of the requests
             request.record_stream(torch.cuda.current_stream())
         return request
 

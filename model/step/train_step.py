@@ -95,7 +95,10 @@ class TrainStep:
                 captured.graph.reset()
         self._captured.clear()
         self._pool = None  # freed with the last graph
-        unwrap(self._model).dense_step.release()
+        bert = unwrap(self._model)
+        bert.dense_step.release()
+        if self._plan.lookup == "own":
+            bert.embeddings.shard.exchange.release()
 
     def _launch(self, forward: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         with record_function("## forward ##"):
@@ -146,7 +149,7 @@ class _Captured:
         self._batch = replace(batch, packed=packed)
         self._request: Request | None = None  # else made of views of the batch
         if isinstance(request, Request):
-            self._request = Request(*(part.clone() for part in request.parts))
+            self._request = request.clone()
 
     def read(self, table: Any) -> tuple[PackedBatch, Any]:
         """The batch and the table's request, in the memory that the graph reads."""
@@ -156,7 +159,6 @@ class _Captured:
     def __call__(self, batch: PackedBatch, request: Any) -> Tensor:
         self._batch.packed.words.copy_(batch.packed.words)
         if self._request is not None:
-            for place, part in zip(self._request.parts, request.parts, strict=True):
-                place.copy_(part)
+            self._request.words.copy_(request.words)
         self.graph.replay()
         return self.report.clone()

@@ -6,13 +6,14 @@
     backward         gradients [n, D], summed by slot [W S, D]  --all-to-all-->  update of the shard
 
 The loaders agree on S, the slots of a step (``pipeline/training/slots.py``): the hosts never wait
-for sizes, and a CUDA graph holds all but the first line. That line needs no rows of the table: a
-train pipeline runs it a batch ahead, beside the previous step, by a communicator of its own.
+for sizes, and a CUDA graph holds all but the first line. That line needs no rows of the table: the
+train pipeline runs it a batch ahead, beside the previous step, by a communicator of its own and as
+a CUDA graph of its own: launching its 25 kernels would take the host longer than a small step.
 
 Shapes: W ranks, S slots, n ids of a rank, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,43 +27,77 @@ from model.tables.row_exchange import RowExchange
 
 @dataclass(frozen=True)
 class Request(Multistreamable):
-    """What this rank requests of all ranks, and all ranks of this one."""
+    """What this rank requests of all ranks, and all ranks of this one, in one allocation."""
 
-    slots: Tensor  # int64 [n], the slot of each id in [W S]
-    order: Tensor  # int64 [n], positions in ``slots`` by ascending slot
-    keys: Tensor  # int32 [n], the slots ascending
-    received: Tensor  # int64 [W S], rows of this shard; -1: empty
+    words: Tensor  # int64, the parts below
+    num_ids: int  # n
+    num_slots: int  # W S
+
+    @classmethod
+    def of(cls, slots: Tensor, order: Tensor, keys: Tensor, received: Tensor) -> "Request":
+        """A request of its parts."""
+        pairs = torch.nn.functional.pad(keys.int(), (0, len(keys) % 2)).view(torch.int64)
+        words = torch.cat([slots, order, received, pairs])
+        return cls(words, len(slots), len(received))
 
     @property
-    def parts(self) -> list[Tensor]:
-        return [self.slots, self.order, self.keys, self.received]
+    def slots(self) -> Tensor:
+        """The slot of each id: int64 [n], in [0, W S)."""
+        return self.words[: self.num_ids]
 
     @property
-    def is_cuda(self) -> bool:
-        return self.slots.is_cuda
+    def by_slot(self) -> SortedIndex:
+        """The slots, sorted."""
+        n = self.num_ids
+        keys = self.words[2 * n + self.num_slots :].view(torch.int32)[:n]
+        return SortedIndex(self.slots, self.num_slots, keys, self.words[n : 2 * n])
+
+    @property
+    def received(self) -> Tensor:
+        """Rows of this shard that all ranks request: int64 [W S]; -1: empty slot."""
+        return self.words[2 * self.num_ids :][: self.num_slots]
+
+    def clone(self) -> "Request":
+        return replace(self, words=self.words.clone())
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until ``stream`` is done with it (CUDA only)."""
-        for part in self.parts:
-            part.record_stream(stream)
+        self.words.record_stream(stream)
 
 
-@dataclass(frozen=True)
 class AllToAll(RowExchange):
-    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``."""
+    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``.
 
-    block: int = 0  # rows of every shard but the last ones
-    group: dist.ProcessGroup | None = None  # of the requests
+    Args:
+        graphs: whether requests of one shape are a CUDA graph.
+    """
 
-    @classmethod
-    def of(cls, num_rows: int, ranks: Ranks) -> "AllToAll":
-        """The exchange of a table of ``num_rows`` rows, cut as TorchRec cuts it row-wise."""
-        cut = RowExchange.of(num_rows, ranks)
-        block = -(-num_rows // ranks.world_size)
-        return cls(cut.world_size, cut.low, cut.rows, block, narrow_group(ranks))
+    def __init__(self, num_rows: int, ranks: Ranks, graphs: bool) -> None:
+        super().__init__(num_rows, ranks)
+        self._group = narrow_group(ranks)
+        self._graphs: dict[tuple[int, int], _Captured | None] | None = {} if graphs else None
 
     def request(self, ids: Tensor, slots: int) -> Request:
         """Request the rows of ids, int64 [n], in ``slots`` slots of each shard."""
+        key = len(ids), slots
+        if self._graphs is None or key not in self._graphs:
+            if self._graphs is not None:
+                self._graphs[key] = None  # its kernels are compiled now
+            return self._request(ids, slots)
+        captured = self._graphs[key]
+        if captured is None:
+            captured = self._graphs[key] = _Captured(self, ids, slots)
+        return captured(ids)
+
+    def release(self) -> None:
+        """Drop the graphs; a communicator cannot be closed while a graph sends through it."""
+        for captured in (self._graphs or {}).values():
+            if captured is not None:
+                captured.graph.reset()
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def _request(self, ids: Tensor, slots: int) -> Request:
         keys, order = ids.int().sort(stable=True)
         is_first = torch.ones_like(keys, dtype=torch.bool)
         torch.ne(keys[1:], keys[:-1], out=is_first[1:])
@@ -73,10 +108,10 @@ class AllToAll(RowExchange):
         before = torch.cat([counted.new_zeros(1), counted])[begin]
         slot = owner * slots + counted - 1 - before[owner]
         asked = ids.new_full((self.world_size * slots,), -1)
-        asked[slot] = (keys - owner * self.block).long()
+        asked.scatter_(0, slot, (keys - owner * self.block).long())
         received = torch.empty_like(asked)
-        dist.all_to_all_single(received, asked, group=self.group)
-        return Request(torch.empty_like(slot).scatter_(0, order, slot), order, slot.int(), received)
+        dist.all_to_all_single(received, asked, group=self._group)
+        return Request.of(torch.empty_like(slot).scatter_(0, order, slot), order, slot, received)
 
     def local_ids(self, request: Request) -> Tensor:
         """Rows of this shard that all ranks request [W S]; -1 for empty slots."""
@@ -90,9 +125,24 @@ class AllToAll(RowExchange):
 
     def all_gradients(self, gradient: Tensor, request: Request) -> Tensor:
         """Gradients [W S, D] of the rows that this rank looked up, from this rank's [n, D]."""
-        sums = gradient.new_zeros(len(request.received), gradient.shape[1])
-        index = SortedIndex(request.slots, len(sums), request.keys, request.order)
-        add_rows(sums, index, gradient)
+        sums = gradient.new_zeros(request.num_slots, gradient.shape[1])
+        add_rows(sums, request.by_slot, gradient)
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums)
         return received
+
+
+class _Captured:
+    """The graph of a request, and the memory that it reads and writes."""
+
+    def __init__(self, exchange: AllToAll, ids: Tensor, slots: int) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self._ids = ids.clone()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self._request = exchange._request(self._ids, slots)
+
+    def __call__(self, ids: Tensor) -> Request:
+        self._ids.copy_(ids)
+        self.graph.replay()
+        return self._request.clone()  # the next replay overwrites it

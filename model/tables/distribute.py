@@ -73,12 +73,16 @@ def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
     if plan.lookup == "own":
-        exchange = AllToAll if plan.exchange == "all_to_all" else RowExchange
+        rows = model.head.num_items + 2
+        exchange = RowExchange(rows, ranks)
+        if plan.exchange == "all_to_all":
+            on_cuda = ranks.device.type == "cuda"
+            exchange = AllToAll(rows, ranks, graphs=on_cuda and plan.graphs == "step")
         return _Sharder(
             fused,
             ShardedItemTable,
             plan=plan,
-            exchange=exchange.of(model.head.num_items + 2, ranks),
+            exchange=exchange,
             catalog=model.head.catalog,
             draws_candidates=model.head.config.loss != "softmax",
         )

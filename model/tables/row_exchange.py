@@ -15,7 +15,6 @@ Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R row
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,20 @@ from torch import Tensor
 from model.distributed import Ranks
 
 
-@dataclass(frozen=True)
 class RowExchange:
-    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``, by gathering."""
+    """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``, by gathering.
 
-    world_size: int
-    low: int
-    rows: int
+    The table's ``num_rows`` rows are cut as TorchRec cuts them row-wise.
+    """
 
-    @classmethod
-    def of(cls, num_rows: int, ranks: Ranks) -> "RowExchange":
-        """The exchange of a table of ``num_rows`` rows, cut as TorchRec cuts it row-wise."""
-        block = -(-num_rows // ranks.world_size)
-        low = min(ranks.rank * block, num_rows)
-        return cls(ranks.world_size, low, min(block, num_rows - low))
+    def __init__(self, num_rows: int, ranks: Ranks) -> None:
+        self.world_size = ranks.world_size
+        self.block = -(-num_rows // ranks.world_size)  # rows of each shard but the last ones
+        self.low = min(ranks.rank * self.block, num_rows)
+        self.rows = min(self.block, num_rows - self.low)
+
+    def release(self) -> None:
+        """Free CUDA graphs."""
 
     def request(self, ids: Tensor, slots: int) -> Any:
         """What does not depend on the table's values: done a batch ahead, for ids int64 [n]."""

@@ -40,7 +40,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         counts = np.array([self._count(ids) for ids in _requested(chunk)])
         most = np.maximum.accumulate(np.maximum(self.largest_sizes(counts), max(self._most, 1)))
-        units = np.array([bucket_size(one) for one in most.tolist()])
+        units = np.array([-(-bucket_size(one) // 4) for one in most.tolist()])
         slots = -(-most // units) * units
         self._most, self._slots = int(most[-1]), int(slots[-1])
         return replace(chunk, slots=slots)
