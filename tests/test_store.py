@@ -23,7 +23,9 @@ def small_store() -> SequenceStore:
     catalog = Catalog(
         pa.array(["a", "b", "c", "d", "é"]), pa.array(["A", "", "C", "", "É"]), np.arange(5)
     )
-    return SequenceStore.from_arrays(ITEMS, OFFSETS, 5, catalog=catalog, counts={"x": 1})
+    store = SequenceStore.from_arrays(ITEMS, OFFSETS, 5)
+    store.catalog, store.counts = catalog, {"x": 1}
+    return store
 
 
 def test_leave_one_out_parts() -> None:

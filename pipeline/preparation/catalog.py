@@ -20,7 +20,6 @@ from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
-_BLOCK = 1 << 16
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -76,29 +75,23 @@ class Catalog:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
         return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
-    @property
-    def num_items(self) -> int:
-        return len(self.items)
-
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
-        assert 1 <= item <= self.num_items
+        assert 1 <= item <= len(self.items)
         return self.items[item - 1].as_py()
 
     def title(self, item: int) -> str:
         """Title of dense id `item` (1..V), "" if there is none."""
-        assert 1 <= item <= self.num_items
+        assert 1 <= item <= len(self.items)
         return self.titles[item - 1].as_py()
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the original item ids in dense order; a model fits data sets with the same."""
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
-        for at in range(0, len(self.items), _BLOCK):
-            ids = self.items.slice(at, _BLOCK)
-            whole = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
-            digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
-            digest.update(b"\0")
+        whole = pa.ListArray.from_arrays(pa.array([0, len(self.items)], pa.int32()), self.items)
+        digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
+        digest.update(b"\0")
         return digest.hexdigest()[:16]
 
 
