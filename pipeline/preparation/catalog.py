@@ -7,6 +7,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,27 +24,14 @@ _FILES = ("catalog.parquet", "users.parquet")
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
+@dataclass(eq=False, repr=False)
 class Catalog:
-    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1.
+    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1."""
 
-    ``items`` and ``titles`` ("" if there is none) are string [V], ``users`` string [U]; int64 [V]
-    ``train_counts`` are the items' occurrences in the training parts.
-    """
-
-    def __init__(
-        self,
-        items: pa.StringArray,
-        titles: pa.StringArray | None = None,
-        train_counts: np.ndarray | None = None,
-        users: pa.StringArray | None = None,
-    ) -> None:
-        self.items = items
-        self.titles = pa.array([""] * len(items), pa.string()) if titles is None else titles
-        self.train_counts = (
-            np.zeros(len(items), dtype=np.int64) if train_counts is None else train_counts
-        )
-        self.users = pa.array([], pa.string()) if users is None else users
-        assert len(self.items) == len(self.titles) == len(self.train_counts)
+    items: pa.StringArray  # [V]
+    titles: pa.StringArray  # [V], "" if there is none
+    train_counts: np.ndarray  # int64 [V], occurrences in the training parts
+    users: pa.StringArray  # [U]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":

@@ -54,7 +54,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
             "lower --min_rating and --min_item_count, or check --columns"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
-    titles = read_titles(source.titles, items) if source.titles else None
+    titles = read_titles(source.titles, items) if source.titles else pa.repeat("", len(items))
     users = encoded.users.take(pa.array(dense.kept_users))
     store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)

@@ -92,7 +92,7 @@ class SequenceStore:
         if self.path is None:
             ids = pa.array(np.arange(1, self.num_items + 1)).cast(pa.string())
             users = pa.array(np.arange(self.num_users)).cast(pa.string())
-            return Catalog(ids, train_counts=self.train_item_counts[1:-1], users=users)
+            return Catalog(ids, pa.repeat("", len(ids)), self.train_item_counts[1:-1], users)
         return Catalog.read(self.path)
 
     def lengths(self) -> np.ndarray:
