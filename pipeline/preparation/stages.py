@@ -202,7 +202,7 @@ def _user_time_keys(users: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
     else:
         times = np.unique(times, return_inverse=True)[1]
         span = int(times.max()) + 1
-    keys = users * np.int64(span)
+    keys = np.multiply(users, span, dtype=np.int64)
     keys += times
     return keys
 
