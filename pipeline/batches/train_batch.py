@@ -127,22 +127,14 @@ class PackedBatch(Pipelineable):
 
     def unpack(self) -> TrainBatch:
         """The batch, without candidates: views of the packed memory."""
-        parts = self.packed.parts()
+        rest = dict(vars(self))
+        parts = rest.pop("packed").parts()
         features = jagged_items(parts.pop("values"), parts.pop("lengths"), parts.pop("offsets"))
         if "left_only" in parts:
             parts["left_only"] = as_bools(parts["left_only"])
         if "log_counts" in parts:
             parts["log_counts"] = as_floats(parts["log_counts"], parts["negatives"].numel())
-        return TrainBatch(
-            features=features,
-            **parts,
-            num_windows=self.num_windows,
-            num_rows=self.num_rows,
-            longest=self.longest,
-            candidate_range=self.candidate_range,
-            words=self.packed.words,
-            equal_shapes=self.equal_shapes,
-        )
+        return TrainBatch(features=features, words=self.packed.words, **parts, **rest)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until ``stream`` is done with it (CUDA only)."""

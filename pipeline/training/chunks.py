@@ -47,4 +47,4 @@ class MaskedWindows(JaggedWindows):
     steps_ago: np.ndarray | None = None  # int64 [T], as in `TrainBatch`
     negatives: np.ndarray | None = None  # int64 [S, K]
     log_counts: np.ndarray | None = None  # float32 [S, K]
-    equal_shapes: np.ndarray | None = None  # bool [S]; None: ranks do not exchange sizes
+    equal_shapes: np.ndarray | bool = True  # bool [S]; True: ranks do not exchange sizes

@@ -29,20 +29,16 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
     def apply(self, chunk: MaskedWindows) -> Steps:
         if chunk.row_splits[-1] == 0:
             chunk = self._filled(chunk)
-        lengths, equal = np.diff(chunk.offsets), chunk.equal_shapes
-        windows, rows = chunk.step_windows.tolist(), np.diff(chunk.row_splits).tolist()
-        longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
-        equal_shapes = [True] * len(rows) if equal is None else equal.tolist()
+        lengths, rows = np.diff(chunk.offsets), np.diff(chunk.row_splits)
+        longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1])
+        equal_shapes = np.broadcast_to(chunk.equal_shapes, len(rows)).tolist()
+        shapes = np.stack([chunk.step_windows, rows, longest], axis=1).tolist()
+        steps = pack(_parts(chunk, lengths), self.pin_memory)
         batches = [
-            PackedBatch(
-                packed=packed,
-                num_windows=windows[step],
-                num_rows=rows[step],
-                longest=rounded_up(longest[step]),
-                candidate_range=self.candidate_range,
-                equal_shapes=equal_shapes[step],
+            PackedBatch(packed, windows, rows, rounded_up(longest), self.candidate_range, equal)
+            for packed, (windows, rows, longest), equal in zip(
+                steps, shapes, equal_shapes, strict=True
             )
-            for step, packed in enumerate(pack(_parts(chunk, lengths), self.pin_memory))
         ]
         states = [{"epoch": chunk.epoch, "sample": sample} for sample in chunk.step_samples]
         return [*zip(batches, states, strict=True)]
