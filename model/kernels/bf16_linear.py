@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import tl, triton
-from model.kernels.dropout_bits import Dropout, drop, dropout_options
+from model.kernels.dropout_bits import Dropout, drop
 
 # Values of each tensor that a program of a kernel holds at a time, and their columns.
 _TILE, _COLUMNS = 2048, 128
@@ -91,7 +91,7 @@ class _GeluDropout(torch.autograd.Function):
         count, width, block, columns = shape = _shape(hidden)
         if count:
             grid = triton.cdiv(count, block), triton.cdiv(width, columns)
-            _gelu[grid](hidden, bias, result, *shape, **dropout_options(dropout))
+            _gelu[grid](hidden, bias, result, *shape, dropout)
         ctx.save_for_backward(hidden, bias)
         ctx.dropout = dropout
         return result
@@ -102,8 +102,7 @@ class _GeluDropout(torch.autograd.Function):
         hidden, bias = ctx.saved_tensors
         gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
-        options = dropout_options(ctx.dropout)
-        _gelu_gradient[_grid(partial)](*tensors, *_shape(hidden), **options)
+        _gelu_gradient[_grid(partial)](*tensors, *_shape(hidden), ctx.dropout)
         return gradient, partial.sum(dim=0), None
 
 
@@ -124,9 +123,7 @@ if triton is not None:
         width,
         block: tl.constexpr,
         columns: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -135,7 +132,7 @@ if triton is not None:
         values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
         values += tl.load(bias + column, mask=wide, other=0.0)
         values *= _gate(values)
-        values = drop(values, seed, row, column, limit, scale)
+        values = drop(values, dropout, row, column)
         tl.store(result + at, values, mask=inside)
 
     @triton.jit
@@ -149,9 +146,7 @@ if triton is not None:
         width,
         block: tl.constexpr,
         columns: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         column = tl.program_id(1) * columns + tl.arange(0, columns)
         wide = column < width
@@ -165,7 +160,7 @@ if triton is not None:
             gate = _gate(values)
             steep = 1.5957691216057308 * (1.0 + 0.134145 * values * values)
             slope *= gate + values * gate * (1.0 - gate) * steep
-            slope = drop(slope, seed, row, column, limit, scale)
+            slope = drop(slope, dropout, row, column)
             sums += slope
             tl.store(gradient + at, slope, mask=inside)
         tl.store(partial + tl.program_id(0) * width + column, tl.sum(sums, axis=0), mask=wide)

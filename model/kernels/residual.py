@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
 from model.kernels.compiler import row_tiles, triton
-from model.kernels.dropout_bits import Dropout, dropout_options
+from model.kernels.dropout_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.
@@ -104,8 +104,8 @@ class _Enter(torch.autograd.Function):
         given, results = (items, _contiguous(table), line, *norms), (stream, normed)
         tiles, *tile = row_tiles(items.shape, _TILE)
         if tiles:
-            sizes, options = (*items.shape, *tile), dropout_options(dropout)
-            kernels.enter[(tiles,)](*given, *results, *sizes, *epsilons, **options)
+            sizes = *items.shape, *tile
+            kernels.enter[(tiles,)](*given, *results, *sizes, *epsilons, dropout)
         ctx.save_for_backward(*given[:-1])  # not the inner norm's bias
         ctx.epsilons, ctx.dropout = epsilons, dropout
         if table is not None:
@@ -123,8 +123,8 @@ class _Enter(torch.autograd.Function):
         grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed.contiguous()
         gradient, (partial, sizes) = torch.empty_like(items), _partial(items, 4)
         grads = _contiguous(grad_stream), grad_normed, gradient, partial
-        tensors, options = (*ctx.saved_tensors, *grads), dropout_options(ctx.dropout)
-        kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, **options)
+        tensors = *ctx.saved_tensors, *grads
+        kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, ctx.dropout)
         of_table = None
         if table is not None:
             of_table = torch.zeros_like(table)
@@ -150,7 +150,7 @@ class _Add(torch.autograd.Function):
         if tiles:
             tensors = stream, branch, _contiguous(branch_bias), weight, bias, total, normed
             sizes = *stream.shape, *tile
-            kernels.add[(tiles,)](*tensors, *sizes, epsilon, **dropout_options(dropout))
+            kernels.add[(tiles,)](*tensors, *sizes, epsilon, dropout)
         ctx.save_for_backward(total, weight)
         ctx.epsilon, ctx.dropout, ctx.dtype = epsilon, dropout, branch.dtype
         ctx.has_bias = branch_bias is not None
@@ -167,8 +167,7 @@ class _Add(torch.autograd.Function):
         gradient, (partial, sizes) = torch.empty_like(total), _partial(total, 3)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
         tensors = total, weight, _contiguous(grad_total), grad_normed, gradient, of_branch, partial
-        options = dropout_options(ctx.dropout)
-        kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
+        kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, ctx.dropout)
         of_weight, of_bias, added = partial.sum(dim=0).unbind()
         of_branch_bias = added if ctx.has_bias else None
         return gradient, of_branch, of_branch_bias, of_weight, of_bias, None, None, None

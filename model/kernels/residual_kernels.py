@@ -8,7 +8,7 @@ Shapes: T rows (``count``), D values of each (``width``), P programs.
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
 from model.kernels.compiler import tl, triton
-from model.kernels.dropout_bits import drop, kept
+from model.kernels.dropout_bits import drop
 
 if triton is not None:
 
@@ -44,9 +44,7 @@ if triton is not None:
         columns: tl.constexpr,
         outer_epsilon: tl.constexpr,
         inner_epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)
@@ -59,7 +57,7 @@ if triton is not None:
         unit, _ = _standard(values, inside, width, outer_epsilon)
         values = unit * tl.load(outer_weight + column, mask=wide, other=0.0)
         values += tl.load(outer_bias + column, mask=wide, other=0.0)
-        values = drop(values, seed, row, column, limit, scale)
+        values = drop(values, dropout, row, column)
         tl.store(stream + at, values, mask=inside)
         unit, _ = _standard(values, inside, width, inner_epsilon)
         values = unit * tl.load(inner_weight + column, mask=wide, other=0.0)
@@ -84,9 +82,7 @@ if triton is not None:
         columns: tl.constexpr,
         outer_epsilon: tl.constexpr,
         inner_epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         column = tl.arange(0, columns)
         wide = column < width
@@ -106,9 +102,7 @@ if triton is not None:
                 values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
             unit, inverse = _standard(values, inside, width, outer_epsilon)
             values = unit * weight + bias
-            if seed is not None:
-                stays = kept(seed, row, column, limit)
-                values = tl.where(stays, values * scale, 0.0)
+            values = drop(values, dropout, row, column)
             unit_after, inverse_after = _standard(values, inside, width, inner_epsilon)
             grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
             of_weight_after += grad * unit_after
@@ -116,8 +110,7 @@ if triton is not None:
             grad = _standard_gradient(grad * weight_after, unit_after, inverse_after, width)
             if grad_stream is not None:
                 grad += tl.load(grad_stream + at, mask=inside, other=0.0)
-            if seed is not None:
-                grad = tl.where(stays, grad * scale, 0.0)
+            grad = drop(grad, dropout, row, column)
             grad = tl.where(inside, grad, 0.0)
             of_weight += grad * unit
             of_bias += grad
@@ -143,9 +136,7 @@ if triton is not None:
         block: tl.constexpr,
         columns: tl.constexpr,
         epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)
@@ -154,7 +145,7 @@ if triton is not None:
         added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
         if branch_bias is not None:
             added += tl.load(branch_bias + column, mask=wide, other=0.0)
-        added = drop(added, seed, row, column, limit, scale)
+        added = drop(added, dropout, row, column)
         values = tl.load(stream + at, mask=inside, other=0.0) + added
         tl.store(total + at, values, mask=inside)
         unit, _ = _standard(values, inside, width, epsilon)
@@ -176,9 +167,7 @@ if triton is not None:
         block: tl.constexpr,
         columns: tl.constexpr,
         epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
+        dropout,
     ) -> None:
         column = tl.arange(0, columns)
         wide = column < width
@@ -198,7 +187,7 @@ if triton is not None:
             if grad_total is not None:
                 grad += tl.load(grad_total + at, mask=inside, other=0.0)
             tl.store(gradient + at, grad, mask=inside)
-            grad = drop(grad, seed, row, column, limit, scale)
+            grad = drop(grad, dropout, row, column)
             of_branch += grad
             tl.store(grad_branch + at, grad, mask=inside)
         sums = partial + tl.program_id(0) * 3 * width + column
