@@ -18,9 +18,6 @@ from torch import Tensor
 
 from model.kernels.compiler import tl, triton
 
-# Values of a run, and columns of each, that a program adds at a time; values of a chunk; warps.
-_BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
-
 
 @dataclass(frozen=True)
 class SortedIndex:
@@ -95,8 +92,8 @@ def _sum_runs(
     count, values = len(keys), values.contiguous()
     chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
     edges, out = values.new_empty(chunks, 2, width), (rows, more, len(rows))
-    rest = edges, count, index.count, width, out, adam, scale, _CHUNK, _COLUMNS
-    _add_runs[(count, parts)](keys, index.order, values, *rest, _BLOCK, num_warps=_WARPS)
+    rest = edges, count, index.count, width, out, adam, scale
+    _add_runs[(count, parts)](keys, index.order, values, *rest, num_warps=2)
     if chunks > 1:
         _add_chunks[(chunks - 1, parts)](keys, *rest)
 
@@ -104,6 +101,8 @@ def _sum_runs(
 adam_step: Any = None
 
 if triton is not None:
+    # Values of a run, and columns of each, that a program adds at a time; values of a chunk.
+    _BLOCK, _COLUMNS, _CHUNK = tl.constexpr(8), tl.constexpr(128), tl.constexpr(256)
 
     @triton.jit
     def adam_step(rows, at, inside, grad, adam) -> None:
@@ -139,38 +138,24 @@ if triton is not None:
             tl.store(to, tl.load(to, mask=wide, other=0.0) + total, mask=wide)
 
     @triton.jit
-    def _add_runs(
-        keys,
-        order,
-        values,
-        edges,
-        count,
-        limit,
-        width,
-        out,
-        adam,
-        scale,
-        chunk: tl.constexpr,
-        columns: tl.constexpr,
-        block: tl.constexpr,
-    ) -> None:
+    def _add_runs(keys, order, values, edges, count, limit, width, out, adam, scale) -> None:
         start = tl.program_id(0)
         key = tl.load(keys + start).to(tl.int32)
         before = tl.load(keys + start - 1, mask=start > 0, other=-1).to(tl.int32)
         begins = key != before
-        if (begins | (start % chunk == 0)) & (key < limit):
-            column = tl.program_id(1) * columns + tl.arange(0, columns)
+        if (begins | (start % _CHUNK == 0)) & (key < limit):
+            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
             wide = column < width
-            end = tl.minimum((start // chunk + 1) * chunk, count)
-            sums = tl.zeros([block, columns], tl.float32)
-            at = start + tl.arange(0, block)
+            end = tl.minimum((start // _CHUNK + 1) * _CHUNK, count)
+            sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
+            at = start + tl.arange(0, _BLOCK)
             same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
             found = tl.sum(same.to(tl.int32), axis=0)
             while found > 0:
                 of = tl.load(order + at, mask=same, other=0)
                 inside = same[:, None] & wide
                 sums += tl.load(values + of[:, None] * width + column, mask=inside, other=0.0)
-                at += block
+                at += _BLOCK
                 same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
                 found = tl.sum(same.to(tl.int32), axis=0)
             total = tl.sum(sums, axis=0)
@@ -179,37 +164,26 @@ if triton is not None:
                 _finish(key, total, column, width, out, adam, scale)
             else:
                 # Two sums per chunk: of a run that began before it, and of one that begins in it.
-                edge = (start // chunk) * 2 + begins.to(tl.int32)
+                edge = (start // _CHUNK) * 2 + begins.to(tl.int32)
                 tl.store(edges + edge * width + column, total, mask=wide)
 
     @triton.jit
-    def _add_chunks(
-        keys,
-        edges,
-        count,
-        limit,
-        width,
-        out,
-        adam,
-        scale,
-        chunk: tl.constexpr,
-        columns: tl.constexpr,
-    ) -> None:
+    def _add_chunks(keys, edges, count, limit, width, out, adam, scale) -> None:
         at = tl.program_id(0)
-        end = (at + 1) * chunk
+        end = (at + 1) * _CHUNK
         key = tl.load(keys + end - 1).to(tl.int32)
-        first = tl.load(keys + at * chunk).to(tl.int32)
-        before = tl.load(keys + at * chunk - 1, mask=at > 0, other=-1).to(tl.int32)
+        first = tl.load(keys + at * _CHUNK).to(tl.int32)
+        before = tl.load(keys + at * _CHUNK - 1, mask=at > 0, other=-1).to(tl.int32)
         follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
         if follows & ((first != key) | (before != key)) & (key < limit):
-            column = tl.program_id(1) * columns + tl.arange(0, columns)
+            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
             wide = column < width
             total = tl.load(edges + (at * 2 + 1) * width + column, mask=wide, other=0.0)
             going = 1
             while going > 0:
                 at += 1
                 total += tl.load(edges + at * 2 * width + column, mask=wide, other=0.0)
-                end = (at + 1) * chunk
+                end = (at + 1) * _CHUNK
                 after = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32)
                 going = (after == key).to(tl.int32)
             _finish(key, total, column, width, out, adam, scale)
