@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels import varlen_kernels as kernels
 from model.kernels.compiler import triton
-from model.kernels.varlen_kernels import Calls, choose, join, rotate
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8
@@ -52,18 +52,18 @@ class JaggedRows:
             left = self.left_only.sum()[None]
         return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
 
-    def calls(self, bounds: Tensor) -> list[tuple[Tensor, Tensor, bool] | None]:
-        """Starts of query rows and key rows, and whether causal, of each call; None: not needed."""
+    def calls(self, bounds: Tensor) -> dict[int, tuple[Tensor, Tensor, bool]]:
+        """Starts of query rows and key rows, and whether causal, of each call that is needed."""
         left, others = bounds[0], bounds[1]
         both = self.starts.clamp(min=left, max=others)
-        first = second = None
+        calls = {1: (both, both, False)}
         if self.left_only is not None:
             rows = self.starts.clamp(max=left)
-            first = (rows, rows, True)
+            calls = {0: (rows, rows, True), **calls}
         if self.windows:
             queries = self.starts[self.windows : 2 * self.windows + 1].contiguous()
-            second = (queries, self.starts[: self.windows + 1].clamp(max=left), True)
-        return [first, (both, both, False), second]
+            calls[2] = queries, self.starts[: self.windows + 1].clamp(max=left), True
+        return calls
 
 
 def attend(
@@ -76,6 +76,8 @@ def attend(
         rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
         steps_ago: int64 [T], each position's row of ``rotation``.
     """
+    if not len(projected):
+        return projected[:, 0]
     return _Attend.apply(projected, rows, rotation, steps_ago)
 
 
@@ -84,40 +86,48 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
     ) -> Tensor:
-        rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
+        positions, _, heads, width = projected.shape
+        rotated = projected
+        if rotation is not None:
+            rotated = torch.empty_like(projected)
+            given, sizes = (projected, rotation, steps_ago), (heads * width, width // 2)
+            kernels.rotate[(positions,)](*given, rotated, *sizes)
         bounds = rows.bounds()
         outputs: list[Any] = [None] * 3
         sums: list[Any] = [None] * 3
-        ctx.states = [None] * 3
-        for number, call in enumerate(rows.calls(bounds)):
-            if call is not None:
-                *row_starts, causal = call
-                options = *row_starts, rows.longest, rows.longest, 0.0, causal, False
-                outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
-                    *rotated.unbind(1), *options
-                )
-                ctx.states[number] = states
-        output, log_sums = outputs[1], sums[1]
+        ctx.states = {}
+        for number, (*row_starts, causal) in rows.calls(bounds).items():
+            options = *row_starts, rows.longest, rows.longest, 0.0, causal, False
+            outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
+                *rotated.unbind(1), *options
+            )
+            ctx.states[number] = states
+        results = outputs[1], sums[1]
         if rows.left_only is not None:
-            output, log_sums = choose(rotated, outputs, sums, bounds)
-        ctx.save_for_backward(rotated, rotation, steps_ago, bounds, output, log_sums)
+            output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
+            results = output, torch.empty(heads, positions, device=rotated.device)
+            calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
+            kernels.choose[(positions,)](
+                rotated, calls, bounds, results, positions, width**-0.5, *sizes
+            )
+        ctx.save_for_backward(rotated, rotation, steps_ago, bounds, *results)
         ctx.rows = rows
-        return output
+        return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rotated, rotation, steps_ago, bounds, output, log_sums = ctx.saved_tensors
+        rotated, rotation, steps_ago, bounds, *results = ctx.saved_tensors
         grad, longest = grad.contiguous(), ctx.rows.longest
-        given = grad, *rotated.unbind(1), output, log_sums
-        found: Calls = []
-        for call, states in zip(ctx.rows.calls(bounds), ctx.states, strict=True):
-            if call is None:
-                found += [None] * 3
-                continue
-            *row_starts, causal = call
-            options = *row_starts, longest, longest, 0.0, causal, *states
-            gradients = torch.ops.aten._flash_attention_backward(*given, *options)
-            found += [gradient.contiguous() for gradient in gradients]
-        gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
+        found: list[Any] = [[None] * 3] * 3  # of queries, keys and values, for each call
+        for number, (*row_starts, causal) in ctx.rows.calls(bounds).items():
+            options = *row_starts, longest, longest, 0.0, causal, *ctx.states[number]
+            gradients = torch.ops.aten._flash_attention_backward(
+                grad, *rotated.unbind(1), *results, *options
+            )
+            found[number] = [gradient.contiguous() for gradient in gradients]
+        positions, _, heads, width = rotated.shape
+        gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
+        given, sizes = (*results, grad, bounds, rotation, steps_ago), (heads, width // 2)
+        kernels.join[(positions,)](rotated, kinds, given, gradient, positions, width**-0.5, *sizes)
         return gradient, None, None, None
