@@ -9,8 +9,8 @@ A launch costs the host about 5 us, longer than many small kernels run. Unlike
 ``pipeline/training/shape_buckets.py``), and other threads may pin memory during a capture.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,7 @@ class GraphedCall:
     Args:
         body: returns a tensor, or several of which only the first is differentiable, without host
             synchronisation. It draws the same random numbers as without graphs.
-        module: its parameters get gradients.
+        module: its parameters get gradients; the body itself, if hooked.
         hooked: autograd returns the parameters' gradients, as DDP's hooks need. Otherwise the graph
             writes them into fixed ``.grad`` tensors: half the host's work, and the optimizer step
             can be a graph, too.
@@ -70,32 +70,15 @@ class GraphedCall:
         self._pool = None  # freed with the last graph
 
     def _capture(self, inputs: Inputs) -> "_Captured":
-        given = inputs, self._pool
+        given = self._shared, inputs, self._pool, self._is_loss
         if self._shared is not None:
-            return _Captured(self._body, self._parameters, self._shared, *given, self._is_loss)
+            return _Captured(self._body, self._parameters, *given)
         # DDP's hooks bind a parameter's gradient to a stream other than the captured one: capture
         # with new parameters in the same memory.
-        others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
-        with replaced(self._module, others):
-            return _Captured(self._body, list(others.values()), None, *given, is_loss=False)
-
-
-@contextmanager
-def replaced(module: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Inside, ``module`` computes with ``others`` instead of its parameters."""
-    places = [
-        (part._parameters, name, own)
-        for part in module.modules()
-        for name, own in part._parameters.items()
-        if own is not None
-    ]
-    try:
-        for parameters, name, own in places:
-            parameters[name] = others[own]
-        yield
-    finally:
-        for parameters, name, own in places:
-            parameters[name] = own
+        named = self._module.named_parameters()
+        others = {name: nn.Parameter(own.detach(), own.requires_grad) for name, own in named}
+        body = partial(torch.func.functional_call, self._module, others)
+        return _Captured(lambda *tensors: body(tensors), list(others.values()), *given)
 
 
 def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
