@@ -93,17 +93,17 @@ class BERT4Rec(nn.Module):
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
     """The item table, and one for scoring unless the head is tied; rows 0: padding, V + 1: mask."""
-
-    def table(name: str, *features: str) -> EmbeddingConfig:
-        return EmbeddingConfig(
+    features = {"item": [ITEM], "output": [CANDIDATE]}
+    if config.head.head == "tied":
+        features = {"item": [ITEM, CANDIDATE]}
+    return [
+        EmbeddingConfig(
             name=name,
             num_embeddings=config.num_items + 2,
             embedding_dim=config.encoder.emb_dim,
-            feature_names=list(features),
+            feature_names=names,
             data_type=TABLE_PRECISIONS[config.table_precision],
             init_fn=partial(nn.init.normal_, std=0.02),
         )
-
-    if config.head.head == "tied":
-        return [table("item", ITEM, CANDIDATE)]
-    return [table("item", ITEM), table("output", CANDIDATE)]
+        for name, names in features.items()
+    ]

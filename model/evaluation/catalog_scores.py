@@ -42,12 +42,9 @@ class CatalogScores:
         if self.shared:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         self.part_items = max(1, min(int(largest), PART_ITEMS))
-        starts = range(whole.low, whole.low + max(1, int(largest)), self.part_items)
         self.parts = [
-            CatalogSlice(
-                min(start, whole.high), min(start + self.part_items, whole.high), whole.shared
-            )
-            for start in starts
+            CatalogSlice(min(at, whole.high), min(at + self.part_items, whole.high), whole.shared)
+            for at in range(whole.low, whole.low + max(1, int(largest)), self.part_items)
         ]
         first = self._rows(self.parts[0])
         keep = 4 * int(largest) * first.shape[1] <= KEPT_BYTES

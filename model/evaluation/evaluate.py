@@ -45,9 +45,9 @@ class EncodedUsers:
     hidden: torch.Tensor  # float32 [U, D]
     targets: torch.Tensor  # int64 [U]
     negatives: torch.Tensor  # int64 [U, N], 0 = none
-    seen: torch.Tensor  # int64 [S], 0 = none
-    seen_row: torch.Tensor  # int64 [S], the user of each seen item
     own: torch.Tensor  # bool [U], this rank's real users
+    seen: torch.Tensor  # int64 [S], 0 = none
+    seen_row: torch.Tensor  # int64 [S], the user of each seen item; any user for 0
 
     def blocks(self, size: int) -> Iterator["EncodedUsers"]:
         """Blocks of at most ``size`` users; the same number on every rank."""
@@ -58,14 +58,10 @@ class EncodedUsers:
         for start in range(0, users, size):
             block = slice(start, start + size)
             inside = (self.seen_row >= start) & (self.seen_row < start + size)
-            yield EncodedUsers(
-                self.hidden[block],
-                self.targets[block],
-                self.negatives[block],
-                self.seen[inside],
-                self.seen_row[inside] - start,
-                self.own[block],
-            )
+            each = self.hidden, self.targets, self.negatives, self.own
+            hidden, targets, negatives, own = (part[block] for part in each)
+            seen = self.seen[inside], self.seen_row[inside] - start
+            yield EncodedUsers(hidden, targets, negatives, own, *seen)
 
 
 @torch.no_grad()
@@ -156,24 +152,16 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
         batch.seen_offsets.diff(),
         output_size=batch.seen.numel(),
     )
-    own = batch.users >= 0
-    if not bert.head.catalog.shared:
-        return EncodedUsers(hidden, batch.targets, batch.negatives, batch.seen, seen_row, own)
-    all_hidden, sizes = all_gather_rows(hidden)
-    longest, rank = max(sizes), dist.get_rank()
-    seen, seen_sizes = all_gather_rows(batch.seen)
-    seen_row, _ = all_gather_rows(seen_row)
-    first_row = torch.arange(len(sizes), device=seen.device) * longest
-    all_own = own.new_zeros(len(sizes) * longest)
-    all_own[rank * longest : rank * longest + sizes[rank]] = own
-    return EncodedUsers(
-        all_hidden,
-        all_gather_rows(batch.targets)[0],
-        all_gather_rows(batch.negatives)[0],
-        seen,
-        seen_row + first_row.repeat_interleave(max(seen_sizes)),
-        all_own,
-    )
+    targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
+    if bert.head.catalog.shared:
+        hidden, sizes = all_gather_rows(hidden)
+        targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
+        first = dist.get_rank() * max(sizes)
+        seen_row, _ = all_gather_rows(seen_row + first)
+        all_own = own.new_zeros(len(hidden))
+        all_own[first : first + len(own)] = own
+        own = all_own
+    return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
 
 
 def target_ranks(

@@ -75,10 +75,11 @@ class GraphedCall:
             return _Captured(self._body, self._parameters, *given)
         # DDP's hooks bind a parameter's gradient to a stream other than the captured one: capture
         # with new parameters in the same memory.
-        named = self._module.named_parameters()
-        others = {name: nn.Parameter(own.detach(), own.requires_grad) for name, own in named}
-        body = partial(torch.func.functional_call, self._module, others)
-        return _Captured(lambda *tensors: body(tensors), list(others.values()), *given)
+        others = [nn.Parameter(own.detach(), own.requires_grad) for own in self._parameters]
+        names = (name for name, _ in self._module.named_parameters())
+        named = dict(zip(names, others, strict=True))
+        body = partial(torch.func.functional_call, self._module, named)
+        return _Captured(lambda *tensors: body(tensors), others, *given)
 
 
 def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ def enter(
     """
     options = (outer.eps, inner.eps), dropout
     norms = outer.weight, outer.bias, inner.weight, inner.bias
-    return _Enter.apply(items.contiguous(), table, line, options, dtype, *norms)
+    return _Enter.apply(options, dtype, items.contiguous(), table, line, *norms)
 
 
 def add(
@@ -79,7 +79,7 @@ def add(
 
 def _memory(
     rows: Tensor, sums: int, grad_stream: Tensor | None, grad_normed: Tensor | None
-) -> tuple[tuple[Tensor | None, ...], Tensor, kernels.Tiles]:
+) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor, kernels.Tiles]:
     """Arguments of a backward kernel.
 
     Gradients of both results, contiguous, and space for that of the rows; space for ``sums`` sums
@@ -96,22 +96,14 @@ def _memory(
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        items: Tensor,
-        table: Tensor | None,
-        line: Tensor,
-        options: tuple[tuple[float, float], Dropout | None],
-        dtype: torch.dtype,
-        *norms: Tensor,
+        ctx: Any, options: tuple[Any, ...], dtype: torch.dtype, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
-        given, results = (
-            (items, table, line),
-            (torch.empty_like(items), torch.empty_like(items, dtype=dtype)),
-        )
+        items, table, line, *_ = tensors
+        results = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
         number, tiles = kernels.tiles_of(items.shape, _TILE)
         if number:
-            kernels.enter[(number,)](given, norms, results, tiles, *options)
-        ctx.save_for_backward(*given, *norms[:-1])  # not the inner norm's bias
+            kernels.enter[(number,)](tensors[:3], tensors[3:], results, tiles, *options)
+        ctx.save_for_backward(*tensors[:-1])  # not the inner norm's bias
         ctx.options = options
         if table is not None:
             lines = len(table)
@@ -131,13 +123,13 @@ class _Enter(torch.autograd.Function):
         if table is not None:
             of_table = torch.zeros_like(table)
             add_rows(of_table, ctx.line.result(), gradient)
-        return gradient, of_table, None, None, None, *partial.sum(dim=0).unbind()
+        return None, None, gradient, of_table, None, *partial.sum(dim=0).unbind()
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, options: tuple[float, Dropout | None], dtype: torch.dtype, *given: Tensor | None
+        ctx: Any, options: tuple[Any, ...], dtype: torch.dtype, *given: Any
     ) -> tuple[Tensor, Tensor]:
         stream, branch, branch_bias, weight, _ = given
         results = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)

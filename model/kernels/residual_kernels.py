@@ -3,7 +3,7 @@
 Backward kernels compute means and deviations again: the row is in registers anyway. Each program
 writes its sums of gradients to ``partial``, to be added up in order: the same bits in every run.
 
-Shapes: T rows (``count``), D values of each (``width``), P programs.
+Shapes: T rows, D values of each (``width``), P programs.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
@@ -15,9 +15,9 @@ from model.kernels.dropout_bits import drop
 
 
 class Tiles(NamedTuple):
-    """Tiles of whole rows of a tensor [count, width]: ``block`` rows, ``columns`` columns."""
+    """Tiles of whole rows of a tensor [rows, width]: ``block`` rows, ``columns`` columns."""
 
-    count: int
+    rows: int
     width: int
     block: Any  # constexpr, as ``columns``
     columns: Any
@@ -37,7 +37,7 @@ if triton is not None:
         row = (tile * tiles.block + tl.arange(0, tiles.block)).to(tl.int64)
         column = tl.arange(0, tiles.columns)
         wide = column < tiles.width
-        at, inside = row[:, None] * tiles.width + column, (row[:, None] < tiles.count) & wide
+        at, inside = row[:, None] * tiles.width + column, (row[:, None] < tiles.rows) & wide
         return row, at, inside
 
     @triton.jit
@@ -65,7 +65,7 @@ if triton is not None:
         wide = column < width
         values = tl.load(items + at, mask=inside, other=0.0)
         if table is not None:
-            lines = tl.load(line + row, mask=row < tiles.count, other=0)
+            lines = tl.load(line + row, mask=row < tiles.rows, other=0)
             values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
         unit, _ = _standard(values, inside, width, epsilons[0])
         values = unit * tl.load(outer_weight + column, mask=wide, other=0.0)
@@ -90,11 +90,11 @@ if triton is not None:
         of_bias = tl.zeros([tiles.block, tiles.columns], tl.float32)
         of_weight_after = tl.zeros([tiles.block, tiles.columns], tl.float32)
         of_bias_after = tl.zeros([tiles.block, tiles.columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(tiles.count, tiles.block), tl.num_programs(0)):
+        for tile in range(tl.program_id(0), tl.cdiv(tiles.rows, tiles.block), tl.num_programs(0)):
             row, at, inside = _cells(tile, tiles)
             values = tl.load(items + at, mask=inside, other=0.0)
             if table is not None:
-                lines = tl.load(line + row, mask=row < tiles.count, other=0)
+                lines = tl.load(line + row, mask=row < tiles.rows, other=0)
                 values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
             unit, inverse = _standard(values, inside, width, epsilons[0])
             values = unit * weight + bias
@@ -146,7 +146,7 @@ if triton is not None:
         of_weight = tl.zeros([tiles.block, tiles.columns], tl.float32)
         of_bias = tl.zeros([tiles.block, tiles.columns], tl.float32)
         of_branch = tl.zeros([tiles.block, tiles.columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(tiles.count, tiles.block), tl.num_programs(0)):
+        for tile in range(tl.program_id(0), tl.cdiv(tiles.rows, tiles.block), tl.num_programs(0)):
             row, at, inside = _cells(tile, tiles)
             values = tl.load(total + at, mask=inside, other=0.0)
             unit, inverse = _standard(values, inside, width, epsilon)

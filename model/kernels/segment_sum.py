@@ -28,9 +28,6 @@ class SortedIndex:
     keys: Tensor | None = None  # [M], the entries ascending
     order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
 
-    def __len__(self) -> int:
-        return len(self.index)
-
 
 def sort_index(index: Tensor, count: int) -> SortedIndex:
     """Sort an index, int64 [M], of ``count`` rows; entries are at least 0."""
@@ -53,11 +50,11 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
     assert index.count == count
-    if not len(index) or not count:
+    if not len(index.index) or not count:
         return
     fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
     if triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits:
-        _sum_runs(rows, more, index, values)
+        _sum_runs(rows, more, index, values, None, 1.0)
         return
     for part, row in ((rows, index.index), (more, index.index - len(rows))):
         if len(part):
@@ -75,17 +72,12 @@ def adam_rows(
     On CUDA; rows are float32 [C, D], contiguous, values float32 [M, D], ``adam`` as for
     :func:`adam_step`.
     """
-    if len(index):
+    if len(index.index):
         _sum_runs(rows, rows[:0], index, values, adam, scale)
 
 
 def _sum_runs(
-    rows: Tensor,
-    more: Tensor,
-    index: SortedIndex,
-    values: Tensor,
-    adam: tuple[Any, ...] | None = None,
-    scale: float = 1.0,
+    rows: Tensor, more: Tensor, index: SortedIndex, values: Tensor, adam: Any, scale: float
 ) -> None:
     keys, width = index.keys, rows.shape[1]
     assert keys is not None

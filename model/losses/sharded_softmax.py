@@ -98,19 +98,8 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        low: int,
-        bound: float,
-        cosine: bool,
-        shared: bool,
-        teacher_logits: Sequence[TeacherLogits],
-        teacher_share: float,
-        sizes: list[int] | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, *options: Any) -> Tensor:
+        low, bound, cosine, shared, teacher_logits, teacher_share, sizes = options
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
