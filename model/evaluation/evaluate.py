@@ -147,11 +147,8 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
             rows.values(), offsets, batch.masked, left_only, longest=batch.longest
         )
     hidden = bert.head.project(hidden)
-    seen_row = torch.repeat_interleave(
-        torch.arange(hidden.shape[0], device=hidden.device),
-        batch.seen_offsets.diff(),
-        output_size=batch.seen.numel(),
-    )
+    counts = batch.seen_offsets.diff()
+    seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
     targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
     if bert.head.catalog.shared:
         hidden, sizes = all_gather_rows(hidden)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from model.kernels import residual
 from model.kernels.bf16_linear import gelu_dropout, linear
 from model.kernels.dropout_bits import new_dropouts
-from model.network.attention import RowLayout, SelfAttention
+from model.kernels.varlen_attention import RowLayout
+from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig
 
 # offsets, masked, left_only, steps_ago of Encoder.forward
@@ -81,7 +82,7 @@ class Encoder(nn.Module):
             offsets: int64 [B + 1], starts of the rows in ``items``; a row has at most ``max_len``
                 positions, or ``max_len + 1`` with second streams.
             masked: int64 [M], positions in ``items`` to encode.
-            left_only: bool [W], as in :class:`~model.network.attention.RowLayout`.
+            left_only: bool [V], as in :class:`~model.kernels.varlen_attention.RowLayout`.
             steps_ago: int64 [T], below ``max_len``, as there.
             longest: length to which padded attention pads the rows; may exceed ``max_len``. None:
                 the longest possible, which depends only on shapes, as CUDA graphs require.
