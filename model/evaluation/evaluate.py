@@ -86,13 +86,31 @@ def evaluate(
         ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank.
     """
     assert popularity is not None or not discount
-    was_training = model.training
-    precision = torch.get_float32_matmul_precision()
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        ranked = _rank_all(unwrap(model), batches, popularity, max_scores, discount, earlier)
-        sums = torch.stack([metric_sums(ranks) for ranks in ranked])
+        bert = unwrap(model)
+        device = next(bert.encoder.parameters()).device
+        counts = None if popularity is None else popularity.to(device, torch.float32)
+        lowered = None
+        if counts is not None and discount:
+            lowered = (counts + 1).log() * (discount / bert.head.scale)
+        catalog = CatalogScores(bert, device, lowered)
+        # Reduced only at the end, so that the host does not wait for the device in between.
+        ranks: list[torch.Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
+        own: list[torch.Tensor] = []
+        for batch in batches:
+            users = _encode(bert, batch.to(device, non_blocking=True))
+            for block in users.blocks(max(1, max_scores // catalog.part_items)):
+                scorings = [catalog.scored(block.hidden)]
+                if counts is not None and earlier is None:
+                    scorings.append(catalog.counted(counts, len(block.hidden)))
+                each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
+                ranks.append(torch.stack([*chain(*each)]))
+                own.append(block.own)
+        ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
+        sums = torch.stack([metric_sums(each) for each in ranked])
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
@@ -105,36 +123,6 @@ def evaluate(
     elif popularity is not None:
         result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
     return result
-
-
-def _rank_all(
-    bert: BERT4Rec,
-    batches: Iterable[EvalBatch],
-    popularity: torch.Tensor | None,
-    max_scores: int,
-    discount: float,
-    earlier: Result | None,
-) -> torch.Tensor:
-    """Ranks of this rank's targets, int64 [2 or 4, users]: sampled, full, popularity's two."""
-    device = next(bert.encoder.parameters()).device
-    counts = None if popularity is None else popularity.to(device, torch.float32)
-    lowered = None
-    if counts is not None and discount:
-        lowered = (counts + 1).log() * (discount / bert.head.scale)
-    catalog = CatalogScores(bert, device, lowered)
-    # Reduced only at the end, so that the host does not wait for the device in between.
-    ranks: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
-    for batch in batches:
-        users = _encode(bert, batch.to(device, non_blocking=True))
-        for block in users.blocks(max(1, max_scores // catalog.part_items)):
-            scorings = [catalog.scored(block.hidden)]
-            if counts is not None and earlier is None:
-                scorings.append(catalog.counted(counts, len(block.hidden)))
-            each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
-            ranks.append(torch.stack([*chain(*each)]))
-            own.append(block.own)
-    return torch.cat(ranks, dim=1)[:, torch.cat(own)]
 
 
 def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:

@@ -40,20 +40,17 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 
 def column_sum(rows: Tensor) -> Tensor:
     """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
-    partial = _partial(rows, 2 * _PROGRAMS)
-    _column_sum[_grid(partial)](rows, partial, *rows.shape)
+    partial, grid = _partial(rows, 2 * _PROGRAMS)
+    _column_sum[grid](rows, partial, *rows.shape)
     return partial.sum(dim=0)
 
 
-def _partial(rows: Tensor, programs: int) -> Tensor:
-    """Memory for the sum of each program's rows: float32 [P, N], P about ``programs``."""
+def _partial(rows: Tensor, programs: int) -> tuple[Tensor, tuple[int, int]]:
+    """Memory for the sum of each program's rows, float32 [P, N], P about ``programs``; the grid."""
     count, width = rows.shape
-    programs = min(triton.cdiv(count, _BLOCK), programs // triton.cdiv(width, _COLUMNS))
-    return torch.empty(max(1, programs), width, device=rows.device)
-
-
-def _grid(partial: Tensor) -> tuple[int, int]:
-    return len(partial), triton.cdiv(partial.shape[1], _COLUMNS)
+    parts = triton.cdiv(width, _COLUMNS)
+    programs = max(1, min(triton.cdiv(count, _BLOCK), programs // parts))
+    return torch.empty(programs, width, device=rows.device), (programs, parts)
 
 
 class _Linear(torch.autograd.Function):
@@ -93,9 +90,9 @@ class _GeluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
-        gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
+        gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
-        _gelu_gradient[_grid(partial)](*tensors, *hidden.shape, ctx.dropout)
+        _gelu_gradient[grid](*tensors, *hidden.shape, ctx.dropout)
         return gradient, partial.sum(dim=0), None
 
 

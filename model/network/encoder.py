@@ -57,9 +57,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, max_len: int) -> None:
         super().__init__()
         self.max_len = max_len
-        self.positions = None
-        if config.learned_positions:
-            self.positions = nn.Embedding(max_len, config.emb_dim)
+        self.positions = nn.Embedding(max_len, config.emb_dim) if config.learned_positions else None
         self.embedding_norm = nn.LayerNorm(config.emb_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config, max_len) for _ in range(config.num_layers))
