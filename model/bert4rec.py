@@ -93,9 +93,8 @@ class BERT4Rec(nn.Module):
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
     """The item table, and one for scoring unless the head is tied; rows 0: padding, V + 1: mask."""
-    features = {"item": [ITEM], "output": [CANDIDATE]}
-    if config.head.head == "tied":
-        features = {"item": [ITEM, CANDIDATE]}
+    tied = config.head.head == "tied"
+    features = {"item": [ITEM, CANDIDATE]} if tied else {"item": [ITEM], "output": [CANDIDATE]}
     return [
         EmbeddingConfig(
             name=name,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec
 from model.evaluation.catalog_scores import CatalogScores, Scored
@@ -42,12 +42,12 @@ Result = dict[str, Any]
 class EncodedUsers:
     """Users of a batch (of all ranks if the catalog is sharded) and the items to rank."""
 
-    hidden: torch.Tensor  # float32 [U, D]
-    targets: torch.Tensor  # int64 [U]
-    negatives: torch.Tensor  # int64 [U, N], 0 = none
-    own: torch.Tensor  # bool [U], this rank's real users
-    seen: torch.Tensor  # int64 [S], 0 = none
-    seen_row: torch.Tensor  # int64 [S], the user of each seen item; any user for 0
+    hidden: Tensor  # float32 [U, D]
+    targets: Tensor  # int64 [U]
+    negatives: Tensor  # int64 [U, N], 0 = none
+    own: Tensor  # bool [U], this rank's real users
+    seen: Tensor  # int64 [S], 0 = none
+    seen_row: Tensor  # int64 [S], the user of each seen item; any user for 0
 
     def blocks(self, size: int) -> Iterator["EncodedUsers"]:
         """Blocks of at most ``size`` users; the same number on every rank."""
@@ -68,7 +68,7 @@ class EncodedUsers:
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],
-    popularity: torch.Tensor | None = None,
+    popularity: Tensor | None = None,
     max_scores: int = MAX_SCORES,
     discount: float = 0.0,
     earlier: Result | None = None,
@@ -98,8 +98,8 @@ def evaluate(
             lowered = (counts + 1).log() * (discount / bert.head.scale)
         catalog = CatalogScores(bert, device, lowered)
         # Reduced only at the end, so that the host does not wait for the device in between.
-        ranks: list[torch.Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
-        own: list[torch.Tensor] = []
+        ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
+        own: list[Tensor] = []
         for batch in batches:
             users = _encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, max_scores // catalog.part_items)):
@@ -116,8 +116,7 @@ def evaluate(
         model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    result: Result = {"users": int(sums[0, -1])}
-    result |= {"sampled": means(sums[0]), "full": means(sums[1])}
+    result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
     if earlier is not None:
         result["popularity"] = earlier["popularity"]
     elif popularity is not None:
@@ -131,9 +130,8 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(
-            rows.values(), offsets, batch.masked, left_only, longest=batch.longest
-        )
+        layout = offsets, batch.masked, left_only
+        hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
     hidden = bert.head.project(hidden)
     counts = batch.seen_offsets.diff()
     seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
@@ -149,9 +147,7 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
 
 
-def target_ranks(
-    users: EncodedUsers, scored: Scored, shared: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def target_ranks(users: EncodedUsers, scored: Scored, shared: bool) -> tuple[Tensor, Tensor]:
     """The target's rank among its negatives and among all unseen items, int64 [U] each, 1 = best.
 
     An item without a lower score than the target is ahead of it: NaN counts against the model.
@@ -182,7 +178,7 @@ def target_ranks(
     return 1 + ahead_sampled.sum(dim=1), ahead
 
 
-def _columns(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(part: CatalogSlice, items: Tensor) -> tuple[Tensor, Tensor]:
     """Each item's column in a non-empty part, and whether the part contains the item."""
     column = items - part.low
     inside = (column >= 0) & (column < part.high - part.low)

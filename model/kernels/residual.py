@@ -80,11 +80,7 @@ def add(
 def _memory(
     rows: Tensor, sums: int, grad_stream: Tensor | None, grad_normed: Tensor | None
 ) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor, kernels.Tiles]:
-    """Arguments of a backward kernel.
-
-    Gradients of both results, contiguous, and space for that of the rows; space for ``sums`` sums
-    over a program's rows, float32 [P, sums, D]; the tiles.
-    """
+    """The gradients that a backward kernel reads and writes, its sums [P, sums, D], and tiles."""
     stream = None if grad_stream is None else grad_stream.contiguous()
     normed = torch.zeros_like(rows) if grad_normed is None else grad_normed.contiguous()
     number, tiles = kernels.tiles_of(rows.shape, _GRADIENT_TILE)

@@ -98,7 +98,7 @@ def attend(projected: Tensor, layout: RowLayout, rotation: Tensor | None) -> Ten
         rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys, a row for
             each of ``layout.steps_ago``; or None.
     """
-    return _Attend.apply(projected, layout, rotation) if len(projected) else projected[:, 0]
+    return _Attend.apply(projected, layout, rotation)
 
 
 class _Attend(torch.autograd.Function):

@@ -8,13 +8,7 @@ Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
-from typing import Any
-
 from model.kernels.compiler import tl, triton
-
-rotate: Any = None
-choose: Any = None
-join: Any = None
 
 if triton is not None:
 
@@ -102,21 +96,14 @@ if triton is not None:
 
     @triton.jit
     def join(
-        rotated,
-        gradients,
-        given,
-        gradient,
-        positions,
-        scale,
-        heads: tl.constexpr,
-        half: tl.constexpr,
+        rotated, found, given, gradient, positions, scale, heads: tl.constexpr, half: tl.constexpr
     ) -> None:
         """The gradient, [T, 3, H, W], for queries, keys and values before the rotation, if any.
 
-        ``gradients``: of queries, of keys, of values; each by call, None without one. ``given``:
-        the results of ``choose``, the gradient of its output, ``bounds``, the rotation.
+        ``found``: gradients of queries, of keys, of values; each by call, None without one.
+        ``given``: the results of ``choose``, the gradient of its output, ``bounds``, the rotation.
         """
-        queries, keys, values = gradients
+        queries, keys, values = found
         output, log_sums, grad, bounds, rotation, steps_ago = given
         position = tl.program_id(0).to(tl.int64)
         call = _call_of(position, bounds)

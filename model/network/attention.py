@@ -17,48 +17,37 @@ from model.kernels.varlen_attention import RowLayout, attend, takes
 
 def attend_padded(layout: RowLayout, projected: Tensor) -> Tensor:
     """Rotated queries, keys and values [T, 3, H, K] -> [T, H, K], with rows padded to L."""
-    cell = (layout.row + 1) * layout.longest - 1 - layout.from_end  # [T] in the flattened grid
-    grid = projected.new_zeros(layout.rows * layout.longest, *projected.shape[1:])
-    grid = grid.index_copy(0, cell, projected).view(layout.rows, layout.longest, 3, *grid.shape[2:])
+    longest, windows = layout.longest, layout.windows
+    cell = (layout.row + 1) * longest - 1 - layout.from_end  # [T] in the flattened grid
+    grid = projected.new_zeros(layout.rows * longest, *projected.shape[1:])
+    grid = grid.index_copy(0, cell, projected).view(layout.rows, longest, 3, *grid.shape[2:])
     query, key, value = grid.permute(2, 0, 3, 1, 4)  # each [B, H, L, K]
-    mask = _visible(layout)[:, None]  # [B, 1, 1 or L, L]
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    if layout.windows:
-        first, second = slice(0, layout.windows), slice(layout.windows, 2 * layout.windows)
+    columns = torch.arange(longest, device=cell.device)
+    earlier, itself = columns <= columns[:, None], columns == columns[:, None]  # [L, L]
+    lengths = layout.offsets.diff()[:, None]
+    filled = (columns >= longest - lengths)[:, None]  # [B, 1, L]
+    # Keys (columns) that a query attends to in its row. Padding and empty rows get visible keys,
+    # too: a softmax over no key would be NaN.
+    visible = filled | (lengths == 0)[:, None]
+    if layout.left_only is not None:
+        left_only = F.pad(layout.left_only, (0, layout.rows - layout.left_only.numel()))
+        visible = (visible & (earlier | ~left_only[:, None, None])) | itself  # [B, L, L]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None])
+    if windows:
+        first, second = slice(0, windows), slice(windows, 2 * windows)
+        # Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
+        # Rows are padded on the left and a second stream is one longer: its position t is in the
+        # column of the window's position t - 1.
+        before = earlier & filled[first]
+        visible = torch.cat([before, itself.expand_as(before)], dim=2)
         second_mixed = F.scaled_dot_product_attention(
             query[second],
             torch.cat([key[first], key[second]], dim=2),
             torch.cat([value[first], value[second]], dim=2),
-            attn_mask=_visible_to_second(layout)[:, None],
+            attn_mask=visible[:, None],
         )
-        mixed = torch.cat([mixed[first], second_mixed, mixed[2 * layout.windows :]])
+        mixed = torch.cat([mixed[first], second_mixed, mixed[2 * windows :]])
     return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cell)
-
-
-def _visible(layout: RowLayout) -> Tensor:
-    """Keys (columns) that a query attends to in its padded row: bool [B, 1 or L, L]."""
-    columns = torch.arange(layout.longest, device=layout.offsets.device)
-    lengths = layout.offsets.diff()[:, None]
-    # Padding and empty rows get visible keys, too: a softmax over no key would be NaN.
-    visible = ((columns >= layout.longest - lengths) | (lengths == 0))[:, None]  # [B, 1, L]
-    if layout.left_only is None:
-        return visible
-    left_only = F.pad(layout.left_only, (0, layout.rows - layout.left_only.numel()))[:, None, None]
-    earlier, itself = columns <= columns[:, None], columns == columns[:, None]  # [L, L]
-    return (visible & (earlier | ~left_only)) | itself  # [B, L, L]
-
-
-def _visible_to_second(layout: RowLayout) -> Tensor:
-    """Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
-
-    Rows are padded on the left and a second stream is one longer: its position t is in the
-    column of the window's position t - 1.
-    """
-    columns = torch.arange(layout.longest, device=layout.offsets.device)
-    lengths = layout.offsets.diff()[: layout.windows, None, None]
-    earlier = (columns <= columns[:, None]) & (columns >= layout.longest - lengths)  # [W, L, L]
-    itself = columns == columns[:, None]
-    return torch.cat([earlier, itself.expand_as(earlier)], dim=2)
 
 
 class SelfAttention(nn.Module):

@@ -18,8 +18,6 @@ from model.losses import sampled
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 from model.network.config import HeadConfig
 
-NO_TARGET = 0  # the padding item
-
 
 @dataclass(frozen=True)
 class CatalogSlice:
@@ -119,7 +117,7 @@ class ScoringHead(nn.Module):
                 calibration, draws = config.gbce_calibration, negatives.numel()
                 beta = sampled.gbce_beta(calibration, draws, self.num_items)
                 losses = sampled.gbce(*scores, beta)
-        counted = targets != NO_TARGET
+        counted = targets != 0  # the padding item
         total = torch.where(counted, losses, 0.0).sum()
         count = counted.sum().to(total.dtype)
         report = torch.stack([total.detach(), count])
