@@ -75,16 +75,9 @@ class BERT4Rec(nn.Module):
     def forward(self, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch.features)
-        given = StepInput(
-            batch.row_offsets,  # TorchRec would have to sum lengths for the offsets of ``rows``
-            batch.masked,
-            batch.left_only,
-            batch.steps_ago,
-            batch.targets,
-            batch.negatives,
-            batch.log_counts,
-            batch.ids,
-        )
+        # TorchRec would have to sum lengths for the offsets of ``rows``.
+        layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
+        given = StepInput(*layout, batch.targets, batch.negatives, batch.log_counts, batch.ids)
         items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec
@@ -141,9 +142,7 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
         targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
         first = dist.get_rank() * max(sizes)
         seen_row, _ = all_gather_rows(seen_row + first)
-        all_own = own.new_zeros(len(hidden))
-        all_own[first : first + len(own)] = own
-        own = all_own
+        own = F.pad(own, (first, len(hidden) - first - len(own)))
     return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
 
 

@@ -7,7 +7,7 @@ Shapes: T rows, D values of each (``width``), P programs.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from model.kernels.compiler import row_tiles, tl, triton
@@ -23,7 +23,8 @@ class Tiles(NamedTuple):
     columns: Any
 
 
-def tiles_of(shape: Sequence[int], values: int) -> tuple[int, Tiles]:
+@lru_cache  # constants are slow to make
+def tiles_of(shape: tuple[int, int], values: int) -> tuple[int, Tiles]:
     """The number of tiles of ``values`` values, and the tiles."""
     number, *tile = row_tiles(shape, values)
     return number, Tiles(*shape, *map(tl.constexpr, tile))

@@ -114,8 +114,8 @@ class ScoringHead(nn.Module):
             if config.loss == "sampled_softmax":
                 losses = sampled.softmax(*scores, log_counts)
             else:
-                calibration, draws = config.gbce_calibration, negatives.numel()
-                beta = sampled.gbce_beta(calibration, draws, self.num_items)
+                draws = negatives.numel()
+                beta = sampled.gbce_beta(config.gbce_calibration, draws, self.num_items)
                 losses = sampled.gbce(*scores, beta)
         counted = targets != 0  # the padding item
         total = torch.where(counted, losses, 0.0).sum()
