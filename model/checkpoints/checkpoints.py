@@ -18,6 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from model.checkpoints.config import CheckpointConfig
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
-from model.checkpoints.writer import Background, CheckpointWriter, host_copy
+from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
 from model.distributed import GONE, Ranks, from_first_rank
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
@@ -64,14 +65,12 @@ class Checkpoints:
         # Created here: during training, its creation would wait forever for a lost rank.
         self._writer = CheckpointWriter(ranks, recorded or {})
         self._last_write = time.monotonic()
-        self._background: Background | None = None
+        self._background: Future[None] | None = None
         self._final = self.folder  # folder of the last save
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
+        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -81,9 +80,9 @@ class Checkpoints:
     def is_due(self) -> bool:
         """Whether rank 0 should save: the interval is over, or ``save`` must raise an error."""
         if self._background is not None:
-            if self._background.is_alive():
+            if not self._background.done():
                 return False
-            if self._background.error is not None and self._config.on_save_error == "stop":
+            if self._background.exception() and self._config.on_save_error == "stop":
                 return True
         return time.monotonic() - self._last_write > 60 * self._config.checkpoint_every
 
@@ -109,7 +108,7 @@ class Checkpoints:
         if wait:
             return self._succeeds(lambda: self._write(state, position))
         copied = host_copy(state)
-        self._background = Background(lambda: self._write(copied, position))
+        self._background = in_background(lambda: self._write(copied, position))
         return True
 
     def finish(self) -> None:
@@ -122,7 +121,11 @@ class Checkpoints:
         try:
             self._writer.write(self.path(position.step), state, position)
             if self._ranks.is_first:
-                self._delete_outdated(position)
+                # The exported model is older than this checkpoint.
+                remove_folder(self.run_dir / PORTABLE)
+                outdated = self.steps()[: -self._config.keep_last]
+                for step in set(outdated) - {position.best_step}:
+                    remove_folder(self.path(step))
         finally:
             self._last_write = time.monotonic()
 
@@ -140,13 +143,6 @@ class Checkpoints:
             return False
         return True
 
-    def _delete_outdated(self, position: Position) -> None:
-        # The exported model is older than this checkpoint.
-        remove_folder(self.run_dir / PORTABLE)
-        keep = {*self.steps()[-self._config.keep_last :], position.best_step}
-        for step in set(self.steps()) - keep:
-            remove_folder(self.path(step))
-
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
         """Load the newest undamaged checkpoint, if any; called on all ranks."""
         position = from_first_rank(self._ranks, self._newest_good)
@@ -160,30 +156,28 @@ class Checkpoints:
         return position
 
     def _newest_good(self) -> Position | None:
-        step = next((step for step in reversed(self.steps()) if self._is_good(step)), None)
-        if step is None:
+        steps = self.steps()
+        position = next(filter(None, map(self._checked, reversed(steps))), None)
+        if position is None:
             return None
-        position = _position(self.path(step))
-        best = position.best_step
-        if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
+        best, step = position.best_step, position.step
+        if best not in (0, step) and not (best in steps and self._checked(best)):
             self._ranks.warn(f"{self.path(best)}, the best model, is lost: using step {step}")
             position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
         return position
 
-    def _is_good(self, step: int) -> bool:
-        """Verify a checkpoint; rename a damaged one."""
+    def _checked(self, step: int) -> Position | None:
+        """Verify a checkpoint; rename a damaged one, and return None."""
         path = self.path(step)
         try:
-            verify(path)
-            _position(path)
+            return _position(verify(path))
         except DamagedError as error:
             self._ranks.warn(f"{path} is damaged: {error}; it is not used")
             away = self.folder / f"damaged-{step:08d}"
             shutil.rmtree(away, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rename(away)
-            return False
-        return True
+            return None
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint, or None; called on all ranks."""
@@ -193,7 +187,7 @@ class Checkpoints:
         best = 0
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
-                best = _position(self.path(step)).best_step
+                best = _position(read_manifest(self.path(step))).best_step
                 break
         if not best:
             return None
@@ -231,9 +225,9 @@ def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str,
     return {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
 
 
-def _position(folder: Path) -> Position:
+def _position(manifest: dict[str, Any]) -> Position:
     try:
-        return Position(**read_manifest(folder)["position"])
+        return Position(**manifest["position"])
     except TypeError as error:
         raise DamagedError(f"its position is invalid ({error})") from error
 

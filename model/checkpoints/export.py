@@ -34,14 +34,8 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
     Args:
         plain: an unsharded BERT4Rec on CPU; its weights become the checkpoint's.
     """
-    state = {
-        "model": {
-            name: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-            for name, tensor in plain.state_dict().items()
-        }
-    }
-    dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
-    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
+    weights = plain.to_empty(device="cpu").state_dict()
+    dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), no_dist=True)
     for folder in folders:
         aside = aside_of(folder)
         try:

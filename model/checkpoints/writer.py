@@ -11,7 +11,9 @@ one group would mix up their messages.
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,18 @@ class CheckpointWriter:
         """
         aside = aside_of(final)
 
+        @_as_user_error()
         def make_room() -> None:
             final.parent.mkdir(exist_ok=True)
             remove_leftovers(final.parent)
             aside.mkdir()
 
+        @_as_user_error()
         def complete() -> None:
             write_manifest(aside, manifest)
             publish(aside, final)
 
-        self._on_first_rank(make_room)
+        from_first_rank(self._ranks, make_room, self._group)
         dcp.save(state, checkpoint_id=aside, process_group=self._group)
         manifest = {
             "position": dataclasses.asdict(position),
@@ -58,7 +62,7 @@ class CheckpointWriter:
             "world_size": self._ranks.world_size,
             "files": self._describe(aside),
         }
-        self._on_first_rank(complete)
+        from_first_rank(self._ranks, complete, self._group)
 
     def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
         """Sizes and checksums of all files; each rank reads the files that it has written."""
@@ -76,39 +80,30 @@ class CheckpointWriter:
             raise OSError(failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
 
-    def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Run on rank 0; all ranks raise its OSError (as UserError), so that no rank waits."""
 
-        def reported() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise UserError(error.strerror or str(error)) from error
-
-        from_first_rank(self._ranks, reported, self._group)
+@contextmanager
+def _as_user_error() -> Iterator[None]:
+    """An OSError of rank 0 becomes a UserError, which all ranks raise, so that no rank waits."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(error.strerror or str(error)) from error
 
 
-class Background(threading.Thread):
-    """Runs ``work`` in a thread and keeps its error for ``result``."""
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Run ``work`` in a thread; the future has its end and its error."""
+    future: Future[None] = Future()
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        # A daemon: if the process ends first, the checkpoint does not get its final name.
-        super().__init__(daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self._work()
+            work()
+            future.set_result(None)
         except BaseException as error:  # CheckpointException is a BaseException
-            self.error = error
+            future.set_exception(error)
 
-    def result(self) -> None:
-        """Wait for the end of the work and raise its error, if any."""
-        self.join()
-        if self.error is not None:
-            raise self.error
+    # A daemon: if the process ends first, the checkpoint does not get its final name.
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def host_copy(value: Any) -> Any:

@@ -64,20 +64,21 @@ class StepProfiler:
         steps: int,
         say: Callable[[str], None],
     ) -> None:
-        self._recorded, self._say = config.profile, say
+        self._steps, self._say = config.profile, say
         self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
         self._graphs = plan.graphs
         # With the graph of the whole step, then without.
         self._train_step: TrainStep | None = pipeline.train_step if plan.graphs == "step" else None
         self._cycles = 1 if self._train_step is None else 2
-        recorded = self._cycles * (_WARM_UP + config.profile)
-        self._to_skip = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT))
-        self._written = 0
+        recorded = self._cycles * (_WARM_UP + self._steps)
+        self._first = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT)) if self._steps else -1
+        self._last = self._first + recorded
+        self._done = self._written = 0
         self._profile: profile | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "StepProfiler":
-        if self._recorded and self._to_skip == 0:
+        if self._first == 0:
             self._begin()
         return self
 
@@ -87,15 +88,13 @@ class StepProfiler:
 
     def step(self) -> None:
         """Call after each training step."""
-        if self._profile is not None:
+        self._done += 1
+        if self._done == self._first:
+            self._begin()
+        elif self._profile is not None:
             self._profile.step()
-            self._to_record -= 1
-            if self._to_record == 0:
+            if self._done == self._last:
                 self._end(self._profile)
-        elif self._recorded:
-            self._to_skip -= 1
-            if self._to_skip == 0:
-                self._begin()
 
     def _begin(self) -> None:
         stages = {"lookup": self._bert.embeddings}
@@ -105,20 +104,19 @@ class StepProfiler:
             stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
         for name, module in stages.items():
             self._hooks += _named(name, module)
-        self._to_record = self._cycles * (_WARM_UP + self._recorded)
         activities = [ProfilerActivity.CPU]
         if self._ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._recorded, repeat=self._cycles),
+            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._steps, repeat=self._cycles),
             on_trace_ready=self._write,
         )
         self._profile.start()
 
     def _end(self, running: profile) -> None:
         running.stop()
-        self._profile, self._recorded = None, 0
+        self._profile = None
         for hook in self._hooks:
             hook.remove()
         if self._train_step is not None:
@@ -137,14 +135,13 @@ class StepProfiler:
 
 def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     """Record every call of ``module`` as a range called ``name``."""
-    running: list[record_function] = []
+    stage = record_function(name)
 
     def enter(*_: Any) -> None:
-        running.append(record_function(name))
-        running[-1].__enter__()
+        stage.__enter__()
 
     def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
+        stage.__exit__(None, None, None)
 
     return [
         module.register_forward_pre_hook(enter),

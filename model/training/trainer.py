@@ -30,7 +30,7 @@ from model.step.optimizers import Optimizers
 from model.tables.upstream import set_table_steps
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
 from model.training.config import TrainingConfig
-from model.training.progress import Feed, HostThrottle, LogWindow, StepNote
+from model.training.progress import Feed, HostThrottle, LogWindow
 from model.training.run_log import RunLog
 from model.training.schedule import lr_factor
 from pipeline.batches.train_batch import PackedBatch
@@ -163,13 +163,12 @@ class Trainer:
         factor = lr_factor(self.config, progress, before.epoch)
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
-        losses = self.pipeline.progress(feed)
+        window.losses.append(self.pipeline.progress(feed))
         self._throttle.after_step()
         windows, sample = feed.held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
-        lr = factor * self.optimizers.peak_lr
-        note = StepNote(self.position.step, before.epoch + 1, before.sample, sample, lr)
-        window.add(losses, windows, note)
+        window.steps.append((before, self.position, factor * self.optimizers.peak_lr))
+        window.windows += windows
         self.log.advance()
 
     def _request(self, window: LogWindow) -> int:
