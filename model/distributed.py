@@ -80,11 +80,6 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def alone(device: torch.device) -> Ranks:
-    """This process as the only rank, for work without the other ranks."""
-    return Ranks(rank=0, world_size=1, local_world_size=1, device=device)
-
-
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     """Join torchrun's process group, or create one with only this process."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -110,20 +105,6 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Ranks(rank, world_size, local_world_size, device, timeout)
-
-
-def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
-    """A group of all ranks for small messages that overlap the step's kernels.
-
-    A waiting collective occupies one multiprocessor of a GPU, not two dozen as by NCCL's default.
-    """
-    if ranks.device.type != "cuda":
-        return dist.new_group(timeout=ranks.timeout)
-    # Private: min_ctas, max_ctas (NCCL's multiprocessors) and _timeout have no public setter.
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.min_ctas = options.config.max_ctas = 1
-    options._timeout = ranks.timeout
-    return dist.new_group(timeout=ranks.timeout, backend="nccl", pg_options=options)
 
 
 def from_first_rank(

@@ -15,7 +15,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import WEIGHTS, load_exported
-from model.distributed import Ranks, alone
+from model.distributed import Ranks
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
@@ -85,8 +85,8 @@ class TrainedRun:
         exported = self._exported()
         if exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
-        cpu = torch.device("cpu")
-        model = build_plain_model(self.config, self._num_items, alone(cpu))
+        alone = Ranks(0, 1, 1, torch.device("cpu"))
+        model = build_plain_model(self.config, self._num_items, alone)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
