@@ -179,18 +179,20 @@ class Checkpoints:
                 path.rename(away)
             return None
 
-    def best_step(self) -> int | None:
-        """Step of the best checkpoint, or None; called on all ranks."""
+    def best_step(self) -> int:
+        """Step of the best checkpoint; called on all ranks; UserError without a good one."""
         return from_first_rank(self._ranks, self._best_step)
 
-    def _best_step(self) -> int | None:
+    def _best_step(self) -> int:
         best = 0
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
                 best = _position(read_manifest(self.path(step))).best_step
                 break
         if not best:
-            return None
+            raise UserError(
+                f"{self.run_dir} has no checkpoint yet: train until the first evaluation"
+            )
         try:
             verify(self.path(best))
         except DamagedError as error:

@@ -33,6 +33,8 @@ class TrainedRun:
 
     def __init__(self, flags: EvalFlags) -> None:
         self.folder = Path(flags.checkpoint)
+        folders = (self.folder, self.folder / PORTABLE)
+        self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         recorded = read_config(self.folder)
         self._num_items, self._fingerprint = recorded["num_items"], recorded["catalog"]
         settings = dict(recorded["flags"])
@@ -60,18 +62,14 @@ class TrainedRun:
     def model(self, ranks: Ranks) -> DistributedModelParallel:
         """The trained model, sharded over the ranks."""
         config = self.config
-        if exported := self._exported():
+        if self._exported:
             if ranks.device.type != "cuda":  # a CPU has no UVM
                 config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
             model = self._built(config, ranks)
-            load_exported(exported, model)
+            load_exported(self._exported, model)
             return model
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
-        if step is None:
-            raise UserError(
-                f"{self.folder} has no checkpoint yet: train until the first evaluation"
-            )
         model = self._built(config, ranks)
         checkpoints.load_weights(model, step)
         return model
@@ -82,8 +80,7 @@ class TrainedRun:
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""
-        exported = self._exported()
-        if exported is None:
+        if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
         alone = Ranks(0, 1, 1, torch.device("cpu"))
         model = build_plain_model(self.config, self._num_items, alone)
@@ -92,12 +89,8 @@ class TrainedRun:
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
                 "to be held whole by a rank"
             )
-        load_exported(exported, model)
+        load_exported(self._exported, model)
         return model
-
-    def _exported(self) -> Path | None:
-        folders = (self.folder, self.folder / PORTABLE)
-        return next((folder for folder in folders if (folder / WEIGHTS).exists()), None)
 
 
 def load_teachers(

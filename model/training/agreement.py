@@ -17,7 +17,6 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +41,6 @@ class Agreement:
         self._signal = self._request = NOTHING
         self._steps_between = _STEPS_BETWEEN if ranks.device.type == "cuda" else 1
         self._calls = 0
-        self._handlers: dict[signal.Signals, Any] = {}
         self._reduced = torch.zeros(1, dtype=torch.int32)
         self._underway: dist.Work | None = None
         self._group = self._barrier_group = None
@@ -74,17 +72,16 @@ class Agreement:
             The highest request that any rank submitted before its last exchange; on a single
             rank, the request itself.
         """
+        if self._group is None:
+            return max(request, self._signal)
         self._request = max(request, self._request, self._signal)
         self._calls += 1
-        if self._group is not None and self._calls % self._steps_between:
+        if self._calls % self._steps_between:
             return NOTHING
-        request, self._request = self._request, NOTHING
-        if self._group is None:
-            return request
         if self._underway is not None:
             self._underway.wait()
         decision = int(self._reduced)
-        self._reduced = torch.tensor([request], dtype=torch.int32)
+        self._reduced, self._request = torch.tensor([self._request], dtype=torch.int32), NOTHING
         self._underway = dist.all_reduce(
             self._reduced, dist.ReduceOp.MAX, group=self._group, async_op=True
         )

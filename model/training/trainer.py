@@ -32,7 +32,6 @@ from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
 from model.training.config import TrainingConfig
 from model.training.progress import Feed, HostThrottle, LogWindow
 from model.training.run_log import RunLog
-from model.training.schedule import lr_factor
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
@@ -114,10 +113,6 @@ class Trainer:
             )
         return self.position
 
-    @property
-    def _epoch_number(self) -> int:  # from 1
-        return self.position.epoch + 1
-
     def _is_over(self) -> bool:
         stale = self.config.patience is not None and self.position.stale >= self.config.patience
         return stale or self.position.epoch >= self.config.num_epochs
@@ -150,7 +145,7 @@ class Trainer:
                 self._throttle.wait_for_all()
                 values = window.reduce()
                 values["data_wait_ms"] = 1000 * feed.waited / len(window.steps)
-                self.log.write(self.position.step, self._epoch_number, values)
+                self.log.write(self.position.step, self.position.epoch + 1, values)
                 window, feed.waited = LogWindow(), 0.0
             self._carry_out(decision)
         self.pipeline.detach()
@@ -160,7 +155,7 @@ class Trainer:
         if before.sample == self.loader.num_samples:
             before = replace(before, epoch=before.epoch + 1, sample=0)
         progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
-        factor = lr_factor(self.config, progress, before.epoch)
+        factor = self.config.lr_factor(progress, before.epoch)
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
         window.losses.append(self.pipeline.progress(feed))
@@ -185,7 +180,7 @@ class Trainer:
             position, number = self.position, decision - STOP
             self.log.say(
                 f"stopped by {signal.Signals(number).name} at step {position.step} (epoch "
-                f"{self._epoch_number}, sample {position.sample}){', saved' * saved}: go on "
+                f"{self.position.epoch + 1}, sample {position.sample}){', saved' * saved}: go on "
                 "with --resume auto"
             )
             raise SystemExit(128 + number)
@@ -238,9 +233,9 @@ class Trainer:
             for name, number in result[protocol].items()
         }
         values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(step, self._epoch_number, values)
+        self.log.write(step, self.position.epoch + 1, values)
         self.log.say(
-            f"epoch {self._epoch_number}: validation NDCG@10 full {value:.4f}"
+            f"epoch {self.position.epoch + 1}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
             f"HR@10 full {full['HR@10']:.4f}, sampled {sampled['HR@10']:.4f}"
         )
