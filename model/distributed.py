@@ -1,8 +1,4 @@
-"""The ranks of a run: how they start, share what rank 0 computes, and end after an error.
-
-torchrun --nproc_per_node 2 train.py     two ranks
-python train.py                          one rank, no torchrun needed
-"""
+"""The ranks of a run: how they start, share what rank 0 computes, and end after an error."""
 
 import errno
 import logging
@@ -111,18 +107,17 @@ def from_first_rank(
     ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None
 ) -> T:
     """Run ``work`` on rank 0; return its result, or raise its UserError, on all ranks."""
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None]
     if ranks.is_first:
         try:
-            outcome[0] = work()
+            outcome = [work()]
         except UserError as error:
-            outcome[1] = str(error)
+            outcome = [error]
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
-    result, failure = outcome
-    if failure is not None:
-        raise UserError(failure)
-    return result
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:

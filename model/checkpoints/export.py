@@ -30,9 +30,7 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
     """Export the folder of a checkpoint into each of ``folders``; call it on one rank.
 
     A new folder is complete once it exists; in an existing folder the weights are replaced last.
-
-    Args:
-        plain: an unsharded BERT4Rec on CPU; its weights become the checkpoint's.
+    ``plain``, an unsharded BERT4Rec, gets the checkpoint's weights.
     """
     weights = plain.to_empty(device="cpu").state_dict()
     dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), no_dist=True)

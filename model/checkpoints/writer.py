@@ -1,8 +1,10 @@
 """Write one checkpoint with all ranks.
 
-    .step-00001200.part/         every rank writes and syncs its files, then computes checksums
-        manifest.json            rank 0, after all ranks
-    step-00001200/               one rename
+    .step-00001200.part/
+        .metadata  __0_0.distcp  __1_0.distcp     torch.distributed.checkpoint's: weights and
+                                                  optimizer state, written and synced by all ranks
+        manifest.json                             rank 0, after all ranks: checksums of the files
+    step-00001200/                                one rename
 
 The ranks use a separate process group, so that a thread can write during training: two threads on
 one group would mix up their messages.

@@ -1,10 +1,4 @@
-"""A trained model on disk, to evaluate or to learn from.
-
-run = TrainedRun(EvalFlags(checkpoint="runs/ml-1m"))
-store = prepare(run.config.data)
-run.check_catalog(store)
-model = run.model(ranks)
-"""
+"""A trained model on disk, to evaluate or to learn from."""
 
 from dataclasses import replace
 from pathlib import Path

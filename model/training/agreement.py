@@ -66,11 +66,9 @@ class Agreement:
         self._signal = STOP + number
 
     def exchange(self, request: int = NOTHING) -> int:
-        """Submit this rank's request; every rank must call it equally often.
+        """Submit a request; the highest one that any rank submitted before its last exchange.
 
-        Returns:
-            The highest request that any rank submitted before its last exchange; on a single
-            rank, the request itself.
+        Every rank must call it equally often. On a single rank it returns the request itself.
         """
         if self._group is None:
             return max(request, self._signal)

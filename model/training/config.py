@@ -37,11 +37,9 @@ class TrainingConfig(Config):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def lr_factor(self, progress: float, epoch: int) -> float:
-        """The learning rate as a share of its peak.
+        """The learning rate of a step as a share of its peak.
 
-        Args:
-            progress: share of all training samples consumed before this step, in [0, 1).
-            epoch: from 0.
+        ``progress``: share of all training samples consumed before, in [0, 1); ``epoch``: from 0.
         """
         stairs = self.gamma ** (epoch // self.decay_step)
         if progress < self.warmup_share:

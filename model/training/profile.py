@@ -9,6 +9,7 @@ traced without it, into rank0-apart.<time>.pt.trace.json.gz.
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,35 +45,28 @@ STAGES = {
 }
 
 
+@dataclass(eq=False)
 class StepProfiler:
-    """Records ``--profile`` steps on every rank; a context manager around training.
+    """Records ``--profile`` steps on every rank; a context manager around training."""
 
-    Args:
-        folder: the run folder.
-        steps: steps that will be trained; a short run is recorded from its first step.
-        say: prints the times of the stages, called on rank 0.
-    """
+    config: ProfileConfig
+    model: nn.Module
+    plan: ExecutionPlan
+    pipeline: Any
+    run_dir: Path
+    ranks: Ranks
+    steps: int  # that will be trained; a short run is recorded from its first step
+    say: Callable[[str], None]  # prints the times of the stages, called on rank 0
 
-    def __init__(
-        self,
-        config: ProfileConfig,
-        model: nn.Module,
-        plan: ExecutionPlan,
-        pipeline: Any,
-        folder: Path,
-        ranks: Ranks,
-        steps: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self._steps, self._say = config.profile, say
-        self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        self._graphs = plan.graphs
+    def __post_init__(self) -> None:
         # With the graph of the whole step, then without.
-        self._train_step: TrainStep | None = pipeline.train_step if plan.graphs == "step" else None
-        self._cycles = 1 if self._train_step is None else 2
-        recorded = self._cycles * (_WARM_UP + self._steps)
-        self._first = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT)) if self._steps else -1
-        self._last = self._first + recorded
+        whole = self.plan.graphs == "step"
+        self._train_step: TrainStep | None = self.pipeline.train_step if whole else None
+        self._cycles = 2 if whole else 1
+        recorded = self._cycles * (_WARM_UP + self.config.profile)
+        skipped = max(0, min(_SKIPPED, self.steps - recorded - _RUN_OUT))
+        self._first = skipped if self.config.profile else -1
+        self._last = skipped + recorded
         self._done = self._written = 0
         self._profile: profile | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -82,10 +76,6 @@ class StepProfiler:
             self._begin()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._profile is not None:  # the end of training cuts the trace short
-            self._end(self._profile)
-
     def step(self) -> None:
         """Call after each training step."""
         self._done += 1
@@ -94,28 +84,33 @@ class StepProfiler:
         elif self._profile is not None:
             self._profile.step()
             if self._done == self._last:
-                self._end(self._profile)
+                self.__exit__()
 
     def _begin(self) -> None:
-        stages = {"lookup": self._bert.embeddings}
-        if self._graphs == "dense":
-            stages["encoder and head"] = self._bert.dense_step
+        bert = unwrap(self.model)
+        stages = {"lookup": bert.embeddings}
+        if self.plan.graphs == "dense":
+            stages["encoder and head"] = bert.dense_step
         else:
-            stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
+            stages |= {"encoder": bert.encoder, "head": bert.head}
         for name, module in stages.items():
             self._hooks += _named(name, module)
         activities = [ProfilerActivity.CPU]
-        if self._ranks.device.type == "cuda":
+        if self.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._steps, repeat=self._cycles),
+            schedule=schedule(
+                wait=0, warmup=_WARM_UP, active=self.config.profile, repeat=self._cycles
+            ),
             on_trace_ready=self._write,
         )
         self._profile.start()
 
-    def _end(self, running: profile) -> None:
-        running.stop()
+    def __exit__(self, *_: object) -> None:
+        if self._profile is None:
+            return
+        self._profile.stop()  # the end of training may cut the trace short
         self._profile = None
         for hook in self._hooks:
             hook.remove()
@@ -123,11 +118,11 @@ class StepProfiler:
             self._train_step.is_eager = False
 
     def _write(self, recorded: profile) -> None:
-        apart = "-apart" * self._written
-        trace_writer(str(self._folder), f"rank{self._ranks.rank}{apart}", use_gzip=True)(recorded)
-        if self._ranks.is_first:
+        folder, apart = self.run_dir / "profile", "-apart" * self._written
+        trace_writer(str(folder), f"rank{self.ranks.rank}{apart}", use_gzip=True)(recorded)
+        if self.ranks.is_first:
             how = ", without a graph of the whole step" * self._written
-            self._say(f"{self._folder}{how}: {summary(recorded.events())}")
+            self.say(f"{folder}{how}: {summary(recorded.events())}")
         self._written += 1
         if self._train_step is not None:
             self._train_step.is_eager = True

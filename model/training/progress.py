@@ -92,8 +92,7 @@ class LogWindow:
     def reduce(self) -> dict[str, float]:
         """Mean loss per masked position, summed speed of all ranks, highest peak memory.
 
-        Raises:
-            UserError: a loss is not finite; names the first such step.
+        A loss that is not finite is a UserError, which names the first such step.
         """
         totals = torch.stack(self.losses).double()
         totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])

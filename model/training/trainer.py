@@ -78,13 +78,10 @@ class Trainer:
         self._total = self.config.num_epochs * self.loader.num_samples
 
     def run(self) -> Position:
-        """Train to the end, to ``--max_steps`` or until nothing improves.
+        """Train to the end, to ``--max_steps`` or until nothing improves; the last position.
 
-        Returns:
-            The last position; ``best_step`` is 0 if ``--max_steps`` precedes any evaluation.
-
-        Raises:
-            SystemExit: stopped by a signal, after a checkpoint; the code is 128 + its number.
+        Its ``best_step`` is 0 if ``--max_steps`` precedes any evaluation. A signal, after a
+        checkpoint, raises SystemExit with 128 + its number.
         """
         try:
             with self._agreement:
