@@ -70,7 +70,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
-    folder.record(config, {"shards": shards, **asdict(plan)})
+    folder.record({"shards": shards, **asdict(plan)})
 
     validator = None
     if not config.windows.train_on_validation:

@@ -42,24 +42,20 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
             Catalog.read(run_dir).write_to(aside)
             shutil.copyfile(run_dir / "config.json", aside / "config.json")
             save_file(weights, aside / WEIGHTS)
-            _move(aside, folder)
+            sync_files(aside)
+            if not folder.exists():
+                publish(aside, folder)
+                continue
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
+                path.replace(folder / path.name)
+            sync(folder)
+            aside.rmdir()
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
                 f"{checkpoint}: make room and run again with --resume auto"
             ) from error
-
-
-def _move(aside: Path, folder: Path) -> None:
-    sync_files(aside)
-    if not folder.exists():
-        publish(aside, folder)
-        return
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
-        path.replace(folder / path.name)
-    sync(folder)
-    aside.rmdir()
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:

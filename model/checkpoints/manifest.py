@@ -44,8 +44,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{NAME} is not whole") from error
     if checksum != _checksum(content):
         raise DamagedError(f"{NAME} was altered")
-    if not all(isinstance(content.get(key), dict) for key in ("position", "files")):
-        raise DamagedError(f"{NAME} is not whole")
     if version != FORMAT:
         raise UserError(
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "

@@ -30,8 +30,7 @@ def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
     for entry in dataclasses.fields(group_class):
         is_group = dataclasses.is_dataclass(entry.type)
         found = flags_of(entry.type) if is_group else {entry.name: entry}
-        clash = flags.keys() & found.keys()
-        assert not clash, f"flags declared twice: {clash}"
+        assert flags.keys().isdisjoint(found), f"a flag of {entry.name} is declared twice"
         flags |= found
     return flags
 
@@ -83,9 +82,8 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
 class FlagParser(argparse.ArgumentParser):
     """An argument parser over a config class; an error is a UserError of one line.
 
-    Args:
-        main_flags: the flags that ``--help`` shows, while ``--help-all`` shows all by group; None:
-            ``--help`` shows all.
+    ``--help`` shows the ``main_flags`` and ``--help-all`` all flags by group; without
+    ``main_flags`` both show all.
     """
 
     def __init__(

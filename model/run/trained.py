@@ -59,18 +59,16 @@ class TrainedRun:
         if self._exported:
             if ranks.device.type != "cuda":  # a CPU has no UVM
                 config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
-            model = self._built(config, ranks)
-            load_exported(self._exported, model)
-            return model
-        checkpoints = Checkpoints(self.folder, ranks)
-        step = checkpoints.best_step()
-        model = self._built(config, ranks)
-        checkpoints.load_weights(model, step)
-        return model
-
-    def _built(self, config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
+        else:
+            checkpoints = Checkpoints(self.folder, ranks)
+            step = checkpoints.best_step()
         plan = plan_execution(config, self._num_items, ranks)
-        return build_model(config, self._num_items, ranks, plan)
+        model = build_model(config, self._num_items, ranks, plan)
+        if self._exported:
+            load_exported(self._exported, model)
+        else:
+            checkpoints.load_weights(model, step)
+        return model
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""

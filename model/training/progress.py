@@ -1,42 +1,19 @@
-"""Around the steps: batches for the pipeline, the host's lead over its GPU, losses to log."""
+"""Around the steps: the host's lead over its GPU, losses to log."""
 
 import math
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from datetime import timedelta
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 
 from model.checkpoints.position import Position
-from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
-from pipeline.training.loader import TrainLoader
 
 _POLL_SECONDS = 5e-5
-
-
-class Feed(Iterator[PackedBatch]):
-    """The loader's next ``steps`` batches, which end before the epoch ``stop``."""
-
-    def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
-        self._loader = loader
-        # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
-        self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
-        # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
-        self.held: deque[tuple[int, int]] = deque()
-        self.waited = 0.0  # seconds, for the loader
-
-    def __next__(self) -> PackedBatch:
-        started = time.perf_counter()
-        batch = next(self._batches)
-        self.waited += time.perf_counter() - started
-        self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
-        return batch
 
 
 class HostThrottle:
@@ -87,6 +64,7 @@ class LogWindow:
         # The positions before and after each step, and its learning rate.
         self.steps: list[tuple[Position, Position, float]] = []
         self.windows = 0
+        self.waited = 0.0  # seconds, for the loader
         self._started = time.perf_counter()
 
     def reduce(self) -> dict[str, float]:
@@ -114,6 +92,7 @@ class LogWindow:
             "records_per_second": windows / seconds,
             "step_ms": 1000 * seconds / len(self.steps),
             "peak_memory_gb": float(peak),
+            "data_wait_ms": 1000 * self.waited / len(self.steps),
         }
 
 

@@ -12,10 +12,12 @@ a resumed run equals an uninterrupted one bit by bit, on the same number of rank
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -30,7 +32,7 @@ from model.step.optimizers import Optimizers
 from model.tables.upstream import set_table_steps
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
 from model.training.config import TrainingConfig
-from model.training.progress import Feed, HostThrottle, LogWindow
+from model.training.progress import HostThrottle, LogWindow
 from model.training.run_log import RunLog
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
@@ -76,6 +78,8 @@ class Trainer:
         self._agreement = Agreement(self.ranks, timeout)
         self._throttle = HostThrottle(self.ranks.device, timeout)
         self._total = self.config.num_epochs * self.loader.num_samples
+        # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
+        self._held: deque[tuple[int, int]] = deque()
 
     def run(self) -> Position:
         """Train to the end, to ``--max_steps`` or until nothing improves; the last position.
@@ -133,21 +137,33 @@ class Trainer:
         if steps <= 0:
             return
         self.model.train()
-        feed, window = Feed(self.loader, self.position, steps, stop), LogWindow()
+        epochs = self.loader.epoch(self.position.epoch, self.position.sample, stop)
+        # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
+        feed = self._feed(islice(epochs, steps))
+        self._window = LogWindow()
         for left in reversed(range(steps)):
-            self._step(feed, window)
+            self._step(feed)
             self.after_step()
-            decision = self._agreement.exchange(self._request(window))
+            decision = self._agreement.exchange(self._request())
             if left == 0 or self.position.step % self.config.log_every == 0 or decision:
                 self._throttle.wait_for_all()
-                values = window.reduce()
-                values["data_wait_ms"] = 1000 * feed.waited / len(window.steps)
+                values = self._window.reduce()
                 self.log.write(self.position.step, self.position.epoch + 1, values)
-                window, feed.waited = LogWindow(), 0.0
+                self._window = LogWindow()
             self._carry_out(decision)
         self.pipeline.detach()
 
-    def _step(self, feed: Feed, window: LogWindow) -> None:
+    def _feed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._window.waited += time.perf_counter() - started
+            self._held.append((batch.num_windows, self.loader.state_dict()["sample"]))
+            yield batch
+
+    def _step(self, feed: Iterator[PackedBatch]) -> None:
         before = self.position
         if before.sample == self.loader.num_samples:
             before = replace(before, epoch=before.epoch + 1, sample=0)
@@ -155,17 +171,17 @@ class Trainer:
         factor = self.config.lr_factor(progress, before.epoch)
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
-        window.losses.append(self.pipeline.progress(feed))
+        self._window.losses.append(self.pipeline.progress(feed))
         self._throttle.after_step()
-        windows, sample = feed.held.popleft()
+        windows, sample = self._held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
-        window.steps.append((before, self.position, factor * self.optimizers.peak_lr))
-        window.windows += windows
+        self._window.steps.append((before, self.position, factor * self.optimizers.peak_lr))
+        self._window.windows += windows
         self.log.advance()
 
-    def _request(self, window: LogWindow) -> int:
+    def _request(self) -> int:
         # On CUDA, reading the loss would wait for the step: there it is checked when it is logged.
-        if self.ranks.device.type == "cpu" and not math.isfinite(window.losses[-1][0]):
+        if self.ranks.device.type == "cpu" and not math.isfinite(self._window.losses[-1][0]):
             return CHECK_LOSS
         return SAVE if self.ranks.is_first and self.checkpoints.is_due else NOTHING
 
@@ -177,7 +193,7 @@ class Trainer:
             position, number = self.position, decision - STOP
             self.log.say(
                 f"stopped by {signal.Signals(number).name} at step {position.step} (epoch "
-                f"{self.position.epoch + 1}, sample {position.sample}){', saved' * saved}: go on "
+                f"{position.epoch + 1}, sample {position.sample}){', saved' * saved}: go on "
                 "with --resume auto"
             )
             raise SystemExit(128 + number)
