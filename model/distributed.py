@@ -9,8 +9,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -118,6 +118,15 @@ def from_first_rank(
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """An OSError becomes a UserError, which `from_first_rank` raises on all ranks."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:

@@ -123,7 +123,9 @@ class Checkpoints:
         except _SAVE_ERRORS as error:
             if self.ranks.is_first:
                 shutil.rmtree(aside_of(self._final), ignore_errors=True)
-            reason = f"{self._final} cannot be written: {_cause(error)}"
+            reason = str(error)
+            if not isinstance(error, UserError):
+                reason = f"{self._final} cannot be written: {_cause(error)}"
             message = f"{reason}; earlier checkpoints are intact"
             if self.config.on_save_error == "stop":
                 raise UserError(f"{message}; make room, then go on with --resume auto") from error

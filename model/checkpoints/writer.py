@@ -13,9 +13,8 @@ one group would mix up their messages.
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: To
 
 from model.checkpoints.manifest import describe_files, write_manifest
 from model.checkpoints.position import Position
-from model.distributed import Ranks, from_first_rank
-from pipeline.errors import UserError
+from model.distributed import Ranks, from_first_rank, writing
 from pipeline.files import aside_of, publish, remove_leftovers
 
 
@@ -45,13 +43,13 @@ class CheckpointWriter:
         """
         aside = aside_of(final)
 
-        @_as_user_error()
+        @writing(str(final))
         def make_room() -> None:
             final.parent.mkdir(exist_ok=True)
             remove_leftovers(final.parent)
             aside.mkdir()
 
-        @_as_user_error()
+        @writing(str(final))
         def complete() -> None:
             write_manifest(aside, manifest)
             publish(aside, final)
@@ -81,15 +79,6 @@ class CheckpointWriter:
         if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
             raise OSError(failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
-
-
-@contextmanager
-def _as_user_error() -> Iterator[None]:
-    """An OSError of rank 0 becomes a UserError, which all ranks raise, so that no rank waits."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(error.strerror or str(error)) from error
 
 
 def in_background(work: Callable[[], None]) -> Future[None]:

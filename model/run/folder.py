@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from model.checkpoints.export import WEIGHTS
-from model.distributed import Ranks, from_first_rank
+from model.distributed import Ranks, from_first_rank, writing
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
 from pipeline.errors import UserError
@@ -59,16 +59,14 @@ class RunFolder:
         If they cannot be written, all ranks raise a UserError.
         """
 
+        @writing(f"--run_dir {self.path}")
         def write() -> None:
             facts = self._facts | {"execution": execution}
-            try:
-                write_config(self.path, flatten(self.config), facts)
-                if self.store.path is None:
-                    self.store.catalog.write_to(self.path)
-                else:
-                    Catalog.copy(self.store.path, self.path)
-            except OSError as error:
-                raise _unwritable("--run_dir", self.path, error) from error
+            write_config(self.path, flatten(self.config), facts)
+            if self.store.path is None:
+                self.store.catalog.write_to(self.path)
+            else:
+                Catalog.copy(self.store.path, self.path)
 
         from_first_rank(self.ranks, write)
 
@@ -80,15 +78,15 @@ class RunFolder:
         path = Path(output.run_dir or f"runs/{self.config.data.name}-{stamp}")
         if output.export_root:
             _check_export(Path(output.export_root), path)
-        try:
+        with writing(f"--run_dir {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path / ".lock", wait=False)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--run_dir {path} is in use by another run: wait for it or choose another folder"
-            ) from error
-        except OSError as error:
-            raise _unwritable("--run_dir", path, error) from error
+            try:
+                self._lock = lock(path / ".lock", wait=False)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--run_dir {path} is in use by another run: wait for it or choose another "
+                    "folder"
+                ) from error
         if (path / WEIGHTS).exists():
             raise UserError(f"--run_dir {path} is an exported model: choose another folder")
         if (path / "config.json").exists():
@@ -101,20 +99,14 @@ class RunFolder:
         return path
 
 
-def _unwritable(flag: str, folder: Path, error: OSError) -> UserError:
-    return UserError(f"{flag} {folder} cannot be written: {error.strerror or error}")
-
-
 def _check_export(folder: Path, run_dir: Path) -> None:
     """Check before training that the export after training can be written."""
     if folder.resolve() == run_dir.resolve() or (folder / "checkpoints").exists():
         raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
-    try:
+    with writing(f"--export_root {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable("--export_root", folder, error) from error
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:

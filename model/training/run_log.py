@@ -21,6 +21,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
 from pipeline.errors import UserError, warn
@@ -45,14 +46,10 @@ class RunLog:
         if self.run_dir is None:
             return
         lines, done = self.run_dir / "metrics.jsonl", self.step
-        try:
+        with writing(f"--run_dir {self.run_dir}"):
             _keep_lines_up_to(lines, done)  # a resumed run repeats the steps after its checkpoint
             self._file = lines.open("a")
             self._events = SummaryWriter(str(self.run_dir), purge_step=done + 1)
-        except OSError as error:
-            raise UserError(
-                f"--run_dir {self.run_dir} cannot be written: {error.strerror or error}"
-            ) from error
         if _shows_bar():
             self._bar = tqdm(
                 total=self.total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5
