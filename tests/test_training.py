@@ -306,7 +306,7 @@ def test_a_pipeline_over_several_epochs_changes_nothing(
 
 
 def test_on_gpus_ranks_agree_at_every_fourth_step(one_rank: Ranks) -> None:
-    agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
+    agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)))
     agreement._group = dist.group.WORLD  # as with several ranks
     assert [agreement.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
         *[NOTHING] * 7,

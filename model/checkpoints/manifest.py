@@ -37,14 +37,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / NAME).read_text())
         checksum = content.pop("crc32")
-        version = content["format"]
     except OSError as error:
         raise DamagedError(f"{NAME} is missing ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{NAME} is not whole") from error
     if checksum != _checksum(content):
         raise DamagedError(f"{NAME} was altered")
-    if version != FORMAT:
+    if (version := content.get("format")) != FORMAT:
         raise UserError(
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
             "wrote it"

@@ -36,8 +36,8 @@ TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 class Agreement:
     """Agreement of the ranks; as a context manager, it turns signals into requests."""
 
-    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
-        self._timeout = timeout
+    def __init__(self, ranks: Ranks) -> None:
+        self._timeout = ranks.timeout
         self._signal = self._request = NOTHING
         self._steps_between = _STEPS_BETWEEN if ranks.device.type == "cuda" else 1
         self._calls = 0
@@ -46,9 +46,9 @@ class Agreement:
         self._group = self._barrier_group = None
         self._explains_first = ranks.is_first and ranks.world_size > 1
         if ranks.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
             # A second group: after a failed operation, a group is unusable.
-            self._barrier_group = dist.new_group(backend="gloo", timeout=timeout)
+            self._barrier_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
     def __enter__(self) -> "Agreement":
         self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -74,9 +73,8 @@ class Trainer:
     after_step: Callable[[], None]
 
     def __post_init__(self) -> None:
-        timeout = timedelta(minutes=self.config.rank_timeout)
-        self._agreement = Agreement(self.ranks, timeout)
-        self._throttle = HostThrottle(self.ranks.device, timeout)
+        self._agreement = Agreement(self.ranks)
+        self._throttle = HostThrottle(self.ranks.device, self.ranks.timeout)
         self._total = self.config.num_epochs * self.loader.num_samples
         # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
         self._held: deque[tuple[int, int]] = deque()
