@@ -1,9 +1,8 @@
 """Write one checkpoint with all ranks.
 
     .step-00001200.part/
-        .metadata  __0_0.distcp  __1_0.distcp     torch.distributed.checkpoint's: weights and
-                                                  optimizer state, written and synced by all ranks
-        manifest.json                             rank 0, after all ranks: checksums of the files
+        .metadata  __0_0.distcp  __1_0.distcp     weights and optimizer state, synced by each rank
+        manifest.json                             rank 0, after all ranks
     step-00001200/                                one rename
 
 The ranks use a separate process group, so that a thread can write during training: two threads on

@@ -125,8 +125,8 @@ class FlagParser(argparse.ArgumentParser):
         """The flags on a command line, by name, without defaults."""
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
-            names = [option for option in self._option_string_actions if option.startswith("--")]
-            close = difflib.get_close_matches(rest[0].split("=")[0], names, n=1)
+            name = rest[0].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown argument {rest[0]}: {hint}")
         return vars(known)

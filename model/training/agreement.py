@@ -81,7 +81,7 @@ class Agreement:
         decision = int(self._reduced)
         self._reduced, self._request = torch.tensor([self._request], dtype=torch.int32), NOTHING
         self._underway = dist.all_reduce(
-            self._reduced, dist.ReduceOp.MAX, group=self._group, async_op=True
+            self._reduced, dist.ReduceOp.MAX, self._group, async_op=True
         )
         return decision
 
@@ -105,9 +105,7 @@ class Agreement:
     def _silent_ranks(self) -> str:
         """The ranks that do not reach a barrier; only rank 0 gets all answers."""
         try:
-            dist.monitored_barrier(
-                self._barrier_group, timeout=_BARRIER_TIMEOUT, wait_all_ranks=True
-            )
+            dist.monitored_barrier(self._barrier_group, _BARRIER_TIMEOUT, wait_all_ranks=True)
         except RuntimeError as error:
             found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
             return f"rank {found.group(1)}" if found else "rank 0, or a rank that it names"

@@ -9,6 +9,7 @@ traced without it, into rank0-apart.<time>.pt.trace.json.gz.
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
 from torch.profiler import tensorboard_trace_handler as trace_writer
 
 from model.distributed import Ranks
@@ -69,7 +70,7 @@ class StepProfiler:
         self._last = skipped + recorded
         self._done = self._written = 0
         self._profile: profile | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._recording = ExitStack()  # the profile, and the hooks that name the stages
 
     def __enter__(self) -> "StepProfiler":
         if self._first == 0:
@@ -94,26 +95,18 @@ class StepProfiler:
         else:
             stages |= {"encoder": bert.encoder, "head": bert.head}
         for name, module in stages.items():
-            self._hooks += _named(name, module)
-        activities = [ProfilerActivity.CPU]
-        if self.ranks.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(
-                wait=0, warmup=_WARM_UP, active=self.config.profile, repeat=self._cycles
-            ),
+            for hook in _named(name, module):
+                self._recording.enter_context(hook)
+        steps = self.config.profile
+        recording = profile(
+            schedule=schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=self._cycles),
             on_trace_ready=self._write,
         )
-        self._profile.start()
+        self._profile = self._recording.enter_context(recording)
 
     def __exit__(self, *_: object) -> None:
-        if self._profile is None:
-            return
-        self._profile.stop()  # the end of training may cut the trace short
+        self._recording.close()  # the end of training may cut the trace short
         self._profile = None
-        for hook in self._hooks:
-            hook.remove()
         if self._train_step is not None:
             self._train_step.is_eager = False
 

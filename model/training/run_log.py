@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,17 +43,20 @@ class RunLog:
         self._bar: tqdm | None = None
         self._events: SummaryWriter | None = None
         self._started = time.monotonic()
+        self._opened = ExitStack()
         if self.run_dir is None:
             return
         lines, done = self.run_dir / "metrics.jsonl", self.step
         with writing(f"--run_dir {self.run_dir}"):
             _keep_lines_up_to(lines, done)  # a resumed run repeats the steps after its checkpoint
-            self._file = lines.open("a")
-            self._events = SummaryWriter(str(self.run_dir), purge_step=done + 1)
+            self._file = self._opened.enter_context(lines.open("a"))
+            events = SummaryWriter(str(self.run_dir), purge_step=done + 1)
+            self._events = self._opened.enter_context(events)
         if _shows_bar():
-            self._bar = tqdm(
+            bar = tqdm(
                 total=self.total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5
             )
+            self._bar = self._opened.enter_context(bar)
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -115,25 +118,14 @@ class RunLog:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self.run_dir is None:
-            return
-        if self._bar is not None:
-            self._bar.close()
-        self._close_events()
         with suppress(OSError):  # of a write that failed before
-            self._file.close()
+            self._opened.close()
 
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
         if self._events is not None:
             for tag, value in values.items():
                 self._events.add_scalar(tag, value, step)
             self._events.flush()  # raises the error of the thread that writes them
-
-    def _close_events(self) -> None:
-        if self._events is not None:
-            with suppress(OSError):
-                self._events.close()
-            self._events = None
 
     def _failed(self, error: OSError | UserError) -> None:
         """Stop, or warn once and go on without TensorBoard, whose writer is unusable now."""
@@ -144,7 +136,9 @@ class RunLog:
             ) from error
         if self._events is not None:
             warn(f"{message}, training goes on")
-        self._close_events()
+            with suppress(OSError):
+                self._events.close()
+            self._events = None
 
 
 def _shows_bar() -> bool:
