@@ -38,7 +38,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import export
-    from model.distributed import alone, first_rank_first, start
+    from model.distributed import Ranks, first_rank_first, start
     from model.run.build import build_model, build_plain_model, evaluator, train_loader
     from model.run.execution import plan_execution
     from model.run.folder import RunFolder, versions
@@ -70,7 +70,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
-    folder.record(config, {"shards": shards, **asdict(plan)})
+    folder.record({"shards": shards, **asdict(plan)})
 
     validator = None
     if not config.windows.train_on_validation:
@@ -103,7 +103,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
         result = evaluator(config, model, store, "test", ranks)()
         log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
     if ranks.is_first:
-        plain = build_plain_model(config, store.num_items, alone(ranks.device))
+        plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
         targets = [folder.path / PORTABLE]
         if config.output.export_root:
             targets.append(Path(config.output.export_root))

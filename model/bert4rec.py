@@ -85,16 +85,9 @@ class BERT4Rec(nn.Module):
 
     def score(self, rows: dict[str, JaggedTensor], batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """The same, from the batch's looked-up rows."""
-        given = StepInput(
-            batch.row_offsets,  # TorchRec would have to sum lengths for the offsets of ``rows``
-            batch.masked,
-            batch.left_only,
-            batch.steps_ago,
-            batch.targets,
-            batch.negatives,
-            batch.log_counts,
-            batch.ids,
-        )
+        # TorchRec would have to sum lengths for the offsets of ``rows``.
+        layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
+        given = StepInput(*layout, batch.targets, batch.negatives, batch.log_counts, batch.ids)
         items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
@@ -103,17 +96,16 @@ class BERT4Rec(nn.Module):
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
     """The item table, and one for scoring unless the head is tied; rows 0: padding, V + 1: mask."""
-
-    def table(name: str, *features: str) -> EmbeddingConfig:
-        return EmbeddingConfig(
+    tied = config.head.head == "tied"
+    features = {"item": [ITEM, CANDIDATE]} if tied else {"item": [ITEM], "output": [CANDIDATE]}
+    return [
+        EmbeddingConfig(
             name=name,
             num_embeddings=config.num_items + 2,
             embedding_dim=config.encoder.emb_dim,
-            feature_names=list(features),
+            feature_names=names,
             data_type=TABLE_PRECISIONS[config.table_precision],
             init_fn=partial(nn.init.normal_, std=0.02),
         )
-
-    if config.head.head == "tied":
-        return [table("item", ITEM, CANDIDATE)]
-    return [table("item", ITEM), table("output", CANDIDATE)]
+        for name, names in features.items()
+    ]

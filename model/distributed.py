@@ -1,8 +1,4 @@
-"""The ranks of a run: how they start, share what rank 0 computes, and end after an error.
-
-torchrun --nproc_per_node 2 train.py     two ranks
-python train.py                          one rank, no torchrun needed
-"""
+"""The ranks of a run: how they start, share what rank 0 computes, and end after an error."""
 
 import errno
 import logging
@@ -13,8 +9,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -80,11 +76,6 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
-def alone(device: torch.device) -> Ranks:
-    """This process as the only rank, for work without the other ranks."""
-    return Ranks(rank=0, world_size=1, local_world_size=1, device=device)
-
-
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
     """Join torchrun's process group, or create one with only this process."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -130,18 +121,26 @@ def from_first_rank(
     ranks: Ranks, work: Callable[[], T], group: dist.ProcessGroup | None = None
 ) -> T:
     """Run ``work`` on rank 0; return its result, or raise its UserError, on all ranks."""
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None]
     if ranks.is_first:
         try:
-            outcome[0] = work()
+            outcome = [work()]
         except UserError as error:
-            outcome[1] = str(error)
+            outcome = [error]
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
-    result, failure = outcome
-    if failure is not None:
-        raise UserError(failure)
-    return result
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """An OSError becomes a UserError, which `from_first_rank` raises on all ranks."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
 def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:

@@ -26,13 +26,10 @@ _BLOCK = 1 << 14
 
 def key64(*parts: int) -> int:
     """One 64-bit key of integers of any size and sign; their order matters."""
-    key = 0
+    key = np.zeros(1, dtype=np.uint64)
     for part in parts:
-        key = (key + _GOLDEN64 + part) & _MASK64
-        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK64
-        key ^= key >> 31
-    return key
+        key = _mix64(key + np.uint64((_GOLDEN64 + part) & _MASK64))
+    return int(key[0])
 
 
 def child_keys(key: int | np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -83,10 +80,7 @@ def mix32(values: np.ndarray) -> np.ndarray:
 
 def below(draws: np.ndarray, probability: float) -> np.ndarray:
     """Bool [N]: true with this probability, of uniform uint32 draws [N]; always true for 1."""
-    bound = round(probability * 2**32)
-    if bound >= 2**32:
-        return np.ones(len(draws), dtype=bool)
-    return draws < np.uint32(bound)
+    return draws < round(probability * 2**32)
 
 
 def scaled(draws: np.ndarray, bound: int | np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import Any, Generic, TypeVar
 
-from torchdata.nodes import BaseNode
+from torchdata.nodes import BaseNode, IterableWrapper
 
 T = TypeVar("T")
 In = TypeVar("In")
@@ -25,34 +25,23 @@ Out = TypeVar("Out")
 
 
 @dataclass(eq=False)
-class Stage(BaseNode[T]):
+class Stage(IterableWrapper[T]):
     """A stage written as a generator; its state is the number of chunks it has yielded."""
 
     source: Any = None
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__(())
 
     def stream(self) -> Iterator[T]:
         """All chunks; called again at every reset."""
         raise NotImplementedError(type(self))
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
         if self.source is not None:
             self.source.reset()
-        self._chunks = self.stream()
-        self._handed_out = 0
-        for _ in range(initial_state["handed_out"] if initial_state else 0):
-            self.next()
-
-    def next(self) -> T:
-        chunk = next(self._chunks)
-        self._handed_out += 1
-        return chunk
-
-    def get_state(self) -> dict[str, Any]:
-        return {"handed_out": self._handed_out}
+        self.iterable = self.stream()
+        super().reset(initial_state)
 
 
 @dataclass(eq=False)

@@ -269,7 +269,7 @@ def test_a_failed_background_write_is_raised_at_the_next_step(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, {1})
-    at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._background.join())
+    at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._background.exception())
     outcome = train(tmp_path, "--checkpoint_every=1e-9")
     assert outcome.code == 2
     assert "step-00000001 cannot be written: No space left on device; earlier" in outcome.err

@@ -19,11 +19,16 @@ ITEMS = [1, 2, 3, 5, 2, 2, 4, 1, 3]
 OFFSETS = [0, 4, 6, 6, 9]
 
 
+def catalog_of(*items: str, titles: tuple[str, ...] = ()) -> Catalog:
+    counts, users = np.arange(len(items)), pa.array(["u", "v", "w", "x"])
+    return Catalog(pa.array(items), pa.array(titles or items), counts, users)
+
+
 def small_store() -> SequenceStore:
-    catalog = Catalog(
-        pa.array(["a", "b", "c", "d", "é"]), pa.array(["A", "", "C", "", "É"]), np.arange(5)
-    )
-    return SequenceStore.from_arrays(ITEMS, OFFSETS, 5, catalog=catalog, counts={"x": 1})
+    catalog = catalog_of("a", "b", "c", "d", "é", titles=("A", "", "C", "", "É"))
+    store = SequenceStore.from_arrays(ITEMS, OFFSETS, 5)
+    store.catalog, store.counts = catalog, {"x": 1}
+    return store
 
 
 def test_leave_one_out_parts() -> None:
@@ -94,9 +99,9 @@ def test_catalog_copy_has_the_same_fingerprint_and_another_order_has_not(tmp_pat
     copy = Catalog.read(tmp_path)
     assert copy.fingerprint == catalog.fingerprint
     assert copy.items.equals(catalog.items) and copy.titles.equals(catalog.titles)
-    assert Catalog(pa.array(["b", "a", "c", "d", "é"])).fingerprint != catalog.fingerprint
+    assert catalog_of("b", "a", "c", "d", "é").fingerprint != catalog.fingerprint
     # joined ids of two different catalogs must differ
-    assert Catalog(pa.array(["a", "b"])).fingerprint != Catalog(pa.array(["a\0b"])).fingerprint
+    assert catalog_of("a", "b").fingerprint != catalog_of("a\0b").fingerprint
     with pytest.raises(UserError, match="no readable catalog"):
         Catalog.read(tmp_path / "nowhere")
 

@@ -16,7 +16,6 @@ from model.step.optimizers import Optimizers
 from model.training.agreement import NOTHING, SAVE, TIMED_OUT, Agreement
 from model.training.config import TrainingConfig
 from model.training.progress import HostThrottle
-from model.training.schedule import lr_factor
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 
@@ -44,23 +43,23 @@ from tests.conftest import TINY, RunMain
 )
 def test_lr_factor_by_hand(schedule: str, progress: float, expected: float) -> None:
     config = TrainingConfig(warmup_share=0.2, lr_schedule=schedule)
-    assert lr_factor(config, progress, epoch=0) == pytest.approx(expected, abs=1e-12)
+    assert config.lr_factor(progress, epoch=0) == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_warm_up_it_starts_at_the_peak() -> None:
     for schedule in ("linear", "cosine", "constant"):
         config = TrainingConfig(warmup_share=0, lr_schedule=schedule)
-        assert lr_factor(config, 0.0, epoch=0) == 1.0
+        assert config.lr_factor(0.0, epoch=0) == 1.0
 
 
 def test_stairs_every_decay_step_epochs() -> None:
     # As torch.optim.lr_scheduler.StepLR(decay_step, gamma) stepped once an epoch.
     config = TrainingConfig(warmup_share=0, lr_schedule="constant", decay_step=25, gamma=0.1)
-    found = [lr_factor(config, 0.5, epoch) for epoch in (0, 24, 25, 49, 50)]
+    found = [config.lr_factor(0.5, epoch) for epoch in (0, 24, 25, 49, 50)]
     assert found == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     # The stairs multiply any schedule.
     config = TrainingConfig(warmup_share=0, lr_schedule="linear", decay_step=1, gamma=0.5)
-    assert lr_factor(config, 0.75, epoch=2) == pytest.approx(0.25 * 0.25)
+    assert config.lr_factor(0.75, epoch=2) == pytest.approx(0.25 * 0.25)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +306,7 @@ def test_a_pipeline_over_several_epochs_changes_nothing(
 
 
 def test_on_gpus_ranks_agree_at_every_fourth_step(one_rank: Ranks) -> None:
-    agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)), timedelta(minutes=1))
+    agreement = Agreement(replace(one_rank, device=torch.device("cuda", 0)))
     agreement._group = dist.group.WORLD  # as with several ranks
     assert [agreement.exchange(SAVE if step == 1 else NOTHING) for step in range(1, 13)] == [
         *[NOTHING] * 7,

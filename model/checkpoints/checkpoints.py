@@ -1,15 +1,11 @@
 """The checkpoints of a run: complete or absent, loadable by any number of ranks and any sharding.
 
     runs/mine/checkpoints/
-        step-00001200/      torch.distributed.checkpoint files: weights and optimizer state
-            manifest.json   position in training, flags, versions; sizes and checksums of the files
+        step-00001200/      complete, or it would not have its name (writer.py)
         step-00001350/
-        damaged-00001500/   damaged: the resume used the checkpoint before it
+        damaged-00001500/   damaged later: a resume checks every byte, and used the one before it
 
-A checkpoint gets its name once it is complete (writer.py), but may be damaged later: a resume
-checks every byte first. Within an epoch training pauses only while its state is
-copied; a thread writes the copy. No loader or generator state is stored: order, masks and dropout
-are functions of (seed, epoch, sample, step).
+Within an epoch training pauses only while its state is copied; a thread writes the copy.
 """
 
 import contextlib
@@ -18,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ from model.checkpoints.config import CheckpointConfig
 from model.checkpoints.manifest import DamagedError, read_manifest, verify
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
-from model.checkpoints.writer import Background, CheckpointWriter, host_copy
+from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
 from model.distributed import GONE, Ranks, from_first_rank
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
@@ -45,33 +42,27 @@ _SAVE_ERRORS = (dcp.api.CheckpointException, OSError, UserError)
 _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError)
 
 
+@dataclasses.dataclass(eq=False)
 class Checkpoints:
-    """The checkpoints of one run folder; created on all ranks.
+    """The checkpoints of one run folder; created on all ranks."""
 
-    Args:
-        recorded: JSON-able facts for every manifest: flags, versions.
-    """
+    run_dir: Path
+    ranks: Ranks
+    config: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    # JSON-able facts for every manifest: flags, versions.
+    recorded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __init__(
-        self,
-        run_dir: Path,
-        ranks: Ranks,
-        config: CheckpointConfig | None = None,
-        recorded: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
-        self._ranks, self._config = ranks, config or CheckpointConfig()
+    def __post_init__(self) -> None:
+        self.folder = self.run_dir / "checkpoints"
         # Created here: during training, its creation would wait forever for a lost rank.
-        self._writer = CheckpointWriter(ranks, recorded or {})
+        self._writer = CheckpointWriter(self.ranks, self.recorded)
         self._last_write = time.monotonic()
-        self._background: Background | None = None
+        self._background: Future[None] | None = None
         self._final = self.folder  # folder of the last save
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
+        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -81,11 +72,11 @@ class Checkpoints:
     def is_due(self) -> bool:
         """Whether rank 0 should save: the interval is over, or ``save`` must raise an error."""
         if self._background is not None:
-            if self._background.is_alive():
+            if not self._background.done():
                 return False
-            if self._background.error is not None and self._config.on_save_error == "stop":
+            if self._background.exception() and self.config.on_save_error == "stop":
                 return True
-        return time.monotonic() - self._last_write > 60 * self._config.checkpoint_every
+        return time.monotonic() - self._last_write > 60 * self.config.checkpoint_every
 
     def save(
         self,
@@ -96,12 +87,8 @@ class Checkpoints:
     ) -> bool:
         """Write the checkpoint of ``position.step``; called on all ranks.
 
-        Args:
-            wait: False copies the state, starts a thread that writes the copy, and returns; the
-                next ``save`` or ``finish`` reports the outcome.
-
-        Returns:
-            False if the write failed (only with ``--on_save_error continue``), else True.
+        Without ``wait`` a thread writes a copy of the state; the next ``save`` or ``finish``
+        reports the outcome. False: the write failed (only with ``--on_save_error continue``).
         """
         self.finish()
         state = _state(model, optimizers)
@@ -109,7 +96,7 @@ class Checkpoints:
         if wait:
             return self._succeeds(lambda: self._write(state, position))
         copied = host_copy(state)
-        self._background = Background(lambda: self._write(copied, position))
+        self._background = in_background(lambda: self._write(copied, position))
         return True
 
     def finish(self) -> None:
@@ -121,8 +108,12 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
             self._writer.write(self.path(position.step), state, position)
-            if self._ranks.is_first:
-                self._delete_outdated(position)
+            if self.ranks.is_first:
+                # The exported model is older than this checkpoint.
+                remove_folder(self.run_dir / PORTABLE)
+                outdated = self.steps()[: -self.config.keep_last]
+                for step in set(outdated) - {position.best_step}:
+                    remove_folder(self.path(step))
         finally:
             self._last_write = time.monotonic()
 
@@ -130,73 +121,68 @@ class Checkpoints:
         try:
             work()
         except _SAVE_ERRORS as error:
-            if self._ranks.is_first:
+            if self.ranks.is_first:
                 shutil.rmtree(aside_of(self._final), ignore_errors=True)
-            reason = f"{self._final} cannot be written: {_cause(error)}"
+            reason = str(error)
+            if not isinstance(error, UserError):
+                reason = f"{self._final} cannot be written: {_cause(error)}"
             message = f"{reason}; earlier checkpoints are intact"
-            if self._config.on_save_error == "stop":
+            if self.config.on_save_error == "stop":
                 raise UserError(f"{message}; make room, then go on with --resume auto") from error
-            self._ranks.warn(f"{message}, training goes on")
+            self.ranks.warn(f"{message}, training goes on")
             return False
         return True
 
-    def _delete_outdated(self, position: Position) -> None:
-        # The exported model is older than this checkpoint.
-        remove_folder(self.run_dir / PORTABLE)
-        keep = {*self.steps()[-self._config.keep_last :], position.best_step}
-        for step in set(self.steps()) - keep:
-            remove_folder(self.path(step))
-
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
         """Load the newest undamaged checkpoint, if any; called on all ranks."""
-        position = from_first_rank(self._ranks, self._newest_good)
+        position = from_first_rank(self.ranks, self._newest_good)
         if position is None:
             return Position()
         optimizers.materialise_state()
         self._load(_state(model, optimizers), position.step)
         drop_cached_rows(model)
         set_table_steps(model, position.step)
-        self._ranks.say(f"resumed from {self.path(position.step)}")
+        self.ranks.say(f"resumed from {self.path(position.step)}")
         return position
 
     def _newest_good(self) -> Position | None:
-        step = next((step for step in reversed(self.steps()) if self._is_good(step)), None)
-        if step is None:
+        steps = self.steps()
+        position = next(filter(None, map(self._checked, reversed(steps))), None)
+        if position is None:
             return None
-        position = _position(self.path(step))
-        best = position.best_step
-        if best and best != step and not (self.path(best).is_dir() and self._is_good(best)):
-            self._ranks.warn(f"{self.path(best)}, the best model, is lost: using step {step}")
+        best, step = position.best_step, position.step
+        if best not in (0, step) and not (best in steps and self._checked(best)):
+            self.ranks.warn(f"{self.path(best)}, the best model, is lost: using step {step}")
             position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
         return position
 
-    def _is_good(self, step: int) -> bool:
-        """Verify a checkpoint; rename a damaged one."""
+    def _checked(self, step: int) -> Position | None:
+        """Verify a checkpoint; rename a damaged one, and return None."""
         path = self.path(step)
         try:
-            verify(path)
-            _position(path)
+            return _position(verify(path))
         except DamagedError as error:
-            self._ranks.warn(f"{path} is damaged: {error}; it is not used")
+            self.ranks.warn(f"{path} is damaged: {error}; it is not used")
             away = self.folder / f"damaged-{step:08d}"
             shutil.rmtree(away, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rename(away)
-            return False
-        return True
+            return None
 
-    def best_step(self) -> int | None:
-        """Step of the best checkpoint, or None; called on all ranks."""
-        return from_first_rank(self._ranks, self._best_step)
+    def best_step(self) -> int:
+        """Step of the best checkpoint; called on all ranks; UserError without a good one."""
+        return from_first_rank(self.ranks, self._best_step)
 
-    def _best_step(self) -> int | None:
+    def _best_step(self) -> int:
         best = 0
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
-                best = _position(self.path(step)).best_step
+                best = _position(read_manifest(self.path(step))).best_step
                 break
         if not best:
-            return None
+            raise UserError(
+                f"{self.run_dir} has no checkpoint yet: train until the first evaluation"
+            )
         try:
             verify(self.path(best))
         except DamagedError as error:
@@ -231,9 +217,9 @@ def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str,
     return {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
 
 
-def _position(folder: Path) -> Position:
+def _position(manifest: dict[str, Any]) -> Position:
     try:
-        return Position(**read_manifest(folder)["position"])
+        return Position(**manifest["position"])
     except TypeError as error:
         raise DamagedError(f"its position is invalid ({error})") from error
 

@@ -30,18 +30,10 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
     """Export the folder of a checkpoint into each of ``folders``; call it on one rank.
 
     A new folder is complete once it exists; in an existing folder the weights are replaced last.
-
-    Args:
-        plain: an unsharded BERT4Rec on CPU; its weights become the checkpoint's.
+    ``plain``, an unsharded BERT4Rec, gets the checkpoint's weights.
     """
-    state = {
-        "model": {
-            name: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
-            for name, tensor in plain.state_dict().items()
-        }
-    }
-    dcp.load(state, storage_reader=SafeReader(checkpoint), no_dist=True)
-    weights = {name: tensor.contiguous() for name, tensor in state["model"].items()}
+    weights = plain.to_empty(device="cpu").state_dict()
+    dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), no_dist=True)
     for folder in folders:
         aside = aside_of(folder)
         try:
@@ -50,24 +42,20 @@ def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[
             Catalog.read(run_dir).write_to(aside)
             shutil.copyfile(run_dir / "config.json", aside / "config.json")
             save_file(weights, aside / WEIGHTS)
-            _move(aside, folder)
+            sync_files(aside)
+            if not folder.exists():
+                publish(aside, folder)
+                continue
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
+                path.replace(folder / path.name)
+            sync(folder)
+            aside.rmdir()
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
                 f"{checkpoint}: make room and run again with --resume auto"
             ) from error
-
-
-def _move(aside: Path, folder: Path) -> None:
-    sync_files(aside)
-    if not folder.exists():
-        publish(aside, folder)
-        return
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
-        path.replace(folder / path.name)
-    sync(folder)
-    aside.rmdir()
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:

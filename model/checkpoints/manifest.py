@@ -1,9 +1,5 @@
 """The manifest of a checkpoint: names, sizes and checksums that prove that it is complete.
 
-step-00001200/
-    .metadata  __0_0.distcp  __1_0.distcp     written by torch.distributed.checkpoint
-    manifest.json                             checks the files above, and itself
-
 {"format": 1, "position": {"step": 1200, "epoch": 3, "sample": 51200, ...},
  "recorded": {"flags": {...}, "versions": {...}}, "world_size": 2,
  "files": {"__0_0.distcp": {"size": 122987, "crc32": 2893481}, ...}, "crc32": 713705}
@@ -37,24 +33,17 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; its other files are not checked.
-
-    Raises:
-        DamagedError, UserError: it is damaged, or a newer version of this program wrote it.
-    """
+    """The manifest alone; DamagedError, or UserError if it is of a newer version's format."""
     try:
         content = json.loads((folder / NAME).read_text())
         checksum = content.pop("crc32")
-        version = content["format"]
     except OSError as error:
         raise DamagedError(f"{NAME} is missing ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{NAME} is not whole") from error
     if checksum != _checksum(content):
         raise DamagedError(f"{NAME} was altered")
-    if not all(isinstance(content.get(key), dict) for key in ("position", "files")):
-        raise DamagedError(f"{NAME} is not whole")
-    if version != FORMAT:
+    if (version := content.get("format")) != FORMAT:
         raise UserError(
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
             "wrote it"

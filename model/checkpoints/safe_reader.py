@@ -47,12 +47,10 @@ class SafeReader(dcp.FileSystemReader):
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             try:
                 metadata = _IndexUnpickler(file).load()
+                # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
+                metadata.storage_meta.load_id = self.load_id
             except Exception as error:
                 raise UnreadableIndex(f".metadata is no index of tensors: {error}") from error
-        if not isinstance(metadata, Metadata) or metadata.storage_meta is None:
-            raise UnreadableIndex(".metadata is no index of tensors")
-        # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
-        metadata.storage_meta.load_id = self.load_id
         return metadata
 
 

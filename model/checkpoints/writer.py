@@ -1,8 +1,9 @@
 """Write one checkpoint with all ranks.
 
-    .step-00001200.part/         every rank writes and syncs its files, then computes checksums
-        manifest.json            rank 0, after all ranks
-    step-00001200/               one rename
+    .step-00001200.part/
+        .metadata  __0_0.distcp  __1_0.distcp     weights and optimizer state, synced by each rank
+        manifest.json                             rank 0, after all ranks
+    step-00001200/                                one rename
 
 The ranks use a separate process group, so that a thread can write during training: two threads on
 one group would mix up their messages.
@@ -12,6 +13,7 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: To
 
 from model.checkpoints.manifest import describe_files, write_manifest
 from model.checkpoints.position import Position
-from model.distributed import Ranks, from_first_rank
-from pipeline.errors import UserError
+from model.distributed import Ranks, from_first_rank, writing
 from pipeline.files import aside_of, publish, remove_leftovers
 
 
@@ -41,16 +42,18 @@ class CheckpointWriter:
         """
         aside = aside_of(final)
 
+        @writing(str(final))
         def make_room() -> None:
             final.parent.mkdir(exist_ok=True)
             remove_leftovers(final.parent)
             aside.mkdir()
 
+        @writing(str(final))
         def complete() -> None:
             write_manifest(aside, manifest)
             publish(aside, final)
 
-        self._on_first_rank(make_room)
+        from_first_rank(self._ranks, make_room, self._group)
         dcp.save(state, checkpoint_id=aside, process_group=self._group)
         manifest = {
             "position": dataclasses.asdict(position),
@@ -58,7 +61,7 @@ class CheckpointWriter:
             "world_size": self._ranks.world_size,
             "files": self._describe(aside),
         }
-        self._on_first_rank(complete)
+        from_first_rank(self._ranks, complete, self._group)
 
     def _describe(self, aside: Path) -> dict[str, dict[str, int]]:
         """Sizes and checksums of all files; each rank reads the files that it has written."""
@@ -76,39 +79,21 @@ class CheckpointWriter:
             raise OSError(failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
 
-    def _on_first_rank(self, work: Callable[[], None]) -> None:
-        """Run on rank 0; all ranks raise its OSError (as UserError), so that no rank waits."""
 
-        def reported() -> None:
-            try:
-                work()
-            except OSError as error:
-                raise UserError(error.strerror or str(error)) from error
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Run ``work`` in a thread; the future has its end and its error."""
+    future: Future[None] = Future()
 
-        from_first_rank(self._ranks, reported, self._group)
-
-
-class Background(threading.Thread):
-    """Runs ``work`` in a thread and keeps its error for ``result``."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        # A daemon: if the process ends first, the checkpoint does not get its final name.
-        super().__init__(daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self._work()
+            work()
+            future.set_result(None)
         except BaseException as error:  # CheckpointException is a BaseException
-            self.error = error
+            future.set_exception(error)
 
-    def result(self) -> None:
-        """Wait for the end of the work and raise its error, if any."""
-        self.join()
-        if self.error is not None:
-            raise self.error
+    # A daemon: if the process ends first, the checkpoint does not get its final name.
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def host_copy(value: Any) -> Any:

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from model.bert4rec import BERT4Rec
 from model.network.head import CatalogSlice
@@ -22,7 +23,7 @@ PART_ITEMS = 2**18
 KEPT_BYTES = 2 << 30
 
 # Returns the parts of the catalog with their scores [U, C]; called more than once.
-Scored = Callable[[], Iterable[tuple[CatalogSlice, torch.Tensor]]]
+Scored = Callable[[], Iterable[tuple[CatalogSlice, Tensor]]]
 
 
 class CatalogScores:
@@ -32,9 +33,7 @@ class CatalogScores:
         lowered: float32 [V + 2], subtracted from the items' scores.
     """
 
-    def __init__(
-        self, bert: BERT4Rec, device: torch.device, lowered: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, bert: BERT4Rec, device: torch.device, lowered: Tensor | None = None) -> None:
         self._bert, self._device, self._lowered = bert, device, lowered
         whole = bert.head.catalog
         self.shared = whole.shared
@@ -42,30 +41,27 @@ class CatalogScores:
         if self.shared:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         self.part_items = max(1, min(int(largest), PART_ITEMS))
-        starts = range(whole.low, whole.low + max(1, int(largest)), self.part_items)
         self.parts = [
-            CatalogSlice(
-                min(start, whole.high), min(start + self.part_items, whole.high), whole.shared
-            )
-            for start in starts
+            CatalogSlice(min(at, whole.high), min(at + self.part_items, whole.high), whole.shared)
+            for at in range(whole.low, whole.low + max(1, int(largest)), self.part_items)
         ]
         first = self._rows(self.parts[0])
         keep = 4 * int(largest) * first.shape[1] <= KEPT_BYTES
         self._kept = [first, *map(self._rows, self.parts[1:])] if keep else None
 
-    def scored(self, hidden: torch.Tensor) -> Scored:
+    def scored(self, hidden: Tensor) -> Scored:
         """Scores of the users' vectors [U, D]; with a single part, computed only once."""
         if len(self.parts) > 1:
             return partial(self._scores, hidden)
         scores = list(self._scores(hidden))
         return lambda: scores
 
-    def counted(self, counts: torch.Tensor, users: int) -> Scored:
+    def counted(self, counts: Tensor, users: int) -> Scored:
         """``counts``, float32 [V + 2] by item, as the scores of every user."""
         scores = [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
         return lambda: scores
 
-    def _scores(self, hidden: torch.Tensor) -> Iterator[tuple[CatalogSlice, torch.Tensor]]:
+    def _scores(self, hidden: Tensor) -> Iterator[tuple[CatalogSlice, Tensor]]:
         rows_of_parts = self._kept or map(self._rows, self.parts)
         for part, rows in zip(self.parts, rows_of_parts, strict=True):
             scores = hidden @ rows.T
@@ -73,7 +69,7 @@ class CatalogScores:
                 scores = scores - self._lowered[part.low : part.high]
             yield part, scores
 
-    def _rows(self, part: CatalogSlice) -> torch.Tensor:
+    def _rows(self, part: CatalogSlice) -> Tensor:
         """Scoring rows [C, D], looked up as the training step does."""
         no_rows = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         features = with_candidates(no_rows.to(self._device), (part.low, part.high))

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec
 from model.evaluation.catalog_scores import CatalogScores, Scored
@@ -42,12 +43,12 @@ Result = dict[str, Any]
 class EncodedUsers:
     """Users of a batch (of all ranks if the catalog is sharded) and the items to rank."""
 
-    hidden: torch.Tensor  # float32 [U, D]
-    targets: torch.Tensor  # int64 [U]
-    negatives: torch.Tensor  # int64 [U, N], 0 = none
-    seen: torch.Tensor  # int64 [S], 0 = none
-    seen_row: torch.Tensor  # int64 [S], the user of each seen item
-    own: torch.Tensor  # bool [U], this rank's real users
+    hidden: Tensor  # float32 [U, D]
+    targets: Tensor  # int64 [U]
+    negatives: Tensor  # int64 [U, N], 0 = none
+    own: Tensor  # bool [U], this rank's real users
+    seen: Tensor  # int64 [S], 0 = none
+    seen_row: Tensor  # int64 [S], the user of each seen item; any user for 0
 
     def blocks(self, size: int) -> Iterator["EncodedUsers"]:
         """Blocks of at most ``size`` users; the same number on every rank."""
@@ -58,21 +59,17 @@ class EncodedUsers:
         for start in range(0, users, size):
             block = slice(start, start + size)
             inside = (self.seen_row >= start) & (self.seen_row < start + size)
-            yield EncodedUsers(
-                self.hidden[block],
-                self.targets[block],
-                self.negatives[block],
-                self.seen[inside],
-                self.seen_row[inside] - start,
-                self.own[block],
-            )
+            each = self.hidden, self.targets, self.negatives, self.own
+            hidden, targets, negatives, own = (part[block] for part in each)
+            seen = self.seen[inside], self.seen_row[inside] - start
+            yield EncodedUsers(hidden, targets, negatives, own, *seen)
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],
-    popularity: torch.Tensor | None = None,
+    popularity: Tensor | None = None,
     max_scores: int = MAX_SCORES,
     discount: float = 0.0,
     earlier: Result | None = None,
@@ -90,55 +87,42 @@ def evaluate(
         ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank.
     """
     assert popularity is not None or not discount
-    was_training = model.training
-    precision = torch.get_float32_matmul_precision()
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        ranked = _rank_all(unwrap(model), batches, popularity, max_scores, discount, earlier)
-        sums = torch.stack([metric_sums(ranks) for ranks in ranked])
+        bert = unwrap(model)
+        device = next(bert.encoder.parameters()).device
+        counts = None if popularity is None else popularity.to(device, torch.float32)
+        lowered = None
+        if counts is not None and discount:
+            lowered = (counts + 1).log() * (discount / bert.head.scale)
+        catalog = CatalogScores(bert, device, lowered)
+        # Reduced only at the end, so that the host does not wait for the device in between.
+        ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
+        own: list[Tensor] = []
+        for batch in batches:
+            users = _encode(bert, batch.to(device, non_blocking=True))
+            for block in users.blocks(max(1, max_scores // catalog.part_items)):
+                scorings = [catalog.scored(block.hidden)]
+                if counts is not None and earlier is None:
+                    scorings.append(catalog.counted(counts, len(block.hidden)))
+                each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
+                ranks.append(torch.stack([*chain(*each)]))
+                own.append(block.own)
+        ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
+        sums = torch.stack([metric_sums(each) for each in ranked])
     finally:
         torch.set_float32_matmul_precision(precision)
         model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
-    result: Result = {"users": int(sums[0, -1])}
-    result |= {"sampled": means(sums[0]), "full": means(sums[1])}
+    result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
     if earlier is not None:
         result["popularity"] = earlier["popularity"]
     elif popularity is not None:
         result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
     return result
-
-
-def _rank_all(
-    bert: BERT4Rec,
-    batches: Iterable[EvalBatch],
-    popularity: torch.Tensor | None,
-    max_scores: int,
-    discount: float,
-    earlier: Result | None,
-) -> torch.Tensor:
-    """Ranks of this rank's targets, int64 [2 or 4, users]: sampled, full, popularity's two."""
-    device = next(bert.encoder.parameters()).device
-    counts = None if popularity is None else popularity.to(device, torch.float32)
-    lowered = None
-    if counts is not None and discount:
-        lowered = (counts + 1).log() * (discount / bert.head.scale)
-    catalog = CatalogScores(bert, device, lowered)
-    # Reduced only at the end, so that the host does not wait for the device in between.
-    ranks: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
-    for batch in batches:
-        users = _encode(bert, batch.to(device, non_blocking=True))
-        for block in users.blocks(max(1, max_scores // catalog.part_items)):
-            scorings = [catalog.scored(block.hidden)]
-            if counts is not None and earlier is None:
-                scorings.append(catalog.counted(counts, len(block.hidden)))
-            each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
-            ranks.append(torch.stack([*chain(*each)]))
-            own.append(block.own)
-    return torch.cat(ranks, dim=1)[:, torch.cat(own)]
 
 
 def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
@@ -147,38 +131,22 @@ def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(
-            rows.values(), offsets, batch.masked, left_only, longest=batch.longest
-        )
+        layout = offsets, batch.masked, left_only
+        hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
     hidden = bert.head.project(hidden)
-    seen_row = torch.repeat_interleave(
-        torch.arange(hidden.shape[0], device=hidden.device),
-        batch.seen_offsets.diff(),
-        output_size=batch.seen.numel(),
-    )
-    own = batch.users >= 0
-    if not bert.head.catalog.shared:
-        return EncodedUsers(hidden, batch.targets, batch.negatives, batch.seen, seen_row, own)
-    all_hidden, sizes = all_gather_rows(hidden)
-    longest, rank = max(sizes), dist.get_rank()
-    seen, seen_sizes = all_gather_rows(batch.seen)
-    seen_row, _ = all_gather_rows(seen_row)
-    first_row = torch.arange(len(sizes), device=seen.device) * longest
-    all_own = own.new_zeros(len(sizes) * longest)
-    all_own[rank * longest : rank * longest + sizes[rank]] = own
-    return EncodedUsers(
-        all_hidden,
-        all_gather_rows(batch.targets)[0],
-        all_gather_rows(batch.negatives)[0],
-        seen,
-        seen_row + first_row.repeat_interleave(max(seen_sizes)),
-        all_own,
-    )
+    counts = batch.seen_offsets.diff()
+    seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
+    targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
+    if bert.head.catalog.shared:
+        hidden, sizes = all_gather_rows(hidden)
+        targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
+        first = dist.get_rank() * max(sizes)
+        seen_row, _ = all_gather_rows(seen_row + first)
+        own = F.pad(own, (first, len(hidden) - first - len(own)))
+    return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
 
 
-def target_ranks(
-    users: EncodedUsers, scored: Scored, shared: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def target_ranks(users: EncodedUsers, scored: Scored, shared: bool) -> tuple[Tensor, Tensor]:
     """The target's rank among its negatives and among all unseen items, int64 [U] each, 1 = best.
 
     An item without a lower score than the target is ahead of it: NaN counts against the model.
@@ -209,7 +177,7 @@ def target_ranks(
     return 1 + ahead_sampled.sum(dim=1), ahead
 
 
-def _columns(part: CatalogSlice, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _columns(part: CatalogSlice, items: Tensor) -> tuple[Tensor, Tensor]:
     """Each item's column in a non-empty part, and whether the part contains the item."""
     column = items - part.low
     inside = (column >= 0) & (column < part.high - part.low)

@@ -19,12 +19,11 @@ def metric_sums(ranks: torch.Tensor) -> torch.Tensor:
         ranks: int64 [U], 1 = best.
     """
     assert not ranks.numel() or int(ranks.min()) >= 1
-    reciprocal = ranks.double().reciprocal()
     gain = torch.log2(ranks.double() + 1).reciprocal()
     sums = [(ranks <= k).sum(dtype=torch.float64) for k in HR_CUTOFFS]
     sums += [torch.where(ranks <= k, gain, 0.0).sum() for k in NDCG_CUTOFFS]
     users = torch.tensor(ranks.numel(), dtype=torch.float64, device=ranks.device)
-    return torch.stack([*sums, reciprocal.sum(), users])
+    return torch.stack([*sums, ranks.double().reciprocal().sum(), users])
 
 
 def means(sums: torch.Tensor) -> dict[str, float]:

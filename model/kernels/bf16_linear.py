@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import tl, triton
-from model.kernels.dropout_bits import Dropout, drop, dropout_options
+from model.kernels.dropout_bits import Dropout, drop
 
-# Values of each tensor that a program of a kernel holds at a time, and their columns.
-_TILE, _COLUMNS = 2048, 128
 # Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
 # ``column_sum``, a smaller kernel, runs twice as many.
 _PROGRAMS = 528
@@ -42,25 +40,17 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 
 def column_sum(rows: Tensor) -> Tensor:
     """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
-    partial = _partial(rows, 2 * _PROGRAMS)
-    _column_sum[_grid(partial)](rows, partial, *_shape(rows))
+    partial, grid = _partial(rows, 2 * _PROGRAMS)
+    _column_sum[grid](rows, partial, *rows.shape)
     return partial.sum(dim=0)
 
 
-def _shape(rows: Tensor) -> tuple[int, int, int, int]:
-    """T, N, rows and columns of a program's tile."""
-    return *rows.shape, _TILE // _COLUMNS, _COLUMNS
-
-
-def _partial(rows: Tensor, programs: int) -> Tensor:
-    """Memory for the sum of each program's rows: float32 [P, N], P about ``programs``."""
-    count, width, block, columns = _shape(rows)
-    programs = min(triton.cdiv(count, block), programs // triton.cdiv(width, columns))
-    return torch.empty(max(1, programs), width, device=rows.device)
-
-
-def _grid(partial: Tensor) -> tuple[int, int]:
-    return len(partial), triton.cdiv(partial.shape[1], _COLUMNS)
+def _partial(rows: Tensor, programs: int) -> tuple[Tensor, tuple[int, int]]:
+    """Memory for the sum of each program's rows, float32 [P, N], P about ``programs``; the grid."""
+    count, width = rows.shape
+    parts = triton.cdiv(width, _COLUMNS)
+    programs = max(1, min(triton.cdiv(count, _BLOCK), programs // parts))
+    return torch.empty(programs, width, device=rows.device), (programs, parts)
 
 
 class _Linear(torch.autograd.Function):
@@ -88,10 +78,10 @@ class _GeluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tensor:
         result = torch.empty_like(hidden)
-        count, width, block, columns = shape = _shape(hidden)
+        count, width = hidden.shape
         if count:
-            grid = triton.cdiv(count, block), triton.cdiv(width, columns)
-            _gelu[grid](hidden, bias, result, *shape, **dropout_options(dropout))
+            grid = triton.cdiv(count, _BLOCK), triton.cdiv(width, _COLUMNS)
+            _gelu[grid](hidden, bias, result, count, width, dropout)
         ctx.save_for_backward(hidden, bias)
         ctx.dropout = dropout
         return result
@@ -100,14 +90,15 @@ class _GeluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
-        gradient, partial = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
+        gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
-        options = dropout_options(ctx.dropout)
-        _gelu_gradient[_grid(partial)](*tensors, *_shape(hidden), **options)
+        _gelu_gradient[grid](*tensors, *hidden.shape, ctx.dropout)
         return gradient, partial.sum(dim=0), None
 
 
 if triton is not None:
+    # Rows and columns that a program holds at a time.
+    _BLOCK, _COLUMNS = tl.constexpr(16), tl.constexpr(128)
 
     @triton.jit
     def _gate(values):
@@ -116,68 +107,42 @@ if triton is not None:
         return 1.0 / (1.0 + tl.exp(-2.0 * inner))
 
     @triton.jit
-    def _gelu(
-        hidden,
-        bias,
-        result,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-        column = tl.program_id(1) * columns + tl.arange(0, columns)
+    def _gelu(hidden, bias, result, count, width, dropout) -> None:
+        row = tl.program_id(0).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
+        column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
         wide = column < width
         at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
         values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
         values += tl.load(bias + column, mask=wide, other=0.0)
         values *= _gate(values)
-        values = drop(values, seed, row, column, limit, scale)
+        values = drop(values, dropout, row, column)
         tl.store(result + at, values, mask=inside)
 
     @triton.jit
-    def _gelu_gradient(
-        hidden,
-        bias,
-        grad,
-        gradient,
-        partial,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        column = tl.program_id(1) * columns + tl.arange(0, columns)
+    def _gelu_gradient(hidden, bias, grad, gradient, partial, count, width, dropout) -> None:
+        column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
         wide = column < width
         added = tl.load(bias + column, mask=wide, other=0.0)
-        sums = tl.zeros([block, columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
-            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+        sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, _BLOCK), tl.num_programs(0)):
+            row = (tile * _BLOCK + tl.arange(0, _BLOCK)).to(tl.int64)
             at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
             slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
             values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32) + added
             gate = _gate(values)
             steep = 1.5957691216057308 * (1.0 + 0.134145 * values * values)
             slope *= gate + values * gate * (1.0 - gate) * steep
-            slope = drop(slope, seed, row, column, limit, scale)
+            slope = drop(slope, dropout, row, column)
             sums += slope
             tl.store(gradient + at, slope, mask=inside)
         tl.store(partial + tl.program_id(0) * width + column, tl.sum(sums, axis=0), mask=wide)
 
     @triton.jit
-    def _column_sum(
-        rows, partial, count, width, block: tl.constexpr, columns: tl.constexpr
-    ) -> None:
-        column = tl.program_id(1) * columns + tl.arange(0, columns)
-        sums = tl.zeros([block, columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
-            row = (tile * block + tl.arange(0, block)).to(tl.int64)
+    def _column_sum(rows, partial, count, width) -> None:
+        column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
+        sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, _BLOCK), tl.num_programs(0)):
+            row = (tile * _BLOCK + tl.arange(0, _BLOCK)).to(tl.int64)
             inside = (row[:, None] < count) & (column < width)
             at = row[:, None] * width + column
             sums += tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)

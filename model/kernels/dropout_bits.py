@@ -8,8 +8,7 @@ new ones. Philox, with ten times the arithmetic, would take longer than the kern
 """
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton would interpret a kernel's annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,31 +17,26 @@ from model.kernels.compiler import tl, triton
 _BITS = 31  # compared bits of a hash
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout at one place."""
+class Dropout(NamedTuple):
+    """Dropout at one place, an argument of kernels."""
 
-    share: float  # dropped share of the values, in (0, 1)
     seed: torch.Tensor  # int32 [4], on the device
+    limit: Any  # constexpr int: a value is dropped if its hash is below
+    scale: Any  # constexpr float: factor of the others
 
 
 def new_dropouts(share: float, places: int, device: torch.device) -> list[Dropout | None]:
-    """Dropout at ``places`` places, seeded by one draw; all None if ``share`` is 0."""
+    """Dropout of a share of the values, in [0, 1), at ``places`` places; all None if it is 0.
+
+    One draw seeds them all.
+    """
     if not share:
         return [None] * places
+    limit = tl.constexpr(min(round(share * 2**_BITS), 2**_BITS - 1))
     seeds = torch.randint(2**31 - 1, (places, 4), dtype=torch.int32, device=device)
-    return [Dropout(share, seed) for seed in seeds]
+    return [Dropout(seed, limit, tl.constexpr(1 / (1 - share))) for seed in seeds]
 
 
-def dropout_options(dropout: Dropout | None) -> dict[str, Any]:
-    """The arguments ``seed``, ``limit`` and ``scale`` of a kernel with dropout."""
-    if dropout is None:
-        return {"seed": None, "limit": 0, "scale": 1.0}
-    limit = min(round(dropout.share * 2**_BITS), 2**_BITS - 1)
-    return {"seed": dropout.seed, "limit": limit, "scale": 1 / (1 - dropout.share)}
-
-
-kept: Any = None
 drop: Any = None
 
 if triton is not None:
@@ -55,21 +49,19 @@ if triton is not None:
         return bits ^ (bits >> 16)
 
     @triton.jit
-    def kept(seed, row, column, limit: tl.constexpr):
-        """Whether dropout keeps the values of ``row`` [R] and ``column`` [C]: bool [R, C]."""
-        row = row.to(tl.uint32)
-        one = _mix(_mix(row ^ tl.load(seed).to(tl.uint32)) + tl.load(seed + 1).to(tl.uint32))
-        two = _mix(_mix(row ^ tl.load(seed + 2).to(tl.uint32)) + tl.load(seed + 3).to(tl.uint32))
-        # As _mix, with the second key added on the way.
-        bits = one[:, None] ^ (column.to(tl.uint32) * 0x9E3779B9)[None, :]
-        bits = (bits ^ (bits >> 16)) * 0x7FEB352D + two[:, None]
-        bits = (bits ^ (bits >> 15)) * 0x846CA68B
-        bits = bits ^ (bits >> 16)
-        return (bits >> 1).to(tl.int32) >= limit
-
-    @triton.jit
-    def drop(values, seed, row, column, limit: tl.constexpr, scale: tl.constexpr):
-        """Dropout of values [R, C]; without a seed they are unchanged."""
-        if seed is not None:
-            values = tl.where(kept(seed, row, column, limit), values * scale, 0.0)
+    def drop(values, dropout, row, column):
+        """Dropout, if not None, of values [R, C], those of ``row`` [R] and ``column`` [C]."""
+        if dropout is not None:
+            seed, row = dropout.seed, row.to(tl.uint32)
+            one = _mix(row ^ tl.load(seed).to(tl.uint32))
+            one = _mix(one + tl.load(seed + 1).to(tl.uint32))
+            two = _mix(row ^ tl.load(seed + 2).to(tl.uint32))
+            two = _mix(two + tl.load(seed + 3).to(tl.uint32))
+            # As _mix, with the second key added on the way.
+            bits = one[:, None] ^ (column.to(tl.uint32) * 0x9E3779B9)[None, :]
+            bits = (bits ^ (bits >> 16)) * 0x7FEB352D + two[:, None]
+            bits = (bits ^ (bits >> 15)) * 0x846CA68B
+            bits = bits ^ (bits >> 16)
+            stays = (bits >> 1).to(tl.int32) >= dropout.limit
+            values = tl.where(stays, values * dropout.scale, 0.0)
         return values

@@ -9,8 +9,8 @@ A launch costs the host about 5 us, longer than many small kernels run. Unlike
 ``pipeline/training/shape_buckets.py``), and other threads may pin memory during a capture.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +33,7 @@ class GraphedCall:
     Args:
         body: returns a tensor, or several of which only the first is differentiable, without host
             synchronisation. It draws the same random numbers as without graphs.
-        module: its parameters get gradients.
+        module: its parameters get gradients; the body itself, if hooked.
         hooked: autograd returns the parameters' gradients, as DDP's hooks need. Otherwise the graph
             writes them into fixed ``.grad`` tensors: half the host's work, and the optimizer step
             can be a graph, too.
@@ -41,11 +41,11 @@ class GraphedCall:
     """
 
     def __init__(self, body: Body, module: nn.Module, hooked: bool, is_loss: bool) -> None:
-        self._body, self._module, self._is_loss = body, module, is_loss
-        self._parameters = list(module.parameters())
-        self._shared = None if hooked else [torch.zeros_like(p) for p in self._parameters]
+        self._body, self._module, self.is_loss = body, module, is_loss
+        self.parameters = list(module.parameters())
+        self.shared = None if hooked else [torch.zeros_like(p) for p in self.parameters]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
-        self._pool: Any = None
+        self.pool: Any = None
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """``body(*inputs)``, without a graph for more than ``_MAX_GRAPHS`` combinations of shapes.
@@ -57,9 +57,9 @@ class GraphedCall:
         if captured is None:
             if len(self._captured) == _MAX_GRAPHS:
                 return _several(self._body(*inputs))
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             captured = self._captured[key] = self._capture(inputs)
-        return _Replay.apply(captured, *inputs, *(self._parameters if self._shared is None else ()))
+        return _Replay.apply(captured, *inputs, *(self.parameters if self.shared is None else ()))
 
     def release(self) -> None:
         """Free all graphs and their memory."""
@@ -67,35 +67,18 @@ class GraphedCall:
             captured.forward.reset()
             captured.backward.reset()
         self._captured.clear()
-        self._pool = None  # freed with the last graph
+        self.pool = None  # freed with the last graph
 
     def _capture(self, inputs: Inputs) -> "_Captured":
-        given = inputs, self._pool
-        if self._shared is not None:
-            return _Captured(self._body, self._parameters, self._shared, *given, self._is_loss)
+        if self.shared is not None:
+            return _Captured(self, self._body, self.parameters, inputs)
         # DDP's hooks bind a parameter's gradient to a stream other than the captured one: capture
         # with new parameters in the same memory.
-        others = {p: nn.Parameter(p.detach(), p.requires_grad) for p in self._parameters}
-        with replaced(self._module, others):
-            return _Captured(self._body, list(others.values()), None, *given, is_loss=False)
-
-
-@contextmanager
-def replaced(module: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Inside, ``module`` computes with ``others`` instead of its parameters."""
-    places = [
-        (part._parameters, name, own)
-        for part in module.modules()
-        for name, own in part._parameters.items()
-        if own is not None
-    ]
-    try:
-        for parameters, name, own in places:
-            parameters[name] = others[own]
-        yield
-    finally:
-        for parameters, name, own in places:
-            parameters[name] = own
+        others = [nn.Parameter(own.detach(), own.requires_grad) for own in self.parameters]
+        names = (name for name, _ in self._module.named_parameters())
+        named: dict[str, Tensor] = dict(zip(names, others, strict=True))
+        body = partial(torch.func.functional_call, self._module, named)
+        return _Captured(self, lambda *tensors: body(tensors), others, inputs)
 
 
 def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -111,15 +94,9 @@ class _Captured:
     """Forward and backward for one combination of shapes, in the shared memory pool."""
 
     def __init__(
-        self,
-        body: Body,
-        parameters: list[nn.Parameter],
-        shared: list[Tensor] | None,
-        inputs: Inputs,
-        pool: Any,
-        is_loss: bool,
+        self, call: GraphedCall, body: Body, parameters: list[nn.Parameter], inputs: Inputs
     ) -> None:
-        self.parameters, self.shared, self.is_loss = parameters, shared, is_loss
+        self.parameters, self.shared, self.is_loss = parameters, call.shared, call.is_loss
         static = [None if given is None else _static(given) for given in inputs]
         wanted = [t for t in static if t is not None and t.requires_grad] + parameters
         # Warm-up must not consume random numbers: after a resume it happens at other steps.
@@ -136,7 +113,7 @@ class _Captured:
 
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # The default mode fails when another thread (the loader's) pins memory.
-        capture = {"pool": pool, "capture_error_mode": "thread_local"}
+        capture = {"pool": call.pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
             output, *rest = _several(body(*static))
         self.output_grad = torch.ones_like(output)
@@ -146,8 +123,8 @@ class _Captured:
                 None if t is None or not t.requires_grad else next(gradients) for t in static
             ]
             self.parameter_grads = list(gradients)
-            if shared:
-                torch._foreach_copy_(shared, self.parameter_grads)
+            if self.shared:
+                torch._foreach_copy_(self.shared, self.parameter_grads)
                 self.parameter_grads = []
         self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
         self.input_grads = [None if grad is None else _unowned(grad) for grad in input_grads]

@@ -15,8 +15,6 @@ from model.kernels.compiler import row_tiles, tl, triton
 
 # Lower bound of the length by which a row is divided.
 _SHORTEST = 1e-12
-# Values that a program of a kernel holds at a time.
-_TILE = 2048
 
 
 def sum_dtype(vectors: Tensor) -> torch.dtype:
@@ -29,7 +27,7 @@ def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     unit = _empty_at_same_offset(rows, dtype)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
-        _launch(_normalize_rows, rows, unit, inverse, shortest=_SHORTEST)
+        _launch(_normalize_rows, rows, unit, inverse)
         return unit, inverse
     inverse = torch.linalg.vector_norm(rows, dim=1, dtype=sum_dtype(rows))
     inverse = inverse.clamp_(min=_SHORTEST).reciprocal_()
@@ -79,23 +77,17 @@ def _has_kernels(rows: Tensor) -> bool:
     return triton is not None and rows.is_cuda and fits
 
 
-def _launch(kernel: Any, rows: Tensor, *others: Tensor, **options: float) -> None:
-    tiles, *tile = row_tiles(rows.shape, _TILE)
-    kernel[(tiles,)](rows, *others, *rows.shape, *tile, **options)
+def _launch(kernel: Any, rows: Tensor, *others: Tensor) -> None:
+    tiles, *tile = row_tiles(rows.shape, values=2048)
+    kernel[(tiles,)](rows, *others, *rows.shape, *tile)
 
 
 if triton is not None:
+    _LEAST = tl.constexpr(_SHORTEST)
 
     @triton.jit
     def _normalize_rows(
-        rows,
-        unit,
-        inverse,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        shortest: tl.constexpr,
+        rows, unit, inverse, count, width, block: tl.constexpr, columns: tl.constexpr
     ) -> None:
         row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         column = tl.arange(0, columns)
@@ -103,7 +95,7 @@ if triton is not None:
         inside = (row[:, None] < count) & (column < width)
         values = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
         length = tl.sqrt(tl.sum(values * values, axis=1))
-        shrunk = 1.0 / tl.maximum(length, shortest)
+        shrunk = 1.0 / tl.maximum(length, _LEAST)
         tl.store(unit + at, values * shrunk[:, None], mask=inside)
         tl.store(inverse + row, shrunk, mask=row < count)
 

@@ -23,12 +23,11 @@ def log_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel of :func:`model.losses.sampled.log_sums`."""
     count, draws = scores.shape
-    masses = torch.empty_like(scores)
     tops, totals = torch.empty(2, count, device=scores.device).unbind()
+    results = torch.empty_like(scores), tops, totals
     block = min(_BLOCK, triton.next_power_of_2(draws))
-    given, results = (scores, targets, negatives, log_counts), (masses, tops, totals)
-    lowest = torch.finfo(torch.float32).min
-    _log_sums[(count,)](*given, *results, draws, lowest, block, num_warps=8)
+    given, lowest = (scores, targets, negatives, log_counts), torch.finfo(torch.float32).min
+    _log_sums[(count,)](*given, results, draws, lowest, block, num_warps=8)
     return results
 
 
@@ -43,17 +42,9 @@ if triton is not None:
 
     @triton.jit
     def _log_sums(
-        scores,
-        targets,
-        negatives,
-        log_counts,
-        masses,
-        tops,
-        totals,
-        draws,
-        lowest,
-        block: tl.constexpr,
+        scores, targets, negatives, log_counts, results, draws, lowest, block: tl.constexpr
     ) -> None:
+        masses, tops, totals = results
         position = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + position)
         of = position * draws

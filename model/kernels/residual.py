@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
-from model.kernels.compiler import row_tiles, triton
-from model.kernels.dropout_bits import Dropout, dropout_options
+from model.kernels.compiler import triton
+from model.kernels.dropout_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.
@@ -49,12 +49,12 @@ def enter(
 
     Args:
         items: float32 [T, D].
-        table: float32 [L, D], of which row ``line`` (int64 [T]) is added to each item; or None.
+        table: float32 [L, D], contiguous: row ``line`` (int64 [T]) is added to each item; or None.
         outer, inner: the norms before and after the stream; dropout follows the outer one.
     """
-    epsilons = outer.eps, inner.eps
+    options = (outer.eps, inner.eps), dropout
     norms = outer.weight, outer.bias, inner.weight, inner.bias
-    return _Enter.apply(items.contiguous(), table, line, epsilons, dropout, dtype, *norms)
+    return _Enter.apply(options, dtype, items.contiguous(), table, line, *norms)
 
 
 def add(
@@ -70,105 +70,82 @@ def add(
     Args:
         stream: float32 [T, D].
         branch: any float [T, D]; dropout applies to the branch with its bias.
-        branch_bias: float32 [D].
+        branch_bias: float32 [D], contiguous.
         norm: the norm after the sum.
     """
-    stream, branch = stream.contiguous(), branch.contiguous()
-    return _Add.apply(stream, branch, branch_bias, norm.weight, norm.bias, norm.eps, dropout, dtype)
+    given = stream.contiguous(), branch.contiguous(), branch_bias, norm.weight, norm.bias
+    return _Add.apply((norm.eps, dropout), dtype, *given)
 
 
-def _partial(rows: Tensor, sums: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Memory for ``sums`` sums over a program's rows: float32 [P, sums, D]; the kernel's sizes."""
-    tiles, *tile = row_tiles(rows.shape, _GRADIENT_TILE)
-    programs = max(1, min(_PROGRAMS, tiles))
-    return torch.empty(programs, sums, rows.shape[1], device=rows.device), (*rows.shape, *tile)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _memory(
+    rows: Tensor, sums: int, grad_stream: Tensor | None, grad_normed: Tensor | None
+) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor, kernels.Tiles]:
+    """The gradients that a backward kernel reads and writes, its sums [P, sums, D], and tiles."""
+    stream = None if grad_stream is None else grad_stream.contiguous()
+    normed = torch.zeros_like(rows) if grad_normed is None else grad_normed.contiguous()
+    number, tiles = kernels.tiles_of(rows.shape, _GRADIENT_TILE)
+    gradient, programs = torch.empty_like(rows), max(1, min(_PROGRAMS, number))
+    partial = torch.empty(programs, sums, rows.shape[1], device=rows.device)
+    return (stream, normed, gradient), partial, tiles
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        items: Tensor,
-        table: Tensor | None,
-        line: Tensor,
-        epsilons: tuple[float, float],
-        dropout: Dropout | None,
-        dtype: torch.dtype,
-        *norms: Tensor,
+        ctx: Any, options: tuple[Any, ...], dtype: torch.dtype, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
-        stream, normed = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
-        given, results = (items, _contiguous(table), line, *norms), (stream, normed)
-        tiles, *tile = row_tiles(items.shape, _TILE)
-        if tiles:
-            sizes, options = (*items.shape, *tile), dropout_options(dropout)
-            kernels.enter[(tiles,)](*given, *results, *sizes, *epsilons, **options)
-        ctx.save_for_backward(*given[:-1])  # not the inner norm's bias
-        ctx.epsilons, ctx.dropout = epsilons, dropout
+        items, table, line, *_ = tensors
+        results = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
+        number, tiles = kernels.tiles_of(items.shape, _TILE)
+        if number:
+            kernels.enter[(number,)](tensors[:3], tensors[3:], results, tiles, *options)
+        ctx.save_for_backward(*tensors[:-1])  # not the inner norm's bias
+        ctx.options = options
         if table is not None:
             lines = len(table)
             ctx.line = side_stream.start(lambda: sort_index(line, lines))
         ctx.set_materialize_grads(False)
-        return stream, normed
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_stream: Tensor | None, grad_normed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Tensor | None, ...]:
         items, table, *_ = ctx.saved_tensors
-        grad_normed = torch.zeros_like(items) if grad_normed is None else grad_normed.contiguous()
-        gradient, (partial, sizes) = torch.empty_like(items), _partial(items, 4)
-        grads = _contiguous(grad_stream), grad_normed, gradient, partial
-        tensors, options = (*ctx.saved_tensors, *grads), dropout_options(ctx.dropout)
-        kernels.enter_gradient[(len(partial),)](*tensors, *sizes, *ctx.epsilons, **options)
-        of_table = None
+        grads, partial, tiles = _memory(items, 4, *grads_of_results)
+        kernels.enter_gradient[(len(partial),)](
+            ctx.saved_tensors, grads, partial, tiles, *ctx.options
+        )
+        gradient, of_table = grads[-1], None
         if table is not None:
             of_table = torch.zeros_like(table)
             add_rows(of_table, ctx.line.result(), gradient)
-        return gradient, of_table, None, None, None, None, *partial.sum(dim=0).unbind()
+        return None, None, gradient, of_table, None, *partial.sum(dim=0).unbind()
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        stream: Tensor,
-        branch: Tensor,
-        branch_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        epsilon: float,
-        dropout: Dropout | None,
-        dtype: torch.dtype,
+        ctx: Any, options: tuple[Any, ...], dtype: torch.dtype, *given: Any
     ) -> tuple[Tensor, Tensor]:
-        total, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
-        tiles, *tile = row_tiles(stream.shape, _TILE)
-        if tiles:
-            tensors = stream, branch, _contiguous(branch_bias), weight, bias, total, normed
-            sizes = *stream.shape, *tile
-            kernels.add[(tiles,)](*tensors, *sizes, epsilon, **dropout_options(dropout))
-        ctx.save_for_backward(total, weight)
-        ctx.epsilon, ctx.dropout, ctx.dtype = epsilon, dropout, branch.dtype
-        ctx.has_bias = branch_bias is not None
+        stream, branch, branch_bias, weight, _ = given
+        results = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
+        number, tiles = kernels.tiles_of(stream.shape, _TILE)
+        if number:
+            kernels.add[(number,)](given, results, tiles, *options)
+        ctx.save_for_backward(results[0], weight)
+        ctx.options, ctx.dtype, ctx.has_bias = options, branch.dtype, branch_bias is not None
         ctx.set_materialize_grads(False)
-        return total, normed
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        total, weight = ctx.saved_tensors
-        grad_normed = torch.zeros_like(total) if grad_normed is None else grad_normed.contiguous()
-        gradient, (partial, sizes) = torch.empty_like(total), _partial(total, 3)
+    def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, _ = ctx.saved_tensors
+        grads, partial, tiles = _memory(total, 3, *grads_of_results)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
-        tensors = total, weight, _contiguous(grad_total), grad_normed, gradient, of_branch, partial
-        options = dropout_options(ctx.dropout)
-        kernels.add_gradient[(len(partial),)](*tensors, *sizes, ctx.epsilon, **options)
+        kernels.add_gradient[(len(partial),)](
+            ctx.saved_tensors, (*grads, of_branch), partial, tiles, *ctx.options
+        )
         of_weight, of_bias, added = partial.sum(dim=0).unbind()
         of_branch_bias = added if ctx.has_bias else None
-        return gradient, of_branch, of_branch_bias, of_weight, of_bias, None, None, None
+        return None, None, grads[-1], of_branch, of_branch_bias, of_weight, of_bias

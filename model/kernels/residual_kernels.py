@@ -3,14 +3,43 @@
 Backward kernels compute means and deviations again: the row is in registers anyway. Each program
 writes its sums of gradients to ``partial``, to be added up in order: the same bits in every run.
 
-Shapes: T rows (``count``), D values of each (``width``), P programs.
+Shapes: T rows, D values of each (``width``), P programs.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
-from model.kernels.compiler import tl, triton
-from model.kernels.dropout_bits import drop, kept
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.dropout_bits import drop
+
+
+class Tiles(NamedTuple):
+    """Tiles of whole rows of a tensor [rows, width]: ``block`` rows, ``columns`` columns."""
+
+    rows: int
+    width: int
+    block: Any  # constexpr, as ``columns``
+    columns: Any
+
+
+@lru_cache  # constants are slow to make
+def tiles_of(shape: tuple[int, int], values: int) -> tuple[int, Tiles]:
+    """The number of tiles of ``values`` values, and the tiles."""
+    number, *tile = row_tiles(shape, values)
+    return number, Tiles(*shape, *map(tl.constexpr, tile))
+
 
 if triton is not None:
+
+    @triton.jit
+    def _cells(tile, tiles):
+        """Rows [R] of a tile, offsets [R, C] of its values, and which of them exist."""
+        row = (tile * tiles.block + tl.arange(0, tiles.block)).to(tl.int64)
+        column = tl.arange(0, tiles.columns)
+        wide = column < tiles.width
+        at, inside = row[:, None] * tiles.width + column, (row[:, None] < tiles.rows) & wide
+        return row, at, inside
 
     @triton.jit
     def _standard(values, inside, width, epsilon: tl.constexpr):
@@ -28,96 +57,57 @@ if triton is not None:
         return (grad - mean[:, None] - unit * along[:, None]) * inverse[:, None]
 
     @triton.jit
-    def enter(
-        items,
-        table,
-        line,
-        outer_weight,
-        outer_bias,
-        inner_weight,
-        inner_bias,
-        stream,
-        normed,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        outer_epsilon: tl.constexpr,
-        inner_epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-        column = tl.arange(0, columns)
+    def enter(given, norms, results, tiles, epsilons: tl.constexpr, dropout) -> None:
+        items, table, line = given
+        outer_weight, outer_bias, inner_weight, inner_bias = norms
+        stream, normed = results
+        row, at, inside = _cells(tl.program_id(0).to(tl.int64), tiles)
+        width, column = tiles.width, tl.arange(0, tiles.columns)
         wide = column < width
-        at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
         values = tl.load(items + at, mask=inside, other=0.0)
         if table is not None:
-            lines = tl.load(line + row, mask=row < count, other=0)
+            lines = tl.load(line + row, mask=row < tiles.rows, other=0)
             values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
-        unit, _ = _standard(values, inside, width, outer_epsilon)
+        unit, _ = _standard(values, inside, width, epsilons[0])
         values = unit * tl.load(outer_weight + column, mask=wide, other=0.0)
         values += tl.load(outer_bias + column, mask=wide, other=0.0)
-        values = drop(values, seed, row, column, limit, scale)
+        values = drop(values, dropout, row, column)
         tl.store(stream + at, values, mask=inside)
-        unit, _ = _standard(values, inside, width, inner_epsilon)
+        unit, _ = _standard(values, inside, width, epsilons[1])
         values = unit * tl.load(inner_weight + column, mask=wide, other=0.0)
         values += tl.load(inner_bias + column, mask=wide, other=0.0)
         tl.store(normed + at, values, mask=inside)
 
     @triton.jit
-    def enter_gradient(
-        items,
-        table,
-        line,
-        outer_weight,
-        outer_bias,
-        inner_weight,
-        grad_stream,
-        grad_normed,
-        gradient,
-        partial,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        outer_epsilon: tl.constexpr,
-        inner_epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        column = tl.arange(0, columns)
+    def enter_gradient(saved, grads, partial, tiles, epsilons: tl.constexpr, dropout) -> None:
+        items, table, line, outer_weight, outer_bias, inner_weight = saved
+        grad_stream, grad_normed, gradient = grads
+        width, column = tiles.width, tl.arange(0, tiles.columns)
         wide = column < width
         weight = tl.load(outer_weight + column, mask=wide, other=0.0)
         bias = tl.load(outer_bias + column, mask=wide, other=0.0)
         weight_after = tl.load(inner_weight + column, mask=wide, other=0.0)
-        of_weight = tl.zeros([block, columns], tl.float32)
-        of_bias = tl.zeros([block, columns], tl.float32)
-        of_weight_after = tl.zeros([block, columns], tl.float32)
-        of_bias_after = tl.zeros([block, columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
-            row = (tile * block + tl.arange(0, block)).to(tl.int64)
-            at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+        of_weight = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        of_bias = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        of_weight_after = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        of_bias_after = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(tiles.rows, tiles.block), tl.num_programs(0)):
+            row, at, inside = _cells(tile, tiles)
             values = tl.load(items + at, mask=inside, other=0.0)
             if table is not None:
-                lines = tl.load(line + row, mask=row < count, other=0)
+                lines = tl.load(line + row, mask=row < tiles.rows, other=0)
                 values += tl.load(table + lines[:, None] * width + column, mask=inside, other=0.0)
-            unit, inverse = _standard(values, inside, width, outer_epsilon)
+            unit, inverse = _standard(values, inside, width, epsilons[0])
             values = unit * weight + bias
-            if seed is not None:
-                stays = kept(seed, row, column, limit)
-                values = tl.where(stays, values * scale, 0.0)
-            unit_after, inverse_after = _standard(values, inside, width, inner_epsilon)
+            values = drop(values, dropout, row, column)
+            unit_after, inverse_after = _standard(values, inside, width, epsilons[1])
             grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
             of_weight_after += grad * unit_after
             of_bias_after += grad
             grad = _standard_gradient(grad * weight_after, unit_after, inverse_after, width)
             if grad_stream is not None:
                 grad += tl.load(grad_stream + at, mask=inside, other=0.0)
-            if seed is not None:
-                grad = tl.where(stays, grad * scale, 0.0)
+            grad = drop(grad, dropout, row, column)
             grad = tl.where(inside, grad, 0.0)
             of_weight += grad * unit
             of_bias += grad
@@ -130,31 +120,16 @@ if triton is not None:
         tl.store(sums + 3 * width, tl.sum(of_bias_after, axis=0), mask=wide)
 
     @triton.jit
-    def add(
-        stream,
-        branch,
-        branch_bias,
-        norm_weight,
-        norm_bias,
-        total,
-        normed,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-        column = tl.arange(0, columns)
+    def add(given, results, tiles, epsilon: tl.constexpr, dropout) -> None:
+        stream, branch, branch_bias, norm_weight, norm_bias = given
+        total, normed = results
+        row, at, inside = _cells(tl.program_id(0).to(tl.int64), tiles)
+        width, column = tiles.width, tl.arange(0, tiles.columns)
         wide = column < width
-        at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
         added = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
         if branch_bias is not None:
             added += tl.load(branch_bias + column, mask=wide, other=0.0)
-        added = drop(added, seed, row, column, limit, scale)
+        added = drop(added, dropout, row, column)
         values = tl.load(stream + at, mask=inside, other=0.0) + added
         tl.store(total + at, values, mask=inside)
         unit, _ = _standard(values, inside, width, epsilon)
@@ -163,32 +138,17 @@ if triton is not None:
         tl.store(normed + at, values, mask=inside)
 
     @triton.jit
-    def add_gradient(
-        total,
-        norm_weight,
-        grad_total,
-        grad_normed,
-        gradient,
-        grad_branch,
-        partial,
-        count,
-        width,
-        block: tl.constexpr,
-        columns: tl.constexpr,
-        epsilon: tl.constexpr,
-        seed,
-        limit: tl.constexpr,
-        scale: tl.constexpr,
-    ) -> None:
-        column = tl.arange(0, columns)
+    def add_gradient(saved, grads, partial, tiles, epsilon: tl.constexpr, dropout) -> None:
+        total, norm_weight = saved
+        grad_total, grad_normed, gradient, grad_branch = grads
+        width, column = tiles.width, tl.arange(0, tiles.columns)
         wide = column < width
         weight = tl.load(norm_weight + column, mask=wide, other=0.0)
-        of_weight = tl.zeros([block, columns], tl.float32)
-        of_bias = tl.zeros([block, columns], tl.float32)
-        of_branch = tl.zeros([block, columns], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
-            row = (tile * block + tl.arange(0, block)).to(tl.int64)
-            at, inside = row[:, None] * width + column, (row[:, None] < count) & wide
+        of_weight = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        of_bias = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        of_branch = tl.zeros([tiles.block, tiles.columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(tiles.rows, tiles.block), tl.num_programs(0)):
+            row, at, inside = _cells(tile, tiles)
             values = tl.load(total + at, mask=inside, other=0.0)
             unit, inverse = _standard(values, inside, width, epsilon)
             grad = tl.load(grad_normed + at, mask=inside, other=0.0).to(tl.float32)
@@ -198,7 +158,7 @@ if triton is not None:
             if grad_total is not None:
                 grad += tl.load(grad_total + at, mask=inside, other=0.0)
             tl.store(gradient + at, grad, mask=inside)
-            grad = drop(grad, seed, row, column, limit, scale)
+            grad = drop(grad, dropout, row, column)
             of_branch += grad
             tl.store(grad_branch + at, grad, mask=inside)
         sums = partial + tl.program_id(0) * 3 * width + column

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from model.kernels.compiler import tl, triton
 
-# Values of a run, and columns of each, that a program adds at a time; values of a chunk; warps.
-_BLOCK, _COLUMNS, _CHUNK, _WARPS = 8, 128, 256, 2
-
 
 @dataclass(frozen=True)
 class SortedIndex:
@@ -30,9 +27,6 @@ class SortedIndex:
     count: int  # number of rows; entries of ``count`` or more are ignored
     keys: Tensor | None = None  # [M], the entries ascending
     order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
-
-    def __len__(self) -> int:
-        return len(self.index)
 
 
 def sort_index(index: Tensor, count: int) -> SortedIndex:
@@ -56,11 +50,11 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
     more = rows[:0] if more is None else more
     count = len(rows) + len(more)
     assert index.count == count
-    if not len(index) or not count:
+    if not len(index.index) or not count:
         return
     fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
     if triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits:
-        _sum_runs(rows, more, index, values)
+        _sum_runs(rows, more, index, values, None, 1.0)
         return
     for part, row in ((rows, index.index), (more, index.index - len(rows))):
         if len(part):
@@ -85,25 +79,20 @@ def adam_rows(
     On CUDA; rows are float32 [C, D], contiguous, values float32 [M, D], ``adam`` as for
     :func:`adam_step`.
     """
-    if len(index):
+    if len(index.index):
         _sum_runs(rows, rows[:0], index, values, adam, scale)
 
 
 def _sum_runs(
-    rows: Tensor,
-    more: Tensor,
-    index: SortedIndex,
-    values: Tensor,
-    adam: tuple[Any, ...] | None = None,
-    scale: float = 1.0,
+    rows: Tensor, more: Tensor, index: SortedIndex, values: Tensor, adam: Any, scale: float
 ) -> None:
     keys, width = index.keys, rows.shape[1]
     assert keys is not None
     count, values = len(keys), values.contiguous()
     chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
     edges, out = values.new_empty(chunks, 2, width), (rows, more, len(rows))
-    rest = edges, count, index.count, width, out, adam, scale, _CHUNK, _COLUMNS
-    _add_runs[(count, parts)](keys, index.order, values, *rest, _BLOCK, num_warps=_WARPS)
+    rest = edges, count, index.count, width, out, adam, scale
+    _add_runs[(count, parts)](keys, index.order, values, *rest, num_warps=2)
     if chunks > 1:
         _add_chunks[(chunks - 1, parts)](keys, *rest)
 
@@ -111,6 +100,8 @@ def _sum_runs(
 adam_step: Any = None
 
 if triton is not None:
+    # Values of a run, and columns of each, that a program adds at a time; values of a chunk.
+    _BLOCK, _COLUMNS, _CHUNK = tl.constexpr(8), tl.constexpr(128), tl.constexpr(256)
 
     @triton.jit
     def adam_step(rows, at, inside, grad, adam) -> None:
@@ -146,38 +137,24 @@ if triton is not None:
             tl.store(to, tl.load(to, mask=wide, other=0.0) + total, mask=wide)
 
     @triton.jit
-    def _add_runs(
-        keys,
-        order,
-        values,
-        edges,
-        count,
-        limit,
-        width,
-        out,
-        adam,
-        scale,
-        chunk: tl.constexpr,
-        columns: tl.constexpr,
-        block: tl.constexpr,
-    ) -> None:
+    def _add_runs(keys, order, values, edges, count, limit, width, out, adam, scale) -> None:
         start = tl.program_id(0)
         key = tl.load(keys + start).to(tl.int32)
         before = tl.load(keys + start - 1, mask=start > 0, other=-1).to(tl.int32)
         begins = key != before
-        if (begins | (start % chunk == 0)) & (key < limit):
-            column = tl.program_id(1) * columns + tl.arange(0, columns)
+        if (begins | (start % _CHUNK == 0)) & (key < limit):
+            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
             wide = column < width
-            end = tl.minimum((start // chunk + 1) * chunk, count)
-            sums = tl.zeros([block, columns], tl.float32)
-            at = start + tl.arange(0, block)
+            end = tl.minimum((start // _CHUNK + 1) * _CHUNK, count)
+            sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
+            at = start + tl.arange(0, _BLOCK)
             same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
             found = tl.sum(same.to(tl.int32), axis=0)
             while found > 0:
                 of = tl.load(order + at, mask=same, other=0)
                 inside = same[:, None] & wide
                 sums += tl.load(values + of[:, None] * width + column, mask=inside, other=0.0)
-                at += block
+                at += _BLOCK
                 same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
                 found = tl.sum(same.to(tl.int32), axis=0)
             total = tl.sum(sums, axis=0)
@@ -186,37 +163,26 @@ if triton is not None:
                 _finish(key, total, column, width, out, adam, scale)
             else:
                 # Two sums per chunk: of a run that began before it, and of one that begins in it.
-                edge = (start // chunk) * 2 + begins.to(tl.int32)
+                edge = (start // _CHUNK) * 2 + begins.to(tl.int32)
                 tl.store(edges + edge * width + column, total, mask=wide)
 
     @triton.jit
-    def _add_chunks(
-        keys,
-        edges,
-        count,
-        limit,
-        width,
-        out,
-        adam,
-        scale,
-        chunk: tl.constexpr,
-        columns: tl.constexpr,
-    ) -> None:
+    def _add_chunks(keys, edges, count, limit, width, out, adam, scale) -> None:
         at = tl.program_id(0)
-        end = (at + 1) * chunk
+        end = (at + 1) * _CHUNK
         key = tl.load(keys + end - 1).to(tl.int32)
-        first = tl.load(keys + at * chunk).to(tl.int32)
-        before = tl.load(keys + at * chunk - 1, mask=at > 0, other=-1).to(tl.int32)
+        first = tl.load(keys + at * _CHUNK).to(tl.int32)
+        before = tl.load(keys + at * _CHUNK - 1, mask=at > 0, other=-1).to(tl.int32)
         follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
         if follows & ((first != key) | (before != key)) & (key < limit):
-            column = tl.program_id(1) * columns + tl.arange(0, columns)
+            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
             wide = column < width
             total = tl.load(edges + (at * 2 + 1) * width + column, mask=wide, other=0.0)
             going = 1
             while going > 0:
                 at += 1
                 total += tl.load(edges + at * 2 * width + column, mask=wide, other=0.0)
-                end = (at + 1) * chunk
+                end = (at + 1) * _CHUNK
                 after = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32)
                 going = (after == key).to(tl.int32)
             _finish(key, total, column, width, out, adam, scale)

@@ -12,18 +12,17 @@ In each call the rows of the other calls are empty. Backward: the same calls, th
 A second stream's position also attends to itself. ``choose`` adds that. FlashAttention's backward
 pass is correct for its keys, given output and log-sum-exp over all visible keys.
 
-Shapes: B rows, T positions of all rows, H heads, W width of a head, V windows.
+Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head, V windows.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels import varlen_kernels as kernels
 from model.kernels.compiler import triton
-from model.kernels.varlen_kernels import Calls, choose, join, rotate
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8
@@ -34,90 +33,120 @@ def takes(width: int) -> bool:
     return triton is not None and width <= _WIDEST and width % _STEP == 0
 
 
-@dataclass(frozen=True)
-class JaggedRows:
-    """Boundaries and kinds of the rows."""
+class RowLayout:
+    """The rows of a jagged batch, and which positions attend to which.
 
-    starts: Tensor  # int32 [B + 1], where rows begin, and T
-    longest: int  # an upper bound of the rows' lengths
-    # Bool [V], which of the first V rows have left context only (these come first); None: no row.
-    left_only: Tensor | None = None
-    windows: int = 0  # V if rows V ... 2 V - 1 are second streams, else 0
+    Positions are counted from the row's end: index 0 is the newest item.
 
-    def bounds(self) -> Tensor:
-        """int32 [3], the positions where call 1, call 2 and fillers begin."""
+    Args:
+        offsets: int64 [B + 1], starts of the rows in the packed positions.
+        num_positions: T, known on the host.
+        longest: L, at least the length of every row.
+        left_only: bool [V], whether each of the first V rows has only left context (a position
+            attends to itself and earlier ones); these rows come first. None: no row has.
+        steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
+            V ... 2 V - 1 are second streams, each one position longer than its window's row v:
+            position t attends to itself and to the first t positions of row v; no other position
+            attends to it. None: the index is the distance from the row's end.
+    """
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        num_positions: int,
+        longest: int,
+        left_only: Tensor | None = None,
+        steps_ago: Tensor | None = None,
+    ) -> None:
+        self.offsets, self.rows, self.longest = offsets, offsets.numel() - 1, longest
+        self.left_only = left_only
+        # T from the host: no synchronisation.
+        self.row = torch.repeat_interleave(offsets.diff(), output_size=num_positions)
+        flat = torch.arange(num_positions, device=offsets.device)
+        self.from_end = offsets[1:][self.row] - flat - 1  # [T]
+        self.steps_ago = self.from_end if steps_ago is None else steps_ago
+        # V where there are second streams, else 0.
+        self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
+
+    def bounds(self, starts: Tensor) -> Tensor:
+        """int32 [3], where call 1, call 2 and fillers begin; ``starts``: the offsets, int32."""
         ends = [self.windows, 2 * self.windows] if self.windows else [-1, -1]
-        left = self.starts.new_zeros(1, dtype=torch.int64)
+        left = starts.new_zeros(1, dtype=torch.int64)
         if self.left_only is not None:
             left = self.left_only.sum()[None]
-        return torch.cat([self.starts.index_select(0, left), *(self.starts[e][None] for e in ends)])
+        return torch.cat([starts.index_select(0, left), *(starts[end][None] for end in ends)])
 
-    def calls(self, bounds: Tensor) -> list[tuple[Tensor, Tensor, bool] | None]:
-        """Starts of query rows and key rows, and whether causal, of each call; None: not needed."""
+    def calls(self, starts: Tensor, bounds: Tensor) -> dict[int, tuple[Tensor, Tensor, bool]]:
+        """Starts of query rows and key rows, and whether causal, of each call that is needed."""
         left, others = bounds[0], bounds[1]
-        both = self.starts.clamp(min=left, max=others)
-        first = second = None
+        both = starts.clamp(min=left, max=others)
+        calls = {1: (both, both, False)}
         if self.left_only is not None:
-            rows = self.starts.clamp(max=left)
-            first = (rows, rows, True)
+            rows = starts.clamp(max=left)
+            calls = {0: (rows, rows, True), **calls}
         if self.windows:
-            queries = self.starts[self.windows : 2 * self.windows + 1].contiguous()
-            second = (queries, self.starts[: self.windows + 1].clamp(max=left), True)
-        return [first, (both, both, False), second]
+            queries = starts[self.windows : 2 * self.windows + 1].contiguous()
+            calls[2] = queries, starts[: self.windows + 1].clamp(max=left), True
+        return calls
 
 
-def attend(
-    projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
-) -> Tensor:
+def attend(projected: Tensor, layout: RowLayout, rotation: Tensor | None) -> Tensor:
     """Attention of every position to its visible positions: [T, H, W], zeros for fillers.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
-        rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
-        steps_ago: int64 [T], each position's row of ``rotation``.
+        rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys, a row for
+            each of ``layout.steps_ago``; or None.
     """
-    return _Attend.apply(projected, rows, rotation, steps_ago)
+    return _Attend.apply(projected, layout, rotation)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, projected: Tensor, rows: JaggedRows, rotation: Tensor | None, steps_ago: Tensor
-    ) -> Tensor:
-        rotated = projected if rotation is None else rotate(projected, rotation, steps_ago)
-        bounds = rows.bounds()
+    def forward(ctx: Any, projected: Tensor, layout: RowLayout, rotation: Tensor | None) -> Tensor:
+        starts, rotated = layout.offsets.int(), projected
+        positions, _, heads, width = projected.shape
+        if rotation is not None:
+            rotated = torch.empty_like(projected)
+            given, sizes = (projected, rotation, layout.steps_ago), (heads * width, width // 2)
+            kernels.rotate[(positions,)](*given, rotated, *sizes)
+        bounds = layout.bounds(starts)
         outputs: list[Any] = [None] * 3
         sums: list[Any] = [None] * 3
-        ctx.states = [None] * 3
-        for number, call in enumerate(rows.calls(bounds)):
-            if call is not None:
-                *row_starts, causal = call
-                options = *row_starts, rows.longest, rows.longest, 0.0, causal, False
-                outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
-                    *rotated.unbind(1), *options
-                )
-                ctx.states[number] = states
-        output, log_sums = outputs[1], sums[1]
-        if rows.left_only is not None:
-            output, log_sums = choose(rotated, outputs, sums, bounds)
-        ctx.save_for_backward(rotated, rotation, steps_ago, bounds, output, log_sums)
-        ctx.rows = rows
-        return output
+        ctx.states = {}
+        for number, (*row_starts, causal) in layout.calls(starts, bounds).items():
+            options = *row_starts, layout.longest, layout.longest, 0.0, causal, False
+            outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
+                *rotated.unbind(1), *options
+            )
+            ctx.states[number] = states
+        results = outputs[1], sums[1]
+        if layout.left_only is not None:
+            output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
+            results = output, torch.empty(heads, positions, device=rotated.device)
+            calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
+            kernels.choose[(positions,)](
+                rotated, calls, bounds, results, positions, width**-0.5, *sizes
+            )
+        ctx.save_for_backward(rotated, rotation, starts, bounds, *results)
+        ctx.layout = layout
+        return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rotated, rotation, steps_ago, bounds, output, log_sums = ctx.saved_tensors
-        grad, longest = grad.contiguous(), ctx.rows.longest
-        given = grad, *rotated.unbind(1), output, log_sums
-        found: Calls = []
-        for call, states in zip(ctx.rows.calls(bounds), ctx.states, strict=True):
-            if call is None:
-                found += [None] * 3
-                continue
-            *row_starts, causal = call
-            options = *row_starts, longest, longest, 0.0, causal, *states
-            gradients = torch.ops.aten._flash_attention_backward(*given, *options)
-            found += [gradient.contiguous() for gradient in gradients]
-        gradient = join(rotated, found, output, log_sums, grad, bounds, rotation, steps_ago)
-        return gradient, None, None, None
+        rotated, rotation, starts, bounds, *results = ctx.saved_tensors
+        grad, longest = grad.contiguous(), ctx.layout.longest
+        found: list[Any] = [[None] * 3] * 3  # of queries, keys and values, for each call
+        for number, (*row_starts, causal) in ctx.layout.calls(starts, bounds).items():
+            options = *row_starts, longest, longest, 0.0, causal, *ctx.states[number]
+            gradients = torch.ops.aten._flash_attention_backward(
+                grad, *rotated.unbind(1), *results, *options
+            )
+            found[number] = [gradient.contiguous() for gradient in gradients]
+        positions, _, heads, width = rotated.shape
+        gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
+        given = *results, grad, bounds, rotation, ctx.layout.steps_ago
+        sizes = heads, width // 2
+        kernels.join[(positions,)](rotated, kinds, given, gradient, positions, width**-0.5, *sizes)
+        return gradient, None, None

@@ -8,90 +8,19 @@ Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
-import torch
-from torch import Tensor
-
 from model.kernels.compiler import tl, triton
-
-Calls = list[Tensor | None]
-
-
-def rotate(projected: Tensor, rotation: Tensor, steps_ago: Tensor) -> Tensor:
-    """Queries and keys rotated by their positions' angles (arXiv 2104.09864), values as they are.
-
-    Arguments as for :func:`~model.kernels.varlen_attention.attend`.
-    """
-    rotated = torch.empty_like(projected)
-    positions, _, heads, width = projected.shape
-    if positions:
-        size = heads * width
-        options = size, width // 2, triton.next_power_of_2(size)
-        _rotate[(positions,)](projected, rotation, steps_ago, rotated, *options)
-    return rotated
-
-
-def choose(rotated: Tensor, outputs: Calls, sums: Calls, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [T, H, W] and log-sum-exp, float32 [H, T], of each position's own call.
-
-    A second stream's position also attends to itself. ``outputs`` and ``sums`` are those of
-    calls 0, 1 and 2; call 2 may be None.
-    """
-    positions, _, heads, width = rotated.shape
-    output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
-    log_sums = torch.empty(heads, positions, device=rotated.device)
-    if positions:
-        padded = triton.next_power_of_2(heads), triton.next_power_of_2(width)
-        sizes = positions, width**-0.5, heads, width, *padded
-        _choose[(positions,)](
-            rotated, tuple(outputs), tuple(sums), bounds, output, log_sums, *sizes
-        )
-    return output, log_sums
-
-
-def join(
-    rotated: Tensor,
-    gradients: Calls,
-    output: Tensor,
-    log_sums: Tensor,
-    grad: Tensor,
-    bounds: Tensor,
-    rotation: Tensor | None,
-    steps_ago: Tensor,
-) -> Tensor:
-    """The gradient, [T, 3, H, W], for queries, keys and values before the rotation, if any.
-
-    Args:
-        gradients: [T, H, W] for queries, keys and values of call 0, then of calls 1 and 2, nine in
-            all; None where there was no such call.
-        output, log_sums: results of :func:`choose`; ``grad`` is the output's gradient.
-    """
-    positions, _, heads, width = rotated.shape
-    gradient, half = torch.empty_like(rotated), width // 2
-    if positions:
-        kinds = (tuple(gradients[kind::3]) for kind in range(3))
-        given = output, log_sums, grad, bounds, rotation, steps_ago
-        padded = triton.next_power_of_2(heads), triton.next_power_of_2(half)
-        sizes = positions, width**-0.5, heads, half, *padded
-        _join[(positions,)](rotated, *kinds, *given, gradient, *sizes)
-    return gradient
-
 
 if triton is not None:
 
     @triton.jit
-    def _rotate(
-        projected,
-        rotation,
-        steps_ago,
-        rotated,
-        size: tl.constexpr,
-        half: tl.constexpr,
-        values: tl.constexpr,
+    def rotate(
+        projected, rotation, steps_ago, rotated, size: tl.constexpr, half: tl.constexpr
     ) -> None:
+        """Queries and keys rotated by their positions' angles (arXiv 2104.09864), values copied."""
         position = tl.program_id(0).to(tl.int64)
         step = tl.load(steps_ago + position)
         # Pairs of q and k: value i of the first half of a head and value i of the second.
-        pair = tl.arange(0, values)
+        pair = tl.arange(0, triton.next_power_of_2(size))
         inside = pair < size
         at = position * 3 * size + (pair // half) * 2 * half + pair % half
         angle = rotation + step * 2 * half + pair % half
@@ -127,23 +56,19 @@ if triton is not None:
         return found
 
     @triton.jit
-    def _choose(
-        rotated,
-        outputs,
-        call_sums,
-        bounds,
-        output,
-        log_sums,
-        positions,
-        scale,
-        heads: tl.constexpr,
-        width: tl.constexpr,
-        padded_heads: tl.constexpr,
-        padded_width: tl.constexpr,
+    def choose(
+        rotated, calls, bounds, results, positions, scale, heads: tl.constexpr, width: tl.constexpr
     ) -> None:
+        """Output [T, H, W] and log-sum-exp [H, T] of each position's own call, from ``calls``.
+
+        A second stream's position also attends to itself.
+        """
+        outputs, call_sums = calls
+        output, log_sums = results
         position = tl.program_id(0).to(tl.int64)
         call = _call_of(position, bounds)
-        head, value = tl.arange(0, padded_heads), tl.arange(0, padded_width)
+        head = tl.arange(0, triton.next_power_of_2(heads))
+        value = tl.arange(0, triton.next_power_of_2(width))
         is_head = head < heads
         inside = is_head[:, None] & (value < width)[None, :]
         within = head[:, None] * width + value[None, :]
@@ -170,28 +95,20 @@ if triton is not None:
         tl.store(log_sums + of_head, sums, mask=is_head)
 
     @triton.jit
-    def _join(
-        rotated,
-        queries,
-        keys,
-        values,
-        output,
-        log_sums,
-        grad,
-        bounds,
-        rotation,
-        steps_ago,
-        gradient,
-        positions,
-        scale,
-        heads: tl.constexpr,
-        half: tl.constexpr,
-        padded_heads: tl.constexpr,
-        padded_half: tl.constexpr,
+    def join(
+        rotated, found, given, gradient, positions, scale, heads: tl.constexpr, half: tl.constexpr
     ) -> None:
+        """The gradient, [T, 3, H, W], for queries, keys and values before the rotation, if any.
+
+        ``found``: gradients of queries, of keys, of values; each by call, None without one.
+        ``given``: the results of ``choose``, the gradient of its output, ``bounds``, the rotation.
+        """
+        queries, keys, values = found
+        output, log_sums, grad, bounds, rotation, steps_ago = given
         position = tl.program_id(0).to(tl.int64)
         call = _call_of(position, bounds)
-        head, pair = tl.arange(0, padded_heads), tl.arange(0, padded_half)
+        head = tl.arange(0, triton.next_power_of_2(heads))
+        pair = tl.arange(0, triton.next_power_of_2(half))
         is_head = head < heads
         inside = is_head[:, None] & (pair < half)[None, :]
         within = head[:, None] * (2 * half) + pair[None, :]

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from model.kernels.l2_normalize import sum_dtype
+from model.kernels.varlen_attention import takes
 
 # Exponentials of logits up to this, their sums over 1e9 rows, and the inverses fit into float32.
 MAX_BOUND = 60.0
 # Memory of a block of logits where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
-# Head dimensions of FlashAttention on CUDA.
-_FLASH_WIDTH, _FLASH_STEP = 256, 8
 
 
 def softmax_means(
@@ -124,10 +123,8 @@ def _is_fused(hidden: Tensor, bound: float, values: Tensor) -> bool:
         return False
     if not hidden.is_cuda:
         return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    width = hidden.shape[1]
     # Not float16: inverse sums of exponentials underflow in it.
-    fits = width <= _FLASH_WIDTH and width % _FLASH_STEP == 0
-    return hidden.dtype == torch.bfloat16 and fits
+    return hidden.dtype == torch.bfloat16 and takes(hidden.shape[1])
 
 
 def _block_size(hidden: Tensor) -> int:

@@ -98,19 +98,8 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        rows: Tensor,
-        targets: Tensor,
-        low: int,
-        bound: float,
-        cosine: bool,
-        shared: bool,
-        teacher_logits: Sequence[TeacherLogits],
-        teacher_share: float,
-        sizes: list[int] | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, *options: Any) -> Tensor:
+        low, bound, cosine, shared, teacher_logits, teacher_share, sizes = options
         kind, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -135,7 +124,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             aims = torch.lerp(aims.to(taught.dtype), taught, teacher_share)
             wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teacher_share)
         if sizes:
-            slice_sums, parts = log_sums, _gathered(torch.stack([log_sums, wanted]), len(sizes))
+            slice_sums, each = log_sums, [1] * len(sizes)
+            parts, _ = all_gather_rows(torch.stack([log_sums, wanted])[None], each)  # [W, 2, W * M]
             log_sums, wanted = parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
             means *= (slice_sums - log_sums).exp()[:, None]
         direction, losses = means - aims, log_sums - wanted
@@ -187,15 +177,9 @@ def _taught(
             hidden, _ = all_gather_rows(hidden, sizes)
         means, log_sums = softmax_means(hidden, teacher.rows, teacher.bound, unit)
         if sizes:
-            slice_sums, log_sums = log_sums, _gathered(log_sums, len(sizes)).logsumexp(dim=0)
+            parts, _ = all_gather_rows(log_sums[None], [1] * len(sizes))
+            slice_sums, log_sums = log_sums, parts.logsumexp(dim=0)
             means *= (slice_sums - log_sums).exp()[:, None]
         total = total + means / len(teacher_logits)
         gathered.append(TeacherLogits(hidden, teacher.rows, teacher.bound, log_sums))
     return total, gathered
-
-
-def _gathered(mine: Tensor, world_size: int) -> Tensor:
-    """Every rank's tensor of this shape: [W, ...]."""
-    parts = mine.new_empty(world_size, *mine.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), mine)
-    return parts

@@ -12,89 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels.bf16_linear import linear
-from model.kernels.varlen_attention import JaggedRows, attend, takes
+from model.kernels.varlen_attention import RowLayout, attend, takes
 
 
-class RowLayout:
-    """The rows of a jagged batch, and which positions attend to which.
-
-    Positions are counted from the row's end: index 0 is the newest item.
-
-    Args:
-        offsets: int64 [B + 1], starts of the rows in the packed positions.
-        num_positions: T, known on the host.
-        longest: L, at least the length of every row.
-        left_only: bool [W], whether each of the first W rows has only left context (a position
-            attends to itself and earlier ones); these rows come first. None: no row has.
-        steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
-            W ... 2 W - 1 are second streams, each one position longer than its window's row w:
-            position t attends to itself and to the first t positions of row w; no other position
-            attends to it. None: the index is the distance from the row's end.
-    """
-
-    def __init__(
-        self,
-        offsets: Tensor,
-        num_positions: int,
-        longest: int,
-        left_only: Tensor | None = None,
-        steps_ago: Tensor | None = None,
-    ) -> None:
-        self.offsets, self.rows, self.longest = offsets, offsets.numel() - 1, longest
-        self.left_only = left_only
-        self.row = torch.repeat_interleave(
-            torch.arange(self.rows, device=offsets.device),
-            offsets.diff(),
-            output_size=num_positions,  # T from the host: no synchronisation
+def attend_padded(layout: RowLayout, projected: Tensor) -> Tensor:
+    """Rotated queries, keys and values [T, 3, H, K] -> [T, H, K], with rows padded to L."""
+    longest, windows = layout.longest, layout.windows
+    cell = (layout.row + 1) * longest - 1 - layout.from_end  # [T] in the flattened grid
+    grid = projected.new_zeros(layout.rows * longest, *projected.shape[1:])
+    grid = grid.index_copy(0, cell, projected).view(layout.rows, longest, 3, *grid.shape[2:])
+    query, key, value = grid.permute(2, 0, 3, 1, 4)  # each [B, H, L, K]
+    columns = torch.arange(longest, device=cell.device)
+    earlier, itself = columns <= columns[:, None], columns == columns[:, None]  # [L, L]
+    lengths = layout.offsets.diff()[:, None]
+    filled = (columns >= longest - lengths)[:, None]  # [B, 1, L]
+    # Keys (columns) that a query attends to in its row. Padding and empty rows get visible keys,
+    # too: a softmax over no key would be NaN.
+    visible = filled | (lengths == 0)[:, None]
+    if layout.left_only is not None:
+        left_only = F.pad(layout.left_only, (0, layout.rows - layout.left_only.numel()))
+        visible = (visible & (earlier | ~left_only[:, None, None])) | itself  # [B, L, L]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None])
+    if windows:
+        first, second = slice(0, windows), slice(windows, 2 * windows)
+        # Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
+        # Rows are padded on the left and a second stream is one longer: its position t is in the
+        # column of the window's position t - 1.
+        before = earlier & filled[first]
+        visible = torch.cat([before, itself.expand_as(before)], dim=2)
+        second_mixed = F.scaled_dot_product_attention(
+            query[second],
+            torch.cat([key[first], key[second]], dim=2),
+            torch.cat([value[first], value[second]], dim=2),
+            attn_mask=visible[:, None],
         )
-        flat = torch.arange(num_positions, device=offsets.device)
-        self.from_end = offsets[1:][self.row] - flat - 1  # [T]
-        self.steps_ago = self.from_end if steps_ago is None else steps_ago
-        # W where there are second streams, else 0.
-        self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
-
-    def attend_padded(self, projected: Tensor) -> Tensor:
-        """Rotated queries, keys and values [T, 3, H, K] -> [T, H, K], with rows padded to L."""
-        cell = (self.row + 1) * self.longest - 1 - self.from_end  # [T] in the flattened grid
-        grid = projected.new_zeros(self.rows * self.longest, *projected.shape[1:])
-        grid = grid.index_copy(0, cell, projected).view(self.rows, self.longest, 3, *grid.shape[2:])
-        query, key, value = grid.permute(2, 0, 3, 1, 4)  # each [B, H, L, K]
-        mask = self._visible()[:, None]  # [B, 1, 1 or L, L]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if self.windows:
-            first, second = slice(0, self.windows), slice(self.windows, 2 * self.windows)
-            second_mixed = F.scaled_dot_product_attention(
-                query[second],
-                torch.cat([key[first], key[second]], dim=2),
-                torch.cat([value[first], value[second]], dim=2),
-                attn_mask=self._visible_to_second()[:, None],
-            )
-            mixed = torch.cat([mixed[first], second_mixed, mixed[2 * self.windows :]])
-        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cell)
-
-    def _visible(self) -> Tensor:
-        """Keys (columns) that a query attends to in its padded row: bool [B, 1 or L, L]."""
-        columns = torch.arange(self.longest, device=self.offsets.device)
-        lengths = self.offsets.diff()[:, None]
-        # Padding and empty rows get visible keys, too: a softmax over no key would be NaN.
-        visible = ((columns >= self.longest - lengths) | (lengths == 0))[:, None]  # [B, 1, L]
-        if self.left_only is None:
-            return visible
-        left_only = F.pad(self.left_only, (0, self.rows - self.left_only.numel()))[:, None, None]
-        earlier, itself = columns <= columns[:, None], columns == columns[:, None]  # [L, L]
-        return (visible & (earlier | ~left_only)) | itself  # [B, L, L]
-
-    def _visible_to_second(self) -> Tensor:
-        """Keys of the window, then of its second stream, that its queries attend to: [W, L, 2 L].
-
-        Rows are padded on the left and a second stream is one longer: its position t is in the
-        column of the window's position t - 1.
-        """
-        columns = torch.arange(self.longest, device=self.offsets.device)
-        lengths = self.offsets.diff()[: self.windows, None, None]
-        earlier = (columns <= columns[:, None]) & (columns >= self.longest - lengths)  # [W, L, L]
-        itself = columns == columns[:, None]
-        return torch.cat([earlier, itself.expand_as(earlier)], dim=2)
+        mixed = torch.cat([mixed[first], second_mixed, mixed[2 * windows :]])
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, cell)
 
 
 class SelfAttention(nn.Module):
@@ -119,14 +72,11 @@ class SelfAttention(nn.Module):
         projected = linear(self.project_in, packed).view(packed.shape[0], 3, self.heads, -1)
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if half and projected.is_cuda and takes(projected.shape[-1]):
-            rows = JaggedRows(
-                layout.offsets.int(), layout.longest, layout.left_only, layout.windows
-            )
-            mixed = attend(projected, rows, self.rotation, layout.steps_ago)
+            mixed = attend(projected, layout, self.rotation)
         else:
             if self.rotation is not None:
                 projected = _rotate(projected, self.rotation[layout.steps_ago])
-            mixed = layout.attend_padded(projected)
+            mixed = attend_padded(layout, projected)
         mixed = mixed if wanted is None else mixed.index_select(0, wanted)
         return mixed.flatten(1)
 

@@ -86,13 +86,9 @@ class DenseStep(nn.Module):
         """Created at the first call, when the parameters are on their device."""
         if self._graphed is None:
             encoder, _ = self._parts
-            whole = self._plan.graphs == "dense"
-            self._graphed = GraphedCall(
-                self._encode_and_score if whole else encoder,
-                encoder,
-                hooked=not self._plan.has_static_gradients,
-                is_loss=whole,
-            )
+            whole, hooked = self._plan.graphs == "dense", not self._plan.has_static_gradients
+            body = self._encode_and_score if whole else encoder
+            self._graphed = GraphedCall(body, encoder, hooked, is_loss=whole)
         return self._graphed
 
     def _encode_and_score(

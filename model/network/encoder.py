@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from model.kernels import residual
 from model.kernels.bf16_linear import gelu_dropout, linear
-from model.kernels.dropout_bits import Dropout, new_dropouts
-from model.network.attention import RowLayout, SelfAttention
+from model.kernels.dropout_bits import new_dropouts
+from model.kernels.varlen_attention import RowLayout
+from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig
 
 # offsets, masked, left_only, steps_ago of Encoder.forward
@@ -49,40 +50,6 @@ class EncoderLayer(nn.Module):
         packed = packed + self.dropout(attended)
         return packed + self.dropout(self.feed_forward(self.feed_forward_norm(packed)))
 
-    def forward_fused(
-        self,
-        packed: Tensor,
-        normed: Tensor,
-        layout: RowLayout,
-        wanted: Tensor | None,
-        dropouts: list[Dropout | None],
-        following: tuple[nn.LayerNorm, torch.dtype],
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` in fewer passes over memory, from one norm to the next.
-
-        Args:
-            packed: float32 [T, D].
-            normed: half precision [T, D], ``packed`` after the layer's first norm.
-            dropouts: on the attention branch, inside the feed-forward layer, and on its branch.
-            following: the norm that the next layer begins with, and its output dtype.
-
-        Returns:
-            The layer's output, float32 [T, D] or [M, D], and the same after the norm ``following``.
-        """
-        mixed = self.attention.mix(normed, layout, wanted)
-        if wanted is not None:
-            packed = packed.index_select(0, wanted)
-        out = self.attention.project_out
-        attended = linear(out, mixed, with_bias=False), out.bias  # residual.add adds the bias
-        packed, normed = residual.add(
-            packed, *attended, self.feed_forward_norm, dropouts[0], normed.dtype
-        )
-        into, out = (cast(nn.Linear, self.feed_forward[place]) for place in (0, 3))
-        hidden = gelu_dropout(linear(into, normed, with_bias=False), into.bias, dropouts[1])
-        fed = linear(out, hidden, with_bias=False), out.bias
-        norm, dtype = following
-        return residual.add(packed, *fed, norm, dropouts[2], dtype)
-
 
 class Encoder(nn.Module):
     """Contextual vectors of the masked positions."""
@@ -90,9 +57,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, max_len: int) -> None:
         super().__init__()
         self.max_len = max_len
-        self.positions = None
-        if config.learned_positions:
-            self.positions = nn.Embedding(max_len, config.emb_dim)
+        self.positions = nn.Embedding(max_len, config.emb_dim) if config.learned_positions else None
         self.embedding_norm = nn.LayerNorm(config.emb_dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config, max_len) for _ in range(config.num_layers))
@@ -115,7 +80,7 @@ class Encoder(nn.Module):
             offsets: int64 [B + 1], starts of the rows in ``items``; a row has at most ``max_len``
                 positions, or ``max_len + 1`` with second streams.
             masked: int64 [M], positions in ``items`` to encode.
-            left_only: bool [W], as in :class:`~model.network.attention.RowLayout`.
+            left_only: bool [V], as in :class:`~model.kernels.varlen_attention.RowLayout`.
             steps_ago: int64 [T], below ``max_len``, as there.
             longest: length to which padded attention pads the rows; may exceed ``max_len``. None:
                 the longest possible, which depends only on shapes, as CUDA graphs require.
@@ -146,10 +111,22 @@ class Encoder(nn.Module):
         packed, normed = residual.enter(items, table, layout.steps_ago, *norms, first, half)
         following = [(layer.attention_norm, half) for layer in layers[1:]]
         following.append((self.final_norm, full))
-        for layer, norm in zip(layers, following, strict=True):
+        for number, (layer, (norm, dtype)) in enumerate(zip(layers, following, strict=True)):
+            # On the attention branch, inside the feed-forward layer, and on its branch.
+            on_attention, inside, on_fed = dropouts[3 * number : 3 * number + 3]
             wanted = masked if layer is layers[-1] else None
-            own, dropouts = dropouts[:3], dropouts[3:]
-            packed, normed = layer.forward_fused(packed, normed, layout, wanted, own, norm)
+            mixed = layer.attention.mix(normed, layout, wanted)
+            if wanted is not None:
+                packed = packed.index_select(0, wanted)
+            out = layer.attention.project_out
+            attended = linear(out, mixed, with_bias=False), out.bias  # residual.add adds the bias
+            packed, normed = residual.add(
+                packed, *attended, layer.feed_forward_norm, on_attention, half
+            )
+            into, out = (cast(nn.Linear, layer.feed_forward[place]) for place in (0, 3))
+            hidden = gelu_dropout(linear(into, normed, with_bias=False), into.bias, inside)
+            fed = linear(out, hidden, with_bias=False), out.bias
+            packed, normed = residual.add(packed, *fed, norm, on_fed, dtype)
         return normed
 
 

@@ -14,11 +14,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.losses import sampled as sampled_losses
+from model.losses import sampled
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 from model.network.config import HeadConfig
-
-NO_TARGET = 0  # the padding item
 
 
 @dataclass(frozen=True)
@@ -94,14 +92,15 @@ class ScoringHead(nn.Module):
             The loss, a float32 scalar, scaled so that the mean over ranks of its gradients is the
             gradient of the global mean; float32 [2], this rank's sum of losses and their number.
         """
-        if self.config.loss == "softmax":
+        config = self.config
+        if config.loss == "softmax":
             losses = linear_cross_entropy(
                 hidden.float(),
                 candidates,
                 targets,
                 self.catalog.low,
                 scale=self.scale,
-                cosine=self.config.logit_temperature > 0,
+                cosine=config.logit_temperature > 0,
                 shared=self.catalog.shared,
                 teacher_logits=teacher_logits,
                 teacher_share=teacher_share,
@@ -109,8 +108,16 @@ class ScoringHead(nn.Module):
             )
         else:
             assert negatives is not None and log_counts is not None
-            losses = self._sampled(hidden, candidates, targets, negatives, log_counts)
-        counted = targets != NO_TARGET
+            hidden = self.project(hidden) * self.scale
+            own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
+            scores = (hidden * own).sum(dim=1), hidden @ drawn.T, targets, negatives
+            if config.loss == "sampled_softmax":
+                losses = sampled.softmax(*scores, log_counts)
+            else:
+                draws = negatives.numel()
+                beta = sampled.gbce_beta(config.gbce_calibration, draws, self.num_items)
+                losses = sampled.gbce(*scores, beta)
+        counted = targets != 0  # the padding item
         total = torch.where(counted, losses, 0.0).sum()
         count = counted.sum().to(total.dtype)
         report = torch.stack([total.detach(), count])
@@ -118,21 +125,3 @@ class ScoringHead(nn.Module):
         if world_size > 1:
             dist.all_reduce(count)
         return total * world_size / count.clamp(min=1), report
-
-    def _sampled(
-        self,
-        hidden: Tensor,
-        candidates: Tensor,
-        targets: Tensor,
-        negatives: Tensor,
-        log_counts: Tensor,
-    ) -> Tensor:
-        """Each position's loss [M] over the negatives."""
-        hidden = self.project(hidden) * self.scale
-        own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
-        given = (hidden * own).sum(dim=1), hidden @ drawn.T, targets, negatives
-        if self.config.loss == "sampled_softmax":
-            return sampled_losses.softmax(*given, log_counts)
-        share = self.config.gbce_calibration
-        beta = sampled_losses.gbce_beta(share, negatives.numel(), self.num_items)
-        return sampled_losses.gbce(*given, beta)

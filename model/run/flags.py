@@ -1,9 +1,6 @@
 """Command line flags from config classes, which check the values (:mod:`pipeline.config`).
 
 Names are flat: ``--max_len`` is the field ``max_len`` of the group that declares it.
-
-    config = FlagParser("Train", RunConfig).parse(["--mode", "ddp", "--num-epochs", "3"])
-    assert build(RunConfig, flatten(config)) == config
 """
 
 import argparse
@@ -33,8 +30,7 @@ def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
     for entry in dataclasses.fields(group_class):
         is_group = dataclasses.is_dataclass(entry.type)
         found = flags_of(entry.type) if is_group else {entry.name: entry}
-        clash = flags.keys() & found.keys()
-        assert not clash, f"flags declared twice: {clash}"
+        assert flags.keys().isdisjoint(found), f"a flag of {entry.name} is declared twice"
         flags |= found
     return flags
 
@@ -49,7 +45,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
-    """The config with the flag values ``flat``; missing flags keep their defaults."""
+    """The config whose :func:`flatten` is ``flat``; missing flags keep their defaults."""
     unknown = flat.keys() - flags_of(config_class).keys()
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}: made by another version?")
@@ -86,9 +82,8 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
 class FlagParser(argparse.ArgumentParser):
     """An argument parser over a config class; an error is a UserError of one line.
 
-    Args:
-        main_flags: the flags that ``--help`` shows, while ``--help-all`` shows all by group; None:
-            ``--help`` shows all.
+    ``--help`` shows the ``main_flags`` and ``--help-all`` all flags by group; without
+    ``main_flags`` both show all.
     """
 
     def __init__(
@@ -103,11 +98,10 @@ class FlagParser(argparse.ArgumentParser):
             usage="%(prog)s [--flag value] ...",
         )
         self.config_class = config_class
+        self.add_argument("--help_all", action=_HelpAll, nargs=0, help=argparse.SUPPRESS)
         if main_flags is None:
-            self.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
             self._add_group(config_class, self)
             return
-        self.add_argument("--help_all", action=_HelpAll, nargs=0, help=argparse.SUPPRESS)
         flags = flags_of(config_class)
         main_group = self.add_argument_group("main flags")
         for name in main_flags:
@@ -131,8 +125,8 @@ class FlagParser(argparse.ArgumentParser):
         """The flags on a command line, by name, without defaults."""
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
-            names = [option for option in self._option_string_actions if option.startswith("--")]
-            close = difflib.get_close_matches(rest[0].split("=")[0], names, n=1)
+            name = rest[0].split("=")[0]
+            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown argument {rest[0]}: {hint}")
         return vars(known)
@@ -172,9 +166,7 @@ def _underscored(argument: str) -> str:
 
 def _plain(kind: Any) -> type:
     """``int`` of ``int | None``."""
-    if isinstance(kind, types.UnionType):
-        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-    return kind
+    return next(each for each in typing.get_args(kind) or (kind,) if each is not type(None))
 
 
 def _boolean(text: str) -> bool:
@@ -188,9 +180,8 @@ def _converted(entry: dataclasses.Field, value: Any) -> Any:
     if value is None and isinstance(entry.type, types.UnionType):
         return None
     plain = _plain(entry.type)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if plain is float and is_number:
+    if plain is float and type(value) is int:
         return float(value)
-    if not isinstance(value, plain) or (plain is int and not is_number):
+    if type(value) is not plain:  # True is no int
         raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {value!r}")
     return value

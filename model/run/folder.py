@@ -13,14 +13,15 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from model.checkpoints.export import WEIGHTS
-from model.distributed import Ranks, from_first_rank
+from model.distributed import Ranks, from_first_rank, writing
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
 from pipeline.errors import UserError
@@ -31,6 +32,7 @@ from pipeline.preparation.store import SequenceStore
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
+@dataclass(eq=False)
 class RunFolder:
     """The folder of a run, locked until the process ends.
 
@@ -39,55 +41,56 @@ class RunFolder:
             ``--resume auto`` is missing or comes with other flags or data.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, store: SequenceStore) -> None:
-        self._lock: IO[str] | None = None
-        self._ranks, self._store = ranks, store
+    config: RunConfig
+    ranks: Ranks
+    store: SequenceStore
+
+    def __post_init__(self) -> None:
         self._facts = {
-            "num_items": store.num_items,
-            "num_ratings": len(store.items),
-            "catalog": store.catalog_fingerprint,
+            "num_items": self.store.num_items,
+            "num_ratings": len(self.store.items),
+            "catalog": self.store.catalog_fingerprint,
         }
-        self.path = from_first_rank(ranks, lambda: self._claim(config))
+        self.path = from_first_rank(self.ranks, self._claim)
 
-    def record(self, config: RunConfig, execution: dict[str, Any]) -> None:
-        """Write config.json, with the execution plan and the shards of the tables, and the catalog.
+    def record(self, execution: dict[str, Any]) -> None:
+        """Write config.json, with plan and shards in ``execution``, and the catalog.
 
-        Raises:
-            UserError: (on all ranks) they cannot be written.
+        If they cannot be written, all ranks raise a UserError.
         """
 
+        @writing(f"--run_dir {self.path}")
         def write() -> None:
-            try:
-                write_config(self.path, flatten(config), self._facts | {"execution": execution})
-                if self._store.path is None:
-                    self._store.catalog.write_to(self.path)
-                else:
-                    Catalog.copy(self._store.path, self.path)
-            except OSError as error:
-                raise _unwritable("--run_dir", self.path, error) from error
+            facts = self._facts | {"execution": execution}
+            write_config(self.path, flatten(self.config), facts)
+            if self.store.path is None:
+                self.store.catalog.write_to(self.path)
+            else:
+                Catalog.copy(self.store.path, self.path)
 
-        from_first_rank(self._ranks, write)
+        from_first_rank(self.ranks, write)
 
-    def _claim(self, config: RunConfig) -> Path:
-        if not config.output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    def _claim(self) -> Path:
+        output = self.config.output
+        if not output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("--run_dir is needed with --max_restarts: a restart must find it again")
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = Path(config.output.run_dir or f"runs/{config.data.name}-{stamp}")
-        if config.output.export_root:
-            _check_export(Path(config.output.export_root), path)
-        try:
+        path = Path(output.run_dir or f"runs/{self.config.data.name}-{stamp}")
+        if output.export_root:
+            _check_export(Path(output.export_root), path)
+        with writing(f"--run_dir {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path / ".lock", wait=False)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--run_dir {path} is in use by another run: wait for it or choose another folder"
-            ) from error
-        except OSError as error:
-            raise _unwritable("--run_dir", path, error) from error
+            try:
+                self._lock = lock(path / ".lock", wait=False)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--run_dir {path} is in use by another run: wait for it or choose another "
+                    "folder"
+                ) from error
         if (path / WEIGHTS).exists():
             raise UserError(f"--run_dir {path} is an exported model: choose another folder")
         if (path / "config.json").exists():
-            _check_same_run(config, path, self._facts)
+            _check_same_run(self.config, path, self._facts)
         elif any((path / "checkpoints").glob("step-*")):
             raise UserError(
                 f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
@@ -96,20 +99,14 @@ class RunFolder:
         return path
 
 
-def _unwritable(flag: str, folder: Path, error: OSError) -> UserError:
-    return UserError(f"{flag} {folder} cannot be written: {error.strerror or error}")
-
-
 def _check_export(folder: Path, run_dir: Path) -> None:
     """Check before training that the export after training can be written."""
     if folder.resolve() == run_dir.resolve() or (folder / "checkpoints").exists():
         raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
-    try:
+    with writing(f"--export_root {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable("--export_root", folder, error) from error
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:

@@ -58,11 +58,7 @@ CHOICES = ("auto", "none", *RECIPES)
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags given on a command line on top of their recipe's; ``recipe`` is its name.
-
-    "auto", the default, uses the recipe with the data set's name, if there is one; with
-    ``teachers``, the recipe with that name and "-taught".
-    """
+    """The flags given on a command line on top of their recipe's; ``recipe`` is its name."""
     name = given.get("recipe", "auto")
     if name == "auto":
         own_file = "dataset_path" in given and "dataset_name" not in given

@@ -1,10 +1,4 @@
-"""A trained model on disk, to evaluate or to learn from.
-
-run = TrainedRun(EvalFlags(checkpoint="runs/ml-1m"))
-store = prepare(run.config.data)
-run.check_catalog(store)
-model = run.model(ranks)
-"""
+"""A trained model on disk, to evaluate or to learn from."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +9,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import WEIGHTS, load_exported
-from model.distributed import Ranks, alone
+from model.distributed import Ranks
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
@@ -33,6 +27,8 @@ class TrainedRun:
 
     def __init__(self, flags: EvalFlags) -> None:
         self.folder = Path(flags.checkpoint)
+        folders = (self.folder, self.folder / PORTABLE)
+        self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         recorded = read_config(self.folder)
         self._num_items, self._fingerprint = recorded["num_items"], recorded["catalog"]
         settings = dict(recorded["flags"])
@@ -60,44 +56,33 @@ class TrainedRun:
     def model(self, ranks: Ranks) -> DistributedModelParallel:
         """The trained model, sharded over the ranks."""
         config = self.config
-        if exported := self._exported():
+        if self._exported:
             if ranks.device.type != "cuda":  # a CPU has no UVM
                 config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
-            model = self._built(config, ranks)
-            load_exported(exported, model)
-            return model
-        checkpoints = Checkpoints(self.folder, ranks)
-        step = checkpoints.best_step()
-        if step is None:
-            raise UserError(
-                f"{self.folder} has no checkpoint yet: train until the first evaluation"
-            )
-        model = self._built(config, ranks)
-        checkpoints.load_weights(model, step)
-        return model
-
-    def _built(self, config: RunConfig, ranks: Ranks) -> DistributedModelParallel:
+        else:
+            checkpoints = Checkpoints(self.folder, ranks)
+            step = checkpoints.best_step()
         plan = plan_execution(config, self._num_items, ranks)
-        return build_model(config, self._num_items, ranks, plan)
+        model = build_model(config, self._num_items, ranks, plan)
+        if self._exported:
+            load_exported(self._exported, model)
+        else:
+            checkpoints.load_weights(model, step)
+        return model
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""
-        exported = self._exported()
-        if exported is None:
+        if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
-        cpu = torch.device("cpu")
-        model = build_plain_model(self.config, self._num_items, alone(cpu))
+        alone = Ranks(0, 1, 1, torch.device("cpu"))
+        model = build_plain_model(self.config, self._num_items, alone)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
                 "to be held whole by a rank"
             )
-        load_exported(exported, model)
+        load_exported(self._exported, model)
         return model
-
-    def _exported(self) -> Path | None:
-        folders = (self.folder, self.folder / PORTABLE)
-        return next((folder for folder in folders if (folder / WEIGHTS).exists()), None)
 
 
 def load_teachers(

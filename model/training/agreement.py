@@ -17,7 +17,6 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,20 +36,19 @@ TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 class Agreement:
     """Agreement of the ranks; as a context manager, it turns signals into requests."""
 
-    def __init__(self, ranks: Ranks, timeout: timedelta) -> None:
-        self._timeout = timeout
+    def __init__(self, ranks: Ranks) -> None:
+        self._timeout = ranks.timeout
         self._signal = self._request = NOTHING
         self._steps_between = _STEPS_BETWEEN if ranks.device.type == "cuda" else 1
         self._calls = 0
-        self._handlers: dict[signal.Signals, Any] = {}
         self._reduced = torch.zeros(1, dtype=torch.int32)
         self._underway: dist.Work | None = None
         self._group = self._barrier_group = None
         self._explains_first = ranks.is_first and ranks.world_size > 1
         if ranks.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
             # A second group: after a failed operation, a group is unusable.
-            self._barrier_group = dist.new_group(backend="gloo", timeout=timeout)
+            self._barrier_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
     def __enter__(self) -> "Agreement":
         self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
@@ -68,25 +66,22 @@ class Agreement:
         self._signal = STOP + number
 
     def exchange(self, request: int = NOTHING) -> int:
-        """Submit this rank's request; every rank must call it equally often.
+        """Submit a request; the highest one that any rank submitted before its last exchange.
 
-        Returns:
-            The highest request that any rank submitted before its last exchange; on a single
-            rank, the request itself.
+        Every rank must call it equally often. On a single rank it returns the request itself.
         """
+        if self._group is None:
+            return max(request, self._signal)
         self._request = max(request, self._request, self._signal)
         self._calls += 1
-        if self._group is not None and self._calls % self._steps_between:
+        if self._calls % self._steps_between:
             return NOTHING
-        request, self._request = self._request, NOTHING
-        if self._group is None:
-            return request
         if self._underway is not None:
             self._underway.wait()
         decision = int(self._reduced)
-        self._reduced = torch.tensor([request], dtype=torch.int32)
+        self._reduced, self._request = torch.tensor([self._request], dtype=torch.int32), NOTHING
         self._underway = dist.all_reduce(
-            self._reduced, dist.ReduceOp.MAX, group=self._group, async_op=True
+            self._reduced, dist.ReduceOp.MAX, self._group, async_op=True
         )
         return decision
 
@@ -110,9 +105,7 @@ class Agreement:
     def _silent_ranks(self) -> str:
         """The ranks that do not reach a barrier; only rank 0 gets all answers."""
         try:
-            dist.monitored_barrier(
-                self._barrier_group, timeout=_BARRIER_TIMEOUT, wait_all_ranks=True
-            )
+            dist.monitored_barrier(self._barrier_group, _BARRIER_TIMEOUT, wait_all_ranks=True)
         except RuntimeError as error:
             found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
             return f"rank {found.group(1)}" if found else "rank 0, or a rank that it names"

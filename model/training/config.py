@@ -1,5 +1,6 @@
 """Flags of the training loop: length, learning rate schedule, evaluation, log and profile."""
 
+import math
 from dataclasses import dataclass
 
 from pipeline.config import Config, flag
@@ -34,6 +35,21 @@ class TrainingConfig(Config):
         """Steps of the whole run, if ``--patience`` does not end it."""
         steps = self.num_epochs * steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def lr_factor(self, progress: float, epoch: int) -> float:
+        """The learning rate of a step as a share of its peak.
+
+        ``progress``: share of all training samples consumed before, in [0, 1); ``epoch``: from 0.
+        """
+        stairs = self.gamma ** (epoch // self.decay_step)
+        if progress < self.warmup_share:
+            return stairs * (progress / self.warmup_share)
+        rest = (progress - self.warmup_share) / (1 - self.warmup_share)
+        if self.lr_schedule == "linear":
+            return stairs * (1 - rest)
+        if self.lr_schedule == "cosine":
+            return stairs * (1 + math.cos(math.pi * rest)) / 2
+        return stairs
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ traced without it, into rank0-apart.<time>.pt.trace.json.gz.
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
 from torch.profiler import tensorboard_trace_handler as trace_writer
 
 from model.distributed import Ranks
@@ -44,92 +46,76 @@ STAGES = {
 }
 
 
+@dataclass(eq=False)
 class StepProfiler:
-    """Records ``--profile`` steps on every rank; a context manager around training.
+    """Records ``--profile`` steps on every rank; a context manager around training."""
 
-    Args:
-        folder: the run folder.
-        steps: steps that will be trained; a short run is recorded from its first step.
-        say: prints the times of the stages, called on rank 0.
-    """
+    config: ProfileConfig
+    model: nn.Module
+    plan: ExecutionPlan
+    pipeline: Any
+    run_dir: Path
+    ranks: Ranks
+    steps: int  # that will be trained; a short run is recorded from its first step
+    say: Callable[[str], None]  # prints the times of the stages, called on rank 0
 
-    def __init__(
-        self,
-        config: ProfileConfig,
-        model: nn.Module,
-        plan: ExecutionPlan,
-        pipeline: Any,
-        folder: Path,
-        ranks: Ranks,
-        steps: int,
-        say: Callable[[str], None],
-    ) -> None:
-        self._recorded, self._say = config.profile, say
-        self._bert, self._ranks, self._folder = unwrap(model), ranks, folder / "profile"
-        self._graphs = plan.graphs
+    def __post_init__(self) -> None:
         # With the graph of the whole step, then without.
-        self._train_step: TrainStep | None = pipeline.train_step if plan.graphs == "step" else None
-        self._cycles = 1 if self._train_step is None else 2
-        recorded = self._cycles * (_WARM_UP + config.profile)
-        self._to_skip = max(0, min(_SKIPPED, steps - recorded - _RUN_OUT))
-        self._written = 0
+        whole = self.plan.graphs == "step"
+        self._train_step: TrainStep | None = self.pipeline.train_step if whole else None
+        self._cycles = 2 if whole else 1
+        recorded = self._cycles * (_WARM_UP + self.config.profile)
+        skipped = max(0, min(_SKIPPED, self.steps - recorded - _RUN_OUT))
+        self._first = skipped if self.config.profile else -1
+        self._last = skipped + recorded
+        self._done = self._written = 0
         self._profile: profile | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._recording = ExitStack()  # the profile, and the hooks that name the stages
 
     def __enter__(self) -> "StepProfiler":
-        if self._recorded and self._to_skip == 0:
+        if self._first == 0:
             self._begin()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._profile is not None:  # the end of training cuts the trace short
-            self._end(self._profile)
-
     def step(self) -> None:
         """Call after each training step."""
-        if self._profile is not None:
+        self._done += 1
+        if self._done == self._first:
+            self._begin()
+        elif self._profile is not None:
             self._profile.step()
-            self._to_record -= 1
-            if self._to_record == 0:
-                self._end(self._profile)
-        elif self._recorded:
-            self._to_skip -= 1
-            if self._to_skip == 0:
-                self._begin()
+            if self._done == self._last:
+                self.__exit__()
 
     def _begin(self) -> None:
-        stages = {"lookup": self._bert.embeddings}
-        if self._graphs == "dense":
-            stages["encoder and head"] = self._bert.dense_step
+        bert = unwrap(self.model)
+        stages = {"lookup": bert.embeddings}
+        if self.plan.graphs == "dense":
+            stages["encoder and head"] = bert.dense_step
         else:
-            stages |= {"encoder": self._bert.encoder, "head": self._bert.head}
+            stages |= {"encoder": bert.encoder, "head": bert.head}
         for name, module in stages.items():
-            self._hooks += _named(name, module)
-        self._to_record = self._cycles * (_WARM_UP + self._recorded)
-        activities = [ProfilerActivity.CPU]
-        if self._ranks.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=_WARM_UP, active=self._recorded, repeat=self._cycles),
+            for hook in _named(name, module):
+                self._recording.enter_context(hook)
+        steps = self.config.profile
+        recording = profile(
+            schedule=schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=self._cycles),
             on_trace_ready=self._write,
         )
-        self._profile.start()
+        self._profile = self._recording.enter_context(recording)
 
-    def _end(self, running: profile) -> None:
-        running.stop()
-        self._profile, self._recorded = None, 0
-        for hook in self._hooks:
-            hook.remove()
+    def __exit__(self, *_: object) -> None:
+        self._recording.close()  # the end of training may cut the trace short
+        self._profile = None
         if self._train_step is not None:
             self._train_step.is_eager = False
 
     def _write(self, recorded: profile) -> None:
-        apart = "-apart" * self._written
-        trace_writer(str(self._folder), f"rank{self._ranks.rank}{apart}", use_gzip=True)(recorded)
-        if self._ranks.is_first:
+        folder, apart = self.run_dir / "profile", "-apart" * self._written
+        trace_writer(str(folder), f"rank{self.ranks.rank}{apart}", use_gzip=True)(recorded)
+        if self.ranks.is_first:
             how = ", without a graph of the whole step" * self._written
-            self._say(f"{self._folder}{how}: {summary(recorded.events())}")
+            self.say(f"{folder}{how}: {summary(recorded.events())}")
         self._written += 1
         if self._train_step is not None:
             self._train_step.is_eager = True
@@ -137,14 +123,13 @@ class StepProfiler:
 
 def _named(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
     """Record every call of ``module`` as a range called ``name``."""
-    running: list[record_function] = []
+    stage = record_function(name)
 
     def enter(*_: Any) -> None:
-        running.append(record_function(name))
-        running[-1].__enter__()
+        stage.__enter__()
 
     def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
+        stage.__exit__(None, None, None)
 
     return [
         module.register_forward_pre_hook(enter),

@@ -1,43 +1,19 @@
-"""Around the steps: batches for the pipeline, the host's lead over its GPU, losses to log."""
+"""Around the steps: the host's lead over its GPU, losses to log."""
 
 import math
 import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from datetime import timedelta
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from model.checkpoints.position import Position
-from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
-from pipeline.training.loader import TrainLoader
 
 _POLL_SECONDS = 5e-5
-
-
-class Feed(Iterator[PackedBatch]):
-    """The loader's next ``steps`` batches, which end before the epoch ``stop``."""
-
-    def __init__(self, loader: TrainLoader, position: Position, steps: int, stop: int) -> None:
-        self._loader = loader
-        # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
-        self._batches = islice(loader.epoch(position.epoch, position.sample, stop), steps)
-        # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
-        self.held: deque[tuple[int, int]] = deque()
-        self.waited = 0.0  # seconds, for the loader
-
-    def __next__(self) -> PackedBatch:
-        started = time.perf_counter()
-        batch = next(self._batches)
-        self.waited += time.perf_counter() - started
-        self.held.append((batch.num_windows, self._loader.state_dict()["sample"]))
-        return batch
 
 
 class HostThrottle:
@@ -50,20 +26,19 @@ class HostThrottle:
     """
 
     def __init__(self, device: torch.device, timeout: timedelta, ahead: int = 4) -> None:
-        self._timeout = timeout.total_seconds()
-        on_gpu = device.type == "cuda"
-        self._free = [torch.cuda.Event() for _ in range(ahead)] if on_gpu else []
+        self._timeout, self._ahead = timeout.total_seconds(), ahead
+        self._on_gpu = device.type == "cuda"
         self._running: deque[torch.cuda.Event] = deque()
 
     def after_step(self) -> None:
         """Wait until at most ``ahead`` steps are unfinished; called after every step."""
-        if self._free:
-            event = self._free.pop()
-        elif self._running:
+        if not self._on_gpu:
+            return
+        if len(self._running) < self._ahead:
+            event = torch.cuda.Event()
+        else:
             event = self._running.popleft()
             self._wait_for(event)
-        else:  # no GPU
-            return
         event.record()
         self._running.append(event)
 
@@ -80,57 +55,44 @@ class HostThrottle:
             time.sleep(_POLL_SECONDS)
 
 
-class StepNote(NamedTuple):
-    """A step: its number and epoch from 1, its samples [first, after), its learning rate."""
-
-    step: int
-    epoch: int
-    first: int
-    after: int
-    lr: float
-
-
 class LogWindow:
     """The steps since the last line of the log; their losses stay on the device."""
 
     def __init__(self) -> None:
+        # Of each step, float32 [2]: the sum of its losses and the number of masked positions.
         self.losses: list[torch.Tensor] = []
-        self.steps: list[StepNote] = []
-        self._windows = 0
+        # The positions before and after each step, and its learning rate.
+        self.steps: list[tuple[Position, Position, float]] = []
+        self.windows = 0
+        self.waited = 0.0  # seconds, for the loader
         self._started = time.perf_counter()
-
-    def add(self, losses: torch.Tensor, windows: int, step: StepNote) -> None:
-        """Add a step; ``losses``, float32 [2]: their sum and the number of masked positions."""
-        self.losses.append(losses)
-        self.steps.append(step)
-        self._windows += windows
 
     def reduce(self) -> dict[str, float]:
         """Mean loss per masked position, summed speed of all ranks, highest peak memory.
 
-        Raises:
-            UserError: a loss is not finite; names the first such step.
+        A loss that is not finite is a UserError, which names the first such step.
         """
         totals = torch.stack(self.losses).double()
-        totals = torch.cat([totals, totals.new_tensor([[self._windows, 0]])])
+        totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
         dist.all_reduce(totals)
         peak = totals.new_tensor(_peak_memory(totals.device) / 1e9)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         *steps, (windows, _) = totals.tolist()
         seconds = time.perf_counter() - self._started
-        for (loss_sum, _), note in zip(steps, self.steps, strict=True):
+        for (loss_sum, _), (before, after, lr) in zip(steps, self.steps, strict=True):
             if not math.isfinite(loss_sum):
                 raise UserError(
-                    f"the loss became {loss_sum} at step {note.step} (epoch {note.epoch}, its "
-                    f"samples {note.first} to {note.after - 1}, lr {note.lr:g}): lower --lr or "
-                    "raise --warmup_share; earlier checkpoints are intact"
+                    f"the loss became {loss_sum} at step {after.step} (epoch {after.epoch + 1}, "
+                    f"its samples {before.sample} to {after.sample - 1}, lr {lr:g}): lower --lr "
+                    "or raise --warmup_share; earlier checkpoints are intact"
                 )
         return {
             "loss": sum(loss_sum for loss_sum, _ in steps) / max(sum(n for _, n in steps), 1),
-            "lr": self.steps[-1].lr,
+            "lr": self.steps[-1][-1],
             "records_per_second": windows / seconds,
             "step_ms": 1000 * seconds / len(self.steps),
             "peak_memory_gb": float(peak),
+            "data_wait_ms": 1000 * self.waited / len(self.steps),
         }
 
 

@@ -13,49 +13,50 @@ import json
 import os
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
 from pipeline.errors import UserError, warn
 from pipeline.files import write_text
 
 
+@dataclass(eq=False)
 class RunLog:
-    """Progress, metrics.jsonl and TensorBoard events; does nothing on ranks other than 0.
+    """Progress, metrics.jsonl and TensorBoard events; does nothing on ranks other than 0."""
 
-    Args:
-        run_dir: the run folder, or None on ranks that do not write.
-        total, step: steps of the whole run, and those already done.
-        on_error: if a write fails: "stop" by a UserError, or "continue" with a warning,
-            without TensorBoard events from then on.
-    """
+    run_dir: Path | None  # None on ranks that do not write
+    total: int  # steps of the whole run
+    step: int  # steps already done
+    # If a write fails: "stop" by a UserError, or "continue" with a warning and, from then on,
+    # without TensorBoard events.
+    on_error: str = "stop"
 
-    def __init__(self, run_dir: Path | None, total: int, step: int, on_error: str = "stop") -> None:
-        self._run_dir, self._total, self._on_error = run_dir, total, on_error
+    def __post_init__(self) -> None:
         self._bar: tqdm | None = None
         self._events: SummaryWriter | None = None
-        self._first_step, self._started = step, time.monotonic()
-        if run_dir is None:
+        self._started = time.monotonic()
+        self._opened = ExitStack()
+        if self.run_dir is None:
             return
-        lines = run_dir / "metrics.jsonl"
-        try:
-            _keep_lines_up_to(lines, step)  # a resumed run repeats the steps after its checkpoint
-            self._file = lines.open("a")
-            self._events = SummaryWriter(str(run_dir), purge_step=step + 1)
-        except OSError as error:
-            raise UserError(
-                f"--run_dir {run_dir} cannot be written: {error.strerror or error}"
-            ) from error
+        lines, done = self.run_dir / "metrics.jsonl", self.step
+        with writing(f"--run_dir {self.run_dir}"):
+            _keep_lines_up_to(lines, done)  # a resumed run repeats the steps after its checkpoint
+            self._file = self._opened.enter_context(lines.open("a"))
+            events = SummaryWriter(str(self.run_dir), purge_step=done + 1)
+            self._events = self._opened.enter_context(events)
         if _shows_bar():
-            self._bar = tqdm(
-                total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5
+            bar = tqdm(
+                total=self.total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5
             )
+            self._bar = self._opened.enter_context(bar)
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -63,7 +64,7 @@ class RunLog:
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Log scalars; names with a slash group them in TensorBoard; ``epoch`` counts from 1."""
-        if self._run_dir is None:
+        if self.run_dir is None:
             return
         tags = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
         try:
@@ -82,10 +83,10 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_postfix_str(f"epoch {epoch}, {loss}, {speed}")
             return
-        step_seconds = (time.monotonic() - self._started) / (step - self._first_step)
-        eta = timedelta(seconds=round(step_seconds * (self._total - step)))
+        step_seconds = (time.monotonic() - self._started) / (step - self.step)
+        eta = timedelta(seconds=round(step_seconds * (self.total - step)))
         print(
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step:,}/{self._total:,}, epoch {epoch}, "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step:,}/{self.total:,}, epoch {epoch}, "
             f"{loss}, lr {values['lr']:.3g}, {speed}, ETA {eta}",
             flush=True,
         )
@@ -94,14 +95,14 @@ class RunLog:
         self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
     ) -> None:
         """After training: print the table, write eval_<split>.json and TensorBoard's scalars."""
-        if self._run_dir is None:
+        if self.run_dir is None:
             return
         if self._bar is not None:
             self._bar.close()
         # Printed first: a full disk must not hide the result.
         print(format_report(split, result, best_possible), flush=True)
         try:
-            write_result(self._run_dir, split, result)
+            write_result(self.run_dir, split, result)
             for protocol in ("sampled", "full"):
                 values = result[protocol].items()
                 self._add_scalars({f"{split}/{protocol}/{name}": v for name, v in values}, step)
@@ -113,17 +114,12 @@ class RunLog:
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
-        elif self._run_dir is not None:
+        elif self.run_dir is not None:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self._run_dir is None:
-            return
-        if self._bar is not None:
-            self._bar.close()
-        self._close_events()
         with suppress(OSError):  # of a write that failed before
-            self._file.close()
+            self._opened.close()
 
     def _add_scalars(self, values: dict[str, float], step: int) -> None:
         if self._events is not None:
@@ -131,22 +127,18 @@ class RunLog:
                 self._events.add_scalar(tag, value, step)
             self._events.flush()  # raises the error of the thread that writes them
 
-    def _close_events(self) -> None:
-        if self._events is not None:
-            with suppress(OSError):
-                self._events.close()
-            self._events = None
-
     def _failed(self, error: OSError | UserError) -> None:
         """Stop, or warn once and go on without TensorBoard, whose writer is unusable now."""
-        message = f"{self._run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
-        if self._on_error == "stop":
+        message = f"{self.run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
+        if self.on_error == "stop":
             raise UserError(
                 f"{message}; checkpoints are intact: make room, then go on with --resume auto"
             ) from error
         if self._events is not None:
             warn(f"{message}, training goes on")
-        self._close_events()
+            with suppress(OSError):
+                self._events.close()
+            self._events = None
 
 
 def _shows_bar() -> bool:

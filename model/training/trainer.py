@@ -12,10 +12,11 @@ a resumed run equals an uninterrupted one bit by bit, on the same number of rank
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from itertools import islice
 from typing import Protocol, TypeVar
 
 import torch
@@ -30,9 +31,8 @@ from model.step.optimizers import Optimizers
 from model.tables.upstream import set_table_steps
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
 from model.training.config import TrainingConfig
-from model.training.progress import Feed, HostThrottle, LogWindow, StepNote
+from model.training.progress import HostThrottle, LogWindow
 from model.training.run_log import RunLog
-from model.training.schedule import lr_factor
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
@@ -73,19 +73,17 @@ class Trainer:
     after_step: Callable[[], None]
 
     def __post_init__(self) -> None:
-        timeout = timedelta(minutes=self.config.rank_timeout)
-        self._agreement = Agreement(self.ranks, timeout)
-        self._throttle = HostThrottle(self.ranks.device, timeout)
+        self._agreement = Agreement(self.ranks)
+        self._throttle = HostThrottle(self.ranks.device, self.ranks.timeout)
         self._total = self.config.num_epochs * self.loader.num_samples
+        # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
+        self._held: deque[tuple[int, int]] = deque()
 
     def run(self) -> Position:
-        """Train to the end, to ``--max_steps`` or until nothing improves.
+        """Train to the end, to ``--max_steps`` or until nothing improves; the last position.
 
-        Returns:
-            The last position; ``best_step`` is 0 if ``--max_steps`` precedes any evaluation.
-
-        Raises:
-            SystemExit: stopped by a signal, after a checkpoint; the code is 128 + its number.
+        Its ``best_step`` is 0 if ``--max_steps`` precedes any evaluation. A signal, after a
+        checkpoint, raises SystemExit with 128 + its number.
         """
         try:
             with self._agreement:
@@ -114,10 +112,6 @@ class Trainer:
             )
         return self.position
 
-    @property
-    def _epoch_number(self) -> int:  # from 1
-        return self.position.epoch + 1
-
     def _is_over(self) -> bool:
         stale = self.config.patience is not None and self.position.stale >= self.config.patience
         return stale or self.position.epoch >= self.config.num_epochs
@@ -141,40 +135,51 @@ class Trainer:
         if steps <= 0:
             return
         self.model.train()
-        feed, window = Feed(self.loader, self.position, steps, stop), LogWindow()
+        epochs = self.loader.epoch(self.position.epoch, self.position.sample, stop)
+        # Exactly ``steps``: the pipeline must be empty if training ends in the middle of an epoch.
+        feed = self._feed(islice(epochs, steps))
+        self._window = LogWindow()
         for left in reversed(range(steps)):
-            self._step(feed, window)
+            self._step(feed)
             self.after_step()
-            decision = self._agreement.exchange(self._request(window))
+            decision = self._agreement.exchange(self._request())
             if left == 0 or self.position.step % self.config.log_every == 0 or decision:
                 self._throttle.wait_for_all()
-                values = window.reduce()
-                values["data_wait_ms"] = 1000 * feed.waited / len(window.steps)
-                self.log.write(self.position.step, self._epoch_number, values)
-                window, feed.waited = LogWindow(), 0.0
+                values = self._window.reduce()
+                self.log.write(self.position.step, self.position.epoch + 1, values)
+                self._window = LogWindow()
             self._carry_out(decision)
         self.pipeline.detach()
 
-    def _step(self, feed: Feed, window: LogWindow) -> None:
+    def _feed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._window.waited += time.perf_counter() - started
+            self._held.append((batch.num_windows, self.loader.state_dict()["sample"]))
+            yield batch
+
+    def _step(self, feed: Iterator[PackedBatch]) -> None:
         before = self.position
         if before.sample == self.loader.num_samples:
             before = replace(before, epoch=before.epoch + 1, sample=0)
         progress = (before.epoch * self.loader.num_samples + before.sample) / self._total
-        factor = lr_factor(self.config, progress, before.epoch)
+        factor = self.config.lr_factor(progress, before.epoch)
         self.optimizers.set_lr(factor)
         seed_dropout(self.ranks.device, hash((self.seed, before.step, self.ranks.rank)))
-        losses = self.pipeline.progress(feed)
+        self._window.losses.append(self.pipeline.progress(feed))
         self._throttle.after_step()
-        windows, sample = feed.held.popleft()
+        windows, sample = self._held.popleft()
         self.position = replace(before, step=before.step + 1, sample=sample)
-        lr = factor * self.optimizers.peak_lr
-        note = StepNote(self.position.step, before.epoch + 1, before.sample, sample, lr)
-        window.add(losses, windows, note)
+        self._window.steps.append((before, self.position, factor * self.optimizers.peak_lr))
+        self._window.windows += windows
         self.log.advance()
 
-    def _request(self, window: LogWindow) -> int:
+    def _request(self) -> int:
         # On CUDA, reading the loss would wait for the step: there it is checked when it is logged.
-        if self.ranks.device.type == "cpu" and not math.isfinite(window.losses[-1][0]):
+        if self.ranks.device.type == "cpu" and not math.isfinite(self._window.losses[-1][0]):
             return CHECK_LOSS
         return SAVE if self.ranks.is_first and self.checkpoints.is_due else NOTHING
 
@@ -186,7 +191,7 @@ class Trainer:
             position, number = self.position, decision - STOP
             self.log.say(
                 f"stopped by {signal.Signals(number).name} at step {position.step} (epoch "
-                f"{self._epoch_number}, sample {position.sample}){', saved' * saved}: go on "
+                f"{position.epoch + 1}, sample {position.sample}){', saved' * saved}: go on "
                 "with --resume auto"
             )
             raise SystemExit(128 + number)
@@ -239,9 +244,9 @@ class Trainer:
             for name, number in result[protocol].items()
         }
         values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(step, self._epoch_number, values)
+        self.log.write(step, self.position.epoch + 1, values)
         self.log.say(
-            f"epoch {self._epoch_number}: validation NDCG@10 full {value:.4f}"
+            f"epoch {self.position.epoch + 1}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
             f"HR@10 full {full['HR@10']:.4f}, sampled {sampled['HR@10']:.4f}"
         )

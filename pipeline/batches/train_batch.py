@@ -157,13 +157,13 @@ class PackedBatch(Pipelineable):
             parts["log_counts"] = as_floats(parts["log_counts"], parts["negatives"].numel())
         return TrainBatch(
             features=features,
-            **parts,
             num_windows=self.num_windows,
             num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
-            words=self.packed.words,
             equal_shapes=self.equal_shapes,
+            words=self.packed.words,
+            **parts,
         )
 
     def record_stream(self, stream: torch.Stream) -> None:

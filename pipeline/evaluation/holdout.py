@@ -166,17 +166,18 @@ class EvalLoader:
         return Prefetch(map(self._batch, range(len(self))), _BATCHES_AHEAD)
 
     def _batch(self, index: int) -> EvalBatch:
-        padded = self.users[index * self.batch_size : (index + 1) * self.batch_size]
-        users = padded[padded >= 0]
-        num_fillers = len(padded) - len(users)
-        begin, end = self.store.offsets[users], self.store.offsets[users + 1]
-        target_at = end - (2 if self.split == "validation" else 1)
+        users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
+        is_user, back = users >= 0, 2 if self.split == "validation" else 1
+        num_users, num_fillers = is_user.sum(), (~is_user).sum()  # the fillers come last
+        begin = np.where(is_user, self.store.offsets[users], 0)
+        end = np.where(is_user, self.store.offsets[users + 1], back)
+        target_at = end - back  # 0 of a filler row: its only item becomes the mask token
 
         start = np.maximum(begin, target_at - (self.max_len - 1))
         values = self.store.items[jagged_positions(start, target_at + 1)]
         lengths = target_at + 1 - start
         masked = np.cumsum(lengths) - 1
-        targets = values[masked]
+        targets = np.where(is_user, values[masked], 1)
         values[masked] = self.store.num_items + 1
 
         id_bound = self.store.num_items + 2
@@ -185,20 +186,19 @@ class EvalLoader:
         seen = np.setdiff1d(known, rows * id_bound + targets, assume_unique=True)
         if index not in self._negatives:
             history = _row_item_keys(self.store.items, begin, end, id_bound)
-            self._negatives[index] = self._sampler(users, history).astype(np.int32)
+            drawn = self._sampler(users[:num_users], history)
+            self._negatives[index] = drawn.astype(np.int32)
 
-        filler_row = np.full(num_fillers, self.store.num_items + 1)
-        one = np.ones(num_fillers, dtype=np.int64)
         return EvalBatch(
-            features=jagged_items(_int64(values, filler_row), _int64(lengths, one)),
-            masked=_int64(masked, len(values) + np.arange(num_fillers)),
-            targets=_int64(targets, one),
-            users=_int64(padded),
+            features=jagged_items(_int64(values), _int64(lengths)),
+            masked=_int64(masked),
+            targets=_int64(targets),
+            users=_int64(users),
             negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
             seen=_int64(seen % id_bound),
-            seen_offsets=_int64(np.searchsorted(seen, np.arange(len(padded) + 1) * id_bound)),
-            num_rows=len(padded),
-            longest=rounded_up(int(lengths.max(initial=1))),
+            seen_offsets=_int64(np.searchsorted(seen, np.arange(len(users) + 1) * id_bound)),
+            num_rows=len(users),
+            longest=rounded_up(int(lengths.max())),
             candidate_range=self.candidate_range,
         ).pin_memory()
 
@@ -220,5 +220,5 @@ def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return sorted_keys[np.minimum(places, len(sorted_keys) - 1)] == keys
 
 
-def _int64(*parts: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+def _int64(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))

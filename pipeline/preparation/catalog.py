@@ -7,6 +7,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,31 +21,17 @@ from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
-_BLOCK = 1 << 16
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
+@dataclass(eq=False, repr=False)
 class Catalog:
-    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1.
+    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1."""
 
-    ``items`` and ``titles`` ("" if there is none) are string [V], ``users`` string [U]; int64 [V]
-    ``train_counts`` are the items' occurrences in the training parts.
-    """
-
-    def __init__(
-        self,
-        items: pa.StringArray,
-        titles: pa.StringArray | None = None,
-        train_counts: np.ndarray | None = None,
-        users: pa.StringArray | None = None,
-    ) -> None:
-        self.items = items
-        self.titles = pa.array([""] * len(items), pa.string()) if titles is None else titles
-        self.train_counts = (
-            np.zeros(len(items), dtype=np.int64) if train_counts is None else train_counts
-        )
-        self.users = pa.array([], pa.string()) if users is None else users
-        assert len(self.items) == len(self.titles) == len(self.train_counts)
+    items: pa.StringArray  # [V]
+    titles: pa.StringArray  # [V], "" if there is none
+    train_counts: np.ndarray  # int64 [V], occurrences in the training parts
+    users: pa.StringArray  # [U]
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
@@ -76,29 +63,23 @@ class Catalog:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
         return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
-    @property
-    def num_items(self) -> int:
-        return len(self.items)
-
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
-        assert 1 <= item <= self.num_items
+        assert 1 <= item <= len(self.items)
         return self.items[item - 1].as_py()
 
     def title(self, item: int) -> str:
         """Title of dense id `item` (1..V), "" if there is none."""
-        assert 1 <= item <= self.num_items
+        assert 1 <= item <= len(self.items)
         return self.titles[item - 1].as_py()
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the original item ids in dense order; a model fits data sets with the same."""
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
-        for at in range(0, len(self.items), _BLOCK):
-            ids = self.items.slice(at, _BLOCK)
-            whole = pa.ListArray.from_arrays(pa.array([0, len(ids)], pa.int32()), ids)
-            digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
-            digest.update(b"\0")
+        whole = pa.ListArray.from_arrays(pa.array([0, len(self.items)], pa.int32()), self.items)
+        digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
+        digest.update(b"\0")
         return digest.hexdigest()[:16]
 
 

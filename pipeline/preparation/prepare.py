@@ -10,16 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.preparation import stages
 from pipeline.preparation.catalog import Catalog, read_titles
-from pipeline.preparation.stages import (
-    CountingStage,
-    Densify,
-    EncodeIds,
-    FilterItems,
-    FilterRatings,
-    FilterUsers,
-    GroupByUser,
-)
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import DataSource, resolve
@@ -33,14 +25,14 @@ def prepare(config: DataConfig) -> SequenceStore:
 
 def build(source: DataSource, config: DataConfig) -> SequenceStore:
     """Run all preparation stages; the store is in memory."""
-    encoded = EncodeIds(source.ratings)
-    rated = FilterRatings(encoded, config.min_rating)
-    popular = FilterItems(rated, config.min_item_count)
-    active = FilterUsers(popular, config.min_user_count)
-    dense = Densify(active)
-    histories = next(GroupByUser(dense), None)
-    stages = [{"stage": "read"} | encoded.counts]
-    filters: dict[str, CountingStage] = {
+    encoded = stages.EncodeIds(source.ratings)
+    rated = stages.FilterRatings(encoded, config.min_rating)
+    popular = stages.FilterItems(rated, config.min_item_count)
+    active = stages.FilterUsers(popular, config.min_user_count)
+    dense = stages.Densify(active)
+    histories = next(stages.GroupByUser(dense), None)
+    kept = [{"stage": "read"} | encoded.counts]
+    filters: dict[str, stages.CountingStage] = {
         f"--min_rating {config.min_rating:g}": rated,
         f"--min_item_count {config.min_item_count}": popular,
         f"--min_user_count {config.min_user_count}": active,
@@ -48,13 +40,13 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     for flag, stage in filters.items():
         if not stage.counts["ratings"]:
             raise UserError(
-                f"{flag} drops all of the {stages[-1]['ratings']:,} ratings of {config.name}: "
+                f"{flag} drops all of the {kept[-1]['ratings']:,} ratings of {config.name}: "
                 "lower it"
             )
-        stages.append({"stage": flag} | stage.counts)
+        kept.append({"stage": flag} | stage.counts)
     assert histories is not None
     store = SequenceStore(histories.items, histories.offsets, len(dense.kept_items))
-    if stages[0]["ratings"] == stages[-1]["ratings"]:  # none was dropped
+    if kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
         store.best_possible = getattr(source.ratings, "best_possible", None)
     if not len(store.evaluable_users()):
         raise UserError(
@@ -62,23 +54,17 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
             "lower --min_rating and --min_item_count, or check --columns"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
-    titles = read_titles(source.titles, items) if source.titles else None
+    titles = read_titles(source.titles, items) if source.titles else pa.repeat("", len(items))
     users = encoded.users.take(pa.array(dense.kept_users))
     store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
-    store.counts = {"name": config.name, "stages": stages} | _measure(store)
+    store.counts = {"name": config.name, "stages": kept} | _measure(store)
     return store
 
 
 def _measure(store: SequenceStore) -> dict[str, Any]:
-    lengths = store.lengths()
-    counts: dict[str, Any] = {
-        "history": {
-            "min": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "max": int(lengths.max()),
-        },
-        "evaluable_users": len(store.evaluable_users()),
-    }
+    shortest, median, longest = np.quantile(store.lengths(), [0, 0.5, 1]).tolist()
+    history = {"min": int(shortest), "median": median, "max": int(longest)}
+    counts: dict[str, Any] = {"history": history, "evaluable_users": len(store.evaluable_users())}
     for split in ("validation", "test"):
         targets = store.targets(split)
         cold = targets[store.train_item_counts[targets] == 0]

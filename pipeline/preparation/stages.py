@@ -7,6 +7,7 @@ Afterwards a stage's `counts` describe its output.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.jagged import splits
-from pipeline.sources.ratings import EXACT
+from pipeline.sources.readers import EXACT
 from pipeline.stage import Stage
 
 T = TypeVar("T")
@@ -34,9 +35,8 @@ class RatingChunk:
     def where(self, keep: np.ndarray) -> "RatingChunk":
         if keep.all():
             return self
-        rating = None if self.rating is None else self.rating[keep]
-        timestamp = None if self.timestamp is None else self.timestamp[keep]
-        return RatingChunk(self.user[keep], self.item[keep], rating, timestamp)
+        columns = {name: column for name, column in vars(self).items() if column is not None}
+        return RatingChunk(**{name: column[keep] for name, column in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,9 @@ class _FilterByCount(CountingStage):
             yield from self.source
             return
         chunks = list(self.source)
-        counts = np.zeros(0, np.int64)
-        for chunk in chunks:
-            more = np.bincount(getattr(chunk, self.column), minlength=len(counts))
-            more[: len(counts)] += counts
-            counts = more
+        codes = [getattr(chunk, self.column) for chunk in chunks]
+        counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *codes]))
+        del codes
         for chunk in _drained(chunks):
             yield chunk.where(counts[getattr(chunk, self.column)] >= self.min_count)
 
@@ -179,44 +177,34 @@ class GroupByUser(Stage[Histories]):
         chunks = list(self.source)
         if not chunks:
             return
-        times = None
-        if chunks[0].timestamp is not None:
-            times = _all_times([chunk.timestamp for chunk in chunks])
+        times = [chunk.timestamp for chunk in chunks if chunk.timestamp is not None]
         users = np.concatenate([chunk.user for chunk in chunks])
         items = np.concatenate([chunk.item for chunk in chunks])
         del chunks
-        order = _time_order(users, times)
-        yield Histories(items if order is None else items[order], splits(np.bincount(users)))
+        key = _user_time_keys(users, times) if times else users
+        if (key[1:] < key[:-1]).any():
+            items = items[np.argsort(key, kind="stable")]
+        yield Histories(items, splits(np.bincount(users)))
 
 
-def _all_times(times: list[np.ndarray]) -> np.ndarray:
-    """The times in one array: int64, or float64 if some are decimal."""
-    joined = np.concatenate(times)
-    for part in times:
-        if part.dtype != joined.dtype and np.abs(part).max(initial=0) > EXACT:
+def _user_time_keys(users: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    """int64 [R] in the order of users, then times; sorting them beats np.lexsort fourfold."""
+    times = np.concatenate(parts)
+    for part in parts:
+        if part.dtype != times.dtype and np.abs(part).max(initial=0) > EXACT:
             raise UserError(
                 "decimal timestamps among whole ones above 2^53 cannot be compared exactly: write "
                 "all in one way, or leave them out with --columns"
             )
-    return joined
-
-
-def _time_order(users: np.ndarray, times: np.ndarray | None) -> np.ndarray | None:
-    """Stable order by user, then time; None if the ratings are in it already."""
-    key = users
-    if times is not None:
-        span = int(times.max()) - int(times.min()) + 1
-        if times.dtype == np.int64 and span * (int(users.max()) + 1) < 1 << 63:
-            times = times - times.min()
-        else:
-            times = np.unique(times, return_inverse=True)[1]
-            span = int(times.max()) + 1
-        # Four times as fast as np.lexsort.
-        key = users * np.int64(span)
-        key += times
-    if (key[1:] >= key[:-1]).all():
-        return None
-    return np.argsort(key, kind="stable")
+    span = int(times.max()) - int(times.min()) + 1
+    if times.dtype == np.int64 and span * (int(users.max()) + 1) < 1 << 63:
+        times = times - times.min()
+    else:
+        times = np.unique(times, return_inverse=True)[1]
+        span = int(times.max()) + 1
+    keys = np.multiply(users, span, dtype=np.int64)
+    keys += times
+    return keys
 
 
 def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -246,21 +234,13 @@ def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
     else:
         parts = [part.cast(pa.int64()) for part in parts]
     encoded = pa.concat_arrays(parts).dictionary_encode()
-    order = pc.sort_indices(_sortable(encoded.dictionary)).to_numpy()
+    ids = encoded.dictionary
+    with suppress(pa.ArrowInvalid):  # sort as numbers if all are whole numbers in plain notation
+        numbers = ids.cast(pa.int64())
+        ids = numbers if numbers.cast(ids.type).equals(ids) else ids
+    order = pc.sort_indices(ids).to_numpy()
     code = np.empty(len(order), np.int32)
     code[order] = np.arange(len(order), dtype=np.int32)
     codes = code[encoded.indices.to_numpy()]
     ends = np.cumsum([len(part) for part in parts])
-    ids = encoded.dictionary.take(pa.array(order)).cast(pa.string())
-    return ids, np.split(codes, ends[:-1])
-
-
-def _sortable(ids: pa.Array) -> pa.Array:
-    """The ids as int64 if all are whole numbers in plain notation, else unchanged."""
-    if pa.types.is_integer(ids.type):
-        return ids
-    try:
-        numbers = ids.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return ids
-    return numbers if numbers.cast(pa.string()).equals(ids) else ids
+    return ids.take(pa.array(order)).cast(pa.string()), np.split(codes, ends[:-1])

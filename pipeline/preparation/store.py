@@ -26,8 +26,7 @@ from pipeline.preparation.catalog import Catalog
 
 FORMAT_VERSION = 1
 _ARRAYS = ("items.npy", "offsets.npy")
-_MANIFEST_KEYS = {"num_items", "counts", "best_possible", "fingerprint", "files"}
-_BLOCK = 1 << 22  # ids per block, so that counting never copies the whole store
+_FIELDS = ("num_items", "counts", "best_possible", "fingerprint")
 
 
 @dataclass(eq=False, repr=False)
@@ -56,14 +55,9 @@ class SequenceStore:
 
     @classmethod
     def from_arrays(
-        cls,
-        items: np.ndarray | list[int],
-        offsets: np.ndarray | list[int],
-        num_items: int,
-        catalog: Catalog | None = None,
-        counts: dict[str, Any] | None = None,
+        cls, items: np.ndarray | list[int], offsets: np.ndarray | list[int], num_items: int
     ) -> "SequenceStore":
-        """A checked store in memory; without a catalog, original ids are the dense ids as text."""
+        """A checked store in memory; its original ids are the dense ids as text."""
         items, offsets = np.asarray(items, dtype=np.int32), np.asarray(offsets, dtype=np.int64)
         if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items):
             raise UserError(f"arrays: offsets must run from 0 to the number of items, {len(items)}")
@@ -73,10 +67,7 @@ class SequenceStore:
             raise UserError(f"arrays: item ids must be in 1..{num_items}")
         items, offsets = items.view(), offsets.view()
         items.flags.writeable = offsets.flags.writeable = False
-        store = cls(items, offsets, num_items, counts or {})
-        if catalog is not None:
-            store.catalog = catalog
-        return store
+        return cls(items, offsets, num_items)
 
     @classmethod
     def open(cls, path: str | Path) -> "SequenceStore":
@@ -91,8 +82,7 @@ class SequenceStore:
             if not whole:
                 raise UserError(f"{path / name} is damaged: delete the folder to have it rebuilt")
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
-        names = ("num_items", "counts", "best_possible", "fingerprint")
-        store = cls(items, offsets, **{name: manifest[name] for name in names}, path=path)
+        store = cls(items, offsets, **{name: manifest[name] for name in _FIELDS}, path=path)
         if "catalog" in manifest:  # not in stores of earlier versions
             store.catalog_fingerprint = manifest["catalog"]
         return store
@@ -102,7 +92,7 @@ class SequenceStore:
         if self.path is None:
             ids = pa.array(np.arange(1, self.num_items + 1)).cast(pa.string())
             users = pa.array(np.arange(self.num_users)).cast(pa.string())
-            return Catalog(ids, train_counts=self.train_item_counts[1:-1], users=users)
+            return Catalog(ids, pa.repeat("", len(ids)), self.train_item_counts[1:-1], users)
         return Catalog.read(self.path)
 
     def lengths(self) -> np.ndarray:
@@ -132,10 +122,7 @@ class SequenceStore:
         """int64 [V+2]: occurrences of each dense id in the training parts."""
         if self.path is not None:
             return np.concatenate([[0], Catalog.read_train_counts(self.path), [0]])
-        counts = np.zeros(self.num_items + 2, dtype=np.int64)
-        # In place: np.bincount would allocate V counts for each block.
-        for start in range(0, len(self.items), _BLOCK):
-            np.add.at(counts, self.items[start : start + _BLOCK], 1)
+        counts = np.bincount(self.items, minlength=self.num_items + 2)
         for split in ("validation", "test"):
             np.subtract.at(counts, self.targets(split), 1)
         return counts
@@ -203,7 +190,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         version = manifest["format_version"]
-        if version == FORMAT_VERSION and not manifest.keys() >= _MANIFEST_KEYS:
+        if version == FORMAT_VERSION and not manifest.keys() >= {*_FIELDS, "files"}:
             raise KeyError("a key is missing")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"no sequence store in {path}: manifest.json cannot be read") from error

@@ -28,8 +28,8 @@ from pipeline.sources.source_file import SourceFile, is_zip, reading, zip_member
 from pipeline.sources.synthetic import SyntheticRatings
 from pipeline.stage import Stage
 
-_GROUPLENS_FILES = ("ratings.csv", "ratings.dat", "u.data")
 _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: ratings.csv
+# GroupLens' ratings files, and the titles beside them.
 _TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _RANDOM_CHUNK = 1 << 19
 
@@ -101,7 +101,7 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
         if archive.is_file() and not (path / ratings_file).exists():
             return find_ratings(archive, name)
     names = _files_below(path) if path.is_dir() else zip_members(path)
-    wanted = (ratings_file, f"{name}.inter") if is_movielens else _GROUPLENS_FILES
+    wanted = (ratings_file, f"{name}.inter") if is_movielens else tuple(_TITLES_FILE)
     found = []
     for each in names:
         plain = each.rsplit("/", 1)[-1].removesuffix(".gz")

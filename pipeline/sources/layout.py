@@ -82,17 +82,17 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
         raise _wrong_separator(where, line, separator)
     wanted = check_columns(columns) if columns else {}
     if wanted and all(re.fullmatch("[0-9]+", number) for number in wanted.values()):
-        for number in wanted.values():
-            if not 1 <= int(number) <= len(names):
-                raise UserError(
-                    f"{where}:1: no column {number} (--columns); there are {len(names)}"
-                )
         places = {role: int(number) - 1 for role, number in wanted.items()}
-        return Layout(separator, len(names), places, has_header=False)
-    if extension in _HEADERLESS and not wanted:
+        for place in places.values():
+            if not 0 <= place < len(names):
+                raise UserError(
+                    f"{where}:1: no column {place + 1} (--columns); there are {len(names)}"
+                )
+    elif extension in _HEADERLESS and not wanted:
         places = {role: place for place, role in enumerate(ROLES[: len(names)])}
-        return Layout(separator, len(names), places, has_header=False)
-    return Layout(separator, len(names), find_columns(f"{where}:1", names, columns), True)
+    else:
+        return Layout(separator, len(names), find_columns(f"{where}:1", names, columns), True)
+    return Layout(separator, len(names), places, has_header=False)
 
 
 def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:

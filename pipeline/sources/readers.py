@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.sources.layout import QUOTING, ROLES, Layout, find_columns, split_line, text_layout
-from pipeline.sources.ratings import EXACT, ID, TIME, checked, times_as_numbers
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.stage import Stage
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BLOCK_ROWS = 1 << 19
+EXACT = 1 << 53  # float64 holds every whole number up to this
 Types = dict[str, pa.DataType]  # role -> type of its column
 
+_ID = pa.dictionary(pa.int32(), pa.string())
+_TIME = pa.timestamp("ns")
 _IS_ID = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
 _BOM = b"\xef\xbb\xbf"
 # Arrow's message on a whole number that does not fit into 64 bits.
@@ -57,17 +59,18 @@ class ReadRatings(Stage[pa.Table]):
                 tables = _read_parquet(file, self.columns)
             for table in tables:
                 rows += table.num_rows
-                found = [
-                    f"{role} (as dates)" if pa.types.is_temporal(table[role].type) else role
-                    for role in table.column_names
-                ]
+                found = table.column_names
+                if found[-1] == "timestamp" and pa.types.is_temporal(table[-1].type):
+                    times = table[-1].cast(pa.int64())
+                    table = table.set_column(len(found) - 1, "timestamp", times)
+                    found[-1] += " (as dates)"
                 roles = roles or found
                 if found != roles:
                     raise UserError(
                         f"{file} has the columns {', '.join(found)} where "
                         f"{self.files[0]} has {', '.join(roles)}: choose with --columns"
                     )
-                yield times_as_numbers(table)
+                yield table
             if not rows:
                 raise UserError(f"{file}: no ratings in it")
 
@@ -137,13 +140,13 @@ def _blocks(file: SourceFile) -> Iterator[tuple[int, bytes]]:
 
 def _types(layout: Layout, block: bytes) -> Types:
     """Column types; the first line decides between whole, decimal and date times."""
-    types = {"user": ID, "item": ID, "rating": pa.float64(), "timestamp": pa.int64()}
+    types = {"user": _ID, "item": _ID, "rating": pa.float64(), "timestamp": pa.int64()}
     line = block.lstrip().partition(b"\n")[0].decode(errors="replace")
     fields = split_line(line, layout.separator)
     if "timestamp" in layout.places and len(fields) == layout.width:
         text = fields[layout.places["timestamp"]].strip()
         if not text.lstrip("-").isdigit():
-            types["timestamp"] = pa.float64() if _is_number(text) else TIME
+            types["timestamp"] = pa.float64() if _is_number(text) else _TIME
     return {role: types[role] for role in ROLES if role in layout.places}
 
 
@@ -165,7 +168,25 @@ def _parse(block: bytes, layout: Layout, types: Types) -> pa.Table:
             column_types={wanted[role]: kind for role, kind in types.items()},
         ),
     ).rename_columns(list(types))
-    return checked(table)
+    return _checked(table)
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The table, with dates in nanoseconds; raises ValueError at a value that is not allowed."""
+    for at, role in enumerate(table.column_names):
+        column = table[role]
+        if column.null_count:
+            raise ValueError(f"a {role} is missing")
+        if pa.types.is_temporal(column.type):
+            table = table.set_column(at, role, column.cast(_TIME))
+        elif pa.types.is_floating(column.type) and not pc.all(pc.is_finite(column)).as_py():
+            raise ValueError(f"a {role} is not a finite number")
+        elif pa.types.is_dictionary(column.type):
+            for ids in (chunk.dictionary for chunk in column.chunks):
+                ids.validate(full=True)  # Parquet may hold text that is no UTF-8
+                if pc.any(pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
+                    raise ValueError(f"a {role} is empty")
+    return table
 
 
 def _explain(
@@ -182,13 +203,13 @@ def _explain(
         for role, kind in types.items():
             text = fields[layout.places[role]].strip()
             value = f"the {role} {text[:40]!r}"
-            if kind == ID and not text:
+            if kind == _ID and not text:
                 return f"{where}: the {role} id is empty"
             if kind in (pa.float64(), pa.int64()) and not _is_number(text):
                 return f"{where}: {value} is not a number"
             if kind == pa.int64() and not -(1 << 63) <= float(text) < 1 << 63:
                 return f"{where}: {value} does not fit into 64 bits"
-            if kind == TIME and not _arrow_reads(text, TIME):
+            if kind == _TIME and not _arrow_reads(text, _TIME):
                 return f"{where}: {value} is neither a number nor a time between 1678 and 2262"
     last_line = first_line + block.count(b"\n")
     return f"{file}: lines {first_line} to {last_line} cannot be read: {str(error).splitlines()[0]}"
@@ -259,7 +280,7 @@ def _checked_parquet(file: SourceFile, table: pa.Table, first_row: int) -> pa.Ta
             raise UserError(f"{file}: the {role} column is {kind}, not a number")
         table = table.set_column(at, role, column)
     try:
-        return checked(table)
+        return _checked(table)
     except ValueError as error:
         rows = f"rows {first_row:,} to {first_row + table.num_rows:,}"
         raise UserError(f"{file}: {rows}: {error}") from error

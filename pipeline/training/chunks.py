@@ -47,5 +47,5 @@ class MaskedWindows(JaggedWindows):
     steps_ago: np.ndarray | None = None  # int64 [T], as in `TrainBatch`
     negatives: np.ndarray | None = None  # int64 [S, K]
     log_counts: np.ndarray | None = None  # float32 [S, K]
-    slots: np.ndarray | None = None  # int64 [S], as in `PackedBatch`
-    equal_shapes: np.ndarray | None = None  # bool [S]; None: ranks do not exchange sizes
+    equal_shapes: np.ndarray | bool = True  # bool [S]; True: ranks do not exchange sizes
+    slots: np.ndarray | int = 0  # int64 [S], as in `PackedBatch`; 0: not counted

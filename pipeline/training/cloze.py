@@ -61,12 +61,19 @@ class ClozeMask:
         Returns:
             Masked positions, int64 [M] ascending, and the items there before, int32 [M].
         """
-        assert len(offsets) == len(windows) + 1 == len(copies) + 1
-        if len(windows) == 0:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int32)
         keys = self._row_keys(epoch, windows, copies)
-        draws = position_draws(low32(keys), offsets)
-        chosen, only_last = self._choose(draws, high32(keys), offsets)
+        draws, row_draws = position_draws(low32(keys), offsets), high32(keys)
+        starts, ends = offsets[:-1], offsets[1:]
+        chosen = below(draws, self.config.mask_prob)
+        last_draws = mix32(row_draws ^ np.uint32(_MASK_LAST))
+        rows = np.flatnonzero(below(last_draws, self.config.mask_last_share))
+        chosen[jagged_positions(starts[rows], ends[rows])] = False
+        only_last = ends[rows] - 1
+        chosen[only_last] = True
+        empty = np.flatnonzero(~np.logical_or.reduceat(chosen, starts))
+        forced_draws = mix32(row_draws[empty] ^ np.uint32(_FORCED))
+        chosen[starts[empty] + scaled(forced_draws, ends[empty] - starts[empty])] = True
+
         masked = np.flatnonzero(chosen)
         targets = values[masked]
         values[masked] = self._replacements(targets, draws[masked])
@@ -83,24 +90,6 @@ class ClozeMask:
     def _row_keys(self, epoch: int, windows: np.ndarray, copies: np.ndarray) -> np.ndarray:
         return child_keys(key64(self.seed, epoch), windows * MAX_COPIES + copies)
 
-    def _choose(
-        self, draws: np.ndarray, row_draws: np.ndarray, offsets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bool [T], true at masked positions; last positions of the rows masked only there."""
-        chosen = below(draws, self.config.mask_prob)
-        starts, ends = offsets[:-1], offsets[1:]
-        only_last = ends[:0]
-        if self.config.mask_last_share > 0.0:
-            last_draws = mix32(row_draws ^ np.uint32(_MASK_LAST))
-            rows = np.flatnonzero(below(last_draws, self.config.mask_last_share))
-            chosen[jagged_positions(starts[rows], ends[rows])] = False
-            only_last = ends[rows] - 1
-            chosen[only_last] = True
-        empty = np.flatnonzero(~np.logical_or.reduceat(chosen, starts))
-        forced_draws = mix32(row_draws[empty] ^ np.uint32(_FORCED))
-        chosen[starts[empty] + scaled(forced_draws, ends[empty] - starts[empty])] = True
-        return chosen, only_last
-
     def _replacements(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """New values of the masked positions: int32 [M]."""
         token_share, random_share = self.config.mask_token_share, self.config.random_item_share
@@ -108,10 +97,8 @@ class ClozeMask:
         replaced = np.full(len(targets), self.mask_token, dtype=np.int32)
         others = np.flatnonzero(~below(actions, token_share))
         replaced[others] = targets[others]
-        if random_share > 0.0:
-            share = token_share + random_share
-            at = others[below(actions[others], share)]
-            replaced[at] = 1 + scaled(mix32(draws[at] ^ np.uint32(_RANDOM_ITEM)), self.num_items)
+        at = others[below(actions[others], token_share + random_share)]
+        replaced[at] = 1 + scaled(mix32(draws[at] ^ np.uint32(_RANDOM_ITEM)), self.num_items)
         return replaced
 
 

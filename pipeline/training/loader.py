@@ -93,7 +93,8 @@ class TrainLoader:
         cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
         make_rows = TwoStreams if mask.two_stream else MaskItems
         chunks: BaseNode[MaskedWindows] = make_rows(cut, cloze)
-        few = torch.cuda.is_available() if few_shapes is None else few_shapes
+        has_cuda = torch.cuda.is_available()
+        few = has_cuda if few_shapes is None else few_shapes
         if few or largest_sizes is not None:
             mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
             second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
@@ -111,8 +112,7 @@ class TrainLoader:
         if shard_rows is not None:
             assert largest_sizes is not None
             chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, largest_sizes)
-        pin_memory = torch.cuda.is_available()
-        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory)
+        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory=has_cuda)
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
         self._prefetch: Prefetch[Steps] | None = None

@@ -52,11 +52,17 @@ class ShuffledSamples(BaseNode[SampledWindows]):
             if self._epoch + 1 >= self._stop:
                 raise StopIteration
             self._epoch, self._sample = self._epoch + 1, 0
+        if self._order_epoch != self._epoch:
+            dtype = np.uint32 if self.num_samples < 2**32 else np.int64
+            self._order = np.arange(self.num_samples, dtype=dtype)
+            key = key64(self.seed, self._epoch)
+            np.random.Generator(np.random.Philox(key=key)).shuffle(self._order)
+            self._order_epoch = self._epoch
         size = self.global_batch_size
         steps = min(self.steps_per_chunk, max(1, (self.num_samples - self._sample) // size))
         first = self._sample
         self._sample = min(first + steps * size, self.num_samples)
-        samples = self._epoch_order()[first : self._sample]
+        samples = self._order[first : self._sample]
 
         # Only the last, partial step has fewer than `size` samples; it is a separate chunk.
         per_step = len(samples) // steps
@@ -71,13 +77,3 @@ class ShuffledSamples(BaseNode[SampledWindows]):
             windows=mine - copies * self.num_windows,
             copies=copies,
         )
-
-    def _epoch_order(self) -> np.ndarray:
-        """The epoch's permutation of all samples: uint32, or int64 if uint32 is too small."""
-        if self._order_epoch != self._epoch:
-            dtype = np.uint32 if self.num_samples < 2**32 else np.int64
-            self._order = np.arange(self.num_samples, dtype=dtype)
-            key = key64(self.seed, self._epoch)
-            np.random.Generator(np.random.Philox(key=key)).shuffle(self._order)
-            self._order_epoch = self._epoch
-        return self._order

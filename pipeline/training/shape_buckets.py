@@ -46,9 +46,18 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         value_splits = chunk.offsets[chunk.row_splits]
         rows, masks = np.diff(chunk.row_splits), np.diff(chunk.mask_splits)
         positions = np.diff(value_splits)
-        new_positions, new_masks, new_rows, equal_shapes = self._sizes(
-            positions, masks, rows, chunk.step_windows
-        )
+        new_positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
+        new_masks = _rounded_up(masks, self.mask_unit)
+        new_rows, fewest, equal_shapes = rows, new_positions, True
+        if self.largest_sizes is not None:
+            windows = chunk.step_windows
+            # A minimum is the maximum of the negated numbers.
+            sizes = np.stack([new_positions, new_masks, rows, windows, -new_positions, -windows])
+            new_positions, new_masks, new_rows, most_windows, *negated = self.largest_sizes(sizes)
+            fewest, equal_shapes = -negated[0], most_windows == -negated[1]
+        # Enough filler rows for any number of positions in the bucket, on any rank.
+        most_missing = new_positions - fewest + self.position_unit - 1
+        new_rows = new_rows - (-most_missing // self.max_len)
         new_value_splits, new_row_splits = splits(new_positions), splits(new_rows)
         new_mask_splits = splits(new_masks)
 
@@ -77,21 +86,6 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
             steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
             equal_shapes=equal_shapes,
         )
-
-    def _sizes(
-        self, positions: np.ndarray, masks: np.ndarray, rows: np.ndarray, windows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Padded positions, masked positions and rows, int64 [S], and ``equal_shapes``."""
-        positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
-        masks, fewest, equal_shapes = _rounded_up(masks, self.mask_unit), positions, None
-        if self.largest_sizes is not None:
-            # A minimum is the maximum of the negated numbers.
-            sizes = np.stack([positions, masks, rows, windows, -positions, -windows])
-            positions, masks, rows, windows, *negated = self.largest_sizes(sizes)
-            fewest, equal_shapes = -negated[0], windows == -negated[1]
-        # Enough filler rows for any number of positions in the bucket, on any rank.
-        most_missing = positions - fewest + self.position_unit - 1
-        return positions, masks, rows - (-most_missing // self.max_len), equal_shapes
 
 
 def _rounded_up(counts: np.ndarray, unit: int) -> np.ndarray:

@@ -29,22 +29,14 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
     def apply(self, chunk: MaskedWindows) -> Steps:
         if chunk.row_splits[-1] == 0:
             chunk = self._filled(chunk)
-        lengths, equal = np.diff(chunk.offsets), chunk.equal_shapes
-        windows, rows = chunk.step_windows.tolist(), np.diff(chunk.row_splits).tolist()
-        longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1]).tolist()
-        equal_shapes = [True] * len(rows) if equal is None else equal.tolist()
-        slots = [0] * len(rows) if chunk.slots is None else chunk.slots.tolist()
+        lengths, rows = np.diff(chunk.offsets), np.diff(chunk.row_splits)
+        longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1])
+        each = chunk.step_windows, rows, longest, chunk.equal_shapes, chunk.slots
+        shapes = [np.broadcast_to(one, len(rows)).tolist() for one in each]
+        steps = pack(_parts(chunk, lengths), self.pin_memory)
         batches = [
-            PackedBatch(
-                packed=packed,
-                num_windows=windows[step],
-                num_rows=rows[step],
-                longest=rounded_up(longest[step]),
-                candidate_range=self.candidate_range,
-                equal_shapes=equal_shapes[step],
-                slots=slots[step],
-            )
-            for step, packed in enumerate(pack(_parts(chunk, lengths), self.pin_memory))
+            PackedBatch(packed, windows, rows, rounded_up(most), self.candidate_range, equal, slots)
+            for packed, windows, rows, most, equal, slots in zip(steps, *shapes, strict=True)
         ]
         states = [{"epoch": chunk.epoch, "sample": sample} for sample in chunk.step_samples]
         return [*zip(batches, states, strict=True)]

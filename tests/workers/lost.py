@@ -23,7 +23,7 @@ def main() -> None:
     save, explain = Checkpoints.save, Agreement.explain
 
     def lost(self: Checkpoints, *arguments: object) -> bool:
-        if self._ranks.rank == 1:
+        if self.ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return save(self, *arguments)
 
