@@ -70,9 +70,9 @@ def planned(
         ({"world_size": 3, "sharding": "auto"}, "fbgemm", "torchrec", False),
         ({"world_size": 3, "items": 2, "positions": 1}, "fbgemm", "torchrec", False),  # 0 1 | 2 3 |
         ({"world_size": 3, "items": 3, "positions": 1}, "own", "gather", True),  # 0 1 | 2 3 | 4
-        # 256 MB of rows, and a little more.
-        ({"world_size": 4, "width": 1 << 20, "positions": 16}, "own", "gather", True),
-        ({"world_size": 4, "width": 1 << 20, "positions": 17}, "fbgemm", "torchrec", False),
+        # 32,768 rows of all ranks, and a few more.
+        ({"world_size": 4, "items": 9000, "positions": 1 << 13}, "own", "gather", True),
+        ({"world_size": 4, "items": 9000, "positions": (1 << 13) + 1}, "own", "all_to_all", True),
     ],
 )
 def test_the_lookup_and_the_exchange(

@@ -66,7 +66,7 @@ def steps(device: str, count: int) -> list[tuple[torch.Tensor, ...]]:
     return drawn
 
 
-ALONE = RowExchange(1, 0, ROWS)
+ALONE = RowExchange(ROWS, Ranks(0, 1, 1, torch.device("cpu")))
 
 
 def shard_of(
@@ -83,7 +83,8 @@ def look_up(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the ids, all of them items, and the candidates in place."""
     trigger = torch.zeros((), device=ids.device, requires_grad=True)
-    return _LookUp.apply(trigger, shard, ids, len(ids), draws)
+    candidates = None if draws else ids[:0]
+    return _LookUp.apply(trigger, shard, ids, len(ids), candidates)
 
 
 def by_fbgemm(
@@ -178,11 +179,12 @@ def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     class OfFour(RowExchange):
         """The ids are already those of all ranks."""
 
-        local_ids = own_rows = all_gradients = lambda self, given: given
+        local_ids = lambda self, ids: ids  # noqa: E731
+        own_rows = all_gradients = lambda self, given, ids: given
 
     made = table("sgd", "cpu")
     before = made.split_embedding_weights()[0].clone()
-    shard = shard_of(made, "sgd", catalog, OfFour(4, 0, ROWS))
+    shard = shard_of(made, "sgd", catalog, OfFour(ROWS, Ranks(0, 4, 4, torch.device("cpu"))))
     found, candidates = look_up(shard, torch.tensor([-1, 3, -1, 0]))
     assert found[[0, 2]].eq(0).all() and found[1].equal(before[3])
     loss = found.sum()

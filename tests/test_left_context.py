@@ -42,7 +42,7 @@ def test_batches_carry_them_row_by_row(few_shapes: bool) -> None:
         batch = packed.unpack()
         assert batch.left_only.shape == (batch.num_windows,)
         moved = packed.to(torch.device("cpu"))
-        assert moved.left_only.equal(batch.left_only)
+        assert moved.unpacked.left_only.equal(batch.left_only)
         rows += batch.left_only.tolist()
     assert len(rows) == 40
     assert 8 < sum(rows) < 32

@@ -69,24 +69,26 @@ def assert_equal(found: TrainBatch, expected: TrainBatch) -> None:
 def test_unpack_restores_the_batch(candidates: tuple[int, int] | None, sampled: bool) -> None:
     batch = plain(None if sampled else candidates, sampled)
     assert_equal(packed(batch).unpack(), batch)
-    assert_equal(packed(batch).to(CPU), batch.to(CPU))
-    assert_equal(packed(batch).to(CPU).to(CPU), batch.to(CPU))
+    assert_equal(packed(batch).unpacked, batch.to(CPU))
+    assert_equal(packed(batch).to(CPU).to(CPU).unpacked, batch.to(CPU))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_moved_batch_is_still_packed(sampled: bool) -> None:
     batch = plain(None if sampled else (1, 11), sampled)
-    moved = packed(batch).move(CPU)
+    moved = packed(batch).to(CPU)
     assert isinstance(moved, PackedBatch)
-    assert_equal(moved.unpack().with_candidates(), batch.to(CPU))
+    assert_equal(moved.unpacked, batch.to(CPU))
+    assert_equal(replace(moved).unpacked, batch.to(CPU))
 
 
 def test_ids_that_are_looked_up_come_first() -> None:
-    for batch, ids in (
-        (plain((1, 4)), [7, 11, 9, 4, 11, 1, 2, 3]),
-        (plain(sampled=True), [7, 11, 9, 4, 11, 3, 2, 5, 5, 8]),
+    for batch, ids, requested in (
+        (plain((1, 4)), [7, 11, 9, 4, 11, 1, 2, 3], 5),
+        (plain(sampled=True), [7, 11, 9, 4, 11, 3, 2, 5, 5, 8], 10),
     ):
-        assert packed(batch).to(CPU).ids.tolist() == ids
+        assert packed(batch).unpacked.ids.tolist() == ids
+        assert packed(batch).requested.tolist() == ids[:requested]
 
 
 def test_one_copy_moves_all_tensors_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +114,13 @@ def test_record_stream_covers_all_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     step = packed(plain(sampled=True))
     step.record_stream(torch.Stream(CPU))
     assert recorded == {step.packed.words.untyped_storage().data_ptr()}
-    for batch in (packed(plain((1, 11))).to(CPU), packed(plain(sampled=True)).to(CPU)):
+    for batch in (packed(plain((1, 11))), packed(plain(sampled=True))):
         recorded.clear()
-        batch.record_stream(torch.Stream(CPU))
         features = batch.features
-        parts = [features.values(), features.lengths(), features.offsets()]
-        parts += [part for name in TENSORS if (part := getattr(batch, name)) is not None]
+        batch.record_stream(torch.Stream(CPU))
+        parts = [features.values(), features.lengths(), features.offsets(), batch.packed.words]
+        of_batch = (getattr(batch.unpacked, name) for name in TENSORS)
+        parts += [part for part in of_batch if part is not None]
         assert recorded == {part.untyped_storage().data_ptr() for part in parts}
 
 
@@ -142,5 +145,5 @@ def test_pinned_then_copied(sampled: bool) -> None:
     pinned = packed(batch, pin_memory=True)
     assert pinned.packed.words.is_pinned()
     moved = pinned.to(torch.device("cuda"), non_blocking=True)
-    assert moved.targets.is_cuda and moved.features.offsets().is_cuda
+    assert moved.unpacked.targets.is_cuda and moved.features.offsets().is_cuda
     assert moved.features.values().tolist() == batch.to(CPU).features.values().tolist()

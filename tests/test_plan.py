@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.distributed import Ranks
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import catalog_slice
+from model.tables.collections import ExchangedCollection
 from model.tables.config import ShardingConfig
+from model.tables.distribute import _Sharder
 from model.tables.sharding_plan import column_width, plan_tables
 
 NUM_ITEMS, WIDTH = 98, 32
@@ -19,7 +20,7 @@ def shards(sharding: str, world_size: int) -> list[tuple[int, int, int]]:
     config = ModelConfig(NUM_ITEMS, 8, EncoderConfig(WIDTH, 2), HeadConfig())
     model = BERT4Rec(config, catalog_slice(NUM_ITEMS, 0, world_size, sharded=True))
     ranks = Ranks(0, world_size, world_size, torch.device("cpu"))
-    sharder = EmbeddingCollectionSharder(fused_params={})
+    sharder = _Sharder({}, ExchangedCollection)
     plan = plan_tables(model, ShardingConfig(sharding=sharding), sharder, 8, ranks)
     spec = plan.plan["embeddings"]["item"].sharding_spec
     return sorted((s.placement.rank(), *s.shard_sizes) for s in spec.shards)

@@ -29,9 +29,10 @@ from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.distributed.model_parallel import DataParallelWrapper
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.distributed.train_pipeline import utils as pipeline_utils
+from torchrec.distributed.types import NoWait
 
 from model.distributed import Ranks
 
@@ -77,6 +78,20 @@ def lookup_of(sharded: DistributedModelParallel) -> tuple[ShardedEmbeddingCollec
     assert isinstance(collection, ShardedEmbeddingCollection)
     (lookup,) = has(collection, "_lookups", "the lookup is replaced or reset")
     return collection, lookup
+
+
+def test_the_parts_of_a_lookup(sharded: DistributedModelParallel) -> None:
+    collection, _ = lookup_of(sharded)
+    purpose = "replaced by the item table"
+    takes(ShardedEmbeddingCollection.input_dist, ["self", "ctx"], purpose)
+    takes(ShardedEmbeddingCollection.compute_and_output_dist, ["self", "ctx", "input"], purpose)
+    takes(ShardedEmbeddingCollection.create_context, ["self"], purpose)
+    purpose = "tells the pipeline that input_dist is ready, TorchRec's that it is not"
+    assert has(collection, "_has_uninitialized_input_dist", purpose) is True
+    sent = KJTListSplitsAwaitable([NoWait(NoWait(torch.arange(3)))], None)
+    purpose = "what input_dist returns; after two waits it is a list"
+    assert has(sent, "awaitables", purpose)
+    assert sent.wait().wait()[0].tolist() == [0, 1, 2], purpose
 
 
 def test_a_sharded_collection(sharded: DistributedModelParallel) -> None:
@@ -129,28 +144,22 @@ def test_wrappers_of_the_model(sharded: DistributedModelParallel) -> None:
 
 
 def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
-    purpose = "waits until another stream has written a batch"
-    takes(has(pipeline_utils, "_wait_for_batch", purpose), ["batch", "stream"], purpose)
     takes(TrainPipelineSparseDist._backward, ["self", "losses"], "replaced: a scalar loss, no sum")
-    for name in ("progress", "copy_batch_to_gpu", "start_sparse_data_dist"):
-        has(TrainPipelineSparseDist, name, "replaced by the pipelines of whole steps")
-    purpose = "called by the pipelines of whole steps"
-    takes(TrainPipelineSparseDist.enqueue_batch, ["self", "dataloader_iter"], purpose)
-    takes(TrainPipelineSparseDist._next_batch, ["self", "dataloader_iter"], purpose)
+    purpose = "replaced: a model of replicas is not traced"
+    has(TrainPipelineSparseDist, "_pipeline_model", purpose)
     takes(TrainPipelineSparseDist.detach, ["self"], "restores the model's forward")
+    purpose = "a step is one call, and the next batch is copied after it"
+    options = inspect.signature(TrainPipelineSparseDist.__init__).parameters
+    assert {"custom_model_fwd", "enqueue_batch_after_forward"} <= options.keys(), purpose
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     pipeline = TrainPipelineSparseDist(sharded, optimizer, CPU, execute_all_batches=True)
-    assert isinstance(has(pipeline, "batches", "batches on the device"), deque)
     assert isinstance(has(pipeline, "contexts", "the context of each batch"), deque)
-    context = has(pipeline, "_create_context", "a context for each batch")()
-    has(context, "index", "the batch's number, which names the ranges of a profile")
-    for name in ("_data_dist_stream", "_memcpy_stream"):
-        assert has(pipeline, name, "the stream that a step waits for") is None, "CPU has no streams"
-    assert pipeline._device == CPU, "where batches are copied to"
+    context = has(pipeline, "_create_context", "holds what the table requested")()
+    for name in ("input_dist_tensors_requests", "module_contexts"):
+        assert has(context, name, "taken by a step that does not call the model") == {}
+    assert pipeline._device == CPU, "where requests are made"
     assert pipeline._model is sharded, "the model that release() takes the graphs from"
-    with pipeline._stream_context(None):
-        pass
     pipelined = has(pipeline, "_pipelined_modules", "counted by the tests of the exchange")
     assert len(pipelined) == 0, "modules are traced at the first batch"
     for name in ("start_sparse_data_dist", "wait_sparse_data_dist", "copy_batch_to_gpu"):

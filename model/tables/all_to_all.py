@@ -1,9 +1,9 @@
 """Exchange rows by an all-to-all whose bytes do not grow with the number of ranks.
 
-    a batch ahead    ids of this rank [n] -> different ids, by the shard that holds them -> one slot
-                     each in [W, S], empty slots -1  --all-to-all-->  the requests of all ranks [W, S]
-    the step         rows of this shard [W S, D]     --all-to-all-->  [W S, D] -> rows of the ids [n, D]
-    backward         gradients [n, D], summed by slot [W S, D]  --all-to-all-->  update of the shard
+    a batch ahead    ids of this rank [n] -> different ids, by the shard that holds them -> a slot
+                     for each in [W, S], empty slots -1  --all-to-all-->  requests of all ranks
+    the step         rows of this shard [W S, D]  --all-to-all-->  [W S, D] -> rows of ids [n, D]
+    backward         gradients [n, D] -> sum of each slot [W S, D]  --all-to-all-->  update
 
 The loaders agree on S, the slots of a step (``pipeline/training/slots.py``): the hosts never wait
 for sizes, and a CUDA graph holds all but the first line. That line needs no rows of the table: the

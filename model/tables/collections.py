@@ -65,7 +65,6 @@ class LocalCollection(ShardedEmbeddingCollection):
     def __init__(self, *args: Any, **given: Any) -> None:
         super().__init__(*args, **given)
         (self._names,) = upstream.features_per_lookup(self)
-        (self._lookup,) = upstream.lookups(self)
         self._width = upstream.width(self)
         upstream.set_input_dist_ready(self, True)
 
@@ -83,7 +82,8 @@ class LocalCollection(ShardedEmbeddingCollection):
         """Rows [T, D] and [C, D] of the features "item" and "candidate"."""
         (ids,) = features
         assert ids.keys() == self._names, (ids.keys(), self._names)
-        rows = self._lookup(ids).view(-1, self._width)
+        (lookup,) = upstream.lookups(self)
+        rows = lookup(ids).view(-1, self._width)
         return with_lengths(ids, _Split.apply(rows, ids.length_per_key()[0]))
 
 

@@ -20,9 +20,9 @@ from model.bert4rec import BERT4Rec, ItemTable
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
-from model.tables.config import ShardingConfig
 from model.tables.all_to_all import AllToAll
 from model.tables.collections import ExchangedCollection, LocalCollection
+from model.tables.config import ShardingConfig
 from model.tables.item_table import ShardedItemTable
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, plan_tables

@@ -5,9 +5,10 @@ exact softmax every row gets a gradient in every step. In place, the candidates 
 itself: only the items of the histories are looked up, their gradients are added to those of the
 candidates, and one pass over the shard updates it.
 
-TorchRec's train pipeline calls ``input_dist`` a batch ahead (the requests of ``all_to_all.py``) and
-``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM keeps weights, optimizer state, learning rate and step count, so that TorchRec shards, saves
-and restores the table like any other. Evaluation on several ranks uses TorchRec's forward.
+TorchRec's train pipeline calls ``input_dist`` a batch ahead (it requests rows, ``all_to_all.py``)
+and ``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM keeps weights,
+optimizer state, learning rate and step count, so that TorchRec shards, saves and restores the table
+like any other. Evaluation on several ranks uses TorchRec's lookup and exchange.
 
 Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R rows of the shard, D
 width.

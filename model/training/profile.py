@@ -35,7 +35,7 @@ _RUN_OUT = 2
 STAGES = {
     "data wait": "## next_batch ",
     "transfer": "## copy_batch_to_gpu ",
-    "input distribution": r"## (start|wait)_sparse_data_dist ",  # TorchRec exchanges rows
+    "input distribution": r"## (start|wait)_sparse_data_dist ",  # of the item table
     "lookup": "lookup$",
     "encoder": "encoder$",
     "head": "head$",
@@ -89,7 +89,7 @@ class StepProfiler:
 
     def _begin(self) -> None:
         bert = unwrap(self.model)
-        stages = {"lookup": bert.embeddings}
+        stages: dict[str, nn.Module] = {"lookup": bert.embeddings}
         if self.plan.graphs == "dense":
             stages["encoder and head"] = bert.dense_step
         else:

@@ -2,7 +2,8 @@
 
 loader runs the stages in a thread: sampler (the windows of each step and rank), windows (cuts
 histories), cloze or two_stream (mask items), shape_buckets (pads to few batch shapes), negatives
-(for sampled losses), to_tensors (packs batches). chunks holds their data, config the flags.
+(for sampled losses), slots (for requests to other ranks), to_tensors (packs batches). chunks holds
+their data, config the flags.
 
 May import batches, preparation and the files of pipeline/.
 """

@@ -9,8 +9,9 @@ from model.distributed import Ranks
 from model.kernels import l2_normalize
 from model.network.config import HeadConfig
 from model.network.head import CatalogSlice, ScoringHead
+from model.tables import upstream
+from model.tables.collections import _Split
 from model.tables.distribute import unwrap
-from model.tables.local_collection import LocalCollection, _Split
 from tests.workers import sharded
 from tests.workers.sharded import WAYS, Built, by_torchrec
 
@@ -44,31 +45,18 @@ def test_rows_equal_torchrecs(one_rank: Ranks, way: str, head: str) -> None:
     for changes in ({}, by_torchrec(one_rank)):
         built = Built.of(config, one_rank, **changes | {"in_place": False})
         embeddings = unwrap(built.model).embeddings
-        features = next(built.loader().epoch(0)).to(one_rank.device).features
+        batch = next(built.loader().epoch(0))
+        stock = ShardedEmbeddingCollection
+        upstream.set_input_dist_ready(embeddings, False)
+        context = stock.create_context(embeddings)
+        ids = stock.input_dist(embeddings, context, batch.features).wait().wait()
+        expected = stock.compute_and_output_dist(embeddings, context, ids).wait()
         for training in (True, False):
-            embeddings.train(training)
-            expected = ShardedEmbeddingCollection.forward(embeddings, features).wait()
-            found = embeddings(features)
+            found = embeddings.train(training)(batch)
             assert list(found) == list(expected)
             for name, rows in found.items():
                 assert rows.values().equal(expected[name].values())
                 assert rows.offsets().equal(expected[name].offsets())
-
-
-def test_a_table_in_several_shards_keeps_torchrecs_forward(
-    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = sharded.config_of(WAYS["column_wise"], one_rank)
-    monkeypatch.setattr(
-        "model.tables.upstream.features_per_lookup", lambda _: [["item", "candidate"] * 2]
-    )  # two shards' columns
-    built = Built.of(config, one_rank, **by_torchrec(one_rank))
-    embeddings = unwrap(built.model).embeddings
-    assert isinstance(embeddings, LocalCollection) and not embeddings._is_whole
-    features = next(built.loader().epoch(0)).to(one_rank.device).features
-    expected = ShardedEmbeddingCollection.forward(embeddings, features).wait()
-    for name, rows in embeddings(features).wait().items():
-        assert rows.values().equal(expected[name].values())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
