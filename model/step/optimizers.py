@@ -41,6 +41,7 @@ class Optimizers:
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
         self._stepped = self._wrapped(stepped, list(parameters.values()))
+        self._has_gradients = False
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
 
     def _adamw(self, params: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
@@ -97,11 +98,14 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Drop the last step's gradients; TorchRec passes the tables their learning rate here."""
         self.tables.zero_grad()
-        self._stepped.zero_grad(set_to_none=self._plan.graphs == "step")
+        if self._has_gradients:
+            self._stepped.zero_grad(set_to_none=self._plan.graphs == "step")
+            self._has_gradients = False
 
     def step(self) -> None:
         """Update everything but the tables, which the backward pass has updated."""
         self._stepped.step()
+        self._has_gradients = True
 
     def materialise_state(self) -> None:
         """Create AdamW's state by a step with zero gradients; load a checkpoint afterwards."""

@@ -9,6 +9,7 @@ With exchange "torchrec" of the plan, TorchRec also runs the steps. Otherwise a 
 (:class:`TrainStep`), which may replay a CUDA graph.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,37 +40,49 @@ class ExchangingPipeline(TrainPipelineSparseDist):
 
 
 class StepPipeline(TrainPipelineSparseDist):
-    """TorchRec's pipeline, in which the forward pass is a whole call of ``train_step``."""
+    """TorchRec's pipeline with steps that are one call of ``train_step``.
+
+    TorchRec's own ``progress`` takes the host 0.1 ms more, a sixth of a small step.
+    """
 
     def __init__(
         self, model: DistributedModelParallel, train_step: TrainStep, device: torch.device
     ) -> None:
-        super().__init__(
-            model,
-            _NoOptimizer(),
-            device,
-            execute_all_batches=True,
-            custom_model_fwd=self._train,
-            enqueue_batch_after_forward=True,
-        )
+        super().__init__(model, train_step, device, execute_all_batches=True)
         self.train_step = train_step
-        self._no_loss = torch.empty(0)
 
-    def _train(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return self._no_loss, self.train_step(batch, self._take_request)
+    def progress(self, batches: Iterator[PackedBatch]) -> Tensor:
+        """One step; its report. StopIteration if there is no batch left."""
+        if not self.batches:
+            if not self._model_attached:
+                self.attach()
+            self.fill_pipeline(batches)
+            if not self.batches:
+                raise StopIteration
+        if self._data_dist_stream is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self._data_dist_stream)
+            self.batches[0].record_stream(stream)
+        if len(self.batches) > 1:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])
+        report = self.train_step(self.batches[0], self._before_forward, self._request)
+        self.enqueue_batch(batches)
+        self.batches.popleft()
+        self.contexts.popleft()
+        return report
 
-    def _take_request(self) -> Any:
-        """What the table requested for this batch; the model's own call would take it."""
+    def _before_forward(self) -> None:
+        """Prepare a call of the model, in which the table takes what it requested."""
         context = self.contexts[0]
-        _, awaited = context.input_dist_tensors_requests.popitem()
-        context.module_contexts.clear()
-        (request,) = awaited.wait()
-        if self._device.type == "cuda":  # made on the stream of the requests
-            request.record_stream(torch.cuda.current_stream())
-        return request
+        self.wait_sparse_data_dist(context)
+        self._set_module_context(context)
 
-    def _backward(self, losses: Tensor) -> None:
-        """Part of the step."""
+    def _request(self) -> Any:
+        """What the table requested for this batch, for a step that does not call the model."""
+        (context,) = self.contexts[0].module_contexts.values()
+        if self._device.type == "cuda":  # made on the stream of the requests
+            context.request.record_stream(torch.cuda.current_stream())
+        return context.request
 
     def release(self) -> None:
         self.train_step.release()
@@ -80,14 +93,6 @@ class ReplicasPipeline(StepPipeline):
 
     def _pipeline_model(self, *_: Any, **__: Any) -> None:
         """There is nothing to find in a trace."""
-
-
-class _NoOptimizer:
-    """The step has its own."""
-
-    def zero_grad(self) -> None: ...
-
-    def step(self) -> None: ...
 
 
 def train_pipeline(

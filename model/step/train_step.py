@@ -65,28 +65,37 @@ class TrainStep:
         self._streams: Any = None
         self.is_eager = False
 
-    def __call__(self, batch: PackedBatch, take: Callable[[], Any] | None = None) -> Tensor:
+    def __call__(
+        self,
+        batch: PackedBatch,
+        before_forward: Callable[[], None] = lambda: None,
+        request: Callable[[], Any] | None = None,
+    ) -> Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions.
 
-        ``take``: what the table requested a batch ahead, for a step that does not call the model;
-        None: requested here.
+        Args:
+            before_forward: called before the model.
+            request: what the table requested a batch ahead, for a step that does not call the
+                model; None: requested here.
         """
         self._optimizer.zero_grad()
         key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
         is_full = len(self._captured) == _MAX_GRAPHS
         if key is None or (key not in self._captured and is_full):
+            before_forward()
             return self._launch(lambda: self._model(batch))
         if key not in self._captured:
             self._captured[key] = None
+            before_forward()
             return self._launch(lambda: self._model(batch))
         with record_function("## step ##"):
             table = unwrap(self._model).embeddings
-            request = table.request(batch) if take is None else take()
+            requested = table.request(batch) if request is None else request()
             table.shard.begin_step()
             captured = self._captured[key]
             if captured is None:
-                captured = self._captured[key] = self._capture(batch, request)
-            return captured(batch, request)
+                captured = self._captured[key] = self._capture(batch, requested)
+            return captured(batch, requested)
 
     def release(self) -> None:
         """Drop all graphs; a communicator cannot be closed while a graph sends through it."""

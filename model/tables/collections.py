@@ -25,17 +25,18 @@ from pipeline.batches.features import Lookup
 
 @dataclass
 class LookupContext(Multistreamable):
-    """The batch that is looked up."""
+    """The batch that is looked up, and what was requested for it."""
 
     batch: Any = None
+    request: Any = None
 
     def record_stream(self, stream: torch.Stream) -> None:
         """The pipeline keeps the batch's memory."""
 
 
-def sent(what: Any, ctx: LookupContext) -> KJTListSplitsAwaitable:
-    """The result of ``input_dist`` where no host waits: ``[what]`` after two waits."""
-    return KJTListSplitsAwaitable([NoWait(NoWait(what))], ctx)
+def requested(ctx: LookupContext) -> KJTListSplitsAwaitable:
+    """The result of ``input_dist`` where no host waits: ``[ctx.request]`` after two waits."""
+    return KJTListSplitsAwaitable([NoWait(NoWait(ctx.request))], ctx)
 
 
 def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
@@ -74,7 +75,8 @@ class LocalCollection(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: LookupContext, batch: Lookup) -> KJTListSplitsAwaitable:
         """Nothing is sent."""
-        return sent(batch.features, ctx)
+        ctx.batch, ctx.request = batch, batch.features
+        return requested(ctx)
 
     def compute_and_output_dist(
         self, ctx: LookupContext, features: list[KeyedJaggedTensor]

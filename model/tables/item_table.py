@@ -30,7 +30,7 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import LookupContext, sent, with_lengths
+from model.tables.collections import LookupContext, requested, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, update, update_some
@@ -147,8 +147,8 @@ class ShardedItemTable(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
         """Request the rows of a batch."""
-        ctx.batch = batch
-        return sent(self.request(batch), ctx)
+        ctx.batch, ctx.request = batch, self.request(batch)
+        return requested(ctx)
 
     def request(self, batch: PackedBatch) -> Any:
         """What the exchange does a batch ahead."""
