@@ -56,6 +56,11 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
         lambda path: path.write_text(path.read_text().replace('"step": ', '"step": 1')),
         "manifest.json was altered",
     ),
+    (
+        "manifest.json",
+        lambda path: write_manifest(path.parent, {"position": {"step": 7}}),
+        "manifest.json is not whole",
+    ),
 ]
 
 

@@ -77,6 +77,7 @@ def batches(rank: int = 0, world_size: int = 1, **flags: Any) -> list[TrainBatch
         LoaderConfig(train_batch_size=8 // world_size),
         rank,
         world_size,
+        few_shapes=False,
     )
     return [batch.unpack() for batch in loader.epoch(3)]
 

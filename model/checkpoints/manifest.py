@@ -48,6 +48,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
             "wrote it"
         )
+    if not {"position", "files"} <= content.keys():
+        raise DamagedError(f"{NAME} is not whole")
     return content
 
 
