@@ -148,16 +148,24 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     purpose = "replaced: a model of replicas is not traced"
     has(TrainPipelineSparseDist, "_pipeline_model", purpose)
     takes(TrainPipelineSparseDist.detach, ["self"], "restores the model's forward")
-    purpose = "a step is one call, and the next batch is copied after it"
-    options = inspect.signature(TrainPipelineSparseDist.__init__).parameters
-    assert {"custom_model_fwd", "enqueue_batch_after_forward"} <= options.keys(), purpose
+    has(TrainPipelineSparseDist, "progress", "replaced: a step is one call")
+    purpose = "called by our progress"
+    for name in ("fill_pipeline", "enqueue_batch", "attach"):
+        has(TrainPipelineSparseDist, name, purpose)
+    takes(TrainPipelineSparseDist.start_sparse_data_dist, ["self", "batch", "context"], purpose)
+    takes(TrainPipelineSparseDist.wait_sparse_data_dist, ["self", "context"], purpose)
+    takes(TrainPipelineSparseDist._set_module_context, ["self", "context"], purpose)
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
     pipeline = TrainPipelineSparseDist(sharded, optimizer, CPU, execute_all_batches=True)
     assert isinstance(has(pipeline, "contexts", "the context of each batch"), deque)
     context = has(pipeline, "_create_context", "holds what the table requested")()
-    for name in ("input_dist_tensors_requests", "module_contexts"):
-        assert has(context, name, "taken by a step that does not call the model") == {}
+    purpose = "what the table requested, for a step that does not call the model"
+    assert has(context, "module_contexts", purpose) == {}
+    assert isinstance(has(pipeline, "batches", "batches on the device"), deque)
+    assert has(pipeline, "_model_attached", "False after detach") is True
+    for name in ("_data_dist_stream", "_memcpy_stream"):
+        assert has(pipeline, name, "the stream that a step waits for") is None, "CPU has no streams"
     assert pipeline._device == CPU, "where requests are made"
     assert pipeline._model is sharded, "the model that release() takes the graphs from"
     pipelined = has(pipeline, "_pipelined_modules", "counted by the tests of the exchange")

@@ -73,7 +73,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         blocks = range(0, len(self._marks), self.shard_rows)
         counts = [np.count_nonzero(self._marks[low : low + self.shard_rows]) for low in blocks]
         self._marks[ids] = False
-        return max(counts)
+        return int(max(counts))
 
 
 def _requested(chunk: MaskedWindows) -> Iterator[np.ndarray]:
