@@ -7,6 +7,7 @@
         def apply(self, x): return x / 2
 
     for x in Prefetch(Halved(Odd(source)), 4):     a thread runs up to 4 outputs ahead
+    Halved(InThread(Odd(source)))                  each half of the stages has a thread
 
 Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """
@@ -103,6 +104,39 @@ class Prefetch(Iterator[T]):
         self._room.release()
 
     __del__ = _signal_close
+
+
+@dataclass(eq=False)
+class InThread(BaseNode[T]):
+    """Runs ``source`` in a thread of its own, at most ``count`` items ahead; its state is not."""
+
+    source: BaseNode[T]
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._running: Prefetch[tuple[T, dict[str, Any]]] | None = None
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        if self._running is not None:
+            self._running.close()
+        super().reset(initial_state)
+        self.source.reset(initial_state)
+        self._state = self.source.state_dict()
+        self._running = Prefetch(_with_states(self.source), self.count)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def next(self) -> T:
+        assert self._running is not None
+        item, self._state = next(self._running)
+        return item
+
+
+def _with_states(source: BaseNode[T]) -> Iterator[tuple[T, dict[str, Any]]]:
+    for item in source:
+        yield item, source.state_dict()
 
 
 def _run_ahead(source: Iterator, made: SimpleQueue, room: Semaphore, closed: Event) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.stage import MapStage, Prefetch, Stage
+from pipeline.stage import InThread, MapStage, Prefetch, Stage
 
 
 class Numbers(Stage[int]):
@@ -86,5 +86,23 @@ def test_deletion_ends_the_thread() -> None:
     ahead = Prefetch(Numbers(100), 4)
     assert next(ahead) == 0
     del ahead
+    gc.collect()
+    wait_for(lambda: threading.active_count() == before)
+
+
+def test_a_stage_in_a_thread_resumes_from_what_was_taken() -> None:
+    before = threading.active_count()
+    source = Numbers(9)
+    stage = Doubled(InThread(source, 2))
+    assert [next(stage), next(stage)] == [0, 2]
+    wait_for(lambda: source.made == 4)  # two items ahead
+    state = stage.state_dict()
+    assert [next(stage), next(stage)] == [4, 6]
+    for _ in range(2):
+        stage.reset(state)
+        assert [next(stage), next(stage), next(stage)] == [4, 6, 8]
+    with pytest.raises(UserError, match=r"^five: no doubling$"):
+        next(stage)
+    del stage
     gc.collect()
     wait_for(lambda: threading.active_count() == before)

@@ -25,7 +25,7 @@ from torchdata.nodes import BaseNode
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-from pipeline.stage import Prefetch
+from pipeline.stage import InThread, Prefetch
 from pipeline.training.chunks import MaskedWindows
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskItems
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
@@ -92,7 +92,8 @@ class TrainLoader:
         cloze = ClozeMask(mask, store.num_items, config.seed)
         cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
         make_rows = TwoStreams if mask.two_stream else MaskItems
-        chunks: BaseNode[MaskedWindows] = make_rows(cut, cloze)
+        # Two threads, each for half of the work.
+        chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))
         has_cuda = torch.cuda.is_available()
         few = has_cuda if few_shapes is None else few_shapes
         if few or largest_sizes is not None:
