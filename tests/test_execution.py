@@ -25,6 +25,7 @@ def planned(
     width: int = 8,
     positions: int = 30,
     negatives: int = 7,
+    local_world_size: int | None = None,
     **changed: Any,
 ) -> ExecutionPlan:
     """The plan of a batch of ``positions`` rows of one item; ``changed`` are flags."""
@@ -48,7 +49,8 @@ def planned(
         in {f for group in vars(config).values() if hasattr(group, "__dict__") for f in vars(group)}
         for name in changed
     )
-    return plan_execution(config, items, Ranks(0, world_size, world_size, torch.device(device)))
+    ranks = Ranks(0, world_size, local_world_size or world_size, torch.device(device))
+    return plan_execution(config, items, ranks)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +72,10 @@ def planned(
         ({"world_size": 3, "sharding": "auto"}, "fbgemm", "torchrec", False),
         ({"world_size": 3, "items": 2, "positions": 1}, "fbgemm", "torchrec", False),  # 0 1 | 2 3 |
         ({"world_size": 3, "items": 3, "positions": 1}, "own", "gather", True),  # 0 1 | 2 3 | 4
-        # 32,768 rows of all ranks, and a few more.
-        ({"world_size": 4, "items": 9000, "positions": 1 << 13}, "own", "gather", True),
-        ({"world_size": 4, "items": 9000, "positions": (1 << 13) + 1}, "own", "all_to_all", True),
+        # 131,072 rows of all ranks, and a few more.
+        ({"world_size": 4, "items": 40_000, "positions": 1 << 15}, "own", "gather", True),
+        ({"world_size": 4, "items": 40_000, "positions": (1 << 15) + 1}, "own", "all_to_all", True),
+        ({"world_size": 4, "local_world_size": 2}, "own", "all_to_all", True),
     ],
 )
 def test_the_lookup_and_the_exchange(

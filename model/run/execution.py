@@ -12,8 +12,9 @@ from pipeline.errors import UserError
 
 # If a catalog has fewer items than a step has positions, its lookup for scoring is cheap.
 ITEMS_A_POSITION = 1
-# Gathering sends the rows of all ranks to each rank; with more, each rank requests what it needs.
-GATHERED_ROWS = 1 << 15
+# Rows looked up for all ranks, up to which they are gathered: an all-to-all sends fewer bytes, but
+# the host makes a request for each batch.
+GATHERED_ROWS = 1 << 17
 
 
 def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
@@ -34,7 +35,8 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     positions, draws = _positions_and_draws(config)
     if several and own:
         few = (positions + draws) * ranks.world_size <= GATHERED_ROWS
-        exchange = "gather" if few else "all_to_all"
+        one_host = ranks.local_world_size == ranks.world_size
+        exchange = "gather" if few and one_host else "all_to_all"
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
