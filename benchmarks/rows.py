@@ -74,6 +74,7 @@ def _random(users: int, items: int, size: int, dim: int = 128, length: int = 16)
 _SAMPLED = ("--loss=sampled_softmax", "--train_negatives=4096")
 _FEW_NEGATIVES = ("--loss=sampled_softmax", "--train_negatives=1024")
 _EXAMPLE = _random(3000, 500_000, 8_000_000)
+_SKEWED = (*_EXAMPLE, "--random_skew=1")
 _TEN_MILLION = _random(3000, 32_000_000, 12_000_000)
 _HUNDRED_MILLION = _random(30_000, 320_000_000, 120_000_000)
 _MILLION_10K_USERS = _random(10_000, 1_260_000, 2_000_000, length=50)
@@ -110,6 +111,8 @@ GPU = (
 SEVERAL_GPUS = (
     Row("sampled-8", "500k items, sampled", _EXAMPLE + _SAMPLED, 8, 1200),
     Row("sampled-128", "500k items, sampled", _EXAMPLE + _SAMPLED, 128, 600),
+    Row("sampled-1024-skew", "500k items by Zipf, sampled", _SKEWED + _SAMPLED, 1024, 600),
+    Row("sampled-4096-skew", "500k items by Zipf, sampled", _SKEWED + _SAMPLED, 4096, 600),
     Row("100m-4096", "100M items, sampled", _HUNDRED_MILLION + _SAMPLED, 4096, 240, modes=("dmp",)),
     Row(
         "100m-4096-fp16",

@@ -203,6 +203,21 @@ def test_random_ratings() -> None:
     assert not pa.concat_tables(RandomRatings(4, 6, 600_000, rating=3.0, seed=2)).equals(whole)
 
 
+@pytest.mark.parametrize(
+    ("skew", "share"),  # of items 1 ... 6, from k to k + 1
+    [
+        (1.0, np.log(np.arange(2, 8) / np.arange(1, 7)) / np.log(7)),
+        (0.5, np.diff(np.sqrt(np.arange(1, 8))) / (np.sqrt(7) - 1)),
+        (2.0, -np.diff(1 / np.arange(1, 8)) / (1 - 1 / 7)),
+    ],
+)
+def test_skewed_random_ratings(skew: float, share: np.ndarray) -> None:
+    tables = RandomRatings(4, 6, 400_000, rating=0.0, seed=1, skew=skew)
+    whole = pa.concat_tables(tables)["item"].to_numpy()
+    found = np.bincount(whole, minlength=6) / len(whole)
+    assert len(found) == 6 and np.abs(found - share).max() < 0.005
+
+
 def test_random_data_set_keeps_every_rating_at_any_min_rating(tmp_path: Path) -> None:
     store = prepare(DataConfig("random", min_rating=4, cache_dir=str(tmp_path)))
     assert len(store.items) == 300 and (store.num_users, store.num_items) == (10, 30)

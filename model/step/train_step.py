@@ -80,12 +80,9 @@ class TrainStep:
         """
         self._optimizer.zero_grad()
         key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
-        is_full = len(self._captured) == _MAX_GRAPHS
-        if key is None or (key not in self._captured and is_full):
-            before_forward()
-            return self._launch(lambda: self._model(batch))
-        if key not in self._captured:
-            self._captured[key] = None
+        if key is None or key not in self._captured:
+            if key is not None and len(self._captured) < _MAX_GRAPHS:
+                self._captured[key] = None
             before_forward()
             return self._launch(lambda: self._model(batch))
         with record_function("## step ##"):

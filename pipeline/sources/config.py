@@ -58,6 +58,12 @@ class DataConfig(Config):
     random_user_count: int = _random(10, "number of users of --dataset_name random")
     random_item_count: int = _random(30, "number of items of --dataset_name random")
     random_size: int = _random(300, "number of ratings of --dataset_name random")
+    random_skew: float = flag(
+        0.0,
+        "exponent s of --dataset_name random: the share of item k falls as k ** -s (Zipf's law)",
+        at_least=0,
+        at_most=4,
+    )
     synthetic_user_count: int = flag(
         SyntheticConfig.num_users,
         "number of users of --dataset_name synthetic",
