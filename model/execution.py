@@ -53,7 +53,8 @@ class ExecutionPlan:
     table_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        assert self.lookup == "own" or not (self.in_place or self.agrees_on_sizes)
+        assert self.lookup == "own" or not self.in_place
+        assert self.lookup != "replicated" or not self.agrees_on_sizes
         assert self.graphs != "step" or self.lookup == "own"
 
     @property

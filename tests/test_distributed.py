@@ -114,6 +114,10 @@ def test_requested_rows_equal_gathered_ones(one: Answers, two: Answers, loss: st
         assert run.pipelined == 1
         assert_same(run, expected)
     assert runs[f"row_wise, requested, replayed{loss}"].replayable > 2
+    for exchange in ("gather", "all_to_all"):
+        run = runs[f"row_wise, fbgemm, {exchange}{loss}"]
+        assert run.pipelined == 1
+        assert_same(run, expected)
 
 
 @pytest.mark.parametrize("loss", ["", ", sampled"])

@@ -68,6 +68,8 @@ def planned(
         ({"world_size": 3, "mode": "ddp"}, "replicated", "all_reduce", False),
         ({"world_size": 3, "positions": 31}, "own", "gather", False),
         ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
+        ({"world_size": 3, "table_precision": "fp16"}, "fbgemm", "gather", False),
+        ({"world_size": 3, "head": "linear"}, "fbgemm", "torchrec", False),
         ({"world_size": 3, "sharding": "table_wise"}, "fbgemm", "torchrec", False),
         ({"world_size": 3, "sharding": "auto"}, "fbgemm", "torchrec", False),
         ({"world_size": 3, "items": 2, "positions": 1}, "fbgemm", "torchrec", False),  # 0 1 | 2 3 |
@@ -104,7 +106,8 @@ def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"embedding_optimizer": "sgd", "world_size": 2}, "dense"),
         ({"table_precision": "fp16"}, "dense"),
         ({"compute_kernel": "fused_uvm_caching"}, "dense"),
-        ({"table_precision": "fp16", "world_size": 2}, "encoder"),
+        ({"table_precision": "fp16", "world_size": 2}, "dense"),
+        ({"head": "linear", "world_size": 2}, "encoder"),
         ({"mode": "ddp"}, "encoder"),
         ({"mode": "ddp", "world_size": 2}, "encoder"),
         ({"acceleration": "none"}, "none"),

@@ -27,28 +27,20 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
             f"--compute_kernel {config.sharding.compute_kernel} needs CUDA: on CPU, tables are in "
             "the host's memory anyway"
         )
-    own = not replicated and _has_own_lookup(config, optimizer, num_items, ranks)
-    several = ranks.world_size > 1
-    exchange: Exchange = "none"
-    if several:
-        exchange = "all_reduce" if replicated else "torchrec"
-    positions, draws = _positions_and_draws(config)
-    if several and own:
-        few = (positions + draws) * ranks.world_size <= GATHERED_ROWS
-        one_host = ranks.local_world_size == ranks.world_size
-        exchange = "gather" if few and one_host else "all_to_all"
+    own = not replicated and _has_own_lookup(config, optimizer)
+    exchange = _exchange(config, own or optimizer != "adam", num_items, ranks)
+    own = own and exchange != "torchrec"
+    positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
         if own and optimizer == "adam":
             graphs = "step"
+        elif replicated or exchange == "torchrec":
+            graphs = "encoder"
         else:
-            graphs = (
-                "dense"
-                if exchange in ("gather", "all_to_all") or not (several or replicated)
-                else "encoder"
-            )
+            graphs = "dense"
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else "fbgemm",
         exchange=exchange,
@@ -68,17 +60,27 @@ def _precision(config: RunConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _has_own_lookup(config: RunConfig, optimizer: str, num_items: int, ranks: Ranks) -> bool:
+def _has_own_lookup(config: RunConfig, optimizer: str) -> bool:
     sharding = config.sharding
-    if (sharding.table_precision, sharding.compute_kernel) != ("fp32", "fused"):
-        return False
-    if config.head.head != "tied" or optimizer not in UPDATES:
-        return False
+    kept = (sharding.table_precision, sharding.compute_kernel) == ("fp32", "fused")
+    return kept and config.head.head == "tied" and optimizer in UPDATES
+
+
+def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks) -> Exchange:
+    """``skips_zeros``: a gradient of zero, that of an empty slot, changes no row."""
+    sharding = config.sharding
     if ranks.world_size == 1:
-        return True
+        return "none"
+    if sharding.mode == "ddp":
+        return "all_reduce"
     block = -(-(num_items + 2) // ranks.world_size)
     no_rank_without_rows = block * (ranks.world_size - 1) < num_items + 2
-    return sharding.sharding == "row_wise" and no_rank_without_rows
+    row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
+    tied = config.head.head == "tied"
+    if not (row_wise and tied and skips_zeros and no_rank_without_rows):
+        return "torchrec"
+    few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
+    return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"
 
 
 def _positions_and_draws(config: RunConfig) -> tuple[int, int]:

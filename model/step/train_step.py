@@ -103,8 +103,8 @@ class TrainStep:
         self._pool = None  # freed with the last graph
         bert = unwrap(self._model)
         bert.dense_step.release()
-        if self._plan.lookup == "own":
-            bert.embeddings.shard.exchange.release()
+        if self._plan.lookup == "own" or self._plan.agrees_on_sizes:
+            bert.embeddings.exchange.release()
 
     def _launch(self, forward: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         with record_function("## forward ##"):

@@ -21,7 +21,7 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
 from model.tables.all_to_all import AllToAll
-from model.tables.collections import ExchangedCollection, LocalCollection
+from model.tables.collections import ExchangedCollection, FbgemmItemTable, LocalCollection
 from model.tables.config import ShardingConfig
 from model.tables.item_table import ShardedItemTable
 from model.tables.row_exchange import RowExchange
@@ -72,21 +72,17 @@ def distribute(
 def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
-    if plan.lookup == "own":
-        rows = model.head.num_items + 2
-        exchange = RowExchange(rows, ranks)
-        if plan.exchange == "all_to_all":
-            on_cuda = ranks.device.type == "cuda"
-            exchange = AllToAll(rows, ranks, graphs=on_cuda and plan.graphs == "step")
-        return _Sharder(
-            fused,
-            ShardedItemTable,
-            plan=plan,
-            exchange=exchange,
-            catalog=model.head.catalog,
-            draws_candidates=model.head.config.loss != "softmax",
-        )
-    return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
+    if plan.lookup == "fbgemm" and not plan.agrees_on_sizes:
+        return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
+    rows = model.head.num_items + 2
+    exchange = RowExchange(rows, ranks)
+    if plan.exchange == "all_to_all":
+        graphs = ranks.device.type == "cuda" and plan.graphs != "none"
+        exchange = AllToAll(rows, ranks, graphs)
+    given = {"exchange": exchange, "draws_candidates": model.head.config.loss != "softmax"}
+    if plan.lookup == "fbgemm":
+        return _Sharder(fused, FbgemmItemTable, **given)
+    return _Sharder(fused, ShardedItemTable, plan=plan, catalog=model.head.catalog, **given)
 
 
 class _Sharder(EmbeddingCollectionSharder):

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
-from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
@@ -30,12 +28,11 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import LookupContext, requested, with_lengths
+from model.tables.collections import RequestingCollection, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, update, update_some
 from pipeline.batches.features import Lookup
-from pipeline.batches.train_batch import PackedBatch
 
 
 class TableShard:
@@ -116,11 +113,8 @@ class TableShard:
         side_stream.run(work)
 
 
-class ShardedItemTable(ShardedEmbeddingCollection):
-    """A sharded collection of one table, trained through a :class:`TableShard`.
-
-    ``draws_candidates``: candidates are any items, exchanged like histories; else this shard's.
-    """
+class ShardedItemTable(RequestingCollection):
+    """A sharded collection of one table, trained through a :class:`TableShard`."""
 
     def __init__(
         self,
@@ -128,61 +122,28 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         plan: ExecutionPlan,
         exchange: RowExchange,
         catalog: CatalogSlice,
-        draws_candidates: bool,
         **given: Any,
     ) -> None:
-        super().__init__(*args, **given)
+        super().__init__(*args, exchange=exchange, **given)
         scored = catalog if plan.in_place else None
         table = upstream.fbgemm_table(self)
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
-        self._draws = draws_candidates
-        upstream.set_input_dist_ready(self, True)
-        self._was_evaluated = False
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
 
-    def create_context(self) -> LookupContext:
-        """The context of a batch."""
-        return LookupContext()
-
-    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
-        """Request the rows of a batch."""
-        ctx.batch, ctx.request = batch, self.request(batch)
-        return requested(ctx)
-
-    def request(self, batch: PackedBatch) -> Any:
-        """What the exchange does a batch ahead."""
-        return self.shard.exchange.request(batch.requested, batch.slots)
-
-    def compute_and_output_dist(
-        self, ctx: LookupContext, requests: list[Any]
-    ) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch.
-
-        When trained in place, the batch has no candidates: these are the shard's items.
-        """
-        features = ctx.batch.features
-        num_items, _ = features.length_per_key()
-        candidates = None if self._draws else features.values()[num_items:]
-        found = _LookUp.apply(self._trigger, self.shard, requests[0], num_items, candidates)
-        return with_lengths(features, found)
+    def look_up(
+        self, request: Any, num_items: int, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """When trained in place, there are no candidates: they are the shard's items."""
+        return _LookUp.apply(self._trigger, self.shard, request, num_items, candidates)
 
     def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
-        """The same; in an evaluation without exchange on one rank, by TorchRec on several."""
-        if self.training:
+        """In an evaluation on one rank without exchange."""
+        if self.training or self.exchange.world_size > 1:
             return super().forward(batch)
         features = batch.features
-        if self.shard.exchange.world_size > 1:
-            return self._by_torchrec(features)
         rows = rows_or_zeros(self.shard.rows, features.values())
         return with_lengths(features, rows.split(features.length_per_key()))
-
-    def _by_torchrec(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        stock, ctx = ShardedEmbeddingCollection, super().create_context()
-        upstream.set_input_dist_ready(self, self._was_evaluated)
-        self._was_evaluated = True
-        features = stock.input_dist(self, ctx, features).wait().wait()
-        return stock.compute_and_output_dist(self, ctx, features)
 
 
 class _LookUp(torch.autograd.Function):

@@ -205,6 +205,11 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
             runs[f"row_wise, replayed{name}"] = pipelined(built)
         runs[f"row_wise, sent{name}"] = pipelined(Built.of(config, ranks, **by_torchrec(ranks)))
         for changes in exchanges:
+            for exchange in ("gather", "all_to_all"):
+                own = {"lookup": "fbgemm", "exchange": exchange, "in_place": False}
+                runs[f"row_wise, fbgemm, {exchange}{name}"] = pipelined(
+                    Built.of(config, ranks, **own)
+                )
             runs[f"row_wise, requested{name}"] = pipelined(Built.of(config, ranks, **changes))
             with as_on_cuda():
                 built = Built.of(config, ranks, graphs="step", **changes)
