@@ -87,7 +87,8 @@ class BERT4Rec(nn.Module):
         """The same, from the batch's looked-up rows."""
         # TorchRec would have to sum lengths for the offsets of ``rows``.
         layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
-        given = StepInput(*layout, batch.targets, batch.negatives, batch.log_counts, batch.ids)
+        scored = batch.targets, batch.negatives, batch.log_counts, batch.all_targets
+        given = StepInput(*layout, *scored, batch.ids)
         items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):

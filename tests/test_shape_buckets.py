@@ -94,13 +94,13 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
     ranks, barrier = 3, threading.Barrier(3)
     sizes_of: list[dict[int, np.ndarray]] = [{}]
 
-    def largest_on(rank: int, sizes: np.ndarray) -> np.ndarray:
+    def all_sizes(rank: int, sizes: np.ndarray) -> np.ndarray:
         here = sizes_of[-1]
         here[rank] = sizes
         if barrier.wait() == 0:
             sizes_of.append({})
         barrier.wait()
-        return np.max([here[each] for each in range(ranks)], axis=0)
+        return np.stack([here[each] for each in range(ranks)])
 
     def batches(rank: int, few_shapes: bool, alone: bool = False) -> list:
         loader = TrainLoader(
@@ -111,7 +111,7 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
             rank=rank,
             world_size=ranks,
             few_shapes=few_shapes,
-            largest_sizes=None if alone else partial(largest_on, rank),
+            all_sizes=None if alone else partial(all_sizes, rank),
         )
         return [batch.unpack() for batch in loader.epoch(1)]
 
@@ -122,6 +122,8 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
         equal_shapes = []
         for step, of_step in enumerate(zip(*found, strict=True)):
             windows = [batch.num_windows for batch in of_step]
+            targets = sum(int((batch.targets > 0).sum()) for batch in of_step)
+            assert [batch.all_targets.tolist() for batch in of_step] == [[targets]] * ranks
             equal_shapes.append(len({*windows}) == 1)
             assert {batch.equal_shapes for batch in of_step} == {equal_shapes[-1]}
             for sizes in (

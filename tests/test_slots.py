@@ -16,7 +16,7 @@ MASK_TOKEN = 19  # 20 rows in 4 blocks of 5
 
 
 def counter(mask_token: int = MASK_TOKEN, shard_rows: int = 5, world_size: int = 4) -> CountSlots:
-    return CountSlots(None, shard_rows, world_size, mask_token, lambda sizes: sizes)
+    return CountSlots(None, shard_rows, world_size, mask_token, lambda sizes: sizes[None])
 
 
 def chunk_of(*steps: list[int]) -> MaskedWindows:
@@ -74,7 +74,7 @@ def test_slots_are_enough_and_never_fall(steps: list[list[int]]) -> None:
 
 
 def test_the_largest_rank_decides_and_candidates_count() -> None:
-    stage = CountSlots(None, 5, 4, MASK_TOKEN, lambda sizes: np.maximum(sizes, 9))
+    stage = CountSlots(None, 5, 4, MASK_TOKEN, lambda sizes: np.stack([sizes, sizes + 9]))
     assert stage.apply(chunk_of([1], [2])).slots.tolist() == [10, 10]
     chunk = replace(
         chunk_of([1, 2], [6]),

@@ -93,7 +93,7 @@ def taught_by(trained: BERT4Rec, share: float, student: BERT4Rec) -> DenseStep:
 # Rows 3 31 9 and 31 5 of 30 items and the mask token; all rows with both contexts.
 IDS = torch.tensor([3, 31, 9, 31, 5])
 ROWS = {"offsets": torch.tensor([0, 3, 5]), "masked": torch.tensor([1, 3])}
-NONE = dict.fromkeys(("left_only", "steps_ago", "negatives", "log_counts"))
+NONE = dict.fromkeys(("left_only", "steps_ago", "negatives", "log_counts", "all_targets"))
 GIVEN = StepInput(**ROWS, **NONE, targets=torch.tensor([7, 30]), ids=IDS)
 
 

@@ -32,6 +32,7 @@ class StepInput(NamedTuple):
     targets: Tensor
     negatives: Tensor | None
     log_counts: Tensor | None
+    all_targets: Tensor | None
     ids: Tensor | None
 
     @property
@@ -113,4 +114,4 @@ class DenseStep(nn.Module):
         if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
         scored = given.targets, given.negatives, given.log_counts
-        return head(hidden, candidates, *scored, logits, share, sizes)
+        return head(hidden, candidates, *scored, logits, share, sizes, given.all_targets)

@@ -76,6 +76,7 @@ class ScoringHead(nn.Module):
         teacher_logits: Sequence[TeacherLogits] = (),
         teacher_share: float = 0.0,
         sizes: list[int] | None = None,
+        all_targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean loss over the masked positions of all ranks.
 
@@ -87,6 +88,7 @@ class ScoringHead(nn.Module):
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of the negatives' expected counts.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
+            all_targets: int64 [1], targets of all ranks; None: counted and added up here.
 
         Returns:
             The loss, a float32 scalar, scaled so that the mean over ranks of its gradients is the
@@ -122,6 +124,8 @@ class ScoringHead(nn.Module):
         count = counted.sum().to(total.dtype)
         report = torch.stack([total.detach(), count])
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if world_size > 1:
+        if all_targets is not None:
+            count = all_targets[0].to(total.dtype)
+        elif world_size > 1:
             dist.all_reduce(count)
         return total * world_size / count.clamp(min=1), report

@@ -18,7 +18,7 @@ from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice
 from model.run.config import RunConfig
 from model.tables.distribute import distribute
-from model.tables.row_exchange import agreed_sizes
+from model.tables.row_exchange import all_sizes
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
@@ -81,7 +81,7 @@ def train_loader(
         # In place, candidates are not looked up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
-        largest_sizes=agreed_sizes(ranks) if plan.agrees_on_sizes else None,
+        all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
         shard_rows=block if plan.exchange == "all_to_all" else None,
     )
 

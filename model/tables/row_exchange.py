@@ -9,7 +9,7 @@ Gather, for few rows; a CUDA graph holds all of it:
 
 All-to-all (``all_to_all.py``) sends each rank only the different rows that it needs. TorchRec's
 all-to-all sends as few, but the hosts wait for sizes between its calls. Here the loaders agree on
-sizes (:func:`agreed_sizes`), so that a CUDA graph can hold the exchange.
+sizes (:func:`all_sizes`), so that a CUDA graph can hold the exchange.
 
 Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R rows of the shard.
 """
@@ -70,16 +70,17 @@ class RowExchange:
         return gathered
 
 
-def agreed_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that returns the largest of each integer on all ranks.
+def all_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from integers of this rank, [...], to those of all ranks, int64 [W, ...].
 
     It uses a separate process group, so that the loader's thread may call it during training.
     """
     group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
-    def largest(sizes: np.ndarray) -> np.ndarray:
-        agreed = torch.from_numpy(sizes.astype(np.int64))
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-        return agreed.numpy()
+    def gather(sizes: np.ndarray) -> np.ndarray:
+        mine = torch.from_numpy(sizes.astype(np.int64))
+        found = mine.new_empty(ranks.world_size * len(mine), *mine.shape[1:])
+        dist.all_gather_into_tensor(found, mine, group=group)
+        return found.view(ranks.world_size, *mine.shape).numpy()
 
-    return largest
+    return gather

@@ -58,6 +58,7 @@ class TrainBatch(Pipelineable):
     steps_ago: Tensor | None = None  # [T], number of its window's items after a position
     negatives: Tensor | None = None  # [K], scored with the targets instead of the candidate range
     log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
+    all_targets: Tensor | None = None  # [1], masked positions of all ranks; None: not counted
     words: Tensor | None = None  # the allocation, if all tensors are views of one
     equal_shapes: bool = True  # False: ranks exchange sizes, and this step's shapes still differ
 

@@ -48,10 +48,10 @@ class TrainLoader:
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         few_shapes: whether to pad to few shapes (shape_buckets.py); None: if there is CUDA.
         negatives: draws the items that each step scores instead of the candidate range.
-        largest_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
+        all_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
             have the same number of positions, rows and masked positions on all ranks.
         shard_rows: rows of a rank's shard of the item table, to count the slots of each step
-            (slots.py); needs ``largest_sizes``.
+            (slots.py); needs ``all_sizes``.
 
     Raises:
         UserError: there is no window to train on.
@@ -68,7 +68,7 @@ class TrainLoader:
         candidate_range: tuple[int, int] | None = None,
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
-        largest_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
+        all_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
         shard_rows: int | None = None,
     ) -> None:
         table = WindowTable.build(store, windows)
@@ -96,7 +96,7 @@ class TrainLoader:
         chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))
         has_cuda = torch.cuda.is_available()
         few = has_cuda if few_shapes is None else few_shapes
-        if few or largest_sizes is not None:
+        if few or all_sizes is not None:
             mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
             second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
             masked_share = second + (1 - second) * mask.mask_prob
@@ -106,13 +106,13 @@ class TrainLoader:
                 cloze.mask_token,
                 position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
                 mask_unit=bucket_size(mean_items * masked_share) if few else 1,
-                largest_sizes=largest_sizes,
+                all_sizes=all_sizes,
             )
         if negatives is not None:
             chunks = DrawNegatives(chunks, negatives)
         if shard_rows is not None:
-            assert largest_sizes is not None
-            chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, largest_sizes)
+            assert all_sizes is not None
+            chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, all_sizes)
         self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory=has_cuda)
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))

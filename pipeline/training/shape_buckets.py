@@ -32,15 +32,15 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
 
     Args:
         position_unit, mask_unit: bucket sizes of positions and of masked positions.
-        largest_sizes: element-wise maximum over all ranks of an integer array, called by every rank
-            for every chunk: steps get the shapes of the largest rank. None: shapes may differ.
+        all_sizes: integers of all ranks, [W, ...], from this rank's, called by every rank for every
+            chunk: steps get the shapes of the largest rank. None: shapes may differ.
     """
 
     max_len: int
     mask_token: int
     position_unit: int
     mask_unit: int
-    largest_sizes: Callable[[np.ndarray], np.ndarray] | None = None
+    all_sizes: Callable[[np.ndarray], np.ndarray] | None = None
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         value_splits = chunk.offsets[chunk.row_splits]
@@ -48,13 +48,14 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         positions = np.diff(value_splits)
         new_positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
         new_masks = _rounded_up(masks, self.mask_unit)
-        new_rows, fewest, equal_shapes = rows, new_positions, True
-        if self.largest_sizes is not None:
-            windows = chunk.step_windows
-            # A minimum is the maximum of the negated numbers.
-            sizes = np.stack([new_positions, new_masks, rows, windows, -new_positions, -windows])
-            new_positions, new_masks, new_rows, most_windows, *negated = self.largest_sizes(sizes)
-            fewest, equal_shapes = -negated[0], most_windows == -negated[1]
+        new_rows, fewest, equal_shapes, all_targets = rows, new_positions, True, None
+        if self.all_sizes is not None:
+            sizes = [new_positions, new_masks, rows, chunk.step_windows, masks]
+            of_ranks = self.all_sizes(np.stack(sizes)).swapaxes(0, 1)  # [5, W, S]
+            new_positions, new_masks, new_rows, most_windows, _ = of_ranks.max(axis=1)
+            fewest = of_ranks[0].min(axis=0)
+            equal_shapes = most_windows == of_ranks[3].min(axis=0)
+            all_targets = of_ranks[4].sum(axis=0)
         # Enough filler rows for any number of positions in the bucket, on any rank.
         most_missing = new_positions - fewest + self.position_unit - 1
         new_rows = new_rows - (-most_missing // self.max_len)
@@ -85,6 +86,7 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
             mask_splits=new_mask_splits,
             steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
             equal_shapes=equal_shapes,
+            all_targets=all_targets,
         )
 
 

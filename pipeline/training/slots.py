@@ -25,13 +25,13 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
 
     Args:
         mask_token: the last row of the table.
-        largest_sizes: as in `PadToBuckets`.
+        all_sizes: as in `PadToBuckets`.
     """
 
     shard_rows: int
     world_size: int
     mask_token: int
-    largest_sizes: Callable[[np.ndarray], np.ndarray]
+    all_sizes: Callable[[np.ndarray], np.ndarray]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,8 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
 
     def apply(self, chunk: MaskedWindows) -> MaskedWindows:
         counts = np.array([self._count(ids) for ids in _requested(chunk)])
-        most = np.maximum.accumulate(np.maximum(self.largest_sizes(counts), self._most))
+        largest = self.all_sizes(counts).max(axis=0)
+        most = np.maximum.accumulate(np.maximum(largest, self._most))
         units = np.array([-(-bucket_size(one) // 4) for one in most.tolist()])
         slots = -(-most // units) * units
         self._most, self._slots = int(most[-1]), int(slots[-1])

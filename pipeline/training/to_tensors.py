@@ -65,6 +65,8 @@ def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndar
         parts["negatives"] = _even(chunk.negatives)
     parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
     parts["masked"] = (masked, masks)
+    if chunk.all_targets is not None:
+        parts["all_targets"] = (chunk.all_targets, steps)
     if chunk.left_only is not None:
         parts["left_only"] = (chunk.left_only, chunk.window_splits)
     if chunk.steps_ago is not None:
