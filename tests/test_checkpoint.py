@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.manifest import (
     DamagedError,
     describe_files,
@@ -19,10 +21,12 @@ from model.checkpoints.manifest import (
     verify,
     write_manifest,
 )
+from model.checkpoints.position import Position
 from model.checkpoints.writer import CheckpointWriter
+from model.distributed import Ranks
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
-from tests.conftest import TINY, Outcome, RunMain
+from tests.conftest import TINY, Outcome, RunMain, torchrun
 
 FLAGS = (*TINY, "--num_epochs=3", "--eval_every=1", "--lr=0.01")
 
@@ -186,6 +190,58 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert f"resumed from {newest.with_name('step-00000006')}" in outcome.out
     assert "damaged-00000007" in names(interrupted)
     assert final(interrupted) == uninterrupted
+
+
+def test_a_part_of_the_files_is_checked(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "damaged")
+    flip_a_byte(folder / "__0_0.distcp")
+    verify(folder, slice(1, None, 2))
+    with pytest.raises(DamagedError, match="__0_0"):
+        verify(folder, slice(0, None, 2))
+
+
+def test_each_rank_checks_some_files(tmp_path: Path, cache_dir: Path) -> None:
+    flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", f"--cache_dir={cache_dir}"]
+    outcome = torchrun(2, "train.py", *flags, "--num_epochs=2")
+    assert outcome.code == 0, outcome.err
+    *_, before, newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        flip_a_byte(newest / name)
+        outcome = torchrun(2, "train.py", *flags, "--resume=auto", "--num_epochs=2")
+        assert outcome.code == 0, outcome.err
+        assert outcome.err.count(f"{newest} is damaged: {name} was altered") == 1
+        assert f"resumed from {before}" in outcome.out
+        verify(newest)  # written again
+
+
+def test_what_another_rank_found(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = checkpoint_of(tmp_path)
+    checkpoints = Checkpoints(tmp_path, one_rank)
+    checkpoints.ranks = Ranks(0, 2, 2, one_rank.device)
+
+    def other_finds(error: Exception) -> None:
+        def gather(found: list[Any], mine: Exception | None) -> None:
+            found[:] = [mine, error]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+
+    other_finds(UserError("rank 1 does not see it"))
+    with pytest.raises(UserError, match="does not see"):
+        checkpoints._newest_good()
+    assert path.is_dir()
+    other_finds(DamagedError("__1_0.distcp was altered"))
+    assert checkpoints._newest_good() is None
+    assert [each.name for each in path.parent.iterdir()] == ["damaged-00000007"]
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    (run_dir / "checkpoints").mkdir()
+    path = checkpoint(run_dir / "checkpoints" / "step-00000007")
+    position = {**vars(Position()), "step": 7, "best_step": 7}
+    write_manifest(path, {**read_manifest(path), "position": position})
+    return path
 
 
 def test_a_lost_best_checkpoint_is_replaced(interrupted: Path, train: Train) -> None:

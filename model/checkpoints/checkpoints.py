@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
@@ -135,7 +136,7 @@ class Checkpoints:
 
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
         """Load the newest undamaged checkpoint, if any; called on all ranks."""
-        position = from_first_rank(self.ranks, self._newest_good)
+        position = self._newest_good()
         if position is None:
             return Position()
         optimizers.materialise_state()
@@ -146,7 +147,7 @@ class Checkpoints:
         return position
 
     def _newest_good(self) -> Position | None:
-        steps = self.steps()
+        steps = from_first_rank(self.ranks, self.steps)
         position = next(filter(None, map(self._checked, reversed(steps))), None)
         if position is None:
             return None
@@ -160,18 +161,49 @@ class Checkpoints:
         """Verify a checkpoint; rename a damaged one, and return None."""
         path = self.path(step)
         try:
-            return _position(verify(path))
+            return self._verified(path)
         except DamagedError as error:
             self.ranks.warn(f"{path} is damaged: {error}; it is not used")
-            away = self.folder / f"damaged-{step:08d}"
-            shutil.rmtree(away, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.rename(away)
+            if self.ranks.is_first:
+                away = self.folder / f"damaged-{step:08d}"
+                shutil.rmtree(away, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    path.rename(away)
             return None
+
+    def _verified(self, path: Path) -> Position:
+        """Position of a checkpoint, of whose files each rank verifies some."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        position, error = Position(), None
+        try:
+            if rank and not path.is_dir():
+                raise UserError(
+                    f"rank {rank} does not see {path}: --run_dir must be on a file system that all "
+                    "hosts share"
+                )
+            position = _position(verify(path, slice(rank, None, world_size)))
+        except (DamagedError, UserError) as found:
+            error = found
+        errors = [error]
+        if world_size > 1:
+            errors = [None] * world_size
+            dist.all_gather_object(errors, error)
+        if errors := [each for each in errors if each is not None]:
+            # A folder that a rank does not see is not damaged.
+            raise min(errors, key=lambda each: isinstance(each, DamagedError))
+        return position
 
     def best_step(self) -> int:
         """Step of the best checkpoint; called on all ranks; UserError without a good one."""
-        return from_first_rank(self.ranks, self._best_step)
+        best = from_first_rank(self.ranks, self._best_step)
+        try:
+            self._verified(self.path(best))
+        except DamagedError as error:
+            raise UserError(
+                f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
+                "training by --resume auto, or restore it"
+            ) from error
+        return best
 
     def _best_step(self) -> int:
         best = 0
@@ -183,13 +215,6 @@ class Checkpoints:
             raise UserError(
                 f"{self.run_dir} has no checkpoint yet: train until the first evaluation"
             )
-        try:
-            verify(self.path(best))
-        except DamagedError as error:
-            raise UserError(
-                f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
-                "training by --resume auto, or restore it"
-            ) from error
         return best
 
     def load_weights(self, model: nn.Module, step: int) -> None:

@@ -53,10 +53,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, after a check of all other files; raises like ``read_manifest``."""
+def verify(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
+    """The manifest, after a check of a part of the other files; raises like ``read_manifest``."""
     content = read_manifest(folder)
-    for name, expected in content["files"].items():
+    for name, expected in sorted(content["files"].items())[part]:
         try:
             found = _describe(folder / name)
         except OSError as error:
