@@ -77,7 +77,7 @@ class Prefetch(Iterator[T]):
     """
 
     def __init__(self, source: Iterator[T], count: int) -> None:
-        self._made: SimpleQueue[T | Exception] = SimpleQueue()
+        self._made: SimpleQueue[T | BaseException] = SimpleQueue()
         self._room, self._closed = Semaphore(count), Event()
         # The thread holds no reference to this object, so that deleting it can end the thread.
         arguments = (source, self._made, self._room, self._closed)
@@ -89,7 +89,7 @@ class Prefetch(Iterator[T]):
             raise StopIteration
         item = self._made.get()
         self._room.release()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             self._closed.set()
             raise item
         return item
@@ -143,6 +143,6 @@ def _run_ahead(source: Iterator, made: SimpleQueue, room: Semaphore, closed: Eve
     while room.acquire() and not closed.is_set():
         try:
             made.put(next(source))
-        except Exception as error:  # StopIteration too
+        except BaseException as error:  # StopIteration and SystemExit too
             made.put(error)
             return

@@ -70,6 +70,16 @@ def test_errors_are_raised_in_order_and_end_the_thread() -> None:
     assert next(ahead, "end") == "end"
 
 
+def test_no_error_ends_a_thread_in_silence() -> None:
+    class Exits(MapStage[int, int]):
+        def apply(self, chunk: int) -> int:
+            raise SystemExit(3)
+
+    ahead = Prefetch(Doubled(InThread(Exits(Numbers(9)))), 2)
+    with pytest.raises(SystemExit):
+        next(ahead)
+
+
 def test_close_ends_the_thread_and_the_source_can_be_reset() -> None:
     source, before = Numbers(100), threading.active_count()
     first = Prefetch(source, 4)
