@@ -7,7 +7,7 @@
         def apply(self, x): return x / 2
 
     for x in Prefetch(Halved(Odd(source)), 4):     a thread runs up to 4 outputs ahead
-    Halved(InThread(Odd(source)))                  each half of the stages has a thread
+    Halved(InThread(Odd(source)))                  the stages inside have a thread of their own
 
 Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """

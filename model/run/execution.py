@@ -84,7 +84,7 @@ def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks
 
 
 def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
-    """Upper bounds for a rank's training batch: positions, and drawn items that are scored."""
+    """A rank's most positions in a training batch without padding, and drawn items to score."""
     longest = config.windows.max_len * (1 + config.mask.two_stream)
     positions = config.loader.train_batch_size * longest
     if config.head.loss == "softmax":

@@ -1,4 +1,4 @@
-"""Exchange rows by an all-to-all whose bytes do not grow with the number of ranks.
+"""Exchange rows by an all-to-all that sends each different row once.
 
     a batch ahead    ids of this rank [n] -> different ids, by the shard that holds them -> a slot
                      for each in [W, S], empty slots -1  --all-to-all-->  requests of all ranks

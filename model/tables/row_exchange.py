@@ -8,7 +8,7 @@ Gather, for few rows; a CUDA graph holds all of it:
     backward: gradients [n, D]    --all-gather-->      [U, D]; those of the shard's rows update it
 
 All-to-all (``all_to_all.py``) sends each rank only the different rows that it needs. TorchRec's
-all-to-all sends as few, but the hosts wait for sizes between its calls. Here the loaders agree on
+sends a row for each id, and the hosts wait for sizes between its calls. Here the loaders agree on
 sizes (:func:`all_sizes`), so that a CUDA graph can hold the exchange.
 
 Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R rows of the shard.

@@ -1,6 +1,6 @@
 """From histories to training batches.
 
-loader runs the stages in a thread: sampler (the windows of each step and rank), windows (cuts
+loader runs the stages in two threads: sampler (the windows of each step and rank), windows (cuts
 histories), cloze or two_stream (mask items), shape_buckets (pads to few batch shapes), negatives
 (for sampled losses), slots (for requests to other ranks), to_tensors (packs batches). chunks holds
 their data, config the flags.

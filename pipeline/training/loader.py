@@ -1,6 +1,6 @@
 """Training batches: every window once an epoch over all ranks, in a new order each epoch.
 
-    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems or TwoStreams
+    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems or TwoStreams -> InThread
     which windows      order in a step     items         cloze task
         [-> PadToBuckets] [-> DrawNegatives] [-> CountSlots] -> ToTensors -> Prefetch -> PackedBatch
         few shapes        sampled losses     all-to-all                      a thread
