@@ -21,7 +21,9 @@ IDS = [torch.tensor([7, 1, 7, 8, 1, 4]), torch.tensor([5, 5, 0])]
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[AllToAll]:
     """Both ranks' exchanges."""
     monkeypatch.setattr(all_to_all, "narrow_group", lambda ranks: None)
-    return [AllToAll(ROWS, Ranks(rank, 2, 2, torch.device("cpu")), graphs=False) for rank in (0, 1)]
+    return [
+        AllToAll(ROWS - 2, Ranks(rank, 2, 2, torch.device("cpu")), graphs=False) for rank in (0, 1)
+    ]
 
 
 def exchanged(monkeypatch: pytest.MonkeyPatch, calls: list[Callable[[], Any]]) -> list[Any]:

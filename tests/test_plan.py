@@ -15,10 +15,12 @@ from model.tables.sharding_plan import column_width, plan_tables
 NUM_ITEMS, WIDTH = 98, 32
 
 
-def shards(sharding: str, world_size: int) -> list[tuple[int, int, int]]:
+def shards(
+    sharding: str, world_size: int, num_items: int = NUM_ITEMS
+) -> list[tuple[int, int, int]]:
     """(rank, rows, columns) of every shard of the item table of 100 rows."""
-    config = ModelConfig(NUM_ITEMS, 8, EncoderConfig(WIDTH, 2), HeadConfig())
-    model = BERT4Rec(config, catalog_slice(NUM_ITEMS, 0, world_size, sharded=True))
+    config = ModelConfig(num_items, 8, EncoderConfig(WIDTH, 2), HeadConfig())
+    model = BERT4Rec(config, catalog_slice(num_items, 0, world_size, sharded=True))
     ranks = Ranks(0, world_size, world_size, torch.device("cpu"))
     sharder = _Sharder({}, ExchangedCollection)
     plan = plan_tables(model, ShardingConfig(sharding=sharding), sharder, 8, ranks)
@@ -36,6 +38,13 @@ def test_column_wise_gives_every_rank_a_part_of_the_width() -> None:
 
 def test_table_wise_does_not_cut_a_table() -> None:
     assert [size for _, *size in shards("table_wise", 4)] == [[100, 32]]
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "auto"])
+def test_no_rank_gets_a_shard_without_rows(sharding: str) -> None:
+    assert all(rows > 0 for _, rows, _ in shards(sharding, 3, num_items=2))
+    assert shards("row_wise", 3, num_items=2)[0][1] == 4  # one rank holds the table
+    assert [rows for _, rows, _ in shards("row_wise", 3, num_items=3)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise", "auto"])

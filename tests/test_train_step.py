@@ -1,5 +1,6 @@
 """A step as one CUDA graph equals a step that launches its kernels one by one."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -61,7 +62,7 @@ def test_a_graph_equals_the_launched_kernels(
 ) -> None:
     monkeypatch.setattr("model.run.execution.ITEMS_A_POSITION", items_a_position)
     found, captured, graphs = trained(one_gpu, loss)
-    monkeypatch.setattr(train_step, "_MAX_GRAPHS", 0)
+    monkeypatch.setattr(train_step, "MAX_GRAPHS", 0)
     plain, weights, none = trained(one_gpu, loss)
     assert none == 0
     assert 0 < graphs < len(found) / 2
@@ -79,7 +80,7 @@ def test_a_graph_reads_every_batch(
     config = sharded.config_of(sharded.WAYS["row_wise"], one_rank, loss=loss)
     runs, replays = [], []
     for most in (0, 48):
-        monkeypatch.setattr(train_step, "_MAX_GRAPHS", most)
+        monkeypatch.setattr(train_step, "MAX_GRAPHS", most)
         built = Built.of(config, one_rank, graphs="step")
         model = built.model.train()
         step, reports = Replayed(model, sharded.sgd(model), built.plan, one_rank.device), []
@@ -92,6 +93,21 @@ def test_a_graph_reads_every_batch(
     assert runs[0][0] == runs[1][0]
     for name, weight in runs[0][1].items():
         assert weight.equal(runs[1][1][name]), name
+
+
+def test_graphs_of_fewer_slots_are_dropped(one_rank: Ranks) -> None:
+    config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
+    built = Built.of(config, one_rank, graphs="step")
+    model = built.model.train()
+    step = Replayed(model, sharded.sgd(model), built.plan, one_rank.device)
+    batch, other = itertools.islice(built.loader().epoch(0), 2)
+    losses = []
+    for slots, graphs in ((8, [0, 0, 1, 2, 2, 2]), (16, [0, 0, 1, 2, 2, 2])):
+        for count in graphs:
+            given = batch if len(losses) % 2 == 0 else other
+            losses.append(step(replace(given, slots=slots))[0].item())
+            assert step.replayable == count
+    assert len({*losses}) == 12
 
 
 def test_released_graphs_are_captured_again(one_gpu: Ranks) -> None:

@@ -15,7 +15,7 @@ from model.distributed import Ranks
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
-from model.network.head import CatalogSlice, catalog_slice
+from model.network.head import CatalogSlice, catalog_slice, shard_rows
 from model.run.config import RunConfig
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
@@ -70,7 +70,7 @@ def train_loader(
 ) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
     catalog = scored_slice(config, store.num_items, ranks)
-    block = -(-(store.num_items + 2) // ranks.world_size)
+    block = shard_rows(store.num_items, ranks.world_size)
     return TrainLoader(
         store,
         config.windows,

@@ -6,7 +6,7 @@ from model.distributed import Ranks
 from model.execution import Exchange, ExecutionPlan, Graphs, Precision
 from model.kernels import varlen_attention
 from model.run.config import RunConfig
-from model.tables.sharding_plan import table_optimizer
+from model.tables.sharding_plan import fills_all_ranks, table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
@@ -73,11 +73,9 @@ def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks
         return "none"
     if sharding.mode == "ddp":
         return "all_reduce"
-    block = -(-(num_items + 2) // ranks.world_size)
-    no_rank_without_rows = block * (ranks.world_size - 1) < num_items + 2
     row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
     tied = config.head.head == "tied"
-    if not (row_wise and tied and skips_zeros and no_rank_without_rows):
+    if not (row_wise and tied and skips_zeros and fills_all_ranks(num_items, ranks.world_size)):
         return "torchrec"
     few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
     return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"

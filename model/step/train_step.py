@@ -23,13 +23,10 @@ from torch.profiler import record_function
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
-from model.tables.all_to_all import Request
+from model.tables.all_to_all import MAX_GRAPHS, Request
 from model.tables.collections import LookupContext
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
-
-# Steps of more combinations of shapes are launched kernel by kernel.
-_MAX_GRAPHS = 48
 
 
 class Stepper(Protocol):
@@ -63,6 +60,7 @@ class TrainStep:
         self._captured: dict[Any, _Captured | None] = {}
         self._pool: Any = None
         self._streams: Any = None
+        self._slots = 0
         self.is_eager = False
 
     def __call__(
@@ -80,8 +78,11 @@ class TrainStep:
         """
         self._optimizer.zero_grad()
         key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
+        if batch.slots > self._slots:  # it never falls
+            self._drop_graphs()
+            self._slots = batch.slots
         if key is None or key not in self._captured:
-            if key is not None and len(self._captured) < _MAX_GRAPHS:
+            if key is not None and len(self._captured) < MAX_GRAPHS:
                 self._captured[key] = None
             before_forward()
             return self._launch(lambda: self._model(batch))
@@ -96,15 +97,19 @@ class TrainStep:
 
     def release(self) -> None:
         """Drop all graphs; a communicator cannot be closed while a graph sends through it."""
-        for captured in self._captured.values():
-            if captured is not None:
-                captured.graph.reset()
-        self._captured.clear()
-        self._pool = None  # freed with the last graph
+        self._drop_graphs()
         bert = unwrap(self._model)
         bert.dense_step.release()
         if self._plan.lookup == "own" or self._plan.agrees_on_sizes:
             bert.embeddings.exchange.release()
+
+    def _drop_graphs(self) -> None:
+        if any(self._captured.values()) and torch.cuda.is_available():
+            torch.cuda.synchronize()  # a graph may be running
+        for captured in filter(None, self._captured.values()):
+            captured.graph.reset()
+        self._captured.clear()
+        self._pool = None  # freed with the last graph
 
     def _launch(self, forward: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         with record_function("## forward ##"):
@@ -142,7 +147,7 @@ def _key(batch: PackedBatch) -> Any:
     """The shapes of a step, by which a graph is found; None: it cannot use a graph."""
     names, sizes = batch.packed.names, tuple(batch.packed.sizes)
     is_masked = sizes[names.index("targets")] > 0
-    return (names, sizes, batch.slots) if batch.equal_shapes and is_masked else None
+    return (names, sizes) if batch.equal_shapes and is_masked else None
 
 
 class _Captured:

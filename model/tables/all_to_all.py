@@ -72,30 +72,37 @@ class AllToAll(RowExchange):
         graphs: whether requests of one shape are a CUDA graph.
     """
 
-    def __init__(self, num_rows: int, ranks: Ranks, graphs: bool) -> None:
-        super().__init__(num_rows, ranks)
+    def __init__(self, num_items: int, ranks: Ranks, graphs: bool) -> None:
+        super().__init__(num_items, ranks)
         self._group = narrow_group(ranks)
-        self._graphs: dict[tuple[int, int], _Captured | None] | None = {} if graphs else None
+        self._with_graphs, self._slots = graphs, 0
+        self._graphs: dict[int, _Captured | None] = {}  # by the number of ids
 
     def request(self, ids: Tensor, slots: int) -> Request:
-        """Request the rows of ids, int64 [n], in ``slots`` slots of each shard."""
-        key = len(ids), slots
-        if self._graphs is None or key not in self._graphs:
-            if self._graphs is not None:
-                self._graphs[key] = None  # its kernels are compiled now
-            return self._request(ids, slots)
-        captured = self._graphs[key]
-        if captured is None:
-            captured = self._graphs[key] = _Captured(self, ids, slots)
-        return captured(ids)
+        """Request the rows of ids, int64 [n], in ``slots`` slots of each shard.
+
+        The number of slots never falls: graphs of fewer slots are dropped.
+        """
+        if slots > self._slots:
+            self.release()
+            self._slots = slots
+        captured = self._graphs.get(len(ids))
+        if captured is not None:
+            return captured(ids)
+        if self._with_graphs and len(ids) in self._graphs:
+            captured = self._graphs[len(ids)] = _Captured(self, ids, slots)
+            return captured(ids)
+        if len(self._graphs) < MAX_GRAPHS:
+            self._graphs[len(ids)] = None  # its kernels are compiled now
+        return self._request(ids, slots)
 
     def release(self) -> None:
         """Drop the graphs; a communicator cannot be closed while a graph sends through it."""
-        for captured in (self._graphs or {}).values():
-            if captured is not None:
-                captured.graph.reset()
-        if self._graphs is not None:
-            self._graphs.clear()
+        if any(self._graphs.values()):
+            torch.cuda.synchronize()
+        for captured in filter(None, self._graphs.values()):
+            captured.graph.reset()
+        self._graphs.clear()
 
     def _request(self, ids: Tensor, slots: int) -> Request:
         keys, order = ids.int().sort(stable=True)
@@ -130,6 +137,10 @@ class AllToAll(RowExchange):
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums)
         return received
+
+
+# Requests and steps of more shapes are launched kernel by kernel.
+MAX_GRAPHS = 48
 
 
 class _Captured:

@@ -74,11 +74,11 @@ def _sharder(
 ) -> EmbeddingCollectionSharder:
     if plan.lookup == "fbgemm" and not plan.agrees_on_sizes:
         return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
-    rows = model.head.num_items + 2
-    exchange = RowExchange(rows, ranks)
+    num_items = model.head.num_items
+    exchange = RowExchange(num_items, ranks)
     if plan.exchange == "all_to_all":
         graphs = ranks.device.type == "cuda" and plan.graphs != "none"
-        exchange = AllToAll(rows, ranks, graphs)
+        exchange = AllToAll(num_items, ranks, graphs)
     given = {"exchange": exchange, "draws_candidates": model.head.config.loss != "softmax"}
     if plan.lookup == "fbgemm":
         return _Sharder(fused, FbgemmItemTable, **given)

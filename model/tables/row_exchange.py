@@ -23,17 +23,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.distributed import Ranks
+from model.network.head import shard_rows
 
 
 class RowExchange:
     """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``, by gathering.
 
-    The table's ``num_rows`` rows are cut as TorchRec cuts them row-wise.
+    The table of ``num_items`` items, padding and mask token is cut as TorchRec cuts it row-wise.
     """
 
-    def __init__(self, num_rows: int, ranks: Ranks) -> None:
-        self.world_size = ranks.world_size
-        self.block = -(-num_rows // ranks.world_size)  # rows of each shard but the last ones
+    def __init__(self, num_items: int, ranks: Ranks) -> None:
+        self.world_size, num_rows = ranks.world_size, num_items + 2
+        self.block = shard_rows(num_items, ranks.world_size)
         self.low = min(ranks.rank * self.block, num_rows)
         self.rows = min(self.block, num_rows - self.low)
 

@@ -20,6 +20,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from model.bert4rec import BERT4Rec
 from model.distributed import Ranks
+from model.network.head import shard_rows
 from model.tables.config import SHARDINGS, ShardingConfig
 from pipeline.errors import UserError
 
@@ -43,6 +44,9 @@ def plan_tables(
     if ranks.world_size == 1:
         # A single rank holds whole tables: table_wise does not sort rows into shards and back.
         allowed = ["table_wise"]
+    elif not fills_all_ranks(model.head.num_items, ranks.world_size):
+        # FBGEMM looks up in no shard without rows.
+        allowed = [kind for kind in allowed if kind != "row_wise"] or ["table_wise"]
     # Without compute_kernels the planner may choose "dense", which is broken on CPU.
     constraints = {
         table.name: ParameterConstraints(
@@ -68,6 +72,11 @@ def plan_tables(
             f"--sharding {config.sharding} does not fit on {ranks.world_size} ranks: use more "
             f"ranks, a smaller --emb_dim or --sharding auto ({str(error).splitlines()[0]})"
         ) from error
+
+
+def fills_all_ranks(num_items: int, world_size: int) -> bool:
+    """Whether every rank holds a row of a row-wise sharded table."""
+    return shard_rows(num_items, world_size) * (world_size - 1) < num_items + 2
 
 
 def column_width(width: int, world_size: int) -> int:

@@ -42,7 +42,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         counts = np.array([self._count(ids) for ids in _requested(chunk)])
         largest = self.all_sizes(counts).max(axis=0)
         most = np.maximum.accumulate(np.maximum(largest, self._most))
-        units = np.array([-(-bucket_size(one) // 4) for one in most.tolist()])
+        units = np.array([bucket_size(one) for one in most.tolist()])
         slots = -(-most // units) * units
         self._most, self._slots = int(most[-1]), int(slots[-1])
         return replace(chunk, slots=slots)
