@@ -9,6 +9,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.conftest import ROOT, TINY, environment, torchrun
 
@@ -45,6 +48,14 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def find(config: dict[str, Any], name: str) -> Any:
+    """A value of a nested dict by its key."""
+    if name in config:
+        return config[name]
+    found = (find(part, name) for part in config.values() if isinstance(part, dict))
+    return next((value for value in found if value is not None), None)
+
+
 def test_two_nodes_equal_one(tmp_path: Path) -> None:
     port = free_port()
     agents = [agent(node, port, tmp_path / f"node{node}") for node in (0, 1)]
@@ -64,4 +75,7 @@ def test_two_nodes_equal_one(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.err
     assert len(losses(one)) == 4
-    assert losses(tmp_path / "runs" / "two") == losses(one)
+    # Nodes exchange rows by all-to-all, ranks of one node by gather: sums in another order.
+    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(one), rel=1e-6)
+    plans = [json.loads((one.parent / run / "config.json").read_text()) for run in ("one", "two")]
+    assert [find(plan, "exchange") for plan in plans] == ["gather", "all_to_all"]
