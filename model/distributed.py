@@ -130,7 +130,10 @@ def from_first_rank(
     if ranks.world_size > 1:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     if isinstance(outcome[0], UserError):
-        raise outcome[0]
+        try:
+            raise outcome[0]
+        finally:
+            del outcome  # else the error holds itself, by this frame, and a run folder's lock
     return outcome[0]
 
 

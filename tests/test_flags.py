@@ -1,5 +1,6 @@
 """Flags of both scripts: names, help, errors, and the round trip through config.json."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -328,6 +329,21 @@ def test_a_run_of_an_earlier_version_is_evaluated_resumed_exported_and_teaches(
         assert outcome.code == 0, outcome.err
     assert run_main("eval", f"--checkpoint={tmp_path / 'exported'}").code == 0
     assert "attention_dropout" not in json.loads((run / "config.json").read_text())["flags"]
+
+
+def test_a_refused_run_frees_its_folder_at_once(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    run = ("train", *TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / 'run'}")
+    assert run_main(*run, "--num_epochs=1").code == 0
+    gc.disable()  # an error that holds itself would keep the lock
+    try:
+        for _ in range(2):
+            outcome = run_main(*run, "--resume=auto", "--num_epochs=1", "--emb_dim=8")
+            assert outcome.code == 2 and "in use" not in outcome.err
+        assert run_main(*run, "--resume=auto", "--num_epochs=2").code == 0
+    finally:
+        gc.enable()
 
 
 def test_whole_numbers_of_a_file_become_floats() -> None:

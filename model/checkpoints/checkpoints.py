@@ -189,8 +189,11 @@ class Checkpoints:
             errors = [None] * world_size
             dist.all_gather_object(errors, error)
         if errors := [each for each in errors if each is not None]:
-            # A folder that a rank does not see is not damaged.
-            raise min(errors, key=lambda each: isinstance(each, DamagedError))
+            try:
+                # A folder that a rank does not see is not damaged.
+                raise min(errors, key=lambda each: isinstance(each, DamagedError))
+            finally:
+                del errors, error  # as in `from_first_rank`
         return position
 
     def best_step(self) -> int:
