@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from model.network.head import shard_rows
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
@@ -40,7 +41,7 @@ def received(store: SequenceStore, ranks: int, batch: int) -> tuple[int, int, in
         few_shapes=True,
         negatives=SharedNegatives(4096, store.num_items, 0, store.train_item_counts[1:-1] + 1),
         all_sizes=lambda sizes: sizes[None],
-        shard_rows=-(-(store.num_items + 2) // ranks),
+        shard_rows=shard_rows(store.num_items, ranks),
     )
     *_, last = islice(loader.epoch(0), STEPS)
     ids = last.requested.numpy()

@@ -42,7 +42,7 @@ class ExchangingPipeline(TrainPipelineSparseDist):
 class StepPipeline(TrainPipelineSparseDist):
     """TorchRec's pipeline with steps that are one call of ``train_step``.
 
-    TorchRec's own ``progress`` takes the host 0.1 ms more, a sixth of a small step.
+    TorchRec's own ``progress`` takes the host longer and slows small steps (docs/distributed.md).
 
     Args:
         ahead: call the table's ``input_dist`` a batch ahead; False, where it sends nothing: only
