@@ -1,20 +1,26 @@
 """A step as one CUDA graph equals a step that launches its kernels one by one."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import Node
 
 from model.distributed import Ranks, seed_dropout, start
 from model.network.config import EncoderConfig
-from model.step import train_step
+from model.step import pipelines, train_step
+from model.step.pipelines import train_pipeline
 from model.step.train_step import TrainStep
 from model.tables.config import ShardingConfig
 from model.tables.distribute import unwrap
+from model.tables.item_table import ShardedItemTable
 from pipeline.training.loader import TrainLoader
 from tests.workers import sharded
 from tests.workers.replayed import Replayed
@@ -108,6 +114,54 @@ def test_graphs_of_fewer_slots_are_dropped(one_rank: Ranks) -> None:
             losses.append(step(replace(given, slots=slots))[0].item())
             assert step.replayable == count
     assert len({*losses}) == 12
+
+
+@pytest.mark.parametrize("graphs", ["none", "step"])
+def test_the_pipeline_keeps_no_autograd_graph_between_steps(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    """A capture fails while the autograd graph of a launched step lives on another stream."""
+    config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
+    built = Built.of(config, one_rank, graphs=graphs)
+    made: list[weakref.ref[Node]] = []
+    look_up = ShardedItemTable.look_up
+
+    def looked_up(*args: Any) -> tuple[Tensor, Tensor]:
+        rows = look_up(*args)
+        made.append(weakref.ref(rows[0].grad_fn))
+        return rows
+
+    monkeypatch.setattr(ShardedItemTable, "look_up", looked_up)
+    alive = []
+
+    class Watched(Replayed):
+        def __call__(self, *args: Any) -> Tensor:
+            alive.append(sum(graph() is not None for graph in made))
+            return super().__call__(*args)
+
+    monkeypatch.setattr(pipelines, "TrainStep", Watched)
+    model = built.model.train()
+    pipeline = train_pipeline(model, sharded.sgd(model), built.plan, one_rank.device)
+    batches = built.loader().epoch(0)
+    with pytest.raises(StopIteration):
+        while True:
+            pipeline.progress(batches)
+    assert len(made) >= 3
+    assert not any(alive)
+
+
+def test_the_pipeline_captures_graphs(one_gpu: Ranks) -> None:
+    config = sharded.config_of(ShardingConfig("dmp", "row_wise"), one_gpu)
+    built = Built.of(config, one_gpu)
+    model = built.model.train()
+    pipeline = train_pipeline(model, built.optimizers(), built.plan, one_gpu.device)
+    for epoch in range(4):
+        batches = built.loader().epoch(epoch)
+        with pytest.raises(StopIteration):
+            while True:
+                assert pipeline.progress(batches).isfinite().all()
+    assert any(pipeline.train_step._captured.values())
+    pipeline.release()
 
 
 def test_released_graphs_are_captured_again(one_gpu: Ranks) -> None:

@@ -74,6 +74,9 @@ class StepPipeline(TrainPipelineSparseDist):
             self.batches[0].record_stream(stream)
         if self._ahead and len(self.batches) > 1:
             self.start_sparse_data_dist(self.batches[1], self.contexts[1])
+        # The last context keeps its rows, and with them the autograd graph of a launched step. A
+        # capture would wait for the stream of that graph, which is not captured.
+        self._set_module_context(self.contexts[0])
         request = self._request if self._ahead else None
         report = self.train_step(self.batches[0], self._before_forward, request)
         self.enqueue_batch(batches)
@@ -87,7 +90,6 @@ class StepPipeline(TrainPipelineSparseDist):
         if not context.module_contexts:
             self.start_sparse_data_dist(batch, context)
         self.wait_sparse_data_dist(context)
-        self._set_module_context(context)
 
     def _request(self) -> Any:
         """What the table requested for this batch, for a step that does not call the model."""
