@@ -70,7 +70,8 @@ def test_defaults_keep_the_examples_flags() -> None:
     assert config.name == "synthetic"
     sizes = (config.random_user_count, config.random_item_count, config.random_size)
     assert sizes == (10, 30, 300)
-    assert (config.min_user_count, config.min_item_count, config.min_rating) == (5, 0, 0)
+    assert (config.min_user_count, config.min_item_count) == (5, 0)
+    assert config.min_rating is None  # the example's 0 drops ratings below it
 
 
 def test_name_of_a_file_without_dataset_name() -> None:
@@ -126,6 +127,14 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     store = prepare(config)
     # a.parquet first (11, 12, 13), then b.parquet (1, 2, 3); hidden files are left out
     assert store.items.tolist() == [4, 5, 6, 1, 2, 3]
+
+
+def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"part.{at}.parquet" for at in (0, 1, 2, 10, 11)]
+    for at, name in enumerate(names):
+        pq.write_table(pa.table({"user": [7], "item": [at]}), tmp_path / name)
+    files, _ = find_ratings(tmp_path, "mine")
+    assert [file.name for file in files] == names
 
 
 @pytest.mark.parametrize(

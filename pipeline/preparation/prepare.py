@@ -33,10 +33,11 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     histories = next(stages.GroupByUser(dense), None)
     kept = [{"stage": "read"} | encoded.counts]
     filters: dict[str, stages.CountingStage] = {
-        f"--min_rating {config.min_rating:g}": rated,
         f"--min_item_count {config.min_item_count}": popular,
         f"--min_user_count {config.min_user_count}": active,
     }
+    if config.min_rating is not None:
+        filters = {f"--min_rating {config.min_rating:g}": rated} | filters
     for flag, stage in filters.items():
         if not stage.counts["ratings"]:
             raise UserError(
@@ -58,6 +59,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     users = encoded.users.take(pa.array(dense.kept_users))
     store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
+    store.counts["trimmed"] = dict(getattr(source.ratings, "trimmed", {}))
     return store
 
 
@@ -89,6 +91,9 @@ def describe(store: SequenceStore) -> str:
         for split in ("validation", "test")
     )
     lines.append(f"  cold (never in a training part): {cold}")
+    if trimmed := counts.get("trimmed"):  # not in stores of earlier versions
+        what = ", ".join(f"{role} ids of {ratings:,} ratings" for role, ratings in trimmed.items())
+        lines.append(f"  blanks around ids in text were removed: {what}")
     for split, best in (store.best_possible or {}).items():
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
         lines.append(f"  best possible on {split} (full ranking): {metrics}")

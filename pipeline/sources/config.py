@@ -52,7 +52,9 @@ class DataConfig(Config):
         "", 'columns: "user,item[,rating[,timestamp]]", names or numbers (default: known names)'
     )
     separator: str = flag("", 'column separator, e.g. ";" or "tab" (default: by file extension)')
-    min_rating: float = flag(0.0, "filter 1: drop ratings below this value")
+    min_rating: float | None = flag(
+        None, "filter 1: drop ratings below this value (default: keep all)"
+    )
     min_item_count: int = flag(0, "filter 2: drop items with fewer ratings than this", at_least=0)
     min_user_count: int = flag(5, "filter 3: drop users with fewer ratings than this", at_least=0)
     random_user_count: int = _random(10, "number of users of --dataset_name random")
