@@ -306,6 +306,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         "FILE:9: the timestamp '0.30000000000000001' has too many digits after the point to be "
         "compared exactly: round the times",
     ),
+    "a timestamp beyond float64": (
+        "r.csv",
+        CSV.replace(b",1\n", b",1e400\n"),
+        "FILE:2: the timestamp '1e400' does not fit into 64 bits",
+    ),
     "a hexadecimal timestamp": (
         "r.csv",
         CSV + b"1,2,3,0x10\n",
@@ -469,7 +474,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "all histories of length 2": (
         "r.csv",
         HEAD + b"".join(b"%d,%d,4,1\n" % (user, item) for user in range(9) for item in (1, 2)),
-        "no user of r has 3 items, which training, validation and test need",
+        "no user of r has 3 items, which training, validation and test need: check --columns",
     ),
 }
 

@@ -142,6 +142,7 @@ def test_dates_in_parquet_are_sorted_exactly(times: list[int], unit: str, zone: 
 # Ids that a careless reader merges, cuts or ends a line at.
 ID = st.one_of(
     st.text(st.sampled_from(' \t7a",;\n\r|'), min_size=1, max_size=6),
+    st.lists(st.sampled_from(["\r\n", '"', "7", ",", "\ufeff"]), min_size=1).map("".join),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
     st.sampled_from(["7", " 7", "7 ", "07", "7.0", "+7", "é", "e\u0301", "A", "a", "\u00a07"]),
 ).filter(lambda each: each.strip())

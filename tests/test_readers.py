@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import blocks
+from pipeline.sources import blocks, readers
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.source_file import SourceFile
 
@@ -125,6 +125,15 @@ def test_ids_are_text_and_nothing_is_rounded(tmp_path: Path) -> None:
     found = read(write(tmp_path / "a.csv", ("user,item,timestamp\n" + lines).encode()))
     assert found["user"] == ids
     assert found["timestamp"] == [2**53 + at for at in range(len(ids))]
+
+
+def test_a_byte_order_mark_belongs_to_an_id_except_in_front_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.csv", "\ufeffuser,item\n\ufeff1,a\n1,b\n\ufeff1,c\n".encode())
+    for size in (20, 1000):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        assert read(file)["user"] == ["\ufeff1", "1", "\ufeff1"]
 
 
 def test_columns_by_name_in_any_place(tmp_path: Path) -> None:
@@ -243,6 +252,7 @@ def test_mistakes_in_a_file(tmp_path: Path, name: str, content: bytes, message: 
         ({"columns": ",item"}, "--columns must name user,item"),
         ({"columns": "a,b,c,d,e"}, "--columns must name user,item"),
         ({"separator": "ab"}, "--separator must be one character"),
+        ({"separator": "é"}, "--separator must be one character, .* not 'é': ASCII only"),
         ({"separator": "tab"}, "one column only when cut at a tab"),
     ],
 )
@@ -283,6 +293,16 @@ def test_records_longer_than_a_block_are_read(tmp_path: Path, note: bytes) -> No
     line = 5 + note.count(b"\n")
     with pytest.raises(UserError, match=rf"a\.csv:{line}: the item id is empty"):
         read(file)
+
+
+def test_quoted_line_ends_of_windows_are_kept_at_every_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_PARSED_BYTES", 64)
+    for before in range(1, 64):
+        row = b'"' + b"x" * before + b'\r\n","i"\r\n'
+        file = write(tmp_path / "a.csv", b"user,item\r\n" + row * 3)
+        assert read(file)["user"] == ["x" * before + "\r\n"] * 3
 
 
 def test_an_open_quotation_mark_in_a_large_file(

@@ -98,8 +98,8 @@ class EncodeIds(CountingStage):
             raise UserError("there are no ratings in the data set")
         self.users, users = _encoded(dictionaries["user"])
         self.items, items = _encoded(dictionaries["item"])
-        for at, (user, item, *values) in enumerate(_drained(batches)):
-            yield RatingChunk(users[at][user], items[at][item], *values)
+        for at, (user, item, *others) in enumerate(_drained(batches)):
+            yield RatingChunk(users[at][user], items[at][item], *others)
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from pipeline.sources.layout import QUOTING
 from pipeline.sources.source_file import SourceFile
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]:
@@ -25,7 +25,7 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
             read = stream.read(BLOCK_BYTES)
             unpacked += len(read)
             file.check_unpacked(unpacked)
-            block = (tail + read).removeprefix(_BOM) if line == 1 else tail + read
+            block = (tail + read).removeprefix(BOM) if line == 1 else tail + read
             if b"\0" in block:
                 raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
             if not read:

@@ -81,8 +81,11 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
             f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
             ".dat .data .txt .parquet, also .gz of each; or give --separator and --columns"
         )
-    if len(separator) > 1 and separator != "::":
-        raise UserError(f'--separator must be one character, "tab" or "::", not {separator!r}')
+    if separator != "::" and not (len(separator) == 1 and separator.isascii()):
+        ascii_only = "" if separator.isascii() else ": ASCII only"
+        raise UserError(
+            f'--separator must be one character, "tab" or "::", not {separator!r}{ascii_only}'
+        )
     if extension == "txt" and separator == " " and "\t" in line:
         separator = "\t"
     names = [field.strip().strip('"') for field in split_line(line, separator)]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.errors import UserError
-from pipeline.sources.blocks import encloses, first_record, read_blocks, record_ends
+from pipeline.sources.blocks import BOM, encloses, first_record, read_blocks, record_ends
 from pipeline.sources.layout import ROLES, Layout, find_separator, split_line, text_layout
 from pipeline.sources.parquet import is_parquet, read_parquet
 from pipeline.sources.source_file import SourceFile
@@ -25,6 +25,7 @@ from pipeline.sources.values import (
     checked,
     date_mistake,
     first_failing,
+    is_number,
     time_mistake,
 )
 from pipeline.stage import Stage
@@ -137,7 +138,7 @@ def _types(layout: Layout, block: bytes) -> Types:
     if "timestamp" in layout.places and len(fields) == layout.width:
         text = fields[layout.places["timestamp"]].strip()
         if not text.lstrip("-").isdigit():
-            types["timestamp"] = pa.string() if _is_number(text) else NANOSECONDS
+            types["timestamp"] = pa.string() if is_number(text) else NANOSECONDS
     return {role: types[role] for role in ROLES if role in layout.places}
 
 
@@ -145,11 +146,13 @@ def _parse(block: bytes, layout: Layout, types: Types) -> pa.Table:
     """A block of records as a table; raises ValueError or ArrowException at a malformed one."""
     if not block.strip(b"\r\n"):
         return checked(pa.table({role: pa.array([], kind) for role, kind in types.items()}))
-    try:
-        return checked(_read_csv(block, layout, types, _PARSED_BYTES))
-    except pa.ArrowInvalid:
-        if len(block) <= _PARSED_BYTES:
-            raise
+    # Between parts Arrow may lose the line feed of a quoted "\r\n".
+    if not (b'"' in block and b"\r" in block):
+        try:
+            return checked(_read_csv(block, layout, types, _PARSED_BYTES))
+        except pa.ArrowInvalid:
+            if len(block) <= _PARSED_BYTES:
+                raise
     return checked(_read_csv(block, layout, types, len(block)))  # a record may be longer
 
 
@@ -157,6 +160,8 @@ def _read_csv(block: bytes, layout: Layout, types: Types, parsed_bytes: int) -> 
     separator = layout.separator
     if separator == "::":
         separator, block = _UNIT, block.replace(b"::", _UNIT.encode())
+    if block.startswith(BOM):  # Arrow drops it from the beginning, where it belongs to an id
+        block = b"\n" + block
     names = [f"column {at}" for at in range(layout.width)]
     wanted = {role: names[layout.places[role]] for role in types}
     return pacsv.read_csv(
@@ -214,18 +219,13 @@ def _explain(
         value = f"the {role} {text[:40]!r}"
         if kind == _ID and not text:
             return f"{where}: the {role} id is empty"
-        if kind in (pa.float64(), pa.string()) and not _is_number(text):
+        if kind == pa.float64() and not (_arrow_reads(text, kind) and math.isfinite(float(text))):
             return f"{where}: {value} is not a number"
         if kind == pa.string() and time_mistake(text):
             return f"{where}: {value} {time_mistake(text)}"
         if kind == NANOSECONDS and not _arrow_reads(text, NANOSECONDS):
             return f"{where}: {value} {date_mistake(text)}"
     return f"{where}: {mistake(at, at + 1) or str(error).splitlines()[0]}"
-
-
-def _is_number(text: str) -> bool:
-    """Whether Arrow reads a finite number; Python accepts more ("1_0")."""
-    return _arrow_reads(text, pa.float64()) and math.isfinite(float(text))
 
 
 def _arrow_reads(text: str, kind: pa.DataType) -> bool:

@@ -5,7 +5,6 @@ are not whole ``fraction`` (float64, between -1 and 1, with the time's sign), th
 is the exact order of the times; a time that two columns cannot hold exactly is refused.
 """
 
-import math
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -91,7 +90,7 @@ def _split_text(text: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray
 
 def _in_full(text: str) -> str:
     """A number without exponent, and with a digit before the point."""
-    if not _NUMBER.fullmatch(text):
+    if not is_number(text):
         raise ValueError("a timestamp is not a number")
     number = Decimal(text)
     if number and not -_MOST_DIGITS < number.adjusted() < _MOST_DIGITS:
@@ -99,14 +98,19 @@ def _in_full(text: str) -> str:
     return f"{number:f}" if number else "0"
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number; Python's float accepts more ("1_0")."""
+    return _NUMBER.fullmatch(text) is not None
+
+
 def time_mistake(text: str) -> str:
-    """What is wrong with a number as a time, "" if nothing is."""
+    """What is wrong with a text as a time that is a number, "" if nothing is."""
     try:
         split_times(pa.chunked_array([[text]]))
         return ""
     except ValueError:
         pass
-    if not math.isfinite(float(text)):
+    if not is_number(text):
         return "is not a number"
     if not -(1 << 63) <= float(text) < 1 << 63:
         return "does not fit into 64 bits"
