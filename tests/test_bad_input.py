@@ -68,6 +68,13 @@ def encrypted() -> bytes:
     return bytes(content)
 
 
+def packed_by(method: int) -> bytes:
+    """A zip whose headers say that its member is packed by this method."""
+    content = bytearray(zipped(("ratings.csv", CSV)))
+    content[8] = content[content.find(b"PK\x01\x02") + 10] = method
+    return bytes(content)
+
+
 PARQUET = parquet(
     user=[1, 1, 1, 2, 2, 2], item=[10, 11, 12, 11, 12, 13], timestamp=[1, 2, 3, 1, 2, 3]
 )
@@ -440,6 +447,21 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
             user=ONE, item=ONE, time=[Decimal("0.3"), Decimal("0.30000000000000001"), Decimal(1)]
         ),
         "FILE: row 1 (from 0): the timestamp 0.30000000000000001 has too many digits after the",
+    ),
+    "Parquet in gzip": (
+        "r.parquet.gz",
+        gzip.compress(PARQUET),
+        "FILE: Parquet in a zip or gzip cannot be streamed; unpack it first",
+    ),
+    "Parquet in zip": (
+        "r.zip",
+        zipped(("r.parquet", PARQUET)),
+        "FILE/r.parquet: Parquet in a zip or gzip cannot be streamed; unpack it first",
+    ),
+    "a zip packed by another program": (
+        "r.zip",
+        packed_by(97),
+        "cannot read FILE/ratings.csv: That compression method is not supported; unpack it your",
     ),
     "Parquet encrypted with its footer": (
         "r.parquet",

@@ -58,6 +58,8 @@ ML_1M = archive(**{"ml-1m/README": "x", "ml-1m/ratings.dat": RATINGS, "ml-1m/mov
         ),
         ({"min_rating": float("nan")}, "--min_rating must be a finite number, not nan"),
         ({"columns": "user"}, "--columns must name user,item"),
+        ({"dataset_path": "a\0.csv"}, "--dataset_path holds a null character"),
+        ({"cache_dir": "a\0"}, "--cache_dir holds a null character"),
     ],
 )
 def test_bad_flags(flags: dict, message: str) -> None:
@@ -77,6 +79,7 @@ def test_defaults_keep_the_examples_flags() -> None:
 def test_name_of_a_file_without_dataset_name() -> None:
     assert DataConfig(dataset_path="/a/my clicks.csv.gz").name == "my_clicks"
     assert DataConfig(dataset_path="/a/b.csv", dataset_name="mine").name == "mine"
+    assert DataConfig(dataset_path="/a/" + "é" * 120 + ".csv").name == "é" * 50
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.sources.layout import check_columns
 
 MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
+_NAME_LENGTH = 50  # characters of a name from a file's: folders add to it
 DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
 
 
@@ -92,6 +93,9 @@ class DataConfig(Config):
                 f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
                 f"{self.dataset_name!r}; a file goes into --dataset_path"
             )
+        for flag_name in ("dataset_path", "cache_dir"):
+            if "\0" in getattr(self, flag_name):
+                raise UserError(f"--{flag_name} holds a null character, as no path may")
         if self.dataset_name == "random" and self.dataset_path:
             raise UserError("--dataset_name random is generated: leave --dataset_path out")
         if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
@@ -104,7 +108,8 @@ class DataConfig(Config):
     def name(self) -> str:
         """The data set's name, or the file's if only --dataset_path was given."""
         if self.dataset_path and self.dataset_name == "synthetic":
-            return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
+            name = Path(self.dataset_path).name.split(".")[0][:_NAME_LENGTH]
+            return re.sub(r"[^\w.-]", "_", name) or "ratings"
         return self.dataset_name
 
     @property

@@ -31,8 +31,9 @@ def is_parquet(file: SourceFile) -> bool:
 
 def read_parquet(file: SourceFile, columns: str) -> Iterator[pa.Table]:
     """Checked tables of about half a million ratings, with a column for each role."""
-    if file.member:
-        raise UserError(f"{file}: Parquet inside a zip cannot be streamed; unpack it first")
+    with reading(file), file.path.open("rb") as stream:
+        if stream.read(4) != _MAGIC:
+            raise UserError(f"{file}: Parquet in a zip or gzip cannot be streamed; unpack it first")
     try:
         with reading(file), pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
             names = parquet.schema_arrow.names
