@@ -120,6 +120,14 @@ def test_recbole_folder_with_titles(tmp_path: Path) -> None:
     assert prepare(config).catalog.titles.to_pylist() == ["", "Bee", ""]
 
 
+def test_titles_end_at_line_ends_only(tmp_path: Path) -> None:
+    write(tmp_path / "ratings.csv", "user,item\nu,a\nu,b\nu,c\n")
+    content = 'movieId,title\r\na,"One\u0085, two"\r\nb,T\u001dr\u00e9s\n'
+    (tmp_path / "movies.csv").write_bytes(content.encode("latin-1"))
+    config = DataConfig(dataset_path=str(tmp_path), min_user_count=0, cache_dir=str(tmp_path / "c"))
+    assert prepare(config).catalog.titles.to_pylist() == ["One\u0085, two", "T\u001drés", ""]
+
+
 def test_folder_of_parquet_files(tmp_path: Path) -> None:
     for at, name in enumerate(("b", "a", "_c", ".d")):
         table = pa.table({"user": [7] * 3, "item": [10 * at + 1, 10 * at + 2, 10 * at + 3]})
