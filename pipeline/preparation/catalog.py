@@ -6,6 +6,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 """
 
 import hashlib
+import io
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,6 +98,7 @@ def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
         text = content.decode("latin-1")
     extension = file.name.rsplit(".", 1)[-1]
     separator = "|" if file.name == "u.item" else _TITLE_SEPARATORS[extension]
-    fields = (split_line(line, separator) for line in text.splitlines() if separator in line)
+    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))  # not at "\x85"
+    fields = (split_line(line, separator) for line in lines if separator in line)
     titles = {line[0].strip(): line[1].strip() for line in fields}
     return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

@@ -11,6 +11,7 @@ A store is complete or absent (`pipeline/files.py`).
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -130,7 +131,7 @@ class SequenceStore:
     def write(self, path: Path) -> None:
         """Write the store's files into an existing, empty folder."""
         for name, array in zip(_ARRAYS, (self.items, self.offsets), strict=True):
-            np.save(path / name, array, allow_pickle=False)
+            _save(path / name, array)
         self.catalog.write_to(path)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -144,6 +145,14 @@ class SequenceStore:
             "files": {file.name: size_and_crc32(file) for file in sorted(path.iterdir())},
         }
         write_json(path / "manifest.json", manifest)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """`np.save`, whose error on a full disk does not say so."""
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
 
 
 def open_or_build(
@@ -168,8 +177,9 @@ def open_or_build(
                 built.write(aside)
             return SequenceStore.open(path)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error  # Arrow's text is longer
         raise UserError(
-            f"cannot write the prepared data to {path.parent}: {error.strerror or error}; "
+            f"cannot write the prepared data to {path.parent}: {reason}; "
             "name another folder with --cache_dir"
         ) from error
 
