@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
-_FILES = ("catalog.parquet", "users.parquet")
+FILES = ("catalog.parquet", "users.parquet")
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -37,7 +37,7 @@ class Catalog:
     def read(cls, folder: str | Path) -> "Catalog":
         """Read the catalog in a store's or a run's folder."""
         try:
-            items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
+            items, users = (pq.read_table(Path(folder) / name) for name in FILES)
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
@@ -50,18 +50,19 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+        pq.write_table(pa.table(columns), Path(folder) / FILES[0])
+        pq.write_table(pa.table({"user": self.users}), Path(folder) / FILES[1])
 
     @staticmethod
-    def copy(folder: Path, to: Path) -> None:
-        for name in _FILES:
+    def copy(folder: Path, to: Path, with_users: bool = True) -> None:
+        """Copy the catalog's files, that of the users only ``with_users``."""
+        for name in FILES if with_users else FILES[:1]:
             shutil.copyfile(folder / name, to / name)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
-        return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
+        return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
