@@ -26,7 +26,7 @@ from torchrec.distributed import DistributedModelParallel
 from model.checkpoints.config import CheckpointConfig
 from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.position import Position
-from model.checkpoints.safe_reader import SafeReader, stored_weights
+from model.checkpoints.safe_reader import SafeReader, read_index, stored_weights
 from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
 from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
@@ -222,7 +222,7 @@ class Checkpoints:
         """UserError unless ``plain``, which may be on "meta", has the weights of a checkpoint."""
         unfit = None
         try:
-            check_fit(stored_weights(self.path(step)), plain)
+            check_fit(stored_weights(read_index(self.path(step))), plain.state_dict())
         except (DamagedError, ValueError) as error:
             unfit = self._unfit(step, error)
         raise_on_all(self.ranks, unfit)
@@ -237,7 +237,8 @@ class Checkpoints:
         path, unusable = self.path(step), None
         try:
             reader = SafeReader(path)
-        except DamagedError as error:
+            check_fit(stored_weights(reader.index), state["model"])
+        except (DamagedError, ValueError) as error:
             unusable = self._unfit(step, error)
         raise_on_all(self.ranks, unusable)
         try:

@@ -62,8 +62,9 @@ def export(trained: Trained, plain: nn.Module, folders: Iterable[Path], with_use
     """
     weights = plain.to_empty(device="cpu").state_dict()
     try:
-        check_fit(stored_weights(trained.checkpoint), plain)
-        dcp.load({"model": weights}, storage_reader=SafeReader(trained.checkpoint), no_dist=True)
+        reader = SafeReader(trained.checkpoint)
+        check_fit(stored_weights(reader.index), weights)
+        dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
         check_finite(weights)
     except (DamagedError, ValueError) as error:
         raise UserError(f"{trained.checkpoint} cannot be exported: {error}") from error
@@ -150,7 +151,7 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
             name: StoredTensor(each.get_shape(), each.get_dtype(), each.get_dtype() in _FLOATING)
             for name, each in slices.items()
         }
-        check_fit(stored, plain)
+        check_fit(stored, plain.state_dict())
         tie = json.loads((weights.metadata() or {}).get(_TIE, "{}"))
         for name in ("step", "fingerprint"):
             found, wanted = tie.get(name), config.get(name)

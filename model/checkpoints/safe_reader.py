@@ -43,13 +43,13 @@ class SafeReader(dcp.FileSystemReader):
     def __init__(self, checkpoint: Path) -> None:
         """DamagedError if the checkpoint's index is; dcp.load would print tracebacks."""
         super().__init__(checkpoint)
-        self._index = read_index(checkpoint)
+        self.index = read_index(checkpoint)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        assert self._index.storage_meta is not None
+        assert self.index.storage_meta is not None
         # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
-        self._index.storage_meta.load_id = self.load_id
-        return self._index
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
 
 
 def read_index(checkpoint: Path) -> Metadata:
@@ -87,10 +87,10 @@ def files_of(index: Metadata) -> set[str]:
     return {each.relative_path for each in index.storage_data.values()}
 
 
-def stored_weights(checkpoint: Path) -> dict[str, StoredTensor]:
-    """The model's tensors in a checkpoint, by name; DamagedError as :func:`read_index`."""
+def stored_weights(index: Metadata) -> dict[str, StoredTensor]:
+    """The model's tensors in a checkpoint, by name."""
     found = {}
-    for name, about in read_index(checkpoint).state_dict_metadata.items():
+    for name, about in index.state_dict_metadata.items():
         if name.startswith("model.") and isinstance(about, TensorStorageMetadata):
             kind = about.properties.dtype
             shape = StoredTensor(list(about.size), str(kind), kind.is_floating_point)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 
@@ -21,9 +21,10 @@ class StoredTensor(NamedTuple):
     is_floating: bool
 
 
-def check_fit(stored: Mapping[str, StoredTensor], model: nn.Module) -> None:
-    """ValueError unless the stored tensors have the names and shapes of ``model``, and floats."""
-    wanted = model.state_dict()
+def check_fit(
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor | ShardedTensor]
+) -> None:
+    """ValueError unless the stored tensors are floats of the names and shapes of a state dict."""
     if different := wanted.keys() ^ stored.keys():
         raise ValueError(f"size mismatch: {min(different)} is only in one of both")
     for name, tensor in wanted.items():

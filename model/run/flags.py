@@ -180,7 +180,7 @@ def _converted(entry: dataclasses.Field, value: Any) -> Any:
     if value is None and isinstance(entry.type, types.UnionType):
         return None
     plain = _plain(entry.type)
-    if plain is float and type(value) is int:
+    if plain is float and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if type(value) is not plain:  # True is no int
         raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {value!r}")

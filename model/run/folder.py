@@ -174,7 +174,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
             if type(config[key]) is not kind:  # True is no int
                 raise ValueError(f"{key} is {config[key]!r}")
         texts = (value for value in config["flags"].values() if isinstance(value, str))
-        if config["num_items"] < 1 or any("\0" in text for text in texts):
+        if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")
     except OSError as error:
         raise UserError(

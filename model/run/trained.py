@@ -108,7 +108,7 @@ class TrainedRun:
     def _weightless_model(self) -> BERT4Rec:
         try:
             return weightless_model(self.config, self._num_items)
-        except (RuntimeError, OverflowError) as error:  # more bytes than there are numbers
+        except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
             reason = str(error).splitlines()[0]
             path = self.folder / "config.json"
             raise UserError(

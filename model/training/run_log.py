@@ -29,7 +29,7 @@ from model.evaluation.report import format_report, write_result
 from pipeline.errors import UserError, warn
 from pipeline.files import open_regular, whole_file
 
-_LINE_BYTES = 1 << 16
+_LINE_BYTES, _LOG_BYTES = 1 << 16, 1 << 32  # more than any line and log of a run
 
 
 @dataclass(eq=False)
@@ -160,6 +160,8 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
     if not path.exists():
         return
     with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _LOG_BYTES:
+            raise UserError(f"{path} has more than {_LOG_BYTES >> 30} GiB: move it away")
         if all(_is_kept(line, step) for line in _lines(file)):
             return
         file.seek(0)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.files import open_regular, whole_file
 from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
@@ -57,7 +58,8 @@ class Catalog:
     def copy(folder: Path, to: Path, with_users: bool = True) -> None:
         """Copy the catalog's files, that of the users only ``with_users``."""
         for name in FILES if with_users else FILES[:1]:
-            shutil.copyfile(folder / name, to / name)
+            with open_regular(folder / name) as source, whole_file(to / name) as target:
+                shutil.copyfileobj(source, target)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
