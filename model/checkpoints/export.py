@@ -102,6 +102,8 @@ def check_target(folder: Path) -> None:
 def _aside(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, which may be a mount point: a rename cannot enter another one."""
     aside = folder / _ASIDE
+    with suppress(OSError):  # a folder, or none
+        aside.unlink()
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

@@ -102,6 +102,9 @@ class RunFolder:
 def _check_export(folder: Path, run_dir: Path) -> None:
     """Check before training that the export after training can be written."""
     with writing(f"--export_root {folder}"):
+        for path in (folder, run_dir):
+            with suppress(FileNotFoundError):
+                path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
         real, run = folder.resolve(), run_dir.resolve()
         if real == run or (real / "checkpoints").exists():
             raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
