@@ -145,6 +145,17 @@ def test_files_of_a_run(train: Callable[..., Outcome], run_dir: Path, name: str,
         refused(outcome, "train")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
+def test_a_model_folder_that_is_none(
+    run_main: RunMain, train: Callable[..., Outcome], run_dir: Path, kind: str
+) -> None:
+    KINDS[kind](run_dir / "model")
+    assert run_main("eval", f"--checkpoint={run_dir}").code == 0  # its best checkpoint
+    outcome = train(run_dir, "--resume=auto")
+    refused(outcome, "train")
+    assert f"--run_dir {run_dir}: model in it cannot be written" in outcome.err
+
+
 def test_what_files_hold_reaches_no_device(
     train: Callable[..., Outcome], run_dir: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +180,7 @@ IMPOSSIBLE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "catalog null": lambda c: c.update(catalog=None),
     "flags empty": lambda c: c.update(flags={}),
     "layers 10^6": lambda c: c["flags"].update(num_layers=10**6),
-    "layers 900": lambda c: c["flags"].update(num_layers=900),
+    "layers 100": lambda c: c["flags"].update(num_layers=100),
     "width 4·10^9": lambda c: c["flags"].update(emb_dim=4 * 10**9),
     "width 10^30": lambda c: c["flags"].update(emb_dim=10**30),
     "heads 0": lambda c: c["flags"].update(nhead=0),

@@ -24,6 +24,7 @@ from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoints.config import CheckpointConfig
+from model.checkpoints.export import remove_export
 from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader, read_index, stored_weights
@@ -109,10 +110,11 @@ class Checkpoints:
 
     def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
+            if self.ranks.is_first:
+                # The exported model is older than this checkpoint: eval.py must not take it.
+                remove_export(self.run_dir / PORTABLE)
             self._writer.write(self.path(position.step), state, position)
             if self.ranks.is_first:
-                # The exported model is older than this checkpoint.
-                remove_folder(self.run_dir / PORTABLE)
                 outdated = self.steps()[: -self.config.keep_last]
                 for step in set(outdated) - {position.best_step}:
                     remove_folder(self.path(step))

@@ -30,7 +30,7 @@ from model.checkpoints.manifest import DamagedError
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from pipeline.errors import UserError
-from pipeline.files import open_regular, read_json, sync, sync_files, write_json
+from pipeline.files import open_regular, read_json, remove_folder, sync, sync_files, write_json
 from pipeline.preparation.catalog import FILES, Catalog
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -96,6 +96,13 @@ def check_target(folder: Path) -> None:
     for name in (WEIGHTS, CONFIG, *FILES):
         if (folder / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+
+
+def remove_export(folder: Path) -> None:
+    """Delete an export if possible; without its weights, the rest of it is none."""
+    with suppress(OSError):
+        (folder / WEIGHTS).unlink()
+    remove_folder(folder)
 
 
 @contextmanager

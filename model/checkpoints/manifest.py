@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import reprlib
 import zlib
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{NAME} is not whole")
     for name, about in content["files"].items():
         if name != ".metadata" and not DATA_FILE.fullmatch(name):
-            raise DamagedError(f"{NAME} lists {name!r}, which is no file of a checkpoint")
+            raise DamagedError(
+                f"{NAME} lists {reprlib.repr(name)}, which is no file of a checkpoint"
+            )
         if not isinstance(about, dict) or [*map(type, map(about.get, _ABOUT))] != [int, int]:
             raise DamagedError(f"{NAME} has no size and checksum of {name}")
     return content
@@ -77,7 +80,7 @@ def position_of(content: dict[str, Any]) -> Position:
         # JSON may write a float as an int.
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or not -1 <= value < _END or (kind is int and value < 0):
-            raise DamagedError(f"its position is invalid ({entry.name} is {value!r})")
+            raise DamagedError(f"its position is invalid ({entry.name} is {reprlib.repr(value)})")
     return position
 
 

@@ -78,6 +78,8 @@ def read_index(checkpoint: Path) -> Metadata:
             open_regular(checkpoint / name).close()
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{Path(error.filename).name}: {error.strerror}"
         raise DamagedError(f".metadata is no index of tensors: {reason.splitlines()[0]}") from error
     return index
 

@@ -14,7 +14,7 @@ class EncoderConfig(Config):
 
     emb_dim: int = flag(64, "width of all vectors, a multiple of 4 and --nhead", at_least=1)
     nhead: int = flag(2, "attention heads per layer; must divide --emb_dim", at_least=1)
-    num_layers: int = flag(2, "transformer layers of the encoder", at_least=1, at_most=512)
+    num_layers: int = flag(2, "transformer layers of the encoder", at_least=1)
     dropout: float = flag(0.2, "dropout of embeddings and layer branches", at_least=0, below=1)
     positions: str = flag(
         "rotary",

@@ -7,6 +7,7 @@ runs/mine/
 """
 
 import os
+import reprlib
 import shlex
 import sys
 import time
@@ -96,6 +97,9 @@ class RunFolder:
                 f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
                 "choose another folder"
             )
+        if os.path.lexists(path / PORTABLE):
+            with writing(f"--run_dir {path}: {PORTABLE} in it"):
+                check_target(path / PORTABLE)
         return path
 
 
@@ -175,7 +179,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
             raise ValueError("keys are missing")
         for key, kind in expected.items():
             if type(config[key]) is not kind:  # True is no int
-                raise ValueError(f"{key} is {config[key]!r}")
+                raise ValueError(f"{key} is {reprlib.repr(config[key])}")
         texts = (value for value in config["flags"].values() if isinstance(value, str))
         if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")

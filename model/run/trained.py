@@ -27,6 +27,8 @@ from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 
+_MOST_LAYERS = 1000  # more would take minutes to build, also without weights
+
 
 class TrainedRun:
     """A run folder with checkpoints, or an exported model."""
@@ -107,6 +109,8 @@ class TrainedRun:
 
     def _weightless_model(self) -> BERT4Rec:
         try:
+            if self.config.encoder.num_layers > _MOST_LAYERS:
+                raise OverflowError(f"more than {_MOST_LAYERS:,} layers")
             return weightless_model(self.config, self._num_items)
         except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
             reason = str(error).splitlines()[0]
