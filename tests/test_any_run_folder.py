@@ -24,6 +24,8 @@ from model.run.flags import flatten
 from model.run.trained import TrainedRun
 from model.training.run_log import _keep_lines_up_to
 from pipeline.errors import UserError
+from pipeline.preparation.catalog import FILES, Catalog
+from pipeline.preparation.store import SequenceStore
 
 FLAGS = flatten(RunConfig())
 # Tables of 20 bytes upwards, not of TiB, are made when a model is built: sizes are drawn small.
@@ -203,6 +205,25 @@ def test_any_bytes_as_weights(tmp_path: Path) -> None:
 def test_any_metadata_of_weights(tmp_path: Path, tie: str, config: Any) -> None:
     save_file(nn.Linear(3, 2).state_dict(), tmp_path / "model.safetensors", {"trained": tie})
     use_weights(tmp_path, config)
+
+
+def test_any_bytes_as_catalog(tmp_path: Path) -> None:
+    store = SequenceStore.from_arrays([1, 2, 3, 3, 2, 1], [0, 3, 6], 3)
+    store.catalog.write_to(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in FILES}
+
+    @settings(deadline=None, max_examples=200)
+    @given(data=st.data(), name=st.sampled_from(FILES))
+    def examples(data: st.DataObject, name: str) -> None:
+        for each in FILES:
+            (tmp_path / each).write_bytes(whole[each])
+        (tmp_path / name).write_bytes(data.draw(damaged(whole[name])))
+        try:
+            Catalog.read(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    examples()
 
 
 @quick

@@ -27,6 +27,7 @@ from model.checkpoints.writer import CheckpointWriter
 from model.distributed import Ranks
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
+from pipeline.files import publish
 from tests.conftest import TINY, Outcome, RunMain, torchrun
 
 FLAGS = (*TINY, "--num_epochs=3", "--eval_every=1", "--lr=0.01")
@@ -283,6 +284,24 @@ def test_a_checkpoint_that_lacks_files_is_not_published(
     assert f".step-00000005.part is incomplete: {reason}" in last
     assert "--run_dir must be on a file system that all hosts share; earlier checkpoints" in last
     assert names(tmp_path) == []
+
+
+def test_no_checkpoint_is_newer_than_the_exported_model(
+    interrupted: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill just after a better checkpoint must not leave the older model for eval.py."""
+    assert train(interrupted, "--resume=auto").code == 0
+    model = interrupted / "model" / "model.safetensors"
+    seen = []
+
+    def published(aside: Path, folder: Path) -> None:
+        publish(aside, folder)
+        seen.append(model.exists())
+
+    assert model.exists()
+    monkeypatch.setattr("model.checkpoints.writer.publish", published)
+    assert train(interrupted, "--resume=auto", "--num_epochs=5").code == 0
+    assert seen and not any(seen) and model.exists()
 
 
 def checkpoint_of(run_dir: Path) -> Path:

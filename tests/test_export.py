@@ -29,6 +29,7 @@ from model.run.flags import build, flatten
 from model.run.folder import write_config
 from model.run.trained import TrainedRun
 from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 from tests.conftest import TINY, RunMain, assert_one_line
 
@@ -217,8 +218,11 @@ def test_all_files_have_the_mode_of_the_umask(tmp_path: Path, one_weight: None) 
 def test_users_leave_only_with_with_users(tmp_path: Path, one_weight: None) -> None:
     export_step(tmp_path, 1, tmp_path / "a", with_users=True)
     assert (tmp_path / "a" / "users.parquet").exists()
+    assert Catalog.read(tmp_path / "a").users.to_pylist() == ["0", "1"]
     export_step(tmp_path, 2, tmp_path / "a")
     assert not (tmp_path / "a" / "users.parquet").exists()
+    catalog = Catalog.read(tmp_path / "a")
+    assert catalog.items.to_pylist() == ["1", "2", "3"] and len(catalog.users) == 0
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
 FILES = ("catalog.parquet", "users.parquet")
+_NO_USERS = pa.table({"user": pa.array([], pa.string())})
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -36,9 +37,12 @@ class Catalog:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog in a store's or a run's folder."""
+        """Read the catalog of a store, a run or an export, which may be without users."""
+        paths = [Path(folder) / name for name in FILES]
         try:
-            items, users = (pq.read_table(Path(folder) / name) for name in FILES)
+            items, users = _read(paths[0]), _NO_USERS
+            if paths[1].exists():
+                users = _read(paths[1])
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
@@ -46,7 +50,8 @@ class Catalog:
                 users["user"].combine_chunks(),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"no readable catalog in {folder}: {error}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"no readable catalog in {folder}: {reason}") from error
 
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
@@ -84,6 +89,11 @@ class Catalog:
         digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
         digest.update(b"\0")
         return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> pa.Table:
+    with open_regular(path) as file:
+        return pq.read_table(file)
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
