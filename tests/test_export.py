@@ -432,6 +432,16 @@ def test_a_fingerprint_is_of_names_shapes_types_and_values() -> None:
     assert len({fingerprint(each) for each in (one, *others)}) == 6
 
 
+def test_a_checkpoint_that_is_damaged_after_training(run_dir: Path, one_rank: Ranks) -> None:
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(10**6))
+    run = TrainedRun(EvalFlags(checkpoint=str(run_dir)))
+    plain = build_plain_model(run.config, 80, ONE)
+    with pytest.raises(UserError, match="step-00000005 cannot be exported: its files are damaged"):
+        export(Trained(checkpoint, 5, {}, run_dir), plain, [run_dir / "new"], with_users=False)
+    assert not (run_dir / "new").exists()
+
+
 def test_an_export_has_its_metrics(run_dir: Path) -> None:
     about = json.loads((run_dir / "model" / "config.json").read_text())
     assert about["metrics"] == {"test": json.loads((run_dir / "eval_test.json").read_text())}

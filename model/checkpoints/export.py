@@ -68,6 +68,10 @@ def export(trained: Trained, plain: nn.Module, folders: Iterable[Path], with_use
         check_finite(weights)
     except (DamagedError, ValueError) as error:
         raise UserError(f"{trained.checkpoint} cannot be exported: {error}") from error
+    except dcp.api.CheckpointException as error:  # a BaseException, with tracebacks in its text
+        raise UserError(
+            f"{trained.checkpoint} cannot be exported: its files are damaged"
+        ) from error
     tie = {"step": trained.step, "fingerprint": fingerprint(weights)}
     for folder in folders:
         try:
@@ -166,7 +170,7 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
             found, wanted = tie.get(name), config.get(name)
             if found != wanted:
                 raise ValueError(f"its {name} is {found}, that of {CONFIG} {wanted}")
-        return tie.get("step")
+        return tie["step"] if {"step", "fingerprint"} <= tie.keys() else None
 
 
 def load_exported(folder: Path, model: nn.Module) -> None:
