@@ -4,8 +4,7 @@ import json
 import os
 import pickle
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,9 @@ from model.checkpoints import manifest
 from tests.conftest import TINY, Outcome, RunMain, assert_one_line
 
 FLAGS = (*TINY, "--num_epochs=2")
+pytestmark = pytest.mark.timeout(60)  # for a hang
 # JSON whose depth no recursive reader survives.
 DEEP = "[" * 100_000 + "]" * 100_000
-
-
-class Late(BaseException):
-    """A command took more than 15 s."""
-
-
-@pytest.fixture(autouse=True)
-def at_most_15_s() -> Iterator[None]:
-    def late(*_: Any) -> None:
-        raise Late
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(15)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
