@@ -18,10 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.files import open_regular, whole_file
 from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
-_FILES = ("catalog.parquet", "users.parquet")
+FILES = ("catalog.parquet", "users.parquet")
+_NO_USERS = pa.table({"user": pa.array([], pa.string())})
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -36,9 +38,12 @@ class Catalog:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog in a store's or a run's folder."""
+        """Read the catalog of a store, a run or an export, which may be without users."""
+        paths = [Path(folder) / name for name in FILES]
         try:
-            items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
+            items, users = _read(paths[0]), _NO_USERS
+            if paths[1].exists():
+                users = _read(paths[1])
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
@@ -46,23 +51,26 @@ class Catalog:
                 users["user"].combine_chunks(),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"no readable catalog in {folder}: {error}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"no readable catalog in {folder}: {reason}") from error
 
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+        pq.write_table(pa.table(columns), Path(folder) / FILES[0])
+        pq.write_table(pa.table({"user": self.users}), Path(folder) / FILES[1])
 
     @staticmethod
-    def copy(folder: Path, to: Path) -> None:
-        for name in _FILES:
-            shutil.copyfile(folder / name, to / name)
+    def copy(folder: Path, to: Path, with_users: bool = True) -> None:
+        """Copy the catalog's files, that of the users only ``with_users``."""
+        for name in FILES if with_users else FILES[:1]:
+            with open_regular(folder / name) as source, whole_file(to / name) as target:
+                shutil.copyfileobj(source, target)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
-        return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
+        return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
@@ -82,6 +90,11 @@ class Catalog:
         digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
         digest.update(b"\0")
         return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> pa.Table:
+    with open_regular(path) as file:
+        return pq.read_table(file)
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:

@@ -10,6 +10,7 @@
 A store is complete or absent (`pipeline/files.py`).
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -117,6 +118,14 @@ class SequenceStore:
     @cached_property
     def catalog_fingerprint(self) -> str:
         return self.catalog.fingerprint
+
+    @cached_property
+    def ratings_fingerprint(self) -> str:
+        """Hash of all histories as dense ids: data sets with the same have the same metrics."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.items):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     @cached_property
     def train_item_counts(self) -> np.ndarray:
