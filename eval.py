@@ -5,8 +5,9 @@
 
     python eval.py --checkpoint runs/ml-1m --popularity_discount 0.3
 
-Prints the metrics table and writes eval_<split>.json into the folder (with a discount,
-eval_<split>-discount-<discount>.json).
+Prints the metrics table and writes eval_<split>.json into the folder; with a discount
+eval_<split>-discount-<discount>.json, on other ratings than those of training
+eval_<split>-ratings-<fingerprint>.json.
 """
 
 import sys
@@ -38,12 +39,13 @@ def evaluate(flags: EvalFlags) -> None:
     model = run.model(ranks)
     discount = flags.popularity_discount
     result = evaluator(run.config, model, store, flags.split, ranks, discount)()
+    if discount:
+        result["popularity_discount"] = discount
+    if not run.has_ratings_of(store):
+        result["other_ratings"] = store.ratings_fingerprint
     ranks.say(format_report(flags.split, result, (store.best_possible or {}).get(flags.split)))
     if ranks.is_first:
-        name = flags.split
-        if discount:
-            name, result["popularity_discount"] = f"{name}-discount-{discount:g}", discount
-        write_result(Path(flags.checkpoint), name, result)
+        write_result(Path(flags.checkpoint), flags.split, result)
 
 
 def main() -> None:

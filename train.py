@@ -37,7 +37,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     """
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-    from model.checkpoints.export import export
+    from model.checkpoints.export import Trained, export
     from model.distributed import Ranks, first_rank_first, start
     from model.run.build import build_model, build_plain_model, evaluator, train_loader
     from model.run.execution import plan_execution
@@ -107,7 +107,9 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
         targets = [folder.path / PORTABLE]
         if config.output.export_root:
             targets.append(Path(config.output.export_root))
-        export(checkpoints.path(best_step), plain, folder.path, targets)
+        checkpoint = checkpoints.path(best_step)
+        trained = Trained(checkpoint, best_step, {"test": result}, folder.path)
+        export(trained, plain, targets, config.output.with_users)
 
 
 def main() -> None:

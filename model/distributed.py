@@ -137,6 +137,20 @@ def from_first_rank(
     return outcome[0]
 
 
+def raise_on_all(ranks: Ranks, error: Exception | None) -> None:
+    """Raise what one rank has found on all ranks, a UserError before others; called on all."""
+    errors: list[Exception | None] = [error]
+    if ranks.world_size > 1:
+        errors *= ranks.world_size
+        dist.all_gather_object(errors, error)
+    found = [each for each in errors if each is not None]
+    if found:
+        try:
+            raise min(found, key=lambda each: not isinstance(each, UserError))
+        finally:
+            del error, errors, found  # as in `from_first_rank`
+
+
 @contextmanager
 def writing(what: str) -> Iterator[None]:
     """An OSError becomes a UserError, which `from_first_rank` raises on all ranks."""

@@ -76,9 +76,11 @@ def _check_value(entry: Field, value: Any) -> None:
         raise UserError(f"--{entry.name} must be one of {', '.join(choices)}, not {value!r}")
     if not isinstance(value, (int, float)):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{entry.name} must be a finite number, not {value}")
     if not all(_HOLDS[word](value, bound) for word, bound in bounds.items()):
         allowed = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
         reason = f": {entry.metadata['reason']}" if entry.metadata["reason"] else ""
         raise UserError(f"--{entry.name} must be {allowed}, not {value}{reason}")
+    if abs(value) >= 1 << 63 and isinstance(value, int):
+        raise UserError(f"--{entry.name} must have less than 64 bits, not {value.bit_length():,}")

@@ -8,10 +8,12 @@
 A process that is killed leaves `.part` and `.old` names behind; the next writer removes them.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import IO, Any
 
 _BLOCK = 1 << 20  # bytes
+_JSON_BYTES = 1 << 26  # the manifest of 100,000 ranks has a tenth
 
 
 @contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """A file open for writing that becomes `path`, unless the block raises; then it is removed."""
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # a killed writer's, or a pipe, whose opening would wait
     with part.open(mode) as file:
         try:
             yield file
@@ -44,6 +48,31 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open for reading; an OSError for a pipe or device, which may have no end."""
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or device", str(path))
+    return file
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; OSError if it cannot be read, ValueError if it is no such file."""
+    with open_regular(path) as file:
+        content = file.read(_JSON_BYTES + 1)
+    if len(content) > _JSON_BYTES:
+        raise ValueError(f"larger than {_JSON_BYTES >> 20} MiB")
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def aside_of(folder: Path) -> Path:
@@ -110,7 +139,7 @@ def sync_files(folder: Path) -> None:
 def size_and_crc32(path: Path) -> tuple[int, int]:
     """A file's size in bytes and CRC-32, which finds damage by faulty storage, not forgery."""
     size = checksum = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
     return size, checksum
@@ -122,7 +151,7 @@ def lock(path: Path, wait: bool = True) -> IO[str]:
     Raises BlockingIOError if another process holds it and `wait` is False. The lock file stays: if
     it were deleted, two processes could lock two files of the same name.
     """
-    file = path.open("a")
+    file = open(path, "a", opener=_open_at_once)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException:

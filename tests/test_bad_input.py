@@ -3,16 +3,20 @@
 Accepted files are compared with the prepared store, history by history; rejected ones leave none.
 """
 
+import base64
 import gzip
 import io
 import os
 import zipfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 
 from pipeline.preparation.store import SequenceStore
@@ -26,10 +30,26 @@ HISTORIES = {"1": ["10", "11", "12"], "2": ["11", "12", "13"]}
 FLAGS = ("--recipe=none", "--min_user_count=0", "--num_epochs=1")
 
 
-def parquet(**columns: object) -> bytes:
+def parquet(options: dict[str, Any] | None = None, **columns: object) -> bytes:
     stream = io.BytesIO()
-    pq.write_table(pa.table(columns), stream)
+    pq.write_table(pa.table(columns), stream, **(options or {}))
     return stream.getvalue()
+
+
+class PlainKeys(encryption.KmsClient):
+    """Keys that are wrapped by no key."""
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return base64.b64encode(key)
+
+
+def encrypted_parquet() -> bytes:
+    """Parquet whose footer is plain and whose item column is encrypted."""
+    properties = encryption.CryptoFactory(lambda _: PlainKeys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(),
+        encryption.EncryptionConfiguration("a", column_keys={"b": ["item"]}, plaintext_footer=True),
+    )
+    return parquet({"encryption_properties": properties}, user=[1], item=[1])
 
 
 def zipped(*members: tuple[str, bytes], how: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -45,6 +65,13 @@ def encrypted() -> bytes:
     content = bytearray(zipped(("ratings.csv", CSV), how=zipfile.ZIP_STORED))
     content[6] |= 1
     content[content.find(b"PK\x01\x02") + 8] |= 1
+    return bytes(content)
+
+
+def packed_by(method: int) -> bytes:
+    """A zip whose headers say that its member is packed by this method."""
+    content = bytearray(zipped(("ratings.csv", CSV)))
+    content[8] = content[content.find(b"PK\x01\x02") + 10] = method
     return bytes(content)
 
 
@@ -99,6 +126,77 @@ READ: dict[str, tuple[dict[str, bytes], str, dict[str, list[str]]]] = {
         {"r.csv": CSV + b"3,10,4,1\n3,x,4,1.5\n"},
         "r.csv",
         HISTORIES | MORE,
+    ),
+    "whole timestamps that float64 would merge, after a decimal one": (
+        {
+            "r.csv": HEAD
+            + b"1,a,4,0.5\n"
+            + b"".join(b"1,%d,4,160000000000000000%d\n" % (n, n) for n in (3, 2, 1))
+        },
+        "r.csv",
+        {"1": ["a", "1", "2", "3"]},
+    ),
+    "the same before it": (
+        {
+            "r.csv": HEAD
+            + b"".join(b"1,%d,4,160000000000000000%d\n" % (n, n) for n in (3, 2, 1))
+            + b"1,a,4,0.5\n"
+        },
+        "r.csv",
+        {"1": ["a", "1", "2", "3"]},
+    ),
+    "a decimal timestamp just above a whole one": (
+        {"r.csv": HEAD + b"1,b,4,5.00000000000000000001\n1,a,4,5\n1,c,4,6\n"},
+        "r.csv",
+        {"1": ["a", "b", "c"]},
+    ),
+    "blanks around ids": (
+        {"r.csv": HEAD + b"1, 10,4,1\n1 ,10 ,4,2\n 1,10,4,3\n"},
+        "r.csv",
+        {"1": ["10"] * 3},
+    ),
+    "negative ratings": (
+        {"r.csv": HEAD + b"1,10,-1,1\n1,11,-9.5,2\n1,12,1e300,3\n"},
+        "r.csv",
+        {"1": ["10", "11", "12"]},
+    ),
+    "quotation marks inside unquoted text": (
+        {"r.csv": b'user,item,x\n1,a,5" pipe\n1,b,"x\ny 6"" z"\n1,c,7" 8"\n'},
+        "r.csv",
+        {"1": ["a", "b", "c"]},
+    ),
+    "a header with a line end": (
+        {"r.csv": b'user,"a\nb",item\n1,x,10\n1,y,11\n1,z,12\n'},
+        "r.csv",
+        {"1": ["10", "11", "12"]},
+    ),
+    "a line end of Windows inside quotation marks": (
+        {"r.csv": CSV.replace(b"\n", b"\r\n") + b'3,10,4,1\r\n3,"x\r\ny",4,2\r\n'},
+        "r.csv",
+        HISTORIES | {"3": ["10", "x\r\ny"]},
+    ),
+    "a tab where :: separates": (
+        {"r.dat": b"1::a::4::1::x\ty\n1::b::4::2::z\n1::c::4::3::\n"},
+        "r.dat",
+        {"1": ["a", "b", "c"]},
+    ),
+    "Parquet decimal timestamps": (
+        {
+            "r.parquet": parquet(
+                user=[1] * 3,
+                item=[3, 2, 1],
+                time=pa.array(
+                    [Decimal(1600000000000000000 + n) for n in (3, 2, 1)], pa.decimal128(20, 0)
+                ),
+            )
+        },
+        "r.parquet",
+        {"1": ["1", "2", "3"]},
+    ),
+    "Parquet ids with blanks": (
+        {"r.parquet": parquet(user=[1] * 4, item=["7 ", "7", " 7", "7\n"])},
+        "r.parquet",
+        {"1": ["7 ", "7", " 7", "7\n"]},
     ),
     "timestamps at the ends of 64 bits": (
         {"r.csv": CSV + b"3,x,4,9223372036854775807\n3,10,4,-9223372036854775808\n"},
@@ -209,21 +307,63 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         CSV + b"1,2,3,99999999999999999999\n",
         "FILE:8: the timestamp '99999999999999999999' does not fit into 64 bits",
     ),
-    "timestamps that float64 would merge": (
+    "a timestamp of too many digits": (
         "r.csv",
-        CSV + b"1,2,3,9007199254740993\n1,2,3,9007199254740992\n1,2,3,1.5\n",
-        "FILE: decimal timestamps among whole ones above 2^53 cannot be compared exactly",
+        CSV + b"1,2,3,0.3\n1,2,3,0.30000000000000001\n",
+        "FILE:9: the timestamp '0.30000000000000001' has too many digits after the point to be "
+        "compared exactly: round the times",
+    ),
+    "a timestamp beyond float64": (
+        "r.csv",
+        CSV.replace(b",1\n", b",1e400\n"),
+        "FILE:2: the timestamp '1e400' does not fit into 64 bits",
+    ),
+    "a hexadecimal timestamp": (
+        "r.csv",
+        CSV + b"1,2,3,0x10\n",
+        "FILE:8: the timestamp '0x10' is not a number",
     ),
     "a date before nanoseconds": (
         "r.csv",
         b"user,item,date\n1,2,2020-01-01\n1,3,0001-01-01\n",
-        "FILE:3: the timestamp '0001-01-01' is neither a number nor a time between 1678 and 2262",
+        "FILE:3: the timestamp '0001-01-01' is not between 1677-09-22 and 2262-04-11: 64 bits of",
+    ),
+    "a date after nanoseconds": (
+        "r.csv",
+        b"user,item,date\n1,2,9999-12-31 00:00:00\n",
+        "FILE:2: the timestamp '9999-12-31 00:00:00' is not between 1677-09-22 and 2262-04-11",
+    ),
+    "a time with a zone": (
+        "r.csv",
+        b"user,item,date\n1,2,2014-04-07T10:51:09.277Z\n",
+        "FILE:2: the timestamp '2014-04-07T10:51:09.277Z' has a time zone, which is not read",
+    ),
+    "a time finer than nanoseconds": (
+        "r.csv",
+        b"user,item,date\n1,2,2020-01-01 00:00:00.0123456789\n",
+        "FILE:2: the timestamp '2020-01-01 00:00:00.0123456789' is not written like 2015-01-31",
     ),
     "an empty id": ("r.csv", CSV + b"1, ,3,4\n", "FILE:8: the item id is empty"),
     "a quotation mark left open": (
         "r.csv",
         CSV + b'1,"2,3,4\n' + BODY,
-        "FILE:8: 2 fields where 4 are expected",
+        "FILE:8: a quotation mark is opened and not closed",
+    ),
+    "a quotation mark left open in the last column": (
+        "r.csv",
+        b'user,item\n1,a\n1,"b\n1,c\n1,d\n',
+        "FILE:3: a quotation mark is opened and not closed",
+    ),
+    "a mistake after quoted line ends": (
+        "r.csv",
+        HEAD + b'1,"x\n\ny",4,1\n' * 3 + b"1,2,four,4\n",
+        "FILE:11: the rating 'four' is not a number",
+    ),
+    "a line of blanks": ("r.csv", CSV + b"   \n" + BODY, "FILE:8: 1 fields where 4 are expected"),
+    "a line that is too long": (
+        "r.csv",
+        CSV + b"3," + b"x" * (40 << 20) + b",4,1\n",
+        "FILE:8: a line of more than 16,777,216 bytes",
     ),
     "a line cut off": ("r.csv", CSV[:-4], "FILE:7: 3 fields where 4 are expected"),
     "an old Mac's line ends": (
@@ -264,7 +404,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Parquet text that is no UTF-8": (
         "r.parquet",
         parquet(user=pa.array([b"\xff"]).view(pa.string()), item=[1]),
-        "FILE: rows 0 to 1: Invalid UTF8 sequence at string index 0",
+        "FILE: row 0 (from 0): Invalid UTF8 sequence at string index 0",
     ),
     "Parquet ids that are no ids": (
         "r.parquet",
@@ -274,12 +414,69 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "Parquet times as text": (
         "r.parquet",
         parquet(user=ONE, item=ONE, time=["1", "2", "3"]),
-        "FILE: the timestamp column is string, not a number",
+        "FILE: the timestamp column is string, not a number or a date",
+    ),
+    "Parquet times of the year 9999": (
+        "r.parquet",
+        parquet(user=ONE, item=ONE, time=np.array(["2020", "9999", "2021"], "datetime64[us]")),
+        "FILE: row 1 (from 0): the timestamp 9999-01-01 00:00:00.000000 is not between 1677-09-22",
+    ),
+    "Parquet times of the year 9999 in the old type": (  # wrapped around 64 bits by Arrow
+        "r.parquet",
+        parquet(
+            {"use_deprecated_int96_timestamps": True},
+            user=ONE,
+            item=ONE,
+            time=np.array(["2020", "9999", "2021"], "datetime64[us]"),
+        ),
+        "FILE: row 1 (from 0): the timestamp 9999-01-01 00:00:00.000000 is not between 1677-09-22",
+    ),
+    "Parquet times that are durations": (
+        "r.parquet",
+        parquet(user=ONE, item=ONE, time=np.array([1, 2, 3], "timedelta64[s]")),
+        "FILE: the timestamp column is duration[s], not a number or a date",
+    ),
+    "Parquet times that are no numbers": (
+        "r.parquet",
+        parquet(user=ONE, item=ONE, time=[1.0, 2.0, float("nan")]),
+        "FILE: row 2 (from 0): the timestamp nan is not a number",
+    ),
+    "Parquet decimal times of too many digits": (
+        "r.parquet",
+        parquet(
+            user=ONE, item=ONE, time=[Decimal("0.3"), Decimal("0.30000000000000001"), Decimal(1)]
+        ),
+        "FILE: row 1 (from 0): the timestamp 0.30000000000000001 has too many digits after the",
+    ),
+    "Parquet in gzip": (
+        "r.parquet.gz",
+        gzip.compress(PARQUET),
+        "FILE: Parquet in a zip or gzip cannot be streamed; unpack it first",
+    ),
+    "Parquet in zip": (
+        "r.zip",
+        zipped(("r.parquet", PARQUET)),
+        "FILE/r.parquet: Parquet in a zip or gzip cannot be streamed; unpack it first",
+    ),
+    "a zip packed by another program": (
+        "r.zip",
+        packed_by(97),
+        "cannot read FILE/ratings.csv: That compression method is not supported; unpack it your",
+    ),
+    "Parquet encrypted with its footer": (
+        "r.parquet",
+        b"PARE" + PARQUET[4:-4] + b"PARE",
+        "FILE is encrypted: decrypt it first",
+    ),
+    "Parquet encrypted but for its footer": (
+        "r.parquet",
+        encrypted_parquet(),
+        "FILE is encrypted: decrypt it first",
     ),
     "Parquet times larger than 64 bits": (
         "r.parquet",
         parquet(user=ONE, item=ONE, time=pa.array([2**63] * 3, pa.uint64())),
-        "cannot read FILE: Integer value 9223372036854775808 not in range",
+        "FILE: row 0 (from 0): the timestamp 9223372036854775808 does not fit into 64 bits",
     ),
     "zip cut off": ("r.zip", zipped(("ratings.csv", CSV))[:-9], "cannot read FILE: File is not a"),
     "zip without ratings": ("r.zip", zipped(), "FILE: no ratings file in it; looked for"),
@@ -294,12 +491,12 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         zipped(("ratings.csv", b"0" * (20 << 20))),
         "FILE/ratings.csv:1: a line of more than 16,777,216 bytes",
     ),
-    "encrypted zip": ("r.zip", encrypted(), "cannot read FILE/ratings.csv: File 'ratings.csv' is "),
+    "encrypted zip": ("r.zip", encrypted(), "FILE/ratings.csv is encrypted: decrypt it first"),
     "one rating": ("r.csv", HEAD + b"1,1,1,1\n", "no user of r has 3 items"),
     "all histories of length 2": (
         "r.csv",
         HEAD + b"".join(b"%d,%d,4,1\n" % (user, item) for user in range(9) for item in (1, 2)),
-        "no user of r has 3 items, which training, validation and test need",
+        "no user of r has 3 items, which training, validation and test need: check --columns",
     ),
 }
 

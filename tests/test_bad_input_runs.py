@@ -270,3 +270,58 @@ def test_two_ranks_end_with_the_same_exit_code(workplace: Path, tmp_path: Path) 
             assert ended["said"].startswith("train.py: ") and ended["said"].count("\n") == 1, case
             said = ended["said"].replace("train.py: ", "train.py: rank 1: ")
             assert second[case]["said"] == said, case
+
+
+# The items of RATINGS: one more rating, and the same number in another order.
+OTHER_RATINGS = [RATINGS + "7,3,1\n7,4,2\n7,5,3\n", RATINGS.replace("4,6,2", "4,6,9")]
+
+
+@pytest.mark.parametrize("ratings", OTHER_RATINGS)
+@pytest.mark.parametrize("where", ["run", "exported"])
+def test_evaluating_on_other_ratings_of_the_same_items(
+    run_main: RunMain, run_dir: Path, workplace: Path, tmp_path: Path, ratings: str, where: str
+) -> None:
+    folder, data = run_dir.with_name(where), tmp_path / "other.csv"
+    flags = [f"--checkpoint={folder}", f"--cache_dir={workplace / 'cache'}"]
+    assert run_main("eval", *flags).code == 0
+    before = (folder / "eval_test.json").read_bytes()
+    assert "other_ratings" not in json.loads(before)
+    data.write_text(ratings)
+    for discount in (0.0, 0.5):
+        more = [f"--dataset_path={data}", f"--popularity_discount={discount}"]
+        outcome = run_main("eval", *flags, *more)
+        assert outcome.code == 0, outcome.err
+        (first, *_) = [line for line in outcome.out.splitlines() if line.startswith("test, ")]
+        assert "on other ratings than those of training (" in first
+        assert ("popularity discount 0.5" in first) == (discount > 0)
+        name = "eval_test-discount-0.5-ratings-*" if discount else "eval_test-ratings-*"
+        (path,) = folder.glob(name)
+        result = json.loads(path.read_text())
+        assert path.name.endswith(f"-ratings-{result['other_ratings']}.json")
+        assert result["other_ratings"] in first
+    assert (folder / "eval_test.json").read_bytes() == before
+    # Ratings that have changed in their place are other ones, too.
+    rewrite_config(folder, lambda config: config["flags"].update(dataset_path=str(data)))
+    assert "on other ratings" in run_main("eval", *flags).out
+    assert (folder / "eval_test.json").read_bytes() == before
+
+
+def test_a_run_that_recorded_only_the_number_of_ratings(
+    run_main: RunMain, run_dir: Path, workplace: Path, tmp_path: Path
+) -> None:
+    rewrite_config(run_dir, lambda config: config.pop("ratings") and None)
+    flags = [f"--checkpoint={run_dir}", f"--cache_dir={workplace / 'cache'}"]
+    assert "on other ratings" not in run_main("eval", *flags).out
+    (tmp_path / "other.csv").write_text(OTHER_RATINGS[0])
+    outcome = run_main("eval", *flags, f"--dataset_path={tmp_path / 'other.csv'}")
+    assert "on other ratings" in outcome.out
+
+
+def test_a_teacher_of_other_ratings_is_told(train: Train, run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text(OTHER_RATINGS[0])
+    for data, told in ((run_dir.parent / "other.csv", True), (None, False)):
+        more = {} if data is None else {"data": data}
+        outcome = train(tmp_path / f"taught-{told}", f"--teachers={run_dir}", **more)
+        assert outcome.code == 0, outcome.err
+        message = f"--teachers {run_dir} was trained on other ratings of these items"
+        assert (message in outcome.err) == told

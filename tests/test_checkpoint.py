@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import shutil
 import signal
 import threading
@@ -26,6 +27,7 @@ from model.checkpoints.writer import CheckpointWriter
 from model.distributed import Ranks
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
+from pipeline.files import publish
 from tests.conftest import TINY, Outcome, RunMain, torchrun
 
 FLAGS = (*TINY, "--num_epochs=3", "--eval_every=1", "--lr=0.01")
@@ -234,6 +236,72 @@ def test_what_another_rank_found(
     other_finds(DamagedError("__1_0.distcp was altered"))
     assert checkpoints._newest_good() is None
     assert [each.name for each in path.parent.iterdir()] == ["damaged-00000007"]
+
+
+def hide(aside: Path) -> None:
+    """As if rank 0 did not see what another rank has written."""
+    (aside / "__0_0.distcp").unlink()
+
+
+def shorten(aside: Path) -> None:
+    cut(aside / "__0_0.distcp")
+
+
+def forget(aside: Path) -> None:
+    """The files of the index have another name than those that are there."""
+    index = pickle.loads((aside / ".metadata").read_bytes())
+    for info in index.storage_data.values():
+        info.relative_path = "__5_0.distcp"
+    (aside / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("lose", "reason"),
+    [
+        (hide, "__0_0.distcp cannot be read (No such file or directory)"),
+        (shorten, "__0_0.distcp has"),
+        (forget, ".metadata is no index of tensors: "),
+    ],
+)
+def test_a_checkpoint_that_lacks_files_is_not_published(
+    tmp_path: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    lose: Callable[[Path], None],
+    reason: str,
+) -> None:
+    describe = CheckpointWriter._describe
+
+    def described(self: CheckpointWriter, aside: Path) -> Any:
+        files = describe(self, aside)
+        lose(aside)
+        return files
+
+    monkeypatch.setattr(CheckpointWriter, "_describe", described)
+    outcome = train(tmp_path)
+    assert outcome.code == 2
+    last = outcome.err.splitlines()[-1]
+    assert f".step-00000005.part is incomplete: {reason}" in last
+    assert "--run_dir must be on a file system that all hosts share; earlier checkpoints" in last
+    assert names(tmp_path) == []
+
+
+def test_no_checkpoint_is_newer_than_the_exported_model(
+    interrupted: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill just after a better checkpoint must not leave the older model for eval.py."""
+    assert train(interrupted, "--resume=auto").code == 0
+    model = interrupted / "model" / "model.safetensors"
+    seen = []
+
+    def published(aside: Path, folder: Path) -> None:
+        publish(aside, folder)
+        seen.append(model.exists())
+
+    assert model.exists()
+    monkeypatch.setattr("model.checkpoints.writer.publish", published)
+    assert train(interrupted, "--resume=auto", "--num_epochs=5").code == 0
+    assert seen and not any(seen) and model.exists()
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -58,6 +58,8 @@ ML_1M = archive(**{"ml-1m/README": "x", "ml-1m/ratings.dat": RATINGS, "ml-1m/mov
         ),
         ({"min_rating": float("nan")}, "--min_rating must be a finite number, not nan"),
         ({"columns": "user"}, "--columns must name user,item"),
+        ({"dataset_path": "a\0.csv"}, "--dataset_path holds a null character"),
+        ({"cache_dir": "a\0"}, "--cache_dir holds a null character"),
     ],
 )
 def test_bad_flags(flags: dict, message: str) -> None:
@@ -70,12 +72,14 @@ def test_defaults_keep_the_examples_flags() -> None:
     assert config.name == "synthetic"
     sizes = (config.random_user_count, config.random_item_count, config.random_size)
     assert sizes == (10, 30, 300)
-    assert (config.min_user_count, config.min_item_count, config.min_rating) == (5, 0, 0)
+    assert (config.min_user_count, config.min_item_count) == (5, 0)
+    assert config.min_rating is None  # the example's 0 drops ratings below it
 
 
 def test_name_of_a_file_without_dataset_name() -> None:
     assert DataConfig(dataset_path="/a/my clicks.csv.gz").name == "my_clicks"
     assert DataConfig(dataset_path="/a/b.csv", dataset_name="mine").name == "mine"
+    assert DataConfig(dataset_path="/a/" + "é" * 120 + ".csv").name == "é" * 50
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +120,14 @@ def test_recbole_folder_with_titles(tmp_path: Path) -> None:
     assert prepare(config).catalog.titles.to_pylist() == ["", "Bee", ""]
 
 
+def test_titles_end_at_line_ends_only(tmp_path: Path) -> None:
+    write(tmp_path / "ratings.csv", "user,item\nu,a\nu,b\nu,c\n")
+    content = 'movieId,title\r\na,"One\u0085, two"\r\nb,T\u001dr\u00e9s\n'
+    (tmp_path / "movies.csv").write_bytes(content.encode("latin-1"))
+    config = DataConfig(dataset_path=str(tmp_path), min_user_count=0, cache_dir=str(tmp_path / "c"))
+    assert prepare(config).catalog.titles.to_pylist() == ["One\u0085, two", "T\u001drés", ""]
+
+
 def test_folder_of_parquet_files(tmp_path: Path) -> None:
     for at, name in enumerate(("b", "a", "_c", ".d")):
         table = pa.table({"user": [7] * 3, "item": [10 * at + 1, 10 * at + 2, 10 * at + 3]})
@@ -126,6 +138,14 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     store = prepare(config)
     # a.parquet first (11, 12, 13), then b.parquet (1, 2, 3); hidden files are left out
     assert store.items.tolist() == [4, 5, 6, 1, 2, 3]
+
+
+def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"part.{at}.parquet" for at in (0, 1, 2, 10, 11)]
+    for at, name in enumerate(names):
+        pq.write_table(pa.table({"user": [7], "item": [at]}), tmp_path / name)
+    files, _ = find_ratings(tmp_path, "mine")
+    assert [file.name for file in files] == names
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ def table(user: list, item: list, **more: list) -> pa.Table:
 
 def test_encode_numbers_ids_in_ascending_order_for_any_chunks() -> None:
     stage = EncodeIds(
-        IterableWrapper([table(["10", "9"], ["b", " a"]), table(["9", "-1"], ["a ", "B"])])
+        IterableWrapper([table(["10", "9"], ["b", "a"]), table(["9", "-1"], ["a", "B"])])
     )
-    # users are whole numbers: -1 < 9 < 10; items are text: "B" < "a" < "b"; spaces do not count
+    # users are whole numbers: -1 < 9 < 10; items are text: "B" < "a" < "b"
     assert pairs(stage) == [(2, 2), (1, 1), (1, 1), (0, 0)]
     assert stage.users.to_pylist() == ["-1", "9", "10"]
     assert stage.items.to_pylist() == ["B", "a", "b"]
@@ -57,8 +57,9 @@ def test_encode_mixes_whole_numbers_and_text() -> None:
 
 
 def test_encode_distinguishes_ids_of_equal_numeric_value() -> None:
-    stage = EncodeIds(IterableWrapper([table(["7", "07", "+7"], ["a", "a", "a"])]))
-    assert sorted(pairs(stage)) == [(0, 0), (1, 0), (2, 0)]
+    ids = ["7", "07", "+7", " 7", "7 ", "7.0"]
+    stage = EncodeIds(IterableWrapper([table(ids, ["a"] * 6)]))
+    assert sorted(pairs(stage)) == [(code, 0) for code in range(6)]
 
 
 def test_filter_ratings() -> None:
@@ -68,8 +69,14 @@ def test_filter_ratings() -> None:
     assert stage.counts == {"ratings": 2, "users": 2, "items": 2}
 
 
+def test_no_filter_keeps_negative_ratings() -> None:
+    stage = FilterRatings(IterableWrapper([chunk([0, 1], [0, 0], [-1, 1e300])]))
+    assert pairs(stage) == [(0, 0), (1, 0)]
+
+
 def test_filter_ratings_without_a_rating() -> None:
-    assert pairs(FilterRatings(IterableWrapper([chunk([0], [1])]), 0)) == [(0, 1)]
+    for nothing in (None, 0):
+        assert pairs(FilterRatings(IterableWrapper([chunk([0], [1])]), nothing)) == [(0, 1)]
     with pytest.raises(UserError, match="--min_rating 4: the data has no rating column"):
         next(FilterRatings(IterableWrapper([chunk([0], [1])]), 4))
 
@@ -92,17 +99,27 @@ def test_densify() -> None:
 
 
 @pytest.mark.parametrize(
-    "times",
+    ("times", "fractions"),
     [
-        np.array([5, 1, 5, 1, 1]),
-        np.array([0.5, 0.1, 0.5, 0.1, 0.1]),
-        np.array([5, 1, 5, 1, 1]) * (2**62 // 2) - 2**62,  # too far apart for one combined key
+        ([5, 1, 5, 1, 1], None),
+        ([0, 0, 0, 0, 0], [0.5, -0.5, 0.5, -0.5, -0.5]),
+        # Too far apart for one combined key.
+        ([2**62, -(2**63), 2**62, -(2**63), -(2**63)], None),
+        # float64 holds neither these nor their differences.
+        ([2**62 + 1, 2**62, 2**62 + 1, 2**62, 2**62], [0.0, 0.25, 0.0, 0.25, 0.25]),
+        # Fractions in one chunk only.
+        ([1, 0, 1, 0, 0], [0.0, 0.0, 0.0, 0.5, 0.5]),
     ],
 )
-def test_group_sorts_by_time_and_keeps_file_order_of_equal_times(times: np.ndarray) -> None:
+def test_group_sorts_by_time_and_keeps_file_order_of_equal_times(
+    times: list[int], fractions: list[float] | None
+) -> None:
     users, items = np.array([1, 0, 1, 1, 1], np.int32), np.array([10, 20, 30, 40, 50], np.int32)
-    source = [RatingChunk(users[:2], items[:2], None, times[:2])]
-    source.append(RatingChunk(users[2:], items[2:], None, times[2:]))
+    source = []
+    for part in (slice(0, 2), slice(2, 5)):
+        rest = None if fractions is None else np.array(fractions[part])
+        rest = rest if rest is not None and rest.any() else None
+        source.append(RatingChunk(users[part], items[part], None, np.array(times[part]), rest))
     histories = next(GroupByUser(IterableWrapper(source)))
     assert histories.items.tolist() == [20, 40, 50, 10, 30]
     assert histories.offsets.tolist() == [0, 1, 5]
@@ -182,13 +199,28 @@ def test_prepare_end_to_end(tmp_path: Path) -> None:
     assert describe(SequenceStore.open(store.path)) == text
 
 
+def test_only_asked_filters_and_blanks_around_ids_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("user,item,rating\nu, a,-1\nu,a ,0\n u, a,1\nu,b,5\n")
+    config = DataConfig(dataset_path=str(path), min_user_count=0, cache_dir=str(tmp_path / "c"))
+    store = prepare(config)
+    assert store.catalog.items.to_pylist() == ["a", "b"]
+    stages = [stage["stage"] for stage in store.counts["stages"]]
+    assert stages == ["read", "--min_item_count 0", "--min_user_count 0"]
+    assert store.lengths().tolist() == [4]
+    blanks = "in text were removed: user ids of 1 ratings, item ids of 3 ratings"
+    assert blanks in describe(SequenceStore.open(store.path))
+    path.write_text(path.read_text().replace(" ", ""))
+    assert "blanks" not in describe(prepare(config))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"min_rating": 6}, "--min_rating 6 drops all of the 4 ratings of r: lower it"),
         ({"min_item_count": 9}, "--min_item_count 9 drops all of the 4 ratings"),
         ({"min_user_count": 4}, "--min_user_count 4 drops all of the 4 ratings"),
-        ({"min_rating": 2, "min_user_count": 0}, "no user of r has 3 items"),
+        ({"min_rating": 2, "min_user_count": 0}, "3 items, .* need: lower --min_rating, or check"),
     ],
 )
 def test_nothing_left(tmp_path: Path, flags: dict[str, float], message: str) -> None:

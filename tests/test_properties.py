@@ -22,7 +22,7 @@ from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import readers
+from pipeline.sources import blocks
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
@@ -76,7 +76,7 @@ def test_every_rating_of_a_file_is_kept_in_order_or_counted_as_dropped(
         on_disk("r.csv", f"user,item,rating,timestamp\n{text}".encode()) as path,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(readers, "BLOCK_BYTES", block)  # many blocks, cut anywhere
+        patch.setattr(blocks, "BLOCK_BYTES", block)  # many blocks, cut anywhere
         config = DataConfig(
             dataset_path=str(path),
             min_rating=min_rating,

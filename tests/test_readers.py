@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import readers
+from pipeline.sources import blocks, readers
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.source_file import SourceFile
 
@@ -127,6 +127,15 @@ def test_ids_are_text_and_nothing_is_rounded(tmp_path: Path) -> None:
     assert found["timestamp"] == [2**53 + at for at in range(len(ids))]
 
 
+def test_a_byte_order_mark_belongs_to_an_id_except_in_front_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.csv", "\ufeffuser,item\n\ufeff1,a\n1,b\n\ufeff1,c\n".encode())
+    for size in (20, 1000):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        assert read(file)["user"] == ["\ufeff1", "1", "\ufeff1"]
+
+
 def test_columns_by_name_in_any_place(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", b"when,junk,what,who\n9,z,i,u\n8,z,j,u\n")
     found = read(file, columns="who,what,,when")
@@ -146,29 +155,35 @@ def test_typed_name_without_its_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "expected"),
+    ("times", "whole", "fraction"),
     [
-        (["9.0", "8.5"], [9.0, 8.5]),
-        (["9", "8.5"], [9.0, 8.5]),  # whole first, decimal later
-        (["1970-01-01 00:00:01", "1970-01-01T00:00:00"], [1_000_000_000, 0]),
-        (["-5", "-6"], [-5, -6]),
+        (["9.0", "8e0"], [9, 8], None),
+        (["9", "8.5"], [9, 8], [0.0, 0.5]),  # whole first, decimal later
+        (["0.5", "1600000000000000003"], [0, 1600000000000000003], [0.5, 0.0]),
+        (["1600000000000000003", "-1.25"], [1600000000000000003, -1], [0.0, -0.25]),
+        (["1970-01-01 00:00:01", "1970-01-01T00:00:00"], [1_000_000_000, 0], None),
+        (["-5", "-6"], [-5, -6], None),
+        (["+5", "5."], [5, 5], None),
     ],
 )
-def test_times(tmp_path: Path, times: list[str], expected: list[float]) -> None:
+def test_times(
+    tmp_path: Path, times: list[str], whole: list[int], fraction: list[float] | None
+) -> None:
     lines = "".join(f"u,i,{time}\n" for time in times)
     file = write(tmp_path / "a.csv", f"user,item,timestamp\n{lines}".encode())
-    assert read(file)["timestamp"] == expected
+    found = read(file)
+    assert (found["timestamp"], found.get("fraction")) == (whole, fraction)
 
 
 def test_chunks_do_not_change_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + CSV[:-1])
     for size in (33, 40, 60):
-        monkeypatch.setattr(readers, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         assert read(file) == ROWS
 
 
 def test_resumes_at_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 33)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 33)
     reader = ReadRatings(write(tmp_path / "a.csv", CSV))
     next(reader)
     state, rest = reader.state_dict(), [table.to_pydict() for table in reader]
@@ -237,6 +252,7 @@ def test_mistakes_in_a_file(tmp_path: Path, name: str, content: bytes, message: 
         ({"columns": ",item"}, "--columns must name user,item"),
         ({"columns": "a,b,c,d,e"}, "--columns must name user,item"),
         ({"separator": "ab"}, "--separator must be one character"),
+        ({"separator": "é"}, "--separator must be one character, .* not 'é': ASCII only"),
         ({"separator": "tab"}, "one column only when cut at a tab"),
     ],
 )
@@ -247,16 +263,82 @@ def test_mistakes_in_flags(tmp_path: Path, flags: dict[str, str], message: str) 
 
 
 def test_bad_line_is_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     file = write(tmp_path / "a.csv", HEADER + b"1,2,3,4\n" * 50 + b"1,2,bad,4\n" + b"1,2,3,4\n" * 9)
     with pytest.raises(UserError, match=r"a\.csv:52: the rating 'bad'"):
         read(file)
 
 
 def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     with pytest.raises(UserError, match=r"a\.csv:1: a line of more than 64 bytes"):
         read(write(tmp_path / "a.csv", b"x" * 1000))
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"x" * (6 << 20),
+        b"x" * (17 << 20),
+        b'"' + b"quoted\n" * (1 << 20) + b'"',
+        b'"' + b"so are these lines of it\n" * (1 << 20) + b'"',
+    ],
+    ids=["6 MB", "17 MB", "7 MB of quoted lines", "25 MB of quoted lines"],
+)
+def test_records_longer_than_a_block_are_read(tmp_path: Path, note: bytes) -> None:
+    rows = b"1,10,%s\n1,11,z\n1,12,z\n" % note
+    file = write(tmp_path / "a.csv", b"user,item,note\n" + rows)
+    assert read(file) == {"user": ["1"] * 3, "item": ["10", "11", "12"]}
+    write(file, b"user,item,note\n" + rows + b"1,,z\n")
+    line = 5 + note.count(b"\n")
+    with pytest.raises(UserError, match=rf"a\.csv:{line}: the item id is empty"):
+        read(file)
+
+
+def test_quoted_line_ends_of_windows_are_kept_at_every_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_PARSED_BYTES", 64)
+    for before in range(1, 64):
+        row = b'"' + b"x" * before + b'\r\n","i"\r\n'
+        file = write(tmp_path / "a.csv", b"user,item\r\n" + row * 3)
+        assert read(file)["user"] == ["x" * before + "\r\n"] * 3
+
+
+def test_an_open_quotation_mark_in_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    file = write(tmp_path / "a.csv", HEADER + b'1,2,3,4\n1,"2,3,4\n' + b"1,2,3,4\n" * 50)
+    with pytest.raises(UserError, match=r"a\.csv:3: a line of more than 64 bytes; is a quotation"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    "time", [pa.array([1.5, 2, 3]), pa.array([1, 2, 3], pa.float32()), pa.array([1, 2, 3])]
+)
+def test_parquet_parts_may_write_times_in_different_ways(tmp_path: Path, time: pa.Array) -> None:
+    for at, part in enumerate((pa.array([2**53 + 1] * 3), time)):
+        columns = {"user": [1] * 3, "item": [1] * 3, "time": part}
+        pq.write_table(pa.table(columns), tmp_path / f"{at}.parquet")
+    found = read(tmp_path / "0.parquet", tmp_path / "1.parquet")
+    assert found["timestamp"] == [2**53 + 1] * 3 + [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.decimal128(3, 1)])
+def test_parquet_ratings_are_the_numbers_that_are_written(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    ratings = pa.array(["4.1", "-1.0"]).cast(kind)
+    columns = {"user": [1, 1], "item": [1, 2], "rating": ratings}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet")["rating"] == [4.1, -1.0]
+
+
+def test_a_link_to_itself_is_not_called_incomplete(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").symlink_to("a.csv")
+    with pytest.raises(UserError, match=r"a\.csv: Too many levels of symbolic links$"):
+        read(tmp_path / "a.csv")
 
 
 def test_missing_file_and_damaged_zip(tmp_path: Path) -> None:
@@ -281,7 +363,7 @@ def test_missing_file_and_damaged_zip(tmp_path: Path) -> None:
     [
         ({"user": [1.5], "item": [1]}, "user ids are double, not text or whole numbers"),
         ({"user": [1, None], "item": [1, 2]}, r"row 1 \(from 0\) has no user"),
-        ({"user": ["", "a"], "item": [1, 2]}, "a user is empty"),
+        ({"user": ["", "a"], "item": [1, 2]}, "the user id is empty"),
         ({"user": [1], "item": [1], "rating": [float("nan")]}, "a rating is not a finite number"),
         ({"user": [1], "item": [1], "rating": ["5"]}, "rating column is string, not a number"),
         ({"user": [1], "stuff": [1]}, "cannot tell the item column among user, stuff"),

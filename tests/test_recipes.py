@@ -103,6 +103,7 @@ def test_torchrec_example_has_its_defaults() -> None:
     ours = flatten(RunConfig())
     differ = {name for name, value in EXAMPLE_DEFAULTS.items() if ours[name] != value}
     assert differ == {
+        "min_rating",
         "mask_prob",
         "num_epochs",
         "weight_decay",

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -225,3 +226,18 @@ def test_one_of_many_processes_builds_and_all_read(tmp_path: Path) -> None:
         process.join(20)
     assert [process.exitcode for process in processes] == [0] * 4
     assert log.read_text() == "built\n"
+
+
+@pytest.mark.parametrize("most_bytes", [100, 30_000, 45_000])  # of any file of the store
+def test_a_disk_that_takes_no_more(tmp_path: Path, most_bytes: int) -> None:
+    def build() -> SequenceStore:
+        return SequenceStore.from_arrays(np.arange(1, 10_001), [0, 5000, 10_000], 10_000)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"prepared data to \S+: File too large; name another"):
+            open_or_build(tmp_path / "store", {}, build)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "store").exists()

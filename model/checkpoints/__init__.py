@@ -1,7 +1,8 @@
 """Save, verify, load and export the state of training; may import step and the rooms below it.
 
 config: flags. position: where training stands, the part of a checkpoint that is not tensors.
-manifest: sizes and checksums of a checkpoint's files. safe_reader: read a checkpoint without
-running code from it. writer: write one checkpoint with all ranks, possibly in a thread.
-checkpoints: when to save, what to keep, what to resume from. export: the model as safetensors.
+manifest: sizes and checksums of a checkpoint's files. weights: checks of stored weights.
+safe_reader: read a checkpoint without running code from it. writer: write one checkpoint with all
+ranks, possibly in a thread. checkpoints: when to save, what to keep, what to resume from. export:
+the model as safetensors.
 """

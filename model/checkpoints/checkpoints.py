@@ -10,6 +10,7 @@ Within an epoch training pauses only while its state is copied; a thread writes 
 
 import contextlib
 import dataclasses
+import pickle
 import re
 import shutil
 import time
@@ -18,17 +19,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 
 from model.checkpoints.config import CheckpointConfig
-from model.checkpoints.manifest import DamagedError, read_manifest, verify
+from model.checkpoints.export import remove_export
+from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.position import Position
-from model.checkpoints.safe_reader import SafeReader
+from model.checkpoints.safe_reader import SafeReader, read_index, stored_weights
+from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
-from model.distributed import GONE, Ranks, from_first_rank
+from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError
@@ -108,10 +110,11 @@ class Checkpoints:
 
     def _write(self, state: dict[str, Any], position: Position) -> None:
         try:
+            if self.ranks.is_first:
+                # The exported model is older than this checkpoint: eval.py must not take it.
+                remove_export(self.run_dir / PORTABLE)
             self._writer.write(self.path(position.step), state, position)
             if self.ranks.is_first:
-                # The exported model is older than this checkpoint.
-                remove_folder(self.run_dir / PORTABLE)
                 outdated = self.steps()[: -self.config.keep_last]
                 for step in set(outdated) - {position.best_step}:
                     remove_folder(self.path(step))
@@ -176,24 +179,21 @@ class Checkpoints:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         position, error = Position(), None
         try:
+            # A folder that a rank does not see is not damaged.
             if rank and not path.is_dir():
                 raise UserError(
                     f"rank {rank} does not see {path}: --run_dir must be on a file system that all "
                     "hosts share"
                 )
-            position = _position(verify(path, slice(rank, None, world_size)))
+            position = position_of(verify(path, slice(rank, None, world_size)))
+            if path != self.path(position.step):
+                raise DamagedError(f"its position is of step {position.step}")
         except (DamagedError, UserError) as found:
             error = found
-        errors = [error]
-        if world_size > 1:
-            errors = [None] * world_size
-            dist.all_gather_object(errors, error)
-        if errors := [each for each in errors if each is not None]:
-            try:
-                # A folder that a rank does not see is not damaged.
-                raise min(errors, key=lambda each: isinstance(each, DamagedError))
-            finally:
-                del errors, error  # as in `from_first_rank`
+        try:
+            raise_on_all(self.ranks, error)
+        finally:
+            del error  # as in `from_first_rank`
         return position
 
     def best_step(self) -> int:
@@ -212,7 +212,7 @@ class Checkpoints:
         best = 0
         for step in reversed(self.steps()):
             with contextlib.suppress(DamagedError):
-                best = _position(read_manifest(self.path(step))).best_step
+                best = position_of(read_manifest(self.path(step))).best_step
                 break
         if not best:
             raise UserError(
@@ -220,36 +220,56 @@ class Checkpoints:
             )
         return best
 
+    def check_fit(self, plain: nn.Module, step: int) -> None:
+        """UserError unless ``plain``, which may be on "meta", has the weights of a checkpoint."""
+        unfit = None
+        try:
+            check_fit(stored_weights(read_index(self.path(step))), plain.state_dict())
+        except (DamagedError, ValueError) as error:
+            unfit = self._unfit(step, error)
+        raise_on_all(self.ranks, unfit)
+
     def load_weights(self, model: nn.Module, step: int) -> None:
         """Load only the weights, in place; called on all ranks."""
         self._load({"model": model.state_dict()}, step)
         drop_cached_rows(model)
 
     def _load(self, state: dict[str, Any], step: int) -> None:
-        path = self.path(step)
+        """Load ``state`` in place; UserError if it does not fit, or weights are not finite."""
+        path, unusable = self.path(step), None
         try:
-            dcp.load(state, storage_reader=SafeReader(path))
+            reader = SafeReader(path)
+            check_fit(stored_weights(reader.index), state["model"])
+        except (DamagedError, ValueError) as error:
+            unusable = self._unfit(step, error)
+        raise_on_all(self.ranks, unusable)
+        try:
+            dcp.load(state, storage_reader=reader)
         except _LOAD_ERRORS as error:
             if GONE.search(str(error)):
                 raise UserError(
                     f"another rank ended while {path} was read: start again; train.py goes on "
                     "with --resume auto"
                 ) from error
-            raise UserError(
-                f"{path} does not fit this model: it was written with other flags, or its files "
-                f"are damaged ({_cause(error)}); use another --run_dir or the run's own flags"
-            ) from error
+            raise self._unfit(step, error) from error
+        try:
+            check_finite(state["model"])
+        except ValueError as error:
+            unusable = UserError(
+                f"{path} cannot be used: {error}; delete it, and --resume auto goes on from the "
+                "one before"
+            )
+        raise_on_all(self.ranks, unusable)
+
+    def _unfit(self, step: int, error: BaseException) -> UserError:
+        return UserError(
+            f"{self.path(step)} does not fit this model: it was written with other flags, or its "
+            f"files are damaged ({_cause(error)}); use another --run_dir or the run's own flags"
+        )
 
 
 def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
-
-
-def _position(manifest: dict[str, Any]) -> Position:
-    try:
-        return Position(**manifest["position"])
-    except TypeError as error:
-        raise DamagedError(f"its position is invalid ({error})") from error
 
 
 def _cause(error: BaseException) -> str:
@@ -258,4 +278,6 @@ def _cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, pickle.UnpicklingError):  # torch's message tells how to run its code
+        return "a file of it holds other things than tensors"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

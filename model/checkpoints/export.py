@@ -2,82 +2,204 @@
 
 exported/
     model.safetensors    all weights, under the names of the plain BERT4Rec
-    config.json          flags, number of items, catalog fingerprint, versions
+    config.json          flags, number of items, catalog fingerprint, versions, test metrics
     catalog.parquet      original id and title of each item
+    users.parquet        original ids of the users, only with --with_users
+
+A folder holds a model once it holds model.safetensors, which is removed first and written last. Its
+metadata and config.json name the same step and fingerprint of the weights.
 """
 
+import errno
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
-from model.checkpoints.safe_reader import SafeReader
+from model.checkpoints.manifest import DamagedError
+from model.checkpoints.safe_reader import SafeReader, stored_weights
+from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from pipeline.errors import UserError
-from pipeline.files import aside_of, publish, sync, sync_files
-from pipeline.preparation.catalog import Catalog
+from pipeline.files import open_regular, read_json, remove_folder, sync, sync_files, write_json
+from pipeline.preparation.catalog import FILES, Catalog
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FLOATING = ("F16", "BF16", "F32", "F64")
+_ASIDE = ".export.part"
+# Key of the metadata; one, because safetensors writes several in random order.
+_TIE = "trained"
 
 
-def export(checkpoint: Path, plain: nn.Module, run_dir: Path, folders: Iterable[Path]) -> None:
-    """Export the folder of a checkpoint into each of ``folders``; call it on one rank.
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint to export."""
 
-    A new folder is complete once it exists; in an existing folder the weights are replaced last.
-    ``plain``, an unsharded BERT4Rec, gets the checkpoint's weights.
+    checkpoint: Path
+    step: int
+    metrics: Mapping[str, Any]  # by split
+    run_dir: Path
+
+
+def export(trained: Trained, plain: nn.Module, folders: Iterable[Path], with_users: bool) -> None:
+    """Export a checkpoint into each of ``folders``; call it on one rank.
+
+    If it is interrupted, a folder holds its old model, the new one or none. ``plain``, an
+    unsharded BERT4Rec, gets the checkpoint's weights.
+
+    Raises:
+        UserError: the weights are not those of ``plain`` or not finite, or a file cannot be
+            written.
     """
     weights = plain.to_empty(device="cpu").state_dict()
-    dcp.load({"model": weights}, storage_reader=SafeReader(checkpoint), no_dist=True)
+    try:
+        reader = SafeReader(trained.checkpoint)
+        check_fit(stored_weights(reader.index), weights)
+        dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
+        check_finite(weights)
+    except (DamagedError, ValueError) as error:
+        raise UserError(f"{trained.checkpoint} cannot be exported: {error}") from error
+    except dcp.api.CheckpointException as error:  # a BaseException, with tracebacks in its text
+        raise UserError(
+            f"{trained.checkpoint} cannot be exported: its files are damaged"
+        ) from error
+    tie = {"step": trained.step, "fingerprint": fingerprint(weights)}
     for folder in folders:
-        aside = aside_of(folder)
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            Catalog.read(run_dir).write_to(aside)
-            shutil.copyfile(run_dir / "config.json", aside / "config.json")
-            save_file(weights, aside / WEIGHTS)
-            sync_files(aside)
-            if not folder.exists():
-                publish(aside, folder)
-                continue
-            for path in sorted(aside.iterdir(), key=lambda path: path.name == WEIGHTS):
-                path.replace(folder / path.name)
-            sync(folder)
-            aside.rmdir()
+            with _aside(folder) as aside:
+                config = read_json(trained.run_dir / CONFIG)
+                write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
+                Catalog.copy(trained.run_dir, aside, with_users)
+                _save(weights, aside, {_TIE: json.dumps(tie)})
+                shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
+                sync_files(aside)
+                _replace(folder, aside)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
-                f"{checkpoint}: make room and run again with --resume auto"
+                f"{trained.checkpoint}: make room and run again with --resume auto"
             ) from error
 
 
-def load_exported(folder: Path, model: nn.Module) -> None:
-    """Load exported weights into a model, plain or sharded; each rank reads only its own rows."""
+def check_target(folder: Path) -> None:
+    """Write and remove files as :func:`export` will; OSError if that fails."""
+    with _aside(folder) as aside:
+        _save({"probe": torch.zeros(1)}, aside, {})
+        probe = (aside / WEIGHTS).replace(folder / f"{_ASIDE}.probe")
+        probe.unlink()
+        sync(folder)
+    for name in (WEIGHTS, CONFIG, *FILES):
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+
+
+def remove_export(folder: Path) -> None:
+    """Delete an export if possible; without its weights, the rest of it is none."""
+    with suppress(OSError):
+        (folder / WEIGHTS).unlink()
+    remove_folder(folder)
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new folder in ``folder``, which may be a mount point: a rename cannot enter another one."""
+    aside = folder / _ASIDE
+    with suppress(OSError):  # a folder, or none
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
-            wanted = model.state_dict()
-            if different := wanted.keys() ^ set(weights.keys()):
-                raise ValueError(f"size mismatch: {min(different)} is only in one of both")
-            for name, tensor in wanted.items():
-                _read(weights.get_slice(name), tensor, name)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(weights, folder / WEIGHTS, metadata)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(errno.EIO, str(error)) from error
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Move the files of ``aside`` into ``folder``; the weights are absent in between."""
+    held_model = any((folder / name).exists() for name in (WEIGHTS, CONFIG))
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    sync(folder)
+    if held_model:  # its users, and its evaluations
+        for outdated in (folder / FILES[1], *folder.glob("eval_*.json")):
+            outdated.unlink(missing_ok=True)
+    for path in aside.iterdir():
+        if path.name != WEIGHTS:
+            path.replace(folder / path.name)
+    sync(folder)
+    (aside / WEIGHTS).replace(folder / WEIGHTS)
+    sync(folder)
+    with suppress(OSError):  # only needed if ``folder`` is new; a parent may be unreadable
+        sync(folder.parent)
+
+
+def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) -> int | None:
+    """Check that exported weights fit ``plain``, which may be on "meta", and config.json.
+
+    Args:
+        config: the content of the folder's config.json.
+
+    Returns:
+        The training step of the weights; None if an earlier version exported them, whose
+        metadata do not name it.
+    """
+    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
+        slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+        stored = {
+            name: StoredTensor(each.get_shape(), each.get_dtype(), each.get_dtype() in _FLOATING)
+            for name, each in slices.items()
+        }
+        check_fit(stored, plain.state_dict())
+        tie = json.loads((weights.metadata() or {}).get(_TIE, "{}"))
+        for name in ("step", "fingerprint"):
+            found, wanted = tie.get(name), config.get(name)
+            if found != wanted:
+                raise ValueError(f"its {name} is {found}, that of {CONFIG} {wanted}")
+        return tie["step"] if {"step", "fingerprint"} <= tie.keys() else None
+
+
+def load_exported(folder: Path, model: nn.Module) -> None:
+    """Load checked weights into a model, plain or sharded; each rank reads only its own rows.
+
+    A UserError may be raised on some ranks only.
+    """
+    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
+        loaded = model.state_dict()
+        for name, tensor in loaded.items():
+            _read(weights.get_slice(name), tensor)
+        check_finite(loaded)
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    path = folder / WEIGHTS
+    try:
+        open_regular(path).close()
+        yield
+    except Exception as error:  # of safetensors: any
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise UserError(
-            f"{folder / WEIGHTS} cannot be loaded ({reason}): its config.json belongs to another "
-            "model, or it is damaged; export it again"
+            f"{path} cannot be loaded ({reason.splitlines()[-1].strip()}): its {CONFIG} belongs to "
+            "another model, or it is damaged; export it again"
         ) from error
 
 
-def _read(stored: Any, tensor: torch.Tensor | ShardedTensor, name: str) -> None:
-    if (found := stored.get_shape()) != list(tensor.shape):
-        raise ValueError(f"size mismatch of {name}: {found}, not {list(tensor.shape)}")
+def _read(stored: Any, tensor: torch.Tensor | ShardedTensor) -> None:
     if not isinstance(tensor, ShardedTensor):
         tensor.copy_(stored[...])
         return

@@ -5,16 +5,25 @@
  "files": {"__0_0.distcp": {"size": 122987, "crc32": 2893481}, ...}, "crc32": 713705}
 """
 
+import dataclasses
 import json
+import os
+import re
+import reprlib
 import zlib
 from pathlib import Path
 from typing import Any
 
+from model.checkpoints.position import Position
 from pipeline.errors import UserError
-from pipeline.files import size_and_crc32, write_json
+from pipeline.files import open_regular, read_json, size_and_crc32, write_json
 
 FORMAT = 1
 NAME = "manifest.json"
+# Private: DCP's file names. With no other, a manifest cannot name a file outside of its folder.
+DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
+_ABOUT = ("size", "crc32")
+_END = 1 << 63  # of positions
 
 
 class DamagedError(Exception):
@@ -35,41 +44,73 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest alone; DamagedError, or UserError if it is of a newer version's format."""
     try:
-        content = json.loads((folder / NAME).read_text())
-        checksum = content.pop("crc32")
+        content = read_json(folder / NAME)
+        altered = content.pop("crc32") != _checksum(content)
     except OSError as error:
         raise DamagedError(f"{NAME} is missing ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{NAME} is not whole") from error
-    if checksum != _checksum(content):
+    if altered:
         raise DamagedError(f"{NAME} was altered")
     if (version := content.get("format")) != FORMAT:
         raise UserError(
             f"{folder} has format {version}, this version reads {FORMAT}: use the version that "
             "wrote it"
         )
-    if not {"position", "files"} <= content.keys():
+    if not all(isinstance(content.get(part), dict) for part in ("position", "files")):
         raise DamagedError(f"{NAME} is not whole")
+    for name, about in content["files"].items():
+        if name != ".metadata" and not DATA_FILE.fullmatch(name):
+            raise DamagedError(
+                f"{NAME} lists {reprlib.repr(name)}, which is no file of a checkpoint"
+            )
+        if not isinstance(about, dict) or [*map(type, map(about.get, _ABOUT))] != [int, int]:
+            raise DamagedError(f"{NAME} has no size and checksum of {name}")
     return content
+
+
+def position_of(content: dict[str, Any]) -> Position:
+    """The position in a manifest; DamagedError if it is none."""
+    try:
+        position = Position(**content["position"])
+    except TypeError as error:
+        raise DamagedError(f"its position is invalid ({error})") from error
+    for entry in dataclasses.fields(Position):
+        value, kind = getattr(position, entry.name), type(entry.default)
+        # JSON may write a float as an int.
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or not -1 <= value < _END or (kind is int and value < 0):
+            raise DamagedError(f"its position is invalid ({entry.name} is {reprlib.repr(value)})")
+    return position
 
 
 def verify(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
     """The manifest, after a check of a part of the other files; raises like ``read_manifest``."""
     content = read_manifest(folder)
     for name, expected in sorted(content["files"].items())[part]:
+        check_size(folder, name, expected["size"])
         try:
             found = _describe(folder / name)
         except OSError as error:
             raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
-        if found["size"] != expected["size"]:
-            raise DamagedError(f"{name} has {found['size']} bytes instead of {expected['size']}")
-        if found != expected:
+        if found != {key: expected[key] for key in _ABOUT}:
             raise DamagedError(f"{name} was altered: its checksum differs")
     return content
 
 
+def check_size(folder: Path, name: str, expected: int) -> None:
+    """DamagedError unless ``folder`` has a regular file of this size."""
+    try:
+        with open_regular(folder / name) as file:
+            found = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
+    if found != expected:
+        raise DamagedError(f"{name} has {found} bytes instead of {expected}")
+
+
 def _describe(path: Path) -> dict[str, int]:
-    return dict(zip(("size", "crc32"), size_and_crc32(path), strict=True))
+    return dict(zip(_ABOUT, size_and_crc32(path), strict=True))
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -6,11 +6,17 @@ reads the tensors by torch.load(weights_only=True); it would unpickle other valu
 """
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from model.checkpoints.manifest import DATA_FILE, DamagedError
+from model.checkpoints.weights import StoredTensor
+from pipeline.files import open_regular
 
 # Private: the classes and functions that DCP's pickled index refers to.
 _ALLOWED = {
@@ -31,27 +37,67 @@ _ALLOWED = {
 }
 
 
-class UnreadableIndex(BaseException):
-    """The index is damaged or contains other objects than tensors.
-
-    Not an Exception: dcp.load of torch 2.11 would hide it, and report that there is no index.
-    """
-
-
 class SafeReader(dcp.FileSystemReader):
     """A FileSystemReader for checkpoints that contain only tensors, from any source."""
 
+    def __init__(self, checkpoint: Path) -> None:
+        """DamagedError if the checkpoint's index is; dcp.load would print tracebacks."""
+        super().__init__(checkpoint)
+        self.index = read_index(checkpoint)
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index; dcp.load turns UnreadableIndex into a CheckpointException on all ranks."""
-        # Private: FileSystemReader's fs and _get_metadata_path give the index's location.
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            try:
-                metadata = _IndexUnpickler(file).load()
-                # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
-                metadata.storage_meta.load_id = self.load_id
-            except Exception as error:
-                raise UnreadableIndex(f".metadata is no index of tensors: {error}") from error
-        return metadata
+        assert self.index.storage_meta is not None
+        # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
+        self.index.storage_meta.load_id = self.load_id
+        return self.index
+
+
+def read_index(checkpoint: Path) -> Metadata:
+    """The index of a checkpoint; DamagedError unless it lists tensors in files beside it."""
+    try:
+        with open_regular(checkpoint / ".metadata") as file:
+            index = _IndexUnpickler(file).load()
+        sound = (
+            isinstance(index, Metadata)
+            and isinstance(index.storage_meta, StorageMeta)
+            and all(
+                isinstance(name, str)
+                and isinstance(about, TensorStorageMetadata)
+                and isinstance(about.size, torch.Size)
+                and isinstance(about.properties.dtype, torch.dtype)
+                for name, about in index.state_dict_metadata.items()
+            )
+            and all(
+                isinstance(each, _StorageInfo) and DATA_FILE.fullmatch(each.relative_path)
+                for each in index.storage_data.values()
+            )
+        )
+        if not sound:
+            raise ValueError("it lists other things than tensors")
+        for name in files_of(index):
+            open_regular(checkpoint / name).close()
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{Path(error.filename).name}: {error.strerror}"
+        raise DamagedError(f".metadata is no index of tensors: {reason.splitlines()[0]}") from error
+    return index
+
+
+def files_of(index: Metadata) -> set[str]:
+    """Names of the files that hold the tensors of an index."""
+    return {each.relative_path for each in index.storage_data.values()}
+
+
+def stored_weights(index: Metadata) -> dict[str, StoredTensor]:
+    """The model's tensors in a checkpoint, by name."""
+    found = {}
+    for name, about in index.state_dict_metadata.items():
+        if name.startswith("model.") and isinstance(about, TensorStorageMetadata):
+            kind = about.properties.dtype
+            shape = StoredTensor(list(about.size), str(kind), kind.is_floating_point)
+            found[name.removeprefix("model.")] = shape
+    return found
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -22,9 +22,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
-from model.checkpoints.manifest import describe_files, write_manifest
+from model.checkpoints.manifest import DamagedError, check_size, describe_files, write_manifest
 from model.checkpoints.position import Position
+from model.checkpoints.safe_reader import files_of, read_index
 from model.distributed import Ranks, from_first_rank, writing
+from pipeline.errors import UserError
 from pipeline.files import aside_of, publish, remove_leftovers
 
 
@@ -50,16 +52,18 @@ class CheckpointWriter:
 
         @writing(str(final))
         def complete() -> None:
+            _check_complete(aside, files)
             write_manifest(aside, manifest)
             publish(aside, final)
 
         from_first_rank(self._ranks, make_room, self._group)
         dcp.save(state, checkpoint_id=aside, process_group=self._group)
+        files = self._describe(aside)
         manifest = {
             "position": dataclasses.asdict(position),
             "recorded": dict(self._recorded),
             "world_size": self._ranks.world_size,
-            "files": self._describe(aside),
+            "files": files,
         }
         from_first_rank(self._ranks, complete, self._group)
 
@@ -78,6 +82,20 @@ class CheckpointWriter:
         if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
             raise OSError(failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
+
+
+def _check_complete(aside: Path, files: dict[str, dict[str, int]]) -> None:
+    """UserError unless rank 0 sees the files that all ranks have written."""
+    try:
+        for name, about in files.items():
+            check_size(aside, name, about["size"])
+        if missing := files_of(read_index(aside)) - files.keys():
+            raise DamagedError(f"no rank has written {min(missing)}")
+    except DamagedError as error:
+        raise UserError(
+            f"{aside} is incomplete: {error}; --run_dir must be on a file system that all hosts "
+            "share"
+        ) from error
 
 
 def in_background(work: Callable[[], None]) -> Future[None]:

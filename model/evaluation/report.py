@@ -11,6 +11,11 @@ _PROTOCOLS = {
     "sampled": "sampled (against unseen items by popularity)",
     "full": "full (all items, seen ones removed)",
 }
+# Keys of a result that is not the one of training, by which its file is named, too.
+_NOTES = {
+    "popularity_discount": "popularity discount {:g}",
+    "other_ratings": "on other ratings than those of training ({})",
+}
 
 
 def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
@@ -22,7 +27,8 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
             rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
     if best_possible:
         rows.append(("full, best possible on this data", best_possible))
-    return f"{split}, {result['users']:,} users\n{format_table(rows)}"
+    notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
+    return f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
 
 
 def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
@@ -36,8 +42,13 @@ def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
 
 
 def write_result(folder: Path, split: str, result: Result) -> Path:
-    """Write ``eval_<split>.json`` into ``folder``."""
-    path = folder / f"eval_{split}.json"
+    """Write ``eval_<split>.json`` into ``folder``; other keys than training's change the name."""
+    name = f"eval_{split}"
+    if discount := result.get("popularity_discount"):
+        name += f"-discount-{discount:g}"
+    if ratings := result.get("other_ratings"):
+        name += f"-ratings-{ratings}"
+    path = folder / f"{name}.json"
     try:
         write_json(path, result)
     except OSError as error:

@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """Weights from normal(0, 0.02) truncated at two standard deviations, as the paper; biases 0."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

@@ -52,6 +52,16 @@ def build_plain_model(
     )
 
 
+def weightless_model(config: RunConfig, num_items: int) -> BERT4Rec:
+    """An unsharded model on the device "meta": only names, shapes and types of its weights."""
+    precision = config.sharding.table_precision
+    model_config = ModelConfig(
+        num_items, config.windows.max_len, config.encoder, config.head, precision
+    )
+    with torch.device("meta"):
+        return BERT4Rec(model_config, catalog_slice(num_items, 0, 1, False), table_device="meta")
+
+
 def build_model(
     config: RunConfig,
     num_items: int,

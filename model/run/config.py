@@ -31,6 +31,7 @@ class OutputConfig(Config):
         "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
     export_root: str = flag("", "folder for a second copy of the exported model (default: no copy)")
+    with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
     precision: str = flag(
         "auto",
         "encoder precision; auto: bf16 on CUDA, fp32 on CPU",

@@ -6,6 +6,7 @@ Names are flat: ``--max_len`` is the field ``max_len`` of the group that declare
 import argparse
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -180,8 +181,9 @@ def _converted(entry: dataclasses.Field, value: Any) -> Any:
     if value is None and isinstance(entry.type, types.UnionType):
         return None
     plain = _plain(entry.type)
-    if plain is float and type(value) is int:
+    if plain is float and type(value) is int and abs(value) < 1 << 63:
         return float(value)
     if type(value) is not plain:  # True is no int
-        raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {value!r}")
+        found = reprlib.repr(value)
+        raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {found}")
     return value

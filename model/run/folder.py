@@ -6,11 +6,10 @@ runs/mine/
     checkpoints/      and the files of the log (``model/training/run_log.py``)
 """
 
-import json
 import os
+import reprlib
 import shlex
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoints.export import WEIGHTS
+from model.checkpoints.checkpoints import PORTABLE
+from model.checkpoints.export import WEIGHTS, check_target
 from model.distributed import Ranks, from_first_rank, writing
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
 from pipeline.errors import UserError
-from pipeline.files import lock, write_json
+from pipeline.files import lock, read_json, write_json
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
@@ -50,6 +50,7 @@ class RunFolder:
             "num_items": self.store.num_items,
             "num_ratings": len(self.store.items),
             "catalog": self.store.catalog_fingerprint,
+            "ratings": self.store.ratings_fingerprint,
         }
         self.path = from_first_rank(self.ranks, self._claim)
 
@@ -96,17 +97,24 @@ class RunFolder:
                 f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
                 "choose another folder"
             )
+        if os.path.lexists(path / PORTABLE):
+            with writing(f"--run_dir {path}: {PORTABLE} in it"):
+                check_target(path / PORTABLE)
         return path
 
 
 def _check_export(folder: Path, run_dir: Path) -> None:
     """Check before training that the export after training can be written."""
-    if folder.resolve() == run_dir.resolve() or (folder / "checkpoints").exists():
-        raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
     with writing(f"--export_root {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for path in (folder, run_dir):
+            with suppress(FileNotFoundError):
+                path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
+        real, run = folder.resolve(), run_dir.resolve()
+        if real == run or (real / "checkpoints").exists():
+            raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
+        if real.name == PORTABLE and (real.parent / "checkpoints").exists() and real.parent != run:
+            raise UserError(f"--export_root {folder} is the model of a run: choose another folder")
+        check_target(folder)
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
@@ -120,10 +128,8 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    now = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
-    for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
-        now |= flatten(getattr(config, group))
-    for name in now.keys() - {"cache_dir", "dataset_path"}:
+    now = lasting_flags(config)
+    for name in now:
         if before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"--resume auto: {path} was trained with --{name} {before[name]}, not "
@@ -135,6 +141,14 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
                 f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
                 f"{value}): give the ratings of that run, or choose another --run_dir"
             )
+
+
+def lasting_flags(config: RunConfig) -> dict[str, Any]:
+    """The flags that a run keeps when it is resumed: they decide the model and its data."""
+    kept = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
+    for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
+        kept |= flatten(getattr(config, group))
+    return {name: kept[name] for name in kept if name not in ("cache_dir", "dataset_path")}
 
 
 def versions() -> dict[str, str]:
@@ -159,15 +173,15 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     """Read config.json and check its parts."""
     path = run_dir / "config.json"
     try:
-        text = path.read_text()
-        config = json.loads(text)
+        config = read_json(path)
         expected = {"flags": dict, "num_items": int, "catalog": str}
         if not isinstance(config, dict) or not expected.keys() <= config.keys():
             raise ValueError("keys are missing")
         for key, kind in expected.items():
-            if not isinstance(config[key], kind):
-                raise ValueError(f"{key} is {config[key]!r}")
-        if config["num_items"] < 1 or "\\u0000" in text:
+            if type(config[key]) is not kind:  # True is no int
+                raise ValueError(f"{key} is {reprlib.repr(config[key])}")
+        texts = (value for value in config["flags"].values() if isinstance(value, str))
+        if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")
     except OSError as error:
         raise UserError(

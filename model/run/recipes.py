@@ -52,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **dict(train_batch_size=128, val_batch_size=128, test_batch_size=128, num_epochs=100),
         **dict(lr=1e-3, lr_schedule="constant", warmup_share=0.0),
         **dict(weight_decay=0.0, beta2=0.999, max_grad_norm=0.0),
+        **dict(min_rating=0.0),  # drops negative ratings
     },
 }
 CHOICES = ("auto", "none", *RECIPES)

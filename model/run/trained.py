@@ -8,18 +8,26 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-from model.checkpoints.export import WEIGHTS, load_exported
-from model.distributed import Ranks
+from model.checkpoints.export import WEIGHTS, check_exported, load_exported
+from model.distributed import Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
-from model.run.build import WHOLE_TABLE_BYTES, build_model, build_plain_model, scored_slice
+from model.run.build import (
+    WHOLE_TABLE_BYTES,
+    build_model,
+    build_plain_model,
+    scored_slice,
+    weightless_model,
+)
 from model.run.config import EvalFlags, RunConfig
 from model.run.execution import plan_execution
 from model.run.flags import build, current_flags
-from model.run.folder import read_config
+from model.run.folder import lasting_flags, read_config
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
+
+_MOST_LAYERS = 1000  # more would take minutes to build, also without weights
 
 
 class TrainedRun:
@@ -29,9 +37,9 @@ class TrainedRun:
         self.folder = Path(flags.checkpoint)
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
-        recorded = read_config(self.folder)
-        self._num_items, self._fingerprint = recorded["num_items"], recorded["catalog"]
-        settings = dict(recorded["flags"])
+        self._recorded = read_config(self.folder)
+        self._num_items = self._recorded["num_items"]
+        settings = dict(self._recorded["flags"])
         settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
         if flags.batch_size:
             settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
@@ -47,27 +55,41 @@ class TrainedRun:
 
     def check_catalog(self, store: SequenceStore) -> None:
         """Check that the data has the items that the model was trained on."""
-        if store.catalog_fingerprint != self._fingerprint:
+        if store.catalog_fingerprint != self._recorded["catalog"]:
             raise UserError(
                 f"{self.folder} was trained on {self._num_items} items that are not the "
                 f"{store.num_items} of this data: give the ratings of training by --dataset_path"
             )
 
+    def has_ratings_of(self, store: SequenceStore) -> bool:
+        """Whether the data has the ratings of training, not only its items."""
+        found = {"ratings": store.ratings_fingerprint, "num_ratings": len(store.items)}
+        return all(self._recorded.get(name, value) == value for name, value in found.items())
+
     def model(self, ranks: Ranks) -> DistributedModelParallel:
         """The trained model, sharded over the ranks."""
         config = self.config
+        # Before the model is built: config.json may describe one of any size.
+        weightless = self._weightless_model()
         if self._exported:
+            self._check_exported(self._exported, weightless, ranks)
             if ranks.device.type != "cuda":  # a CPU has no UVM
                 config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
         else:
             checkpoints = Checkpoints(self.folder, ranks)
             step = checkpoints.best_step()
+            checkpoints.check_fit(weightless, step)
         plan = plan_execution(config, self._num_items, ranks)
         model = build_model(config, self._num_items, ranks, plan)
-        if self._exported:
-            load_exported(self._exported, model)
-        else:
+        if not self._exported:
             checkpoints.load_weights(model, step)
+            return model
+        unusable = None
+        try:
+            load_exported(self._exported, model)
+        except UserError as error:
+            unusable = error
+        raise_on_all(ranks, unusable)
         return model
 
     def plain_model(self) -> BERT4Rec:
@@ -75,6 +97,7 @@ class TrainedRun:
         if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
         alone = Ranks(0, 1, 1, torch.device("cpu"))
+        self._check_exported(self._exported, self._weightless_model(), alone)
         model = build_plain_model(self.config, self._num_items, alone)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
@@ -83,6 +106,34 @@ class TrainedRun:
             )
         load_exported(self._exported, model)
         return model
+
+    def _weightless_model(self) -> BERT4Rec:
+        try:
+            if self.config.encoder.num_layers > _MOST_LAYERS:
+                raise OverflowError(f"more than {_MOST_LAYERS:,} layers")
+            return weightless_model(self.config, self._num_items)
+        except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
+            reason = str(error).splitlines()[0]
+            path = self.folder / "config.json"
+            raise UserError(
+                f"{path} describes an impossible model ({reason}): restore it"
+            ) from error
+
+    def _check_exported(self, folder: Path, weightless: BERT4Rec, ranks: Ranks) -> None:
+        """UserError unless ``folder`` has the weights of the run in ``self.folder``."""
+        recorded = self._recorded if folder == self.folder else read_config(folder)
+        if check_exported(folder, recorded, weightless) is None:
+            ranks.warn(
+                f"{folder} was exported by an earlier version: nothing proves that its weights "
+                "belong to its config.json"
+            )
+        exported = recorded["flags"]
+        for name, value in lasting_flags(self.config).items():
+            if exported.get(name, value) != value:
+                raise UserError(
+                    f"{folder} was trained with --{name} {exported[name]}, {self.folder} with "
+                    f"{value}: delete {folder}, and --resume auto exports it again"
+                )
 
 
 def load_teachers(
@@ -97,6 +148,11 @@ def load_teachers(
     for folder in config.teaching.folders:
         run = TrainedRun(EvalFlags(checkpoint=folder))
         run.check_catalog(store)
+        if not run.has_ratings_of(store):
+            ranks.warn(
+                f"--teachers {folder} was trained on other ratings of these items: it may know the "
+                "held-out ones, and metrics would be too good"
+            )
         if run.config.windows.max_len < config.windows.max_len:
             raise UserError(
                 f"--teachers {folder} reads windows of {run.config.windows.max_len} items at most: "

@@ -13,10 +13,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -25,7 +27,9 @@ from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
 from pipeline.errors import UserError, warn
-from pipeline.files import write_text
+from pipeline.files import open_regular, whole_file
+
+_LINE_BYTES, _LOG_BYTES = 1 << 16, 1 << 32  # more than any line and log of a run
 
 
 @dataclass(eq=False)
@@ -155,10 +159,23 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
     """Drop later lines, and lines that a kill or a full disk cut short, atomically."""
     if not path.exists():
         return
-    before, kept = path.read_text(errors="replace"), ""
-    for line in before.splitlines(keepends=True):
-        with suppress(ValueError, LookupError, TypeError):  # not a line of this log
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                kept += line
-    if kept != before:
-        write_text(path, kept)
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _LOG_BYTES:
+            raise UserError(f"{path} has more than {_LOG_BYTES >> 30} GiB: move it away")
+        if all(_is_kept(line, step) for line in _lines(file)):
+            return
+        file.seek(0)
+        with whole_file(path) as kept:
+            kept.writelines(line for line in _lines(file) if _is_kept(line, step))
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines, the longest in parts: one of this log is short."""
+    return iter(lambda: file.readline(_LINE_BYTES), b"")
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, LookupError, TypeError, RecursionError):  # not a line of this log
+        return False

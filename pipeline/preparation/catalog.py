@@ -6,6 +6,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 """
 
 import hashlib
+import io
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.files import open_regular, whole_file
 from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
-_FILES = ("catalog.parquet", "users.parquet")
+FILES = ("catalog.parquet", "users.parquet")
+_NO_USERS = pa.table({"user": pa.array([], pa.string())})
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -35,9 +38,12 @@ class Catalog:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog in a store's or a run's folder."""
+        """Read the catalog of a store, a run or an export, which may be without users."""
+        paths = [Path(folder) / name for name in FILES]
         try:
-            items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
+            items, users = _read(paths[0]), _NO_USERS
+            if paths[1].exists():
+                users = _read(paths[1])
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
@@ -45,23 +51,26 @@ class Catalog:
                 users["user"].combine_chunks(),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise UserError(f"no readable catalog in {folder}: {error}") from error
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"no readable catalog in {folder}: {reason}") from error
 
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+        pq.write_table(pa.table(columns), Path(folder) / FILES[0])
+        pq.write_table(pa.table({"user": self.users}), Path(folder) / FILES[1])
 
     @staticmethod
-    def copy(folder: Path, to: Path) -> None:
-        for name in _FILES:
-            shutil.copyfile(folder / name, to / name)
+    def copy(folder: Path, to: Path, with_users: bool = True) -> None:
+        """Copy the catalog's files, that of the users only ``with_users``."""
+        for name in FILES if with_users else FILES[:1]:
+            with open_regular(folder / name) as source, whole_file(to / name) as target:
+                shutil.copyfileobj(source, target)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
-        return pq.read_table(folder / _FILES[0], columns=["train_count"])["train_count"].to_numpy()
+        return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
@@ -83,6 +92,11 @@ class Catalog:
         return digest.hexdigest()[:16]
 
 
+def _read(path: Path) -> pa.Table:
+    with open_regular(path) as file:
+        return pq.read_table(file)
+
+
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
     """string [V]: the titles of the items with these original ids, "" if the file has none.
 
@@ -97,6 +111,7 @@ def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
         text = content.decode("latin-1")
     extension = file.name.rsplit(".", 1)[-1]
     separator = "|" if file.name == "u.item" else _TITLE_SEPARATORS[extension]
-    fields = (split_line(line, separator) for line in text.splitlines() if separator in line)
+    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))  # not at "\x85"
+    fields = (split_line(line, separator) for line in lines if separator in line)
     titles = {line[0].strip(): line[1].strip() for line in fields}
     return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

@@ -4,6 +4,7 @@ Each filter is one pass, in this order, as in TorchRec's examples/bert4rec; drop
 items with fewer than --min_item_count ratings.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,13 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     active = stages.FilterUsers(popular, config.min_user_count)
     dense = stages.Densify(active)
     histories = next(stages.GroupByUser(dense), None)
-    kept = [{"stage": "read"} | encoded.counts]
+    kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
     filters: dict[str, stages.CountingStage] = {
-        f"--min_rating {config.min_rating:g}": rated,
         f"--min_item_count {config.min_item_count}": popular,
         f"--min_user_count {config.min_user_count}": active,
     }
+    if config.min_rating is not None:
+        filters = {f"--min_rating {config.min_rating:g}": rated} | filters
     for flag, stage in filters.items():
         if not stage.counts["ratings"]:
             raise UserError(
@@ -49,15 +51,22 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     if kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
         store.best_possible = getattr(source.ratings, "best_possible", None)
     if not len(store.evaluable_users()):
+        dropping = [
+            after["stage"].split()[0]
+            for before, after in pairwise(kept)
+            if after["ratings"] < before["ratings"]
+        ]
+        advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
         raise UserError(
             f"no user of {config.name} has 3 items, which training, validation and test need: "
-            "lower --min_rating and --min_item_count, or check --columns"
+            f"{advice}check --columns"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
     titles = read_titles(source.titles, items) if source.titles else pa.repeat("", len(items))
     users = encoded.users.take(pa.array(dense.kept_users))
     store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
+    store.counts["trimmed"] = dict(getattr(source.ratings, "trimmed", {}))
     return store
 
 
@@ -89,6 +98,9 @@ def describe(store: SequenceStore) -> str:
         for split in ("validation", "test")
     )
     lines.append(f"  cold (never in a training part): {cold}")
+    if trimmed := counts.get("trimmed"):  # not in stores of earlier versions
+        what = ", ".join(f"{role} ids of {ratings:,} ratings" for role, ratings in trimmed.items())
+        lines.append(f"  blanks around ids in text were removed: {what}")
     for split, best in (store.best_possible or {}).items():
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in best.items())
         lines.append(f"  best possible on {split} (full ranking): {metrics}")

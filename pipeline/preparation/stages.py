@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.jagged import splits
-from pipeline.sources.readers import EXACT
 from pipeline.stage import Stage
 
 T = TypeVar("T")
@@ -30,7 +29,9 @@ class RatingChunk:
     user: np.ndarray  # int32 [N], codes from 0
     item: np.ndarray  # int32 [N], codes from 0; once densified, ids from 1
     rating: np.ndarray | None = None  # float64 [N]
-    timestamp: np.ndarray | None = None  # int64 or float64 [N]; None: file order is time order
+    timestamp: np.ndarray | None = None  # int64 [N]; None: file order is time order
+    # float64 [N], the rest of times that are not whole (pipeline/sources/values.py); None: 0.
+    fraction: np.ndarray | None = None
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
         if keep.all():
@@ -75,8 +76,8 @@ class EncodeIds(CountingStage):
     """Arrow tables -> `RatingChunk`s: original ids become int32 codes, in ascending order of ids.
 
     Ids are sorted as numbers if all are whole numbers, else as text: codes do not depend on the
-    file's chunks. Spaces around an id are removed. Once streamed, string arrays ``users`` and
-    ``items`` hold the original id of every code.
+    file's chunks. Once streamed, string arrays ``users`` and ``items`` hold the original id of
+    every code.
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
@@ -91,29 +92,35 @@ class EncodeIds(CountingStage):
                         column = column.dictionary_encode()
                     of_role.append(column.dictionary)
                     indices.append(column.indices.to_numpy(zero_copy_only=False))
-                batches.append((*indices, _numpy(batch, "rating"), _numpy(batch, "timestamp")))
+                values = (_numpy(batch, name) for name in ("rating", "timestamp", "fraction"))
+                batches.append((*indices, *values))
         if not batches:
             raise UserError("there are no ratings in the data set")
         self.users, users = _encoded(dictionaries["user"])
         self.items, items = _encoded(dictionaries["item"])
-        for at, (user, item, rating, timestamp) in enumerate(_drained(batches)):
-            yield RatingChunk(users[at][user], items[at][item], rating, timestamp)
+        for at, (user, item, *others) in enumerate(_drained(batches)):
+            yield RatingChunk(users[at][user], items[at][item], *others)
 
 
 @dataclass(eq=False)
 class FilterRatings(CountingStage):
-    """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback."""
+    """Keep ratings >= min_rating, then drop the rating column: the rest is implicit feedback.
 
-    min_rating: float = 0.0
+    With None all ratings are kept, also negative ones.
+    """
+
+    min_rating: float | None = None
 
     def chunks(self) -> Iterator[RatingChunk]:
         for chunk in self.source:
-            if chunk.rating is not None:
+            if self.min_rating is None:
+                chunk = replace(chunk, rating=None)
+            elif chunk.rating is not None:
                 chunk = replace(chunk.where(chunk.rating >= self.min_rating), rating=None)
             elif self.min_rating > 0:
                 raise UserError(
                     f"--min_rating {self.min_rating:g}: the data has no rating column; leave the "
-                    "flag at 0 or name the column with --columns"
+                    "flag out or name the column with --columns"
                 )
             yield chunk
 
@@ -177,34 +184,55 @@ class GroupByUser(Stage[Histories]):
         chunks = list(self.source)
         if not chunks:
             return
-        times = [chunk.timestamp for chunk in chunks if chunk.timestamp is not None]
         users = np.concatenate([chunk.user for chunk in chunks])
         items = np.concatenate([chunk.item for chunk in chunks])
+        times, fractions = _times(chunks)
         del chunks
-        key = _user_time_keys(users, times) if times else users
+        key = users if times is None else _user_time_keys(users, times, fractions)
         if (key[1:] < key[:-1]).any():
             items = items[np.argsort(key, kind="stable")]
         yield Histories(items, splits(np.bincount(users)))
 
 
-def _user_time_keys(users: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+def _times(chunks: list[RatingChunk]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Times of all chunks, whole parts and fractions; None: there are no times, no fractions."""
+    if chunks[0].timestamp is None:
+        return None, None
+    times = np.concatenate([chunk.timestamp for chunk in chunks])
+    assert times.dtype == np.int64, "times that are not whole numbers have a fraction"
+    if all(chunk.fraction is None for chunk in chunks):
+        return times, None
+    none = [
+        np.zeros(len(chunk.user)) if chunk.fraction is None else chunk.fraction for chunk in chunks
+    ]
+    return times, np.concatenate(none)
+
+
+def _user_time_keys(
+    users: np.ndarray, times: np.ndarray, fractions: np.ndarray | None
+) -> np.ndarray:
     """int64 [R] in the order of users, then times; sorting them beats np.lexsort fourfold."""
-    times = np.concatenate(parts)
-    for part in parts:
-        if part.dtype != times.dtype and np.abs(part).max(initial=0) > EXACT:
-            raise UserError(
-                "decimal timestamps among whole ones above 2^53 cannot be compared exactly: write "
-                "all in one way, or leave them out with --columns"
-            )
     span = int(times.max()) - int(times.min()) + 1
-    if times.dtype == np.int64 and span * (int(users.max()) + 1) < 1 << 63:
+    if fractions is None and span * (int(users.max()) + 1) < 1 << 63:
         times = times - times.min()
     else:
-        times = np.unique(times, return_inverse=True)[1]
+        times = _ranks(times, fractions)
         span = int(times.max()) + 1
     keys = np.multiply(users, span, dtype=np.int64)
     keys += times
     return keys
+
+
+def _ranks(times: np.ndarray, fractions: np.ndarray | None) -> np.ndarray:
+    """int64 [R]: the place of each time among the distinct ones, from 0."""
+    if fractions is None:
+        return np.unique(times, return_inverse=True)[1]
+    order = np.lexsort((fractions, times))
+    times, fractions = times[order], fractions[order]
+    later = (times[1:] != times[:-1]) | (fractions[1:] != fractions[:-1])
+    ranks = np.zeros(len(order), np.int64)
+    ranks[order[1:]] = np.cumsum(later)
+    return ranks
 
 
 def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -230,7 +258,7 @@ def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:
 def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
     """The distinct ids in ascending order, and each part as int32 codes: indices in that order."""
     if not all(pa.types.is_integer(part.type) for part in parts):
-        parts = [pc.utf8_trim_whitespace(part.cast(pa.string())) for part in parts]
+        parts = [part.cast(pa.string()) for part in parts]
     else:
         parts = [part.cast(pa.int64()) for part in parts]
     encoded = pa.concat_arrays(parts).dictionary_encode()

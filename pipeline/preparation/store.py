@@ -10,7 +10,9 @@
 A store is complete or absent (`pipeline/files.py`).
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +120,14 @@ class SequenceStore:
         return self.catalog.fingerprint
 
     @cached_property
+    def ratings_fingerprint(self) -> str:
+        """Hash of all histories as dense ids: data sets with the same have the same metrics."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.items):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
+
+    @cached_property
     def train_item_counts(self) -> np.ndarray:
         """int64 [V+2]: occurrences of each dense id in the training parts."""
         if self.path is not None:
@@ -130,7 +140,7 @@ class SequenceStore:
     def write(self, path: Path) -> None:
         """Write the store's files into an existing, empty folder."""
         for name, array in zip(_ARRAYS, (self.items, self.offsets), strict=True):
-            np.save(path / name, array, allow_pickle=False)
+            _save(path / name, array)
         self.catalog.write_to(path)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -144,6 +154,14 @@ class SequenceStore:
             "files": {file.name: size_and_crc32(file) for file in sorted(path.iterdir())},
         }
         write_json(path / "manifest.json", manifest)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """`np.save`, whose error on a full disk does not say so."""
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data)
 
 
 def open_or_build(
@@ -168,8 +186,9 @@ def open_or_build(
                 built.write(aside)
             return SequenceStore.open(path)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error  # Arrow's text is longer
         raise UserError(
-            f"cannot write the prepared data to {path.parent}: {error.strerror or error}; "
+            f"cannot write the prepared data to {path.parent}: {reason}; "
             "name another folder with --cache_dir"
         ) from error
 

@@ -10,6 +10,7 @@ from pipeline.errors import UserError
 from pipeline.sources.layout import check_columns
 
 MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
+_NAME_LENGTH = 50  # characters of a name from a file's: folders add to it
 DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
 
 
@@ -52,7 +53,9 @@ class DataConfig(Config):
         "", 'columns: "user,item[,rating[,timestamp]]", names or numbers (default: known names)'
     )
     separator: str = flag("", 'column separator, e.g. ";" or "tab" (default: by file extension)')
-    min_rating: float = flag(0.0, "filter 1: drop ratings below this value")
+    min_rating: float | None = flag(
+        None, "filter 1: drop ratings below this value (default: keep all)"
+    )
     min_item_count: int = flag(0, "filter 2: drop items with fewer ratings than this", at_least=0)
     min_user_count: int = flag(5, "filter 3: drop users with fewer ratings than this", at_least=0)
     random_user_count: int = _random(10, "number of users of --dataset_name random")
@@ -90,6 +93,9 @@ class DataConfig(Config):
                 f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
                 f"{self.dataset_name!r}; a file goes into --dataset_path"
             )
+        for flag_name in ("dataset_path", "cache_dir"):
+            if "\0" in getattr(self, flag_name):
+                raise UserError(f"--{flag_name} holds a null character, as no path may")
         if self.dataset_name == "random" and self.dataset_path:
             raise UserError("--dataset_name random is generated: leave --dataset_path out")
         if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
@@ -102,7 +108,8 @@ class DataConfig(Config):
     def name(self) -> str:
         """The data set's name, or the file's if only --dataset_path was given."""
         if self.dataset_path and self.dataset_name == "synthetic":
-            return re.sub(r"[^\w.-]", "_", Path(self.dataset_path).name.split(".")[0]) or "ratings"
+            name = Path(self.dataset_path).name.split(".")[0][:_NAME_LENGTH]
+            return re.sub(r"[^\w.-]", "_", name) or "ratings"
         return self.dataset_name
 
     @property

@@ -12,6 +12,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: rat
 # GroupLens' ratings files, and the titles beside them.
 _TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _RANDOM_CHUNK = 1 << 19
+_READING = 2  # raised when the same file gives other ratings, so that no store of before is reused
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def resolve(config: DataConfig) -> DataSource:
             config.random_item_count,
             config.random_size,
             skew=config.random_skew,
-            rating=config.min_rating,  # so that none is dropped
+            rating=config.min_rating or 0.0,  # so that none is dropped
             seed=config.data_seed,
         )
     elif config.dataset_name == "synthetic" and not config.dataset_path:
@@ -71,7 +73,7 @@ def resolve(config: DataConfig) -> DataSource:
             path = download(config.dataset_name, config.cache_folder)
         files, titles = find_ratings(path, config.dataset_name)
         origin = [file.stamp() for file in (*files, titles) if file]
-        flags |= {"columns": config.columns, "separator": config.separator}
+        flags |= {"columns": config.columns, "separator": config.separator, "reading": _READING}
         ratings = ReadRatings(*files, columns=config.columns, separator=config.separator)
     fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
@@ -110,9 +112,9 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
             found.append(each)
     depth = min((each.count("/") for each in found), default=0)
     found = sorted(each for each in found if each.count("/") == depth)
-    parquet = sorted(each for each in names if each.lower().endswith((".parquet", ".pq")))
+    parquet = [each for each in names if each.lower().endswith((".parquet", ".pq"))]
     if not found and parquet:
-        return [_inside(path, each) for each in parquet], None
+        return [_inside(path, each) for each in sorted(parquet, key=_numbers_in_order)], None
     if not found and not is_movielens and len(names) == 1:
         found = names
     if len(found) != 1:
@@ -157,6 +159,13 @@ class RandomRatings(Stage[pa.Table]):
         else:
             found = (1 + drawn * ((self.items + 1.0) ** power - 1)) ** (1 / power)
         return np.minimum(found.astype(np.int64), self.items) - 1
+
+
+def _numbers_in_order(name: str) -> tuple[list[str | int], str]:
+    """A key by which part.2 is before part.10."""
+    parts: list[str | int] = re.split(r"([0-9]+)", name)
+    parts[1::2] = [int(number) for number in parts[1::2]]
+    return parts, name
 
 
 def _titles_file(ratings_file: str) -> str:

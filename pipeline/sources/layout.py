@@ -13,7 +13,9 @@ header ("1,2,4,3"). Without the flag, columns are found by the well-known names 
 
 import csv
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
@@ -30,6 +32,7 @@ _SEPARATORS = {"csv": ",", "tsv": "\t", "inter": "\t", "data": "\t", "dat": "::"
 _HEADERLESS = {"dat", "data", "txt"}
 # With these separators quotation marks enclose fields; with others they belong to an id.
 QUOTING = ",;|"
+csv.field_size_limit(sys.maxsize)  # of this process; the default is 131,072 characters
 _SPELLED = {"tab": "\t", "\\t": "\t", "space": " ", "comma": ",", "semicolon": ";", "pipe": "|"}
 
 
@@ -46,7 +49,8 @@ class Layout:
 def split_line(line: str, separator: str) -> list[str]:
     """The fields of a line."""
     if separator in QUOTING and '"' in line:
-        return next(csv.reader([line], delimiter=separator))
+        with suppress(csv.Error):  # a carriage return in the middle
+            return next(csv.reader([line], delimiter=separator))
     return line.split(separator)
 
 
@@ -64,17 +68,24 @@ def check_columns(columns: str) -> dict[str, str]:
     return {role: name for role, name in zip(ROLES, names, strict=False) if name}
 
 
+def find_separator(name: str, separator: str) -> str:
+    """The separator by the flag, or else by the file's name; "" if neither tells."""
+    return _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(_extension(name), "")
+
+
 def text_layout(where: str, name: str, line: str, columns: str, separator: str) -> Layout:
-    """The layout of a text file with this name and first line; flags that are "" do not count."""
-    extension = name.rsplit(".", 1)[-1].lower() if "." in name else ""
-    separator = _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(extension, "")
+    """The layout of a text file with this name, first record and `find_separator`."""
+    extension = _extension(name)
     if not separator:
         raise UserError(
             f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
             ".dat .data .txt .parquet, also .gz of each; or give --separator and --columns"
         )
-    if len(separator) > 1 and separator != "::":
-        raise UserError(f'--separator must be one character, "tab" or "::", not {separator!r}')
+    if separator != "::" and not (len(separator) == 1 and separator.isascii()):
+        ascii_only = "" if separator.isascii() else ": ASCII only"
+        raise UserError(
+            f'--separator must be one character, "tab" or "::", not {separator!r}{ascii_only}'
+        )
     if extension == "txt" and separator == " " and "\t" in line:
         separator = "\t"
     names = [field.strip().strip('"') for field in split_line(line, separator)]
@@ -122,6 +133,10 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
                 "file has no header"
             )
     return places
+
+
+def _extension(name: str) -> str:
+    return name.rsplit(".", 1)[-1].lower() if "." in name else ""
 
 
 def _untyped(name: str) -> str:

@@ -76,8 +76,13 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"no such member: {source}") from error
     except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "broken")
-        raise UserError(f"cannot read {source}: {reason}; is it complete?") from error
+        reason = next(iter(str(error).splitlines()), "broken")
+        if "encrypted" in reason or "decrypt" in reason:  # zipfile's and Arrow's words
+            raise UserError(f"{source} is encrypted: decrypt it first") from error
+        if isinstance(error, NotImplementedError):
+            raise UserError(f"cannot read {source}: {reason}; unpack it yourself") from error
+        hint = error.strerror if isinstance(error, OSError) and error.strerror else None
+        raise UserError(f"cannot read {source}: {hint or f'{reason}; is it complete?'}") from error
 
 
 def zip_members(path: Path) -> list[str]:

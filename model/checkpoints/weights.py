@@ -1,0 +1,56 @@
+"""Checks of stored weights: of the model's names and shapes before it is built, and numbers.
+
+Weights of another model, or that are no numbers, would be evaluated like any others.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
+
+
+class StoredTensor(NamedTuple):
+    """What a file says about a tensor."""
+
+    shape: list[int]
+    kind: str  # its type, for messages
+    is_floating: bool
+
+
+def check_fit(
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor | ShardedTensor]
+) -> None:
+    """ValueError unless the stored tensors are floats of the names and shapes of a state dict."""
+    if different := wanted.keys() ^ stored.keys():
+        raise ValueError(f"size mismatch: {min(different)} is only in one of both")
+    for name, tensor in wanted.items():
+        found = stored[name]
+        if found.shape != list(tensor.shape):
+            raise ValueError(f"size mismatch of {name}: {found.shape}, not {list(tensor.shape)}")
+        if not found.is_floating:
+            raise ValueError(f"{name} is of type {found.kind}: weights are floating-point numbers")
+
+
+def check_finite(weights: Mapping[str, Tensor | ShardedTensor]) -> None:
+    """ValueError if a weight that this rank holds is NaN or infinite."""
+    for name, tensor in weights.items():
+        parts = [tensor]
+        if isinstance(tensor, ShardedTensor):
+            parts = [shard.tensor for shard in tensor.local_shards()]
+        for part in parts:
+            # Unlike isfinite().all(), without a second table in memory.
+            if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(part.detach())):
+                raise ValueError(f"{name} has values that are not finite")
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
