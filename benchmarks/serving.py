@@ -9,7 +9,6 @@ Without ``--exported`` the model is untrained: the time does not depend on weigh
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -30,9 +29,9 @@ def untrained(folder: Path, items: int, width: int, length: int) -> None:
     from safetensors.torch import save_file
 
     from model.bert4rec import BERT4Rec, ModelConfig
-    from model.export import programs, vectors
     from model.network.config import EncoderConfig, HeadConfig
     from model.network.head import CatalogSlice
+    from model.programs.folder import write_programs
     from pipeline.preparation.catalog import Catalog
 
     config = ModelConfig(items, length, EncoderConfig(width, 2, 2), HeadConfig())
@@ -42,10 +41,7 @@ def untrained(folder: Path, items: int, width: int, length: int) -> None:
     catalog = Catalog(names, titles, np.ones(items, np.int64), pa.array(["user"]))
     save_file(bert.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"flags": {"max_len": length}}))
-    programs.write_programs(bert, folder, "model.safetensors")
-    vectors.write_vectors(bert, folder)
-    vectors.write_items(catalog, folder)
-    shutil.copy(Path(programs.__file__).with_name("recommender.py"), folder)
+    write_programs(bert, catalog, folder, "model.safetensors")
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """An export serves what the model computes, in a process without torch and this project."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,17 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.export import programs
-from model.export.padded import PaddedEncoder
-from model.export.programs import item_table_name, write_programs
-from model.export.vectors import write_items, write_vectors
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
+from model.programs.exporters import item_table_name
+from model.programs.folder import write_programs
+from model.programs.padded import PaddedEncoder
 from pipeline.preparation.catalog import Catalog
 from tests.conftest import run_process
 
 V, MAX_LEN, WIDTH = 12, 6, 8
-RECOMMENDER = Path(programs.__file__).with_name("recommender.py")
 KINDS = {
     "tied": (HeadConfig(), EncoderConfig(WIDTH, 2, 2), False, "fp32"),
     "left only, fp16": (HeadConfig(), EncoderConfig(WIDTH, 2, 2), True, "fp16"),
@@ -63,10 +60,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported
     catalog = Catalog(pa.array(names), pa.array(titles), counts, pa.array(["u"]))
     save_file(bert.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
-    write_programs(bert, folder, "model.safetensors")
-    write_vectors(bert, folder)
-    write_items(catalog, folder)
-    shutil.copyfile(RECOMMENDER, folder / "recommender.py")
+    write_programs(bert, catalog, folder, "model.safetensors")
     return Exported(bert, catalog, folder)
 
 

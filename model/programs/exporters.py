@@ -16,13 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import onnx
 import torch
 from torch.export import Dim
 
 from model.bert4rec import BERT4Rec
-from model.export.padded import PaddedEncoder
+from model.programs.padded import PaddedEncoder
 from pipeline.batches.features import ITEM
 
 TORCH_PROGRAM, ONNX_PROGRAM = "model.pt2", "model.onnx"
@@ -37,11 +37,13 @@ def item_table_name(bert: BERT4Rec) -> str:
     return f"embeddings.embeddings.{name}.weight"
 
 
-def write_programs(bert: BERT4Rec, folder: Path, weights: str) -> None:
+def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
     """Write both programs into ``folder``, which has the weights in safetensors ``weights``.
 
     ``bert``: plain, on CPU.
     """
+    import onnx  # takes a part of a second: training starts without it
+
     encoder = PaddedEncoder(bert).eval()
     name = item_table_name(bert)
     table = bert.state_dict()[name]
@@ -67,8 +69,10 @@ def write_programs(bert: BERT4Rec, folder: Path, weights: str) -> None:
     onnx.save(model, folder / ONNX_PROGRAM)
 
 
-def _read_table_from(model: onnx.ModelProto, weights: Path, name: str) -> None:
+def _read_table_from(model: Any, weights: Path, name: str) -> None:
     """Make the graph's input ``item_table`` an initializer that lies in a safetensors file."""
+    import onnx
+
     with weights.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(size))[name]
