@@ -61,9 +61,12 @@ class CatalogScores:
         scores = [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
         return lambda: scores
 
+    def rows_of_parts(self) -> Iterator[tuple[CatalogSlice, Tensor]]:
+        """Each part with its scoring rows [C, D]; on every rank, the same number of times."""
+        yield from zip(self.parts, self._kept or map(self._rows, self.parts), strict=True)
+
     def _scores(self, hidden: Tensor) -> Iterator[tuple[CatalogSlice, Tensor]]:
-        rows_of_parts = self._kept or map(self._rows, self.parts)
-        for part, rows in zip(self.parts, rows_of_parts, strict=True):
+        for part, rows in self.rows_of_parts():
             scores = hidden @ rows.T
             if self._lowered is not None:
                 scores = scores - self._lowered[part.low : part.high]

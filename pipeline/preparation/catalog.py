@@ -7,7 +7,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
+# In the files' metadata, where ids are whole numbers in the source; they are text in the files.
+_ID_TYPE = b"id_type"
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -32,6 +34,9 @@ class Catalog:
     titles: pa.StringArray  # [V], "" if there is none
     train_counts: np.ndarray  # int64 [V], occurrences in the training parts
     users: pa.StringArray  # [U]
+    # Types of the ids in the source: string, or int64 for a column of whole numbers.
+    item_type: pa.DataType = field(default_factory=pa.string)
+    user_type: pa.DataType = field(default_factory=pa.string)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
@@ -43,6 +48,7 @@ class Catalog:
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
                 users["user"].combine_chunks(),
+                *map(_id_type, (items, users)),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"no readable catalog in {folder}: {error}") from error
@@ -50,8 +56,12 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
+        tables = pa.table(columns), pa.table({"user": self.users})
+        types = self.item_type, self.user_type
+        for name, table, kind in zip(_FILES, tables, types, strict=True):
+            if kind != pa.string():
+                table = table.replace_schema_metadata({_ID_TYPE: str(kind)})
+            pq.write_table(table, Path(folder) / name)
 
     @staticmethod
     def copy(folder: Path, to: Path) -> None:
@@ -81,6 +91,11 @@ class Catalog:
         digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
         digest.update(b"\0")
         return digest.hexdigest()[:16]
+
+
+def _id_type(table: pa.Table) -> pa.DataType:
+    metadata = table.schema.metadata or {}
+    return pa.int64() if metadata.get(_ID_TYPE) == b"int64" else pa.string()
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
