@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.serving import histories as known
-from pipeline.serving.histories import KnownHistories
+from pipeline.serving.histories import KnownHistories, item_number
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 
@@ -30,59 +30,63 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     output = Path(flags.output)
     if flags.output:
         from_first_rank(ranks, lambda: check_output(output))
-    folders = {"dataset_path": flags.dataset_path, "cache_dir": flags.cache_dir}
-    run = TrainedRun(EvalFlags(checkpoint=flags.checkpoint, **folders))
-    histories = None
-    if flags.similar is None:
-        histories = histories_of(flags, run, ranks)
-    allow, deny = (_read_ids(name, getattr(flags, name)) for name in ("allow", "deny"))
-    recommender = Recommender.of_run(run, ranks, flags.batch_size)
-    eligible = recommender.eligible(flags.choice, allow, deny or ())
-    if histories is None:
-        item = recommender.item_number(flags.similar)
-        lists = recommender.similar_items(item, eligible)
-        title = recommender.catalog.title(item)
-        ranks.say(f"similar to {recommender.catalog.item_id(item)}" + f"  {title}" * bool(title))
-        _give(recommender.catalog, lists, ItemRows(recommender.catalog), output, "cosine", ranks)
+    allow, deny = _read_ids("allow", flags.allow), _read_ids("deny", flags.deny)
+    run = TrainedRun(
+        EvalFlags(flags.checkpoint, dataset_path=flags.dataset_path, cache_dir=flags.cache_dir)
+    )
+    catalog = Catalog.read(run.folder)
+    if flags.similar is not None:
+        item = item_number(flags.similar, catalog)
+        recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)
+        lists = recommender.similar_items(
+            item, recommender.eligible(flags.choice, allow, deny or ())
+        )
+        ranks.say(f"similar to {catalog.item_id(item)}  {catalog.title(item)}".rstrip())
+        _give(lists, ItemRows(catalog), recommender, output, "cosine")
         return
+    histories = histories_of(flags, run, catalog, ranks)
+    recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)
     recommender.report_unknown(histories)
+    eligible = recommender.eligible(flags.choice, allow, deny or ())
     if flags.all or flags.histories:
         write_all(recommender, histories, eligible, output)
         return
-    ranks.say(format_history(recommender.catalog, histories.items))
+    ranks.say(format_history(catalog, histories.items))
     (lists,) = recommender.lists(histories, eligible)
     scored_by = "count" if histories.empty()[0] else "score"
-    rows = UserRows(recommender.catalog, histories)
-    _give(recommender.catalog, lists, rows, output, scored_by, ranks)
+    _give(lists, UserRows(catalog, histories), recommender, output, scored_by)
 
 
-def histories_of(flags: RecommendFlags, run: TrainedRun, ranks: Ranks) -> KnownHistories:
+def histories_of(
+    flags: RecommendFlags, run: TrainedRun, catalog: Catalog, ranks: Ranks
+) -> KnownHistories:
     """The histories to recommend from.
 
     Raises:
         UserError: there is no such user, or a file cannot be read.
     """
-    if flags.user is not None or flags.all:
-        store = first_rank_first(ranks, lambda: prepare(run.config.data))
-        run.check_catalog(store)
-        everyone = known.of_store(store)
-        if flags.all:
-            return everyone
-        place = pc.index(store.catalog.users, flags.user.strip()).as_py()
-        if place < 0:
-            raise UserError(
-                f"--user {flags.user}: no such user in the training data; give the items of "
-                "somebody new by --history"
-            )
-        return everyone.only(np.array([place]))
-    catalog = Catalog.read(run.folder)
     if flags.history is not None:
         ids = [each.strip() for each in flags.history.split(",") if each.strip()]
         return known.of_lists([ids], catalog)
-    source = resolve(
-        DataConfig(dataset_path=flags.histories, columns=flags.columns, separator=flags.separator)
-    )
-    return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
+    if flags.histories:
+        source = resolve(
+            DataConfig(
+                dataset_path=flags.histories, columns=flags.columns, separator=flags.separator
+            )
+        )
+        return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
+    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    run.check_catalog(store)
+    everyone = known.of_store(store)
+    if flags.user is None:
+        return everyone
+    place = pc.index(store.catalog.users, flags.user.strip()).as_py()
+    if place < 0:
+        raise UserError(
+            f"--user {flags.user}: no such user in the training data; give the items of somebody "
+            "new by --history"
+        )
+    return everyone.only(np.array([place]))
 
 
 def write_all(
@@ -110,11 +114,12 @@ def _progress(batches: Any) -> Any:
 
 
 def _give(
-    catalog: Catalog, lists: Lists, rows: ItemRows, output: Path, scored_by: str, ranks: Ranks
+    lists: Lists, rows: ItemRows, recommender: Recommender, output: Path, scored_by: str
 ) -> None:
     """Print one list, or write it where there is an ``--output``."""
+    ranks = recommender.ranks
     if output == Path():
-        ranks.say(format_list(catalog, lists, scored_by))
+        ranks.say(format_list(recommender.catalog, lists, scored_by))
     elif ranks.is_first:
         with row_writer(output, rows) as write:
             write(lists)

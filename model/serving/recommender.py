@@ -4,6 +4,8 @@
     recommender.recommend([["1193", "661"], ["2571"]], k=10)    # a pandas DataFrame
     recommender.similar("1193")
 
+`recommended` and `similar_to` return the same as a pyarrow Table, without pandas.
+
 `lists` is what recommend.py uses: on any number of ranks, in dense ids, block by block.
 
 Shapes: U users, k items of each, D width, V items.
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchdata.nodes import IterableWrapper
 
 from model.distributed import Ranks
 from model.evaluation.catalog_scores import CatalogScores
@@ -38,12 +41,13 @@ from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.serving import histories as known
 from pipeline.serving.batches import HistoryBatches
-from pipeline.serving.histories import KnownHistories, dense_ids
+from pipeline.serving.histories import KnownHistories, item_number
 
 # Positions of a batch, without --batch_size, and most users of one.
 BATCH_POSITIONS, BATCH_USERS = 1 << 16, 1 << 12
 
-Histories = Any  # lists of item ids, a pandas DataFrame or a pyarrow Table of ratings
+# Lists of item ids, or ratings as a pandas DataFrame or a pyarrow Table.
+Histories = Any
 
 
 class Recommender:
@@ -84,16 +88,27 @@ class Recommender:
         Raises:
             UserError: there is no such model, or it is damaged.
         """
-        return cls.of_run(TrainedRun(EvalFlags(checkpoint=str(path))), _alone(device))
+        run = TrainedRun(EvalFlags(checkpoint=str(path)))
+        return cls.of_run(run, Catalog.read(run.folder), _alone(device))
 
     @classmethod
-    def of_run(cls, run: TrainedRun, ranks: Ranks, batch_size: int | None = None) -> "Recommender":
-        """The model of a run, sharded over the ranks."""
-        config, catalog = run.config, Catalog.read(run.folder)
+    def of_run(
+        cls, run: TrainedRun, catalog: Catalog, ranks: Ranks, batch_size: int | None = None
+    ) -> "Recommender":
+        """The model of a run, sharded over the ranks, with the run's catalog."""
+        config = run.config
         sizes = config.windows.max_len, ranks, batch_size
         return cls(run.model(ranks), catalog, *sizes, config.data.min_rating)
 
-    def recommend(
+    def recommend(self, histories: Histories, k: int = 10, **options: Any) -> Any:
+        """:meth:`recommended` as a pandas DataFrame."""
+        return _data_frame(self.recommended(histories, k, **options))
+
+    def similar(self, item: object, k: int = 10, **options: Any) -> Any:
+        """:meth:`similar_to` as a pandas DataFrame."""
+        return _data_frame(self.similar_to(item, k, **options))
+
+    def recommended(
         self,
         histories: Histories,
         k: int = 10,
@@ -102,16 +117,16 @@ class Recommender:
         deny: Iterable[object] = (),
         cold: str = "drop",
         popularity_discount: float = 0.0,
-    ) -> Any:
-        """A pandas DataFrame of the best k items of each user: user, rank, item, score[, title].
+    ) -> pa.Table:
+        """The best k items of each user, a row each: user, rank, item, score[, title].
 
         A user without a known item gets the most popular items: then there is a column
         ``popularity``, true for these users, whose scores are training counts.
 
         Args:
-            histories: lists of item ids, oldest first (the users are numbered from 0), or a data
-                frame of ratings with columns such as user, item, timestamp (the users come in
-                ascending order).
+            histories: lists of item ids, oldest first (the users are numbered from 0), or a table
+                of ratings with columns such as user, item, timestamp, a pandas DataFrame or a
+                pyarrow Table (the users come in ascending order).
             seen: "keep" recommends items of the history too.
             allow: recommend only these items.
             deny: never recommend these items.
@@ -122,20 +137,20 @@ class Recommender:
         eligible = self.eligible(Choice(k, seen, cold, popularity_discount), allow, deny)
         rows = UserRows(self.catalog, given)
         tables = map(rows.table, self.lists(given, eligible))
-        return _data_frame(pa.concat_tables([rows.schema.empty_table(), *tables]))
+        return pa.concat_tables([rows.schema.empty_table(), *tables])
 
-    def similar(
+    def similar_to(
         self,
         item: object,
         k: int = 10,
         allow: Iterable[object] | None = None,
         deny: Iterable[object] = (),
         cold: str = "drop",
-    ) -> Any:
-        """A pandas DataFrame of the k items with the largest cosine to this one's vector."""
+    ) -> pa.Table:
+        """The k items with the largest cosine to this one's vector: rank, item, score[, title]."""
         eligible = self.eligible(Choice(k, cold=cold), allow, deny)
-        found = self.similar_items(self.item_number(item), eligible)
-        return _data_frame(ItemRows(self.catalog).table(found))
+        found = self.similar_items(item_number(item, self.catalog), eligible)
+        return ItemRows(self.catalog).table(found)
 
     def item_vectors(self) -> np.ndarray:
         """float32 [V, D] in the catalog's order; their products with user vectors are scores."""
@@ -155,8 +170,8 @@ class Recommender:
         if hasattr(given, "columns") and not isinstance(given, pa.Table):
             given = pa.Table.from_pandas(given, preserve_index=False)
         if isinstance(given, pa.Table):
-            tables = [known.table_of_ratings(given)]
-            found = known.of_ratings(tables, self.catalog, self.min_rating)
+            ratings = IterableWrapper([known.table_of_ratings(given)])
+            found = known.of_ratings(ratings, self.catalog, self.min_rating)
         else:
             found = known.of_lists(list(given), self.catalog)
         self.report_unknown(found)
@@ -181,15 +196,10 @@ class Recommender:
         """The items that may be recommended; warns of unknown ones in the lists."""
         found = Eligible(self.catalog, choice, allow, deny)
         if found.unknown:
-            self.ranks.warn(f"{found.unknown:,} items to allow or deny are unknown to the model")
+            self.ranks.warn(
+                f"the model does not know {found.unknown:,} of the ids to allow or deny"
+            )
         return found
-
-    def item_number(self, item: object) -> int:
-        """Dense id of an original one; UserError if there is none."""
-        (found,) = dense_ids([item], self.catalog)
-        if not found:
-            raise UserError(f"unknown item {item}: the model's catalog does not have it")
-        return int(found)
 
     def lists(
         self,
@@ -207,9 +217,9 @@ class Recommender:
         empty, first = histories.empty(), 0
         batches = self._batches(histories, eligible.choice.seen == "keep")
         for users in self._encoded(batches, around):
-            items, scores = self._best(users, added, eligible.k)
-            rows = min(len(items), len(histories) - first)
-            items, scores = items[:rows].cpu().numpy(), scores[:rows].cpu().numpy()
+            found = self._best(users, added, eligible.k)
+            rows = min(len(found[0]), len(histories) - first)
+            items, scores = (each[:rows].cpu().numpy() for each in found)
             without = empty[first : first + rows]
             items[without], scores[without] = popular, counts
             yield Lists(first, items, scores)
@@ -239,7 +249,8 @@ class Recommender:
 
     @property
     def _width(self) -> int:
-        return self._bert.encoder.final_norm.normalized_shape[0]
+        _, rows = next(iter(self._scored.rows_of_parts()))
+        return rows.shape[1]
 
     @cached_property
     def _scored(self) -> CatalogScores:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from torchdata.nodes import BaseNode, IterableWrapper
 
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions, splits
@@ -22,7 +23,6 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.stages import EncodeIds, GroupByUser
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.layout import find_columns
-from pipeline.stage import Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,14 @@ def dense_ids(ids: Iterable[object] | pa.Array, catalog: Catalog) -> np.ndarray:
     return pc.fill_null(pc.add(found, 1), 0).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
+def item_number(item: object, catalog: Catalog) -> int:
+    """Dense id of an original one; UserError if there is none."""
+    (found,) = dense_ids([item], catalog)
+    if not found:
+        raise UserError(f"unknown item {item}: the model's catalog does not have it")
+    return int(found)
+
+
 def of_store(store: SequenceStore) -> KnownHistories:
     """The whole histories of all users, held-out items included."""
     users = store.catalog.users.cast(store.catalog.user_type)
@@ -82,7 +90,7 @@ def of_lists(histories: Sequence[Iterable[object]], catalog: Catalog) -> KnownHi
 
 
 def of_ratings(
-    source: Stage[pa.Table] | list[pa.Table], catalog: Catalog, min_rating: float = 0.0
+    source: BaseNode[pa.Table], catalog: Catalog, min_rating: float = 0.0
 ) -> KnownHistories:
     """Histories of tables of ratings, users in ascending order of their ids.
 
@@ -101,7 +109,7 @@ def of_ratings(
     unknown = sum(len(chunk.user) for chunk in chunks) - sum(len(chunk.user) for chunk in known)
     if not any(len(chunk.user) for chunk in known):
         return KnownHistories(users, np.zeros(0, np.int32), np.zeros(len(users) + 1, int), unknown)
-    grouped = next(GroupByUser([chunk for chunk in known if len(chunk.user)]))
+    grouped = next(GroupByUser(IterableWrapper(known)))
     without = np.full(len(users) + 1 - len(grouped.offsets), len(grouped.items))
     offsets = np.concatenate([grouped.offsets, without])
     return KnownHistories(users, grouped.items, offsets, unknown)
