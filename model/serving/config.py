@@ -43,7 +43,9 @@ class RecommendFlags(Config):
     dataset_path: str = flag("", "path of the training ratings (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
-        None, "users per batch and rank (default: 65,536 positions, at most 4,096)", at_least=1
+        None,
+        "users per batch and rank (default: 65,536 positions on CUDA, 4,096 on CPU)",
+        at_least=1,
     )
 
     def check(self) -> None:

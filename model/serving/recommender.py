@@ -43,8 +43,9 @@ from pipeline.serving import histories as known
 from pipeline.serving.batches import HistoryBatches
 from pipeline.serving.histories import KnownHistories, item_number
 
-# Positions of a batch, without --batch_size, and most users of one.
-BATCH_POSITIONS, BATCH_USERS = 1 << 16, 1 << 12
+# Positions of a batch, without --batch_size, and most users of one. On CPU the layers' outputs of
+# more positions leave the caches, and allocating them takes as long as computing them.
+BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 16}, 1 << 12
 
 # Lists of item ids, or ratings as a pandas DataFrame or a pyarrow Table.
 Histories = Any
@@ -73,7 +74,8 @@ class Recommender:
     ) -> None:
         self.model, self.catalog, self.ranks = model, catalog, ranks
         self.max_len, self.min_rating = max_len, min_rating
-        self.batch_size = batch_size or max(1, min(BATCH_USERS, BATCH_POSITIONS // max_len))
+        positions = BATCH_POSITIONS[ranks.device.type]
+        self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
         self._bert = unwrap(model)
         if len(catalog.items) != self._bert.head.num_items:
             raise UserError(
