@@ -8,7 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch.distributed as dist
 
+from model.serving.recommender import Recommender
 from tests.conftest import ROOT, TINY, RunMain, assert_one_line, run_process, torchrun
 
 # The ids of the documented commands, and more; 2 is never rated in a training part.
@@ -125,6 +127,23 @@ def test_all_users_on_two_ranks_and_three(trained: Trained, run_main: RunMain) -
     flags = [f"--checkpoint={exported}", more, "--all", "--k=100", f"--output={output}"]
     assert run_main("recommend", *flags, "--batch_size=7").code == 0
     assert pq.read_table(output).equals(one)
+
+
+def test_in_python(trained: Trained, run_main: RunMain, no_cuda: None) -> None:
+    history = ["1193", "661"]
+    output = trained.folder / "new.parquet"
+    flags = [*trained.flags, "--history", ",".join(history), f"--output={output}"]
+    assert run_main("recommend", *flags).code == 0
+    try:
+        for folder in ("runs/ml-1m", "exported", "runs/ddp"):
+            recommender = Recommender.load(trained.folder / folder, device="cpu")
+            found = recommender.recommended([history], k=10)
+            vectors = recommender.user_vectors([history]) @ recommender.item_vectors().T
+            assert found["score"][0].as_py() <= vectors.max() + 1e-6
+            # The command's user has the same number, 0.
+            assert found.equals(pq.read_table(output)) == (folder != "runs/ddp")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_histories_of_a_file(trained: Trained, run_main: RunMain, tmp_path: Path) -> None:

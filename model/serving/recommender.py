@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchdata.nodes import IterableWrapper
 
-from model.distributed import Ranks
+from model.distributed import Ranks, silence_libraries
 from model.evaluation.catalog_scores import CatalogScores
 from model.evaluation.evaluate import MAX_SCORES, EncodedUsers, encode, exact
 from model.losses.sharded_softmax import all_gather_rows
@@ -309,9 +309,11 @@ def _alone(device: str | torch.device | None) -> Ranks:
         chosen = torch.device("cuda", chosen.index or 0)
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
+        silence_libraries()
         backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(dist.destroy_process_group)
+        # Left to the interpreter's end, gloo's threads may abort the process.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if dist.get_world_size() > 1:
         raise UserError("Recommender.load works in one process: on several ranks use recommend.py")
     return Ranks(0, 1, 1, chosen)
