@@ -192,7 +192,10 @@ def test_similar_items(trained: Trained, run_main: RunMain, tmp_path: Path) -> N
         (["--history=1193", "--deny={all}"], "none of the 47 items may be recommended"),
         (["--history=1193", "--deny={empty}"], "no ids in it"),
         (["--user=42", "--output={empty}/recs.csv"], "cannot be written"),
-        (["--histories=missing.csv", "--output=recs.csv"], "no such file: missing.csv"),
+        (
+            ["--histories=missing.csv", "--output=recs.csv"],
+            "no such file: missing.csv; see --histories",
+        ),
         (["--user=42", "--kk=3"], "unknown argument --kk=3"),
         (["--checkpoint=missing", "--user=42"], "missing is no run folder"),
     ],

@@ -219,16 +219,19 @@ def test_top_items_are_those_of_a_stable_sort(data: st.DataObject) -> None:
     rows = torch.tensor(scores, dtype=torch.float32)[:, None]
     added = torch.zeros(num_items + 2)
     added[list(out)] = -torch.inf
-    parts = [
-        (CatalogSlice(low, min(low + cut, num_items + 1), False), rows[low - 1 : low - 1 + cut])
-        for low in range(1, num_items + 1, cut)
-    ]
     number = torch.tensor(sorted(seen), dtype=torch.int64)
     none, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1)
     users = EncodedUsers(one, none, none[:, None], none == 0, number, torch.zeros_like(number))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top, "CHUNK", 2)
         patch.setattr(top, "SPARE", 0)
+        parts = [
+            (
+                CatalogSlice(low, min(low + cut, num_items + 1), False),
+                top.whole_chunks(rows[low - 1 : low - 1 + cut]),
+            )
+            for low in range(1, num_items + 1, cut)
+        ]
         items, found = top.top_items(users, parts, added, k, shared=False)
     wanted = expected[:k]
     assert items[0].tolist() == wanted + [0] * (k - len(wanted))

@@ -69,12 +69,13 @@ def histories_of(
         ids = [each.strip() for each in flags.history.split(",") if each.strip()]
         return known.of_lists([ids], catalog)
     if flags.histories:
-        source = resolve(
-            DataConfig(
-                dataset_path=flags.histories, columns=flags.columns, separator=flags.separator
-            )
-        )
-        return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
+        path, columns, separator = flags.histories, flags.columns, flags.separator
+        data = DataConfig(dataset_path=path, columns=columns, separator=separator)
+        try:
+            source = resolve(data)
+            return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
+        except UserError as error:
+            raise UserError(str(error).replace("--dataset_path", "--histories")) from error
     store = first_rank_first(ranks, lambda: prepare(run.config.data))
     run.check_catalog(store)
     everyone = known.of_store(store)

@@ -34,7 +34,7 @@ from model.run.trained import TrainedRun
 from model.serving.config import Choice
 from model.serving.eligible import Eligible
 from model.serving.rows import ItemRows, Lists, UserRows
-from model.serving.top_items import CHUNK, SPARE, top_items
+from model.serving.top_items import CHUNK, SPARE, top_items, whole_chunks
 from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
@@ -157,7 +157,8 @@ class Recommender:
     def item_vectors(self) -> np.ndarray:
         """float32 [V, D] in the catalog's order; their products with user vectors are scores."""
         assert not self._scored.shared
-        return torch.cat([rows for _, rows in self._scored.rows_of_parts()]).cpu().numpy()
+        parts = self._scored.rows_of_parts()
+        return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
 
     def user_vectors(self, histories: Histories) -> np.ndarray:
         """float32 [U, D], in the order of :meth:`recommend`."""
@@ -258,7 +259,7 @@ class Recommender:
     def _scored(self) -> CatalogScores:
         """The rows of this rank's slice of the catalog."""
         with torch.no_grad(), exact(self.model):
-            scored = CatalogScores(self._bert, self.ranks.device)
+            scored = CatalogScores(self._bert, self.ranks.device, laid_out=whole_chunks)
             for _, rows in scored.rows_of_parts():
                 _check_finite(rows)
         return scored

@@ -50,6 +50,11 @@ def scores_of(keys: Tensor) -> Tensor:
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
 
 
+def whole_chunks(rows: Tensor) -> Tensor:
+    """Rows of a part [C, D], padded with zeros to whole chunks, by at least one row."""
+    return F.pad(rows, (0, 0, 0, CHUNK - len(rows) % CHUNK))
+
+
 def top_items(
     users: EncodedUsers,
     parts: Iterable[tuple[CatalogSlice, Tensor]],
@@ -61,7 +66,7 @@ def top_items(
 
     Args:
         users: their ``seen`` items are left out.
-        parts: of this rank's slice of the catalog, with their scoring rows.
+        parts: of this rank's slice of the catalog, with their scoring rows in whole chunks.
         added: float32 [V + 2], added to the items' scores; -inf leaves an item out.
         shared: whether other ranks have the rest of the catalog.
     """
@@ -85,12 +90,10 @@ def _best_of_part(
 ) -> Tensor:
     """Keys of a part's best items, at most k: int64 [U, <= k], descending."""
     items = part.high - part.low
-    padding = CHUNK - items % CHUNK  # at least one column that is no item
-    rows = F.pad(rows, (0, 0, 0, padding))
-    added = F.pad(added[part.low : part.high], (0, padding), value=-torch.inf)
+    added = F.pad(added[part.low : part.high], (0, len(rows) - items), value=-torch.inf)
     scores = torch.addmm(added, users.hidden, rows.T)
     column = users.seen - part.low
-    column = torch.where((column >= 0) & (column < items), column, items)
+    column = torch.where((column >= 0) & (column < items), column, items)  # or the padding
     scores[users.seen_row, column] = -torch.inf
     keys = _largest(scores, min(k + SPARE, scores.shape[1]))
     column = items_of(keys)
