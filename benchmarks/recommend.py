@@ -116,7 +116,8 @@ def measure(
     output = folder / "recs.parquet"
     seconds, cpu_seconds = timed(lambda: write_all(recommender, histories, eligible, output))
     found: dict[str, Any] = {"row": name, **vars(row), "measured_users": users}
-    found |= {"ranks": ranks.world_size, "batch_size": recommender.batch_size}
+    found |= {"ranks": ranks.world_size, "threads": torch.get_num_threads()}
+    found["batch_size"] = recommender.batch_size
     found |= speeds(users, seconds, cpu_seconds) | {"seconds_for_all": row.users * seconds / users}
     if ranks.device.type == "cuda":
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
