@@ -256,10 +256,11 @@ def test_blocks_and_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     histories = [generator.integers(1, 501, size=n).tolist() for n in (3, 1, 9, 30, 2, 5, 4)]
     expected = Recommender(model, catalog, 6, ALONE).recommended(histories, k=20)
     assert expected.num_rows == 140
-    for part_items, scores, batch_size in ((70, 1, 7), (499, 1 << 26, 7), (1, 1 << 26, 7)):
+    for part_items, scores, kept in ((70, 1, 1 << 30), (499, 1 << 26, 0), (1, 1 << 26, 1 << 30)):
         monkeypatch.setattr(catalog_scores, "PART_ITEMS", part_items)
+        monkeypatch.setattr(catalog_scores, "KEPT_BYTES", kept)
         monkeypatch.setattr(serving, "MAX_SCORES", scores)
-        found = Recommender(model, catalog, 6, ALONE, batch_size).recommended(histories, k=20)
+        found = Recommender(model, catalog, 6, ALONE).recommended(histories, k=20)
         assert found.equals(expected)
 
 

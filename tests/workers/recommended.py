@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 from model.distributed import exit_rank, start
+from model.evaluation import catalog_scores
 from model.serving.answer import answer
 from model.serving.config import Choice, RecommendFlags
 
 
 def main(cache_dir: str, run_dirs: list[str]) -> None:
     ranks = start()
+    # As a catalog that is too large to be kept: parts of 7 items, looked up for every block.
+    catalog_scores.PART_ITEMS, catalog_scores.KEPT_BYTES = 7, 0
     for run_dir in run_dirs:
         output = Path(run_dir) / f"recs-{ranks.world_size}.parquet"
         flags = RecommendFlags(
