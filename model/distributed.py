@@ -193,7 +193,7 @@ def _has_nccl() -> bool:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
-    _silence_libraries()
+    silence_libraries()
     try:
         main()
         exit_rank()
@@ -230,7 +230,7 @@ def _users_to_fix(error: Exception) -> str | None:
     return None
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Drop only the messages listed above, so that new ones are still shown."""
     # Private: TensorBoard's writer thread, _AsyncWriterThread. Its traceback is redundant, because
     # the next write raises the error.

@@ -18,6 +18,15 @@ def jagged_positions(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return positions
 
 
+def row_item_keys(
+    items: np.ndarray, begin: np.ndarray, end: np.ndarray, id_bound: int
+) -> np.ndarray:
+    """``b * id_bound + item`` for the items of B ranges: int64, ascending, distinct."""
+    rows = np.repeat(np.arange(len(begin)), end - begin)
+    keys = np.sort(rows * id_bound + items[jagged_positions(begin, end)])
+    return keys[np.diff(keys, prepend=-1) > 0]
+
+
 @lru_cache(maxsize=2)
 def _ramp(size_bits: int) -> np.ndarray:
     """int64 0 .. 2**size_bits - 1. Cached: making it costs as much as adding it."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import checkpoint, data, evaluation, quality, rows, throughput
+from benchmarks import checkpoint, data, evaluation, quality, recommend, rows, throughput
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.distributed import Ranks
@@ -303,3 +303,13 @@ def test_an_evaluation_is_profiled(
     assert outcome.code == 0, outcome.err
     assert "1 rank on cpu" in outcome.out
     assert "aten::" in outcome.out
+
+
+def test_recommending_is_measured_and_compared_with_a_sort(
+    one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = recommend.Row(users=80, items=300, length=6, width=16, k=7)
+    monkeypatch.setitem(recommend.ROWS, "tiny", sizes)
+    found = recommend.measure("tiny", 0.5, one_rank, tmp_path, batch_size=16)
+    assert found["measured_users"] == 40 and found["same_as_sorted"] == 1
+    assert found["seconds_for_all"] == pytest.approx(2 * found["seconds"])

@@ -13,6 +13,7 @@ from benchmarks.rows import ROWS, SETS
 from model.run.config import EvalFlags, RunConfig
 from model.run.flags import FlagParser, build
 from model.run.recipes import with_recipe
+from model.serving.config import RecommendFlags
 from tests.conftest import ROOT, TINY, run_process
 
 README = ROOT / "README.md"
@@ -71,6 +72,8 @@ def check_script(script: str, *arguments: str) -> None:
         build(RunConfig, with_recipe(FlagParser("", RunConfig).given(arguments)))
     elif script in ("eval.py", "benchmarks/evaluation.py"):
         FlagParser("", EvalFlags).given(arguments)
+    elif script == "recommend.py":
+        FlagParser("", RecommendFlags).parse(arguments)
     else:
         check_benchmark(script, *arguments)
 

@@ -31,10 +31,18 @@ class CatalogScores:
 
     Args:
         lowered: float32 [V + 2], subtracted from the items' scores.
+        laid_out: applied to the scoring rows of each part.
     """
 
-    def __init__(self, bert: BERT4Rec, device: torch.device, lowered: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        bert: BERT4Rec,
+        device: torch.device,
+        lowered: Tensor | None = None,
+        laid_out: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._bert, self._device, self._lowered = bert, device, lowered
+        self._laid_out = laid_out
         whole = bert.head.catalog
         self.shared = whole.shared
         largest = torch.tensor(whole.high - whole.low)
@@ -61,9 +69,12 @@ class CatalogScores:
         scores = [(part, counts[part.low : part.high].expand(users, -1)) for part in self.parts]
         return lambda: scores
 
+    def rows_of_parts(self) -> Iterator[tuple[CatalogSlice, Tensor]]:
+        """Each part with its scoring rows [C, D]; on every rank, the same number of times."""
+        yield from zip(self.parts, self._kept or map(self._rows, self.parts), strict=True)
+
     def _scores(self, hidden: Tensor) -> Iterator[tuple[CatalogSlice, Tensor]]:
-        rows_of_parts = self._kept or map(self._rows, self.parts)
-        for part, rows in zip(self.parts, rows_of_parts, strict=True):
+        for part, rows in self.rows_of_parts():
             scores = hidden @ rows.T
             if self._lowered is not None:
                 scores = scores - self._lowered[part.low : part.high]
@@ -73,4 +84,5 @@ class CatalogScores:
         """Scoring rows [C, D], looked up as the training step does."""
         no_rows = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         features = with_candidates(no_rows.to(self._device), (part.low, part.high))
-        return self._bert.head.project(self._bert.embeddings(Ids(features))[CANDIDATE].values())
+        rows = self._bert.head.project(self._bert.embeddings(Ids(features))[CANDIDATE].values())
+        return rows if self._laid_out is None else self._laid_out(rows)

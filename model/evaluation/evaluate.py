@@ -15,6 +15,7 @@ negatives; S seen items of all U users; V items.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -87,10 +88,7 @@ def evaluate(
         ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank.
     """
     assert popularity is not None or not discount
-    was_training, precision = model.training, torch.get_float32_matmul_precision()
-    model.eval()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact(model):
         bert = unwrap(model)
         device = next(bert.encoder.parameters()).device
         counts = None if popularity is None else popularity.to(device, torch.float32)
@@ -102,7 +100,7 @@ def evaluate(
         ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
         own: list[Tensor] = []
         for batch in batches:
-            users = _encode(bert, batch.to(device, non_blocking=True))
+            users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, max_scores // catalog.part_items)):
                 scorings = [catalog.scored(block.hidden)]
                 if counts is not None and earlier is None:
@@ -112,9 +110,6 @@ def evaluate(
                 own.append(block.own)
         ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
         sums = torch.stack([metric_sums(each) for each in ranked])
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        model.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(sums)
     result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
@@ -125,7 +120,20 @@ def evaluate(
     return result
 
 
-def _encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
+@contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and float32 products are not rounded to TF32."""
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
+    model.eval()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.train(was_training)
+
+
+def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
     rows = bert.embeddings(batch)[ITEM]
     offsets = rows.offsets()[: batch.num_rows + 1]

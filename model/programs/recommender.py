@@ -33,9 +33,9 @@ class Recommender:
     def __init__(self, folder: str | Path = Path(__file__).parent, threads: int = 1) -> None:
         folder = Path(folder)
         known = json.loads((folder / "items.json").read_text("utf-8"))
-        self.items: list[str] = known["items"]
+        self.items: list[str | int] = known["items"]
         self.train_counts = np.array(known["train_counts"])
-        self._rows = {item: row for row, item in enumerate(self.items)}
+        self._rows = {str(item): row for row, item in enumerate(self.items)}
         self.vectors = np.load(folder / "item_vectors.npy", mmap_mode="r")  # float32 [V, D]
         flags = json.loads((folder / "config.json").read_text("utf-8"))["flags"]
         self._longest = flags["max_len"] - 1  # one position is the mask token's
@@ -50,7 +50,7 @@ class Recommender:
         seen: str = "drop",
         allow: Iterable[object] | None = None,
         deny: Iterable[object] = (),
-    ) -> list[list[tuple[str, float]]]:
+    ) -> list[list[tuple[str | int, float]]]:
         """The best items of each history with their scores, best first.
 
         Unknown items of a history do not count. A history without known items gets the most popular
@@ -78,7 +78,7 @@ class Recommender:
                 found[user] = _top(np.where(usable, self.train_counts, -np.inf), k)
         return [self._named(each) for each in found]
 
-    def similar(self, item: object, k: int = 10) -> list[tuple[str, float]]:
+    def similar(self, item: object, k: int = 10) -> list[tuple[str | int, float]]:
         """The items with the highest cosine to an item; KeyError if it is unknown."""
         mine = self.vectors[row := self._rows[str(item)]]
         scores = self.vectors @ mine / np.maximum(np.linalg.norm(self.vectors, axis=1), 1e-12)
@@ -122,7 +122,7 @@ class Recommender:
                 best.append((columns + low, values))
         return [_best_of(best, k) for best in parts]
 
-    def _named(self, found: Found) -> list[tuple[str, float]]:
+    def _named(self, found: Found) -> list[tuple[str | int, float]]:
         return [(self.items[row], float(score)) for row, score in zip(*found, strict=True)]
 
 

@@ -34,9 +34,12 @@ def write_vectors(bert: BERT4Rec, folder: Path) -> None:
 
 
 def write_items(catalog: Catalog, folder: Path) -> None:
-    """Write original ids, titles and training counts in the order of the vectors."""
+    """Write original ids, titles and training counts in the order of the vectors.
+
+    Ids are numbers where they are whole numbers in the source.
+    """
     columns = {
-        "items": catalog.items.to_pylist(),
+        "items": catalog.items.cast(catalog.item_type).to_pylist(),
         "titles": catalog.titles.to_pylist(),
         "train_counts": catalog.train_counts.tolist(),
     }

@@ -5,5 +5,5 @@
     folder, trained          the folder of a run; the trained model in one, or an exported model
     execution, build         decides how a run is executed; builds model, loader, evaluator
 
-May import every other room.
+May import every other room except serving.
 """

@@ -146,6 +146,7 @@ class _HelpAll(argparse.Action):
 
 def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> None:
     plain, choices = _plain(entry.type), entry.metadata["choices"]
+    alone = {"nargs": "?", "const": True} if plain is bool else {}  # --all is --all true
     shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
     text = entry.metadata["help"].replace("%", "%%") + shown
     for name in (entry.name, *entry.metadata["aliases"]):
@@ -155,6 +156,7 @@ def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> Non
             type=_boolean if plain is bool else plain,
             help=argparse.SUPPRESS if hidden or name != entry.name else text,
             metavar=f"{{{','.join(choices)}}}" if choices else _METAVARS[plain],
+            **alone,
         )
 
 

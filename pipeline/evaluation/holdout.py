@@ -27,7 +27,7 @@ from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
 from pipeline.evaluation.config import HoldoutConfig
-from pipeline.jagged import jagged_positions
+from pipeline.jagged import jagged_positions, row_item_keys
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import child_keys, key64, unit_floats
 from pipeline.stage import Prefetch
@@ -182,10 +182,10 @@ class EvalLoader:
 
         id_bound = self.store.num_items + 2
         rows = np.arange(len(users))
-        known = _row_item_keys(self.store.items, begin, target_at, id_bound)
+        known = row_item_keys(self.store.items, begin, target_at, id_bound)
         seen = np.setdiff1d(known, rows * id_bound + targets, assume_unique=True)
         if index not in self._negatives:
-            history = _row_item_keys(self.store.items, begin, end, id_bound)
+            history = row_item_keys(self.store.items, begin, end, id_bound)
             drawn = self._sampler(users[:num_users], history)
             self._negatives[index] = drawn.astype(np.int32)
 
@@ -201,15 +201,6 @@ class EvalLoader:
             longest=rounded_up(int(lengths.max())),
             candidate_range=self.candidate_range,
         ).pin_memory()
-
-
-def _row_item_keys(
-    items: np.ndarray, begin: np.ndarray, end: np.ndarray, id_bound: int
-) -> np.ndarray:
-    """``b * id_bound + item`` for the items of B ranges: int64, ascending, distinct."""
-    rows = np.repeat(np.arange(len(begin)), end - begin)
-    keys = np.sort(rows * id_bound + items[jagged_positions(begin, end)])
-    return keys[np.diff(keys, prepend=-1) > 0]
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:

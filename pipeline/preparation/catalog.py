@@ -8,7 +8,7 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 import hashlib
 import io
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from pipeline.sources.source_file import SourceFile
 
 FILES = ("catalog.parquet", "users.parquet")
 _NO_USERS = pa.table({"user": pa.array([], pa.string())})
+# In the files' metadata, where ids are whole numbers in the source; they are text in the files.
+_ID_TYPE = b"id_type"
 _TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
@@ -35,6 +37,9 @@ class Catalog:
     titles: pa.StringArray  # [V], "" if there is none
     train_counts: np.ndarray  # int64 [V], occurrences in the training parts
     users: pa.StringArray  # [U]
+    # Types of the ids in the source: string, or int64 for a column of whole numbers.
+    item_type: pa.DataType = field(default_factory=pa.string)
+    user_type: pa.DataType = field(default_factory=pa.string)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
@@ -49,6 +54,7 @@ class Catalog:
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
                 users["user"].combine_chunks(),
+                *map(_id_type, (items, users)),
             )
         except (OSError, KeyError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
@@ -57,8 +63,12 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / FILES[0])
-        pq.write_table(pa.table({"user": self.users}), Path(folder) / FILES[1])
+        tables = pa.table(columns), pa.table({"user": self.users})
+        types = self.item_type, self.user_type
+        for name, table, kind in zip(FILES, tables, types, strict=True):
+            if kind != pa.string():
+                table = table.replace_schema_metadata({_ID_TYPE: str(kind)})
+            pq.write_table(table, Path(folder) / name)
 
     @staticmethod
     def copy(folder: Path, to: Path, with_users: bool = True) -> None:
@@ -95,6 +105,11 @@ class Catalog:
 def _read(path: Path) -> pa.Table:
     with open_regular(path) as file:
         return pq.read_table(file)
+
+
+def _id_type(table: pa.Table) -> pa.DataType:
+    metadata = table.schema.metadata or {}
+    return pa.int64() if metadata.get(_ID_TYPE) == b"int64" else pa.string()
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:

@@ -64,7 +64,8 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     items = encoded.items.take(pa.array(dense.kept_items))
     titles = read_titles(source.titles, items) if source.titles else pa.repeat("", len(items))
     users = encoded.users.take(pa.array(dense.kept_users))
-    store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users)
+    types = encoded.types["item"], encoded.types["user"]
+    store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users, *types)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
     store.counts["trimmed"] = dict(getattr(source.ratings, "trimmed", {}))
     return store

@@ -77,7 +77,8 @@ class EncodeIds(CountingStage):
 
     Ids are sorted as numbers if all are whole numbers, else as text: codes do not depend on the
     file's chunks. Once streamed, string arrays ``users`` and ``items`` hold the original id of
-    every code.
+    every code, ``types`` the type of both in the source: string, or int64 for columns of whole
+    numbers.
     """
 
     def chunks(self) -> Iterator[RatingChunk]:
@@ -96,6 +97,7 @@ class EncodeIds(CountingStage):
                 batches.append((*indices, *values))
         if not batches:
             raise UserError("there are no ratings in the data set")
+        self.types = {role: _id_type(parts) for role, parts in dictionaries.items()}
         self.users, users = _encoded(dictionaries["user"])
         self.items, items = _encoded(dictionaries["item"])
         for at, (user, item, *others) in enumerate(_drained(batches)):
@@ -255,9 +257,13 @@ def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:
     return batch.column(role).to_numpy() if role in batch.schema.names else None
 
 
+def _id_type(parts: list[pa.Array]) -> pa.DataType:
+    return pa.int64() if all(pa.types.is_integer(part.type) for part in parts) else pa.string()
+
+
 def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
     """The distinct ids in ascending order, and each part as int32 codes: indices in that order."""
-    if not all(pa.types.is_integer(part.type) for part in parts):
+    if _id_type(parts) == pa.string():
         parts = [part.cast(pa.string()) for part in parts]
     else:
         parts = [part.cast(pa.int64()) for part in parts]

@@ -1,0 +1,328 @@
+"""A trained model that recommends, in original ids.
+
+    recommender = Recommender.load("runs/ml-1m", device="cpu")
+    recommender.recommend([["1193", "661"], ["2571"]], k=10)    # a pandas DataFrame
+    recommender.similar("1193")
+
+`recommended` and `similar_to` return the same as a pyarrow Table, without pandas.
+
+`lists` is what recommend.py uses: on any number of ranks, in dense ids, block by block.
+
+Shapes: U users, k items of each, D width, V items.
+"""
+
+import atexit
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchdata.nodes import IterableWrapper
+
+from model.distributed import Ranks, silence_libraries
+from model.evaluation.catalog_scores import CatalogScores
+from model.evaluation.evaluate import MAX_SCORES, EncodedUsers, encode, exact
+from model.losses.sharded_softmax import all_gather_rows
+from model.run.config import EvalFlags
+from model.run.trained import TrainedRun
+from model.serving.config import Choice
+from model.serving.eligible import Eligible
+from model.serving.rows import ItemRows, Lists, UserRows
+from model.serving.top_items import CHUNK, SPARE, top_items, whole_chunks
+from model.tables.distribute import unwrap
+from pipeline.batches.eval_batch import EvalBatch
+from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog
+from pipeline.serving import histories as known
+from pipeline.serving.batches import HistoryBatches
+from pipeline.serving.histories import KnownHistories, item_number
+
+# Positions of a batch, without --batch_size, and most users of one. On CPU the layers' outputs of
+# more positions leave the caches, and allocating them takes as long as computing them.
+BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 16}, 1 << 12
+
+# Lists of item ids, or ratings as a pandas DataFrame or a pyarrow Table.
+Histories = Any
+
+
+class Recommender:
+    """Recommends the items of a catalog by a BERT4Rec, possibly sharded over the ranks.
+
+    Args:
+        max_len: most items of a history, mask token included.
+        batch_size: users per batch and rank; None: by the number of positions.
+        min_rating: ratings below it do not belong to a history.
+
+    Raises:
+        UserError: catalog and model do not fit, or the model's vectors are not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        catalog: Catalog,
+        max_len: int,
+        ranks: Ranks,
+        batch_size: int | None = None,
+        min_rating: float = 0.0,
+    ) -> None:
+        self.model, self.catalog, self.ranks = model, catalog, ranks
+        self.max_len, self.min_rating = max_len, min_rating
+        positions = BATCH_POSITIONS[ranks.device.type]
+        self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
+        self._bert = unwrap(model)
+        if len(catalog.items) != self._bert.head.num_items:
+            raise UserError(
+                f"the catalog has {len(catalog.items)} items, the model "
+                f"{self._bert.head.num_items}: they belong to different runs"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Recommender":
+        """The model of a run folder or an export, on one device (default: a GPU if there is one).
+
+        Raises:
+            UserError: there is no such model, or it is damaged.
+        """
+        run = TrainedRun(EvalFlags(checkpoint=str(path)))
+        return cls.of_run(run, Catalog.read(run.folder), _alone(device))
+
+    @classmethod
+    def of_run(
+        cls, run: TrainedRun, catalog: Catalog, ranks: Ranks, batch_size: int | None = None
+    ) -> "Recommender":
+        """The model of a run, sharded over the ranks, with the run's catalog."""
+        config = run.config
+        sizes = config.windows.max_len, ranks, batch_size
+        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating)
+
+    def recommend(self, histories: Histories, k: int = 10, **options: Any) -> Any:
+        """:meth:`recommended` as a pandas DataFrame."""
+        return _data_frame(self.recommended(histories, k, **options))
+
+    def similar(self, item: object, k: int = 10, **options: Any) -> Any:
+        """:meth:`similar_to` as a pandas DataFrame."""
+        return _data_frame(self.similar_to(item, k, **options))
+
+    def recommended(
+        self,
+        histories: Histories,
+        k: int = 10,
+        seen: str = "drop",
+        allow: Iterable[object] | None = None,
+        deny: Iterable[object] = (),
+        cold: str = "drop",
+        popularity_discount: float = 0.0,
+    ) -> pa.Table:
+        """The best k items of each user, a row each: user, rank, item, score[, title].
+
+        A user without a known item gets the most popular items: then there is a column
+        ``popularity``, true for these users, whose scores are training counts.
+
+        Args:
+            histories: lists of item ids, oldest first (the users are numbered from 0), or a table
+                of ratings with columns such as user, item, timestamp, a pandas DataFrame or a
+                pyarrow Table (the users come in ascending order).
+            seen: "keep" recommends items of the history too.
+            allow: recommend only these items.
+            deny: never recommend these items.
+            cold: "keep" recommends items without a training rating too.
+            popularity_discount: as in eval.py.
+        """
+        given = self.histories_of(histories)
+        eligible = self.eligible(Choice(k, seen, cold, popularity_discount), allow, deny)
+        rows = UserRows(self.catalog, given)
+        tables = map(rows.table, self.lists(given, eligible))
+        return pa.concat_tables([rows.schema.empty_table(), *tables])
+
+    def similar_to(
+        self,
+        item: object,
+        k: int = 10,
+        allow: Iterable[object] | None = None,
+        deny: Iterable[object] = (),
+        cold: str = "drop",
+    ) -> pa.Table:
+        """The k items with the largest cosine to this one's vector: rank, item, score[, title]."""
+        eligible = self.eligible(Choice(k, cold=cold), allow, deny)
+        found = self.similar_items(item_number(item, self.catalog), eligible)
+        return ItemRows(self.catalog).table(found)
+
+    def item_vectors(self) -> np.ndarray:
+        """float32 [V, D] in the catalog's order; their products with user vectors are scores."""
+        assert not self._scored.shared
+        parts = self._scored.rows_of_parts()
+        return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
+
+    def user_vectors(self, histories: Histories) -> np.ndarray:
+        """float32 [U, D], in the order of :meth:`recommend`."""
+        given = self.histories_of(histories)
+        vectors = [users.hidden.cpu() for users in self._encoded(self._batches(given, True), iter)]
+        return torch.cat([torch.empty(0, self._width), *vectors])[: len(given)].numpy()
+
+    def histories_of(self, given: Histories) -> KnownHistories:
+        """Histories in dense ids; warns of unknown items."""
+        if isinstance(given, KnownHistories):
+            return given
+        if hasattr(given, "columns") and not isinstance(given, pa.Table):
+            given = pa.Table.from_pandas(given, preserve_index=False)
+        if isinstance(given, pa.Table):
+            ratings = IterableWrapper([known.table_of_ratings(given)])
+            found = known.of_ratings(ratings, self.catalog, self.min_rating)
+        else:
+            found = known.of_lists(list(given), self.catalog)
+        self.report_unknown(found)
+        return found
+
+    def report_unknown(self, histories: KnownHistories) -> None:
+        """Warn of unknown items and of users who have no other."""
+        if histories.unknown:
+            total = histories.unknown + int(histories.offsets[-1])
+            self.ranks.warn(
+                f"{histories.unknown:,} of {total:,} items in the histories are unknown to the "
+                "model: left out"
+            )
+        if empty := int(histories.empty().sum()):
+            self.ranks.warn(
+                f"{empty:,} of {len(histories):,} users have no known item: ranked by popularity"
+            )
+
+    def eligible(
+        self, choice: Choice, allow: Iterable[object] | None, deny: Iterable[object]
+    ) -> Eligible:
+        """The items that may be recommended; warns of unknown ones in the lists."""
+        found = Eligible(self.catalog, choice, allow, deny)
+        if found.unknown:
+            self.ranks.warn(
+                f"the model does not know {found.unknown:,} of the ids to allow or deny"
+            )
+        return found
+
+    def lists(
+        self,
+        histories: KnownHistories,
+        eligible: Eligible,
+        around: Callable[..., Iterable[EvalBatch]] = iter,
+    ) -> Iterator[Lists]:
+        """Recommendations for all users, in their order, the same on every rank.
+
+        Args:
+            around: wraps the batches, for a progress bar.
+        """
+        added = eligible.added(self._bert.head.scale, self.ranks.device)
+        popular, counts = eligible.popular()
+        empty, first = histories.empty(), 0
+        batches = self._batches(histories, eligible.choice.seen == "keep")
+        for users in self._encoded(batches, around):
+            found = self._best(users, added, eligible.k)
+            rows = min(len(found[0]), len(histories) - first)
+            items, scores = (each[:rows].cpu().numpy() for each in found)
+            without = empty[first : first + rows]
+            items[without], scores[without] = popular, counts
+            yield Lists(first, items, scores)
+            first += rows
+
+    def similar_items(self, item: int, eligible: Eligible) -> Lists:
+        """The items with the largest cosine to the vector of a dense id, without itself."""
+        if not self.catalog.train_counts[item - 1]:
+            self.ranks.warn("the item has no training rating: its vector is a random one")
+        added = eligible.added(self._bert.head.scale, self.ranks.device)
+        with torch.no_grad(), exact(self.model):
+            vector = torch.zeros(1, self._width, device=self.ranks.device)
+            for part, rows in self._scored.rows_of_parts():
+                if part.low <= item < part.high:
+                    vector = rows[item - part.low][None].clone()
+            if self._scored.shared:
+                dist.all_reduce(vector)
+            seen = torch.tensor([item], device=self.ranks.device)
+            row = torch.zeros_like(seen)
+            users = EncodedUsers(
+                F.normalize(vector, dim=-1), row, row[:, None], row == 0, seen, row
+            )
+            parts = ((part, F.normalize(r, dim=-1)) for part, r in self._scored.rows_of_parts())
+            found = top_items(users, parts, added, eligible.k, self._scored.shared)
+        items, scores = (each.cpu().numpy() for each in found)
+        return Lists(0, items, scores)
+
+    @property
+    def _width(self) -> int:
+        _, rows = next(iter(self._scored.rows_of_parts()))
+        return rows.shape[1]
+
+    @cached_property
+    def _scored(self) -> CatalogScores:
+        """The rows of this rank's slice of the catalog."""
+        with torch.no_grad(), exact(self.model):
+            scored = CatalogScores(self._bert, self.ranks.device, laid_out=whole_chunks)
+            for _, rows in scored.rows_of_parts():
+                _check_finite(rows)
+        return scored
+
+    def _batches(self, histories: KnownHistories, keep_seen: bool) -> HistoryBatches:
+        sizes = len(self.catalog.items), self.max_len, self.batch_size
+        ranks = self.ranks.rank, self.ranks.world_size
+        return HistoryBatches(histories, *sizes, keep_seen, *ranks)
+
+    def _encoded(
+        self, batches: HistoryBatches, around: Callable[..., Iterable[EvalBatch]]
+    ) -> Iterator[EncodedUsers]:
+        for batch in around(batches):
+            with torch.no_grad(), exact(self.model):
+                users = encode(self._bert, batch.to(self.ranks.device, non_blocking=True))
+            _check_finite(users.hidden)
+            yield users
+
+    def _best(self, users: EncodedUsers, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Items and scores of a batch of every rank, in the users' order: [U, k]."""
+        scored = self._scored
+        # Rows in float64, or the numbers of chunks, of each item found.
+        found_each = 4 * (k + SPARE) * max(CHUNK, users.hidden.shape[1])
+        block = max(1, MAX_SCORES // max(scored.part_items, found_each))
+        with torch.no_grad(), exact(self.model):
+            found = [
+                top_items(each, scored.rows_of_parts(), added, k, scored.shared)
+                for each in users.blocks(block)
+            ]
+            items, scores = (torch.cat(part) for part in zip(*found, strict=True))
+            if not scored.shared and self.ranks.world_size > 1:
+                items, scores = all_gather_rows(items)[0], all_gather_rows(scores)[0]
+        return items, scores
+
+
+def _check_finite(vectors: Tensor) -> None:
+    if not bool(torch.isfinite(vectors).all()):
+        raise UserError(
+            "the model gives vectors that are not finite numbers: it diverged in training, take "
+            "another checkpoint"
+        )
+
+
+def _alone(device: str | torch.device | None) -> Ranks:
+    """This process as the only rank; TorchRec needs a process group."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", chosen.index or 0)
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        silence_libraries()
+        backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # Left to the interpreter's end, gloo's threads may abort the process.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    if dist.get_world_size() > 1:
+        raise UserError("Recommender.load works in one process: on several ranks use recommend.py")
+    return Ranks(0, 1, 1, chosen)
+
+
+def _data_frame(table: pa.Table) -> Any:
+    try:
+        import pandas  # noqa: F401  optional: only these data frames need it
+    except ImportError as error:
+        raise UserError("a data frame needs pandas: pip install pandas") from error
+    return table.to_pandas()
