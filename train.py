@@ -37,7 +37,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     """
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-    from model.checkpoints.export import Trained, export
+    from model.checkpoints.export import Trained, export, load_checkpoint
     from model.distributed import Ranks, first_rank_first, start
     from model.run.build import build_model, build_plain_model, evaluator, train_loader
     from model.run.execution import plan_execution
@@ -104,12 +104,11 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
         log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
     if ranks.is_first:
         plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
-        targets = [folder.path / PORTABLE]
-        if config.output.export_root:
-            targets.append(Path(config.output.export_root))
-        checkpoint = checkpoints.path(best_step)
-        trained = Trained(checkpoint, best_step, {"test": result}, folder.path)
-        export(trained, plain, targets, config.output.with_users)
+        load_checkpoint(checkpoints.path(best_step), plain)
+        trained, output = Trained(plain, best_step, {"test": result}, folder.path), config.output
+        export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
+        if output.export_root:
+            export(trained, Path(output.export_root), output.with_users, with_programs=True)
 
 
 def main() -> None:

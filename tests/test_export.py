@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from model.checkpoints import export as exporting
 from model.checkpoints import manifest
-from model.checkpoints.export import Trained, check_target, export
+from model.checkpoints.export import Trained, check_target, export, load_checkpoint
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from model.distributed import Ranks
 from model.run.build import build_plain_model
@@ -111,12 +111,12 @@ def trained(folder: Path, step: int) -> Trained:
         facts = {"num_items": 3, "catalog": STORE.catalog_fingerprint}
         write_config(run_dir, flatten(config(step)), facts)
         STORE.catalog.write_to(run_dir)
-    return Trained(run_dir / str(step), step, {"test": {"users": step}}, run_dir)
+    plain = load_checkpoint(run_dir / str(step), build_plain_model(config(step), 3, ONE))
+    return Trained(plain, step, {"test": {"users": step}}, run_dir)
 
 
 def export_step(folder: Path, step: int, target: Path, with_users: bool = False) -> None:
-    plain = build_plain_model(config(step), 3, ONE)
-    export(trained(folder, step), plain, [target], with_users)
+    export(trained(folder, step), target, with_users, with_programs=False)
 
 
 def found(target: Path) -> tuple[int, ...] | None:
@@ -193,7 +193,7 @@ def test_an_export_of_the_same_step_of_another_run_is_told_by_its_fingerprint(
 
 
 def test_a_run_folder_with_the_model_of_another_run(tmp_path: Path, one_weight: None) -> None:
-    export_step(tmp_path, 1, trained(tmp_path, 2).run_dir / "model")
+    export_step(tmp_path, 1, trained(tmp_path, 2).folder / "model")
     message = "run-2/model was trained with --seed 1, .*run-2 with 2: delete"
     with pytest.raises(UserError, match=message):
         TrainedRun(EvalFlags(checkpoint=str(tmp_path / "run-2"))).plain_model()
@@ -438,8 +438,7 @@ def test_a_checkpoint_that_is_damaged_after_training(run_dir: Path, one_rank: Ra
     run = TrainedRun(EvalFlags(checkpoint=str(run_dir)))
     plain = build_plain_model(run.config, 80, ONE)
     with pytest.raises(UserError, match="step-00000005 cannot be exported: its files are damaged"):
-        export(Trained(checkpoint, 5, {}, run_dir), plain, [run_dir / "new"], with_users=False)
-    assert not (run_dir / "new").exists()
+        load_checkpoint(checkpoint, plain)
 
 
 def test_an_export_has_its_metrics(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ exported/
     config.json          flags, number of items, catalog fingerprint, versions, test metrics
     catalog.parquet      original id and title of each item
     users.parquet        original ids of the users, only with --with_users
+    model.onnx ...       what serves it, if asked for (model/programs)
 
 A folder holds a model once it holds model.safetensors, which is removed first and written last. Its
 metadata and config.json name the same step and fingerprint of the weights.
@@ -13,7 +14,7 @@ metadata and config.json name the same step and fingerprint of the weights.
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
+from model.bert4rec import BERT4Rec
 from model.checkpoints.manifest import DamagedError
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
+from model.programs.folder import PROGRAM_FILES, write_programs
 from pipeline.errors import UserError
 from pipeline.files import open_regular, read_json, remove_folder, sync, sync_files, write_json
 from pipeline.preparation.catalog import FILES, Catalog
@@ -42,52 +45,72 @@ _TIE = "trained"
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint to export."""
+    """A model to export.
 
-    checkpoint: Path
+    Attributes:
+        plain: an unsharded model on CPU, with its weights.
+        metrics: by split.
+        folder: has the model's config.json and catalog.
+    """
+
+    plain: BERT4Rec
     step: int
-    metrics: Mapping[str, Any]  # by split
-    run_dir: Path
+    metrics: Mapping[str, Any]
+    folder: Path
 
 
-def export(trained: Trained, plain: nn.Module, folders: Iterable[Path], with_users: bool) -> None:
-    """Export a checkpoint into each of ``folders``; call it on one rank.
-
-    If it is interrupted, a folder holds its old model, the new one or none. ``plain``, an
-    unsharded BERT4Rec, gets the checkpoint's weights.
+def load_checkpoint(checkpoint: Path, plain: BERT4Rec) -> BERT4Rec:
+    """Give ``plain``, an unsharded model, the weights of a checkpoint, on CPU; called on one rank.
 
     Raises:
-        UserError: the weights are not those of ``plain`` or not finite, or a file cannot be
-            written.
+        UserError: the weights are not those of ``plain``, or not finite.
     """
-    weights = plain.to_empty(device="cpu").state_dict()
+    weights = {
+        name: torch.empty_like(each, device="cpu") if each.is_meta else each
+        for name, each in plain.state_dict().items()
+    }
     try:
-        reader = SafeReader(trained.checkpoint)
+        reader = SafeReader(checkpoint)
         check_fit(stored_weights(reader.index), weights)
         dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
         check_finite(weights)
     except (DamagedError, ValueError) as error:
-        raise UserError(f"{trained.checkpoint} cannot be exported: {error}") from error
+        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
     except dcp.api.CheckpointException as error:  # a BaseException, with tracebacks in its text
-        raise UserError(
-            f"{trained.checkpoint} cannot be exported: its files are damaged"
-        ) from error
+        raise UserError(f"{checkpoint} cannot be exported: its files are damaged") from error
+    plain.load_state_dict(weights, assign=True)
+    return plain
+
+
+def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool) -> None:
+    """Export a model into ``folder``; called on one rank.
+
+    If it is interrupted, the folder holds its old model, the new one or none.
+
+    Args:
+        with_programs: write also what serves the model.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    weights = trained.plain.state_dict()
     tie = {"step": trained.step, "fingerprint": fingerprint(weights)}
-    for folder in folders:
-        try:
-            with _aside(folder) as aside:
-                config = read_json(trained.run_dir / CONFIG)
-                write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
-                Catalog.copy(trained.run_dir, aside, with_users)
-                _save(weights, aside, {_TIE: json.dumps(tie)})
-                shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
-                sync_files(aside)
-                _replace(folder, aside)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written: {error.strerror or error}; the trained model is in "
-                f"{trained.checkpoint}: make room and run again with --resume auto"
-            ) from error
+    try:
+        with _aside(folder) as aside:
+            config = read_json(trained.folder / CONFIG)
+            write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
+            Catalog.copy(trained.folder, aside, with_users)
+            _save(weights, aside, {_TIE: json.dumps(tie)})
+            shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
+            if with_programs:
+                write_programs(trained.plain, Catalog.read(aside), aside, WEIGHTS)
+            sync_files(aside)
+            _replace(folder, aside)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}; make room, then: "
+            f"python export.py --checkpoint {trained.folder} --output {folder}"
+        ) from error
 
 
 def check_target(folder: Path) -> None:
@@ -97,7 +120,7 @@ def check_target(folder: Path) -> None:
         probe = (aside / WEIGHTS).replace(folder / f"{_ASIDE}.probe")
         probe.unlink()
         sync(folder)
-    for name in (WEIGHTS, CONFIG, *FILES):
+    for name in (WEIGHTS, CONFIG, *FILES, *PROGRAM_FILES):
         if (folder / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
 
@@ -135,9 +158,10 @@ def _replace(folder: Path, aside: Path) -> None:
     held_model = any((folder / name).exists() for name in (WEIGHTS, CONFIG))
     (folder / WEIGHTS).unlink(missing_ok=True)
     sync(folder)
-    if held_model:  # its users, and its evaluations
-        for outdated in (folder / FILES[1], *folder.glob("eval_*.json")):
-            outdated.unlink(missing_ok=True)
+    if held_model:
+        outdated = (folder / name for name in (FILES[1], *PROGRAM_FILES))
+        for path in (*outdated, *folder.glob("eval_*.json")):
+            path.unlink(missing_ok=True)
     for path in aside.iterdir():
         if path.name != WEIGHTS:
             path.replace(folder / path.name)

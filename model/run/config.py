@@ -30,7 +30,9 @@ class OutputConfig(Config):
     resume: str = flag(
         "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
-    export_root: str = flag("", "folder for a second copy of the exported model (default: no copy)")
+    export_root: str = flag(
+        "", "folder to export the model to, ready to serve (default: none)"
+    )
     with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
     precision: str = flag(
         "auto",
@@ -107,3 +109,17 @@ class EvalFlags(Config):
     def check(self) -> None:
         if not self.checkpoint:
             raise UserError("--checkpoint is needed: the --run_dir of a training run")
+
+
+@dataclass(frozen=True)
+class ExportFlags(Config):
+    """All flags of export.py."""
+
+    checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
+    output: str = flag("", "folder to write; an exported model in it is replaced (no default)")
+    with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
+
+    def check(self) -> None:
+        for name in ("checkpoint", "output"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is needed: see --help")

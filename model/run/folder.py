@@ -22,6 +22,7 @@ import torch
 from model.checkpoints.checkpoints import PORTABLE
 from model.checkpoints.export import WEIGHTS, check_target
 from model.distributed import Ranks, from_first_rank, writing
+from model.programs.folder import check_exporters
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
 from pipeline.errors import UserError
@@ -78,7 +79,7 @@ class RunFolder:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path(output.run_dir or f"runs/{self.config.data.name}-{stamp}")
         if output.export_root:
-            _check_export(Path(output.export_root), path)
+            check_export("--export_root", Path(output.export_root), path)
         with writing(f"--run_dir {path}"):
             path.mkdir(parents=True, exist_ok=True)
             try:
@@ -103,17 +104,18 @@ class RunFolder:
         return path
 
 
-def _check_export(folder: Path, run_dir: Path) -> None:
-    """Check before training that the export after training can be written."""
-    with writing(f"--export_root {folder}"):
+def check_export(flag: str, folder: Path, run_dir: Path) -> None:
+    """Check that the model of a run can be exported into the folder that ``flag`` names."""
+    check_exporters()
+    with writing(f"{flag} {folder}"):
         for path in (folder, run_dir):
             with suppress(FileNotFoundError):
                 path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
         real, run = folder.resolve(), run_dir.resolve()
         if real == run or (real / "checkpoints").exists():
-            raise UserError(f"--export_root {folder} is the folder of a run: choose another one")
+            raise UserError(f"{flag} {folder} is the folder of a run: choose another one")
         if real.name == PORTABLE and (real.parent / "checkpoints").exists() and real.parent != run:
-            raise UserError(f"--export_root {folder} is the model of a run: choose another folder")
+            raise UserError(f"{flag} {folder} is the model of a run: choose another folder")
         check_target(folder)
 
 

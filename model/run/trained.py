@@ -8,7 +8,13 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-from model.checkpoints.export import WEIGHTS, check_exported, load_exported
+from model.checkpoints.export import (
+    WEIGHTS,
+    Trained,
+    check_exported,
+    load_checkpoint,
+    load_exported,
+)
 from model.distributed import Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
@@ -91,6 +97,18 @@ class TrainedRun:
             unusable = error
         raise_on_all(ranks, unusable)
         return model
+
+    def trained(self, ranks: Ranks) -> Trained:
+        """The model to export: the exported one, else that of the best checkpoint; one rank."""
+        if self._exported:
+            recorded = read_config(self._exported)
+            step, metrics = recorded.get("step", 0), recorded.get("metrics", {})
+            return Trained(self.plain_model(), step, metrics, self._exported)
+        checkpoints = Checkpoints(self.folder, ranks)
+        step = checkpoints.best_step()
+        checkpoints.check_fit(self._weightless_model(), step)
+        plain = build_plain_model(self.config, self._num_items, ranks)
+        return Trained(load_checkpoint(checkpoints.path(step), plain), step, {}, self.folder)
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""

@@ -1,0 +1,102 @@
+"""model.pt2 and model.onnx: the encoder without Python classes of this project.
+
+    torch.export.load("model.pt2").module()(histories, item_table)      -> vectors [B, D]
+    onnxruntime.InferenceSession("model.onnx").run(None, {"histories": histories})
+
+The ONNX graph reads the item table from model.safetensors, as external data: the table is stored
+once. The torch program takes it as an argument (tensor ``item_table`` of ``item_table_of``).
+
+Shapes: B users, L items of the longest history, D width, V items.
+"""
+
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim
+
+from model.bert4rec import BERT4Rec
+from model.programs.padded import PaddedEncoder
+from pipeline.batches.features import ITEM
+
+TORCH_PROGRAM, ONNX_PROGRAM = "model.pt2", "model.onnx"
+_OPSET = 18
+_HISTORIES, _TABLE, _VECTORS = "histories", "item_table", "user_vectors"
+
+
+def item_table_name(bert: BERT4Rec) -> str:
+    """Name of the table of histories' items among the weights."""
+    tables = bert.embeddings.embedding_configs()
+    (name,) = (table.name for table in tables if ITEM in table.feature_names)
+    return f"embeddings.embeddings.{name}.weight"
+
+
+def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
+    """Write both programs into ``folder``, which has the weights in safetensors ``weights``.
+
+    ``bert``: plain, on CPU.
+    """
+    import onnx  # takes a part of a second: training starts without it
+
+    encoder = PaddedEncoder(bert).eval()
+    name = item_table_name(bert)
+    table = bert.state_dict()[name]
+    longest = encoder.longest
+    histories = torch.ones(2, min(2, longest), dtype=torch.int64)
+    length = Dim("length", min=1, max=longest) if longest > 1 else None
+    # A program of any number of users: Dim.DYNAMIC would exclude one user.
+    shapes = ({0: Dim("users", min=1), 1: length}, None)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(encoder, (histories, table), dynamic_shapes=shapes)
+        torch.export.save(program, folder / TORCH_PROGRAM)
+        exported = torch.onnx.export(
+            program,
+            opset_version=_OPSET,
+            input_names=[_HISTORIES, _TABLE],
+            output_names=[_VECTORS],
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model_proto
+    _read_table_from(model, folder / weights, name)
+    onnx.save(model, folder / ONNX_PROGRAM)
+
+
+def _read_table_from(model: Any, weights: Path, name: str) -> None:
+    """Make the graph's input ``item_table`` an initializer that lies in a safetensors file."""
+    import onnx
+
+    with weights.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entry = json.loads(file.read(size))[name]
+    first, end = entry["data_offsets"]
+    given = next(each for each in model.graph.input if each.name == _TABLE)
+    table = onnx.TensorProto(name=_TABLE, dims=entry["shape"])
+    table.data_type = given.type.tensor_type.elem_type
+    table.data_location = onnx.TensorProto.EXTERNAL
+    place = {"location": weights.name, "offset": 8 + size + first, "length": end - first}
+    for key, value in place.items():
+        table.external_data.add(key=key, value=str(value))
+    model.graph.input.remove(given)
+    model.graph.initializer.append(table)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters report their progress by warnings and logs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,89 @@
+"""The vector of a user from a padded history, in plain torch that torch.export and ONNX can hold.
+
+    histories [B, L] + mask token -> rows of the item table -> encoder -> vector of the mask [B, D]
+
+The training encoder works on jagged rows; this module has its weights and equals it in float32.
+
+Shapes: B users, L items of the longest history, D width, V items, H heads, K width of a head.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.bert4rec import BERT4Rec
+from model.network.attention import SelfAttention
+from model.network.encoder import EncoderLayer
+
+
+class PaddedEncoder(nn.Module):
+    """Vectors whose product with an item's vector is its score.
+
+    Args:
+        bert: a plain model; its weights are shared, not copied.
+    """
+
+    def __init__(self, bert: BERT4Rec) -> None:
+        super().__init__()
+        encoder = bert.encoder
+        self.longest = encoder.max_len - 1  # one position is the mask token's
+        self._is_cosine = bool(bert.head.config.logit_temperature)
+        self._left_only = bert.left_only
+        self.positions, self.embedding_norm = encoder.positions, encoder.embedding_norm
+        self.layers, self.final_norm = encoder.layers, encoder.final_norm
+
+    def forward(self, histories: Tensor, item_table: Tensor) -> Tensor:
+        """float32 [B, D].
+
+        Args:
+            histories: int64 [B, L], items 1 ... V, oldest first, padded with 0 on the left; L is
+                at most ``longest``.
+            item_table: float [V + 2, D]: padding, items, mask token.
+        """
+        mask = torch.full_like(histories[:, :1], item_table.shape[0] - 1)
+        items = torch.cat([histories, mask], dim=1)
+        columns = torch.arange(items.shape[1], device=items.device)
+        steps_ago = columns.flip(0)
+        # Padding attends to itself: a softmax over no key would be NaN.
+        itself = columns == columns[:, None]
+        visible = (items > 0)[:, None]
+        if self._left_only:
+            visible = visible & (columns <= columns[:, None])
+        visible = (visible | itself)[:, None]  # [B, 1, L, L]
+        hidden = F.embedding(items, item_table).float()
+        if self.positions is not None:
+            hidden = hidden + self.positions(steps_ago)
+        hidden = self.embedding_norm(hidden)
+        layers = cast(list[EncoderLayer], list(self.layers))
+        for layer in layers:
+            is_last = layer is layers[-1]
+            attended = _attend(layer, hidden, visible, steps_ago, is_last)
+            hidden = hidden[:, -1:] if is_last else hidden
+            hidden = hidden + attended
+            hidden = hidden + layer.feed_forward(layer.feed_forward_norm(hidden))
+        vectors = self.final_norm(hidden[:, 0])
+        return F.normalize(vectors, dim=-1) if self._is_cosine else vectors
+
+
+def _attend(
+    layer: EncoderLayer, hidden: Tensor, visible: Tensor, steps_ago: Tensor, is_last: bool
+) -> Tensor:
+    """Attention [B, L, D]; of the last position only, [B, 1, D], if ``is_last``."""
+    attention: SelfAttention = layer.attention
+    projected = attention.project_in(layer.attention_norm(hidden))
+    projected = projected.unflatten(-1, (3, attention.heads, -1))  # [B, L, 3, H, K]
+    query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, K]
+    if attention.rotation is not None:
+        cos, sin = attention.rotation[steps_ago].unbind(1)  # [L, K / 2]
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    if is_last:
+        query, visible = query[:, :, -1:], visible[:, :, -1:]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    return attention.project_out(mixed.transpose(1, 2).flatten(2))
+
+
+def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = vectors.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)

@@ -1,0 +1,46 @@
+"""item_vectors.npy and items.json: what a program needs beside the encoder to rank items.
+
+Row i of the vectors is item i of items.json; the product of a user's vector and an item's is the
+score of the evaluation. FAISS, usearch and pgvector read the vectors as they are.
+
+Shapes: V items, D width.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from model.bert4rec import BERT4Rec
+from pipeline.batches.features import CANDIDATE
+from pipeline.preparation.catalog import Catalog
+
+VECTORS, ITEMS = "item_vectors.npy", "items.json"
+_ROWS = 1 << 18  # projected at once
+
+
+def write_vectors(bert: BERT4Rec, folder: Path) -> None:
+    """Write float32 [V, D] of a plain model on CPU, in blocks of rows."""
+    (table,) = (
+        bert.embeddings.embeddings[table.name].weight.detach()
+        for table in bert.embeddings.embedding_configs()
+        if CANDIDATE in table.feature_names
+    )
+    rows = table[1:-1]  # without padding and mask token
+    vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, tuple(rows.shape))
+    for low in range(0, len(rows), _ROWS):
+        vectors[low : low + _ROWS] = bert.head.project(rows[low : low + _ROWS]).numpy()
+    vectors.flush()
+
+
+def write_items(catalog: Catalog, folder: Path) -> None:
+    """Write original ids, titles and training counts in the order of the vectors.
+
+    Ids are numbers where they are whole numbers in the source.
+    """
+    columns = {
+        "items": catalog.items.cast(catalog.item_type).to_pylist(),
+        "titles": catalog.titles.to_pylist(),
+        "train_counts": catalog.train_counts.tolist(),
+    }
+    (folder / ITEMS).write_text(json.dumps(columns, ensure_ascii=False), "utf-8")

@@ -1,0 +1,165 @@
+"""An export serves what the model computes, in a process without torch and this project."""
+
+import json
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.network.config import EncoderConfig, HeadConfig
+from model.network.head import CatalogSlice
+from model.programs.exporters import item_table_name
+from model.programs.folder import write_programs
+from model.programs.padded import PaddedEncoder
+from pipeline.preparation.catalog import Catalog
+from tests.conftest import run_process
+
+V, MAX_LEN, WIDTH = 12, 6, 8
+KINDS = {
+    "tied": (HeadConfig(), EncoderConfig(WIDTH, 2, 2), False, "fp32"),
+    "left only, fp16": (HeadConfig(), EncoderConfig(WIDTH, 2, 2), True, "fp16"),
+    "linear, dot product": (
+        HeadConfig("linear", logit_temperature=0),
+        EncoderConfig(WIDTH, 1, 1, positions="none"),
+        False,
+        "fp32",
+    ),
+}
+# Rows of the catalog; the last is longer than the model reads.
+HISTORIES = [[3], [0, 1, 2, 3, 4], [11, 5], [7, 6, 7, 2, 9, 10, 1, 4]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    bert: BERT4Rec
+    catalog: Catalog
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    head, encoder, left_only, precision = KINDS[request.param]
+    config = ModelConfig(V, MAX_LEN, encoder, head, precision)
+    bert = BERT4Rec(config, CatalogSlice(1, V + 1, shared=False), left_only=left_only).eval()
+    torch.manual_seed(1)
+    for weight in bert.parameters():
+        nn.init.normal_(weight, std=0.5)
+    folder = tmp_path_factory.mktemp("exported")
+    counts = np.array([3, 5, 0, 2, 9, 1, 1, 1, 4, 4, 2, 2])
+    names = [f"i{row}" for row in range(V)]
+    titles = ["", *[f"The {name}" for name in names[1:]]]
+    catalog = Catalog(pa.array(names), pa.array(titles), counts, pa.array(["u"]))
+    save_file(bert.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
+    write_programs(bert, catalog, folder, "model.safetensors")
+    return Exported(bert, catalog, folder)
+
+
+def jagged_vectors(bert: BERT4Rec, histories: list[list[int]]) -> Tensor:
+    """Users' vectors [B, D] by the training encoder."""
+    rows = [[*(item + 1 for item in each[-(MAX_LEN - 1) :]), V + 1] for each in histories]
+    offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    left_only = torch.ones(len(rows), dtype=torch.bool) if bert.left_only else None
+    items = bert.state_dict()[item_table_name(bert)][torch.tensor([*chain(*rows)])].float()
+    with torch.no_grad():
+        return bert.head.project(bert.encoder(items, offsets, offsets[1:] - 1, left_only))
+
+
+def padded(histories: list[list[int]]) -> Tensor:
+    grid = torch.zeros(len(histories), MAX_LEN - 1, dtype=torch.int64)
+    for row, history in zip(grid, histories, strict=True):
+        recent = torch.tensor(history[-(MAX_LEN - 1) :]) + 1
+        row[MAX_LEN - 1 - len(recent) :] = recent
+    return grid
+
+
+@pytest.mark.parametrize("users", [1, len(HISTORIES)])
+def test_every_form_gives_the_vectors_of_the_training_encoder(
+    exported: Exported, users: int
+) -> None:
+    expected, folder = jagged_vectors(exported.bert, HISTORIES[:users]), exported.folder
+    histories = padded(HISTORIES[:users])
+    table = exported.bert.state_dict()[item_table_name(exported.bert)]
+    with torch.no_grad():
+        found = {
+            "padded": PaddedEncoder(exported.bert).eval()(histories, table),
+            "pt2": torch.export.load(folder / "model.pt2").module()(histories, table),
+        }
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    found["onnx"] = torch.tensor(session.run(None, {"histories": histories.numpy()})[0])
+    if users == 1:
+        short = histories[:, -1:]  # a history of one item, without padding
+        found["short"] = torch.tensor(session.run(None, {"histories": short.numpy()})[0])
+    for form, vectors in found.items():
+        torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=1e-5, msg=form)
+    assert len({*expected[:, 0].tolist()}) == users
+
+
+def test_the_table_is_stored_once(exported: Exported) -> None:
+    """The programs do not grow with the catalog."""
+    bytes_of_row = WIDTH * 4
+    content = (exported.folder / "model.onnx").read_bytes()
+    row = exported.bert.state_dict()[item_table_name(exported.bert)][3]
+    assert row.numpy().tobytes() in (exported.folder / "model.safetensors").read_bytes()
+    assert len(row.numpy().tobytes()) in (bytes_of_row, bytes_of_row // 2)
+    assert row.numpy().tobytes() not in content
+
+
+# Names of modules that cannot be imported, then a program without them.
+SERVE = """
+import json, sys
+for name in ("torch", "torchrec", "fbgemm_gpu", "torchdata", "pyarrow", "pipeline", "model"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+from recommender import Recommender
+serving = Recommender(sys.argv[1])
+print(json.dumps([getattr(serving, name)(*given) for name, *given in json.loads(sys.argv[2])]))
+"""
+
+
+def served(folder: Path, *calls: Any) -> list[Any]:
+    outcome = run_process("-c", SERVE, folder, json.dumps(calls))
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+def test_the_folder_serves_alone(exported: Exported) -> None:
+    catalog, folder = exported.catalog, exported.folder
+    given = [[f"i{row}" for row in history] for history in HISTORIES]
+    allow, unknown = ["i1", "i2", "i5", "i6", "new"], [["new"], [], ["new", "i3"]]
+    dropped, kept, allowed, denied, popular, similar = served(
+        folder,
+        ("recommend", given, 4),
+        ("recommend", given, V, "keep"),
+        ("recommend", given, V, "keep", allow),
+        ("recommend", given, V, "keep", allow, ["i5", "i6"]),
+        ("recommend", unknown, 3),
+        ("similar", "i4", V),
+    )
+    scores = (
+        jagged_vectors(exported.bert, HISTORIES).numpy() @ np.load(folder / "item_vectors.npy").T
+    )
+    for user, history in enumerate(HISTORIES):
+        order = [row for row in np.argsort(-scores[user]) if catalog.train_counts[row]]
+        named = [f"i{row}" for row in order]
+        assert [item for item, _ in kept[user]] == named
+        assert [value for _, value in kept[user]] == pytest.approx(scores[user][order], abs=1e-5)
+        unseen = [f"i{row}" for row in order if row not in history]
+        assert [item for item, _ in dropped[user]] == unseen[:4]
+        some = [item for item in named if item in ("i1", "i5", "i6")]  # i2 was never trained
+        assert [item for item, _ in allowed[user]] == some
+        assert [item for item, _ in denied[user]] == ["i1"]
+    assert popular[0] == popular[1] == [["i4", 9], ["i1", 5], ["i8", 4]]
+    assert [item for item, _ in popular[2]] == [item for item, _ in dropped[0]][:3]
+    found = [item for item, _ in similar]
+    assert "i4" not in found and "i2" not in found and len(found) == V - 2
+    assert similar == sorted(similar, key=lambda pair: -pair[1])
