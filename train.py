@@ -7,7 +7,7 @@ tensorboard --logdir runs
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,11 +35,24 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
         make_pipeline: called with the model, its optimizers, the execution plan and the device;
             None: :func:`model.step.pipelines.train_pipeline`.
     """
+    with ExitStack() as opened:
+        _train(config, make_pipeline, opened)
+
+
+def _train(
+    config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None", opened: ExitStack
+) -> None:
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import export
-    from model.distributed import Ranks, first_rank_first, start
-    from model.run.build import build_model, build_plain_model, evaluator, train_loader
+    from model.distributed import Ranks, start
+    from model.run.build import (
+        build_model,
+        build_plain_model,
+        evaluator,
+        prepared,
+        train_loader,
+    )
     from model.run.execution import plan_execution
     from model.run.folder import RunFolder, versions
     from model.run.trained import load_teachers
@@ -49,10 +62,10 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     from model.training.profile import StepProfiler
     from model.training.run_log import RunLog
     from model.training.trainer import Trainer
-    from pipeline.preparation.prepare import describe, prepare
+    from pipeline.preparation.prepare import describe
 
     ranks = start(timedelta(minutes=config.training.rank_timeout))
-    store = first_rank_first(ranks, lambda: prepare(config.data))
+    store = prepared(config, ranks)
     ranks.say(describe(store))
 
     plan = plan_execution(config, store.num_items, ranks)
@@ -62,7 +75,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
-    folder = RunFolder(config, ranks, store)
+    folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
     shards = describe_shards(model, ranks.world_size)
     ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}")
     ranks.say(f"recipe {config.recipe}; run folder {folder.path}")

@@ -8,6 +8,7 @@
 A process that is killed leaves `.part` and `.old` names behind; the next writer removes them.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.errors import warn
+
 _BLOCK = 1 << 20  # bytes
+# Network drives may not offer locks.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -120,12 +125,19 @@ def lock(path: Path, wait: bool = True) -> IO[str]:
     """Hold the exclusive lock of the lock file `path` until the returned file is closed.
 
     Raises BlockingIOError if another process holds it and `wait` is False. The lock file stays: if
-    it were deleted, two processes could lock two files of the same name.
+    it were deleted, two processes could lock two files of the same name. A file system without
+    locks is a warning.
     """
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            warn(
+                f"{path} cannot be locked ({error.strerror}): let no other run use {path.parent} "
+                "at the same time"
+            )
+            return file
         file.close()
         raise
     return file

@@ -1,5 +1,7 @@
 """Start a script: parse its flags before the slow imports."""
 
+import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,6 +15,7 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
 
     Both functions import torch and TorchRec late, so that errors in flags appear at once.
     """
+    _replace_closed_streams()
     try:
         flags = read_flags()
     except UserError as error:
@@ -20,3 +23,10 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
     from model.distributed import run_script
 
     run_script(lambda: main(flags))
+
+
+def _replace_closed_streams() -> None:
+    """A stream that is closed becomes the null device; else a file would get its descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
