@@ -45,6 +45,7 @@ def _train(
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import export
+    from model.checkpoints.manifest import read_manifest
     from model.distributed import Ranks, start
     from model.run.build import (
         build_model,
@@ -53,8 +54,9 @@ def _train(
         prepared,
         train_loader,
     )
-    from model.run.execution import plan_execution
-    from model.run.folder import RunFolder, versions
+    from model.run.execution import for_device, plan_execution
+    from model.run.folder import RunFolder, check_run_dir, versions
+    from model.run.schedule import changed_rates
     from model.run.trained import load_teachers
     from model.step.optimizers import Optimizers
     from model.step.pipelines import train_pipeline
@@ -62,9 +64,13 @@ def _train(
     from model.training.profile import StepProfiler
     from model.training.run_log import RunLog
     from model.training.trainer import Trainer
+    from pipeline.errors import warn
     from pipeline.preparation.prepare import describe
 
     ranks = start(timedelta(minutes=config.training.rank_timeout))
+    # Before data are prepared, which may take long.
+    for_device(config, ranks.device)
+    check_run_dir(config, ranks)
     store = prepared(config, ranks)
     ranks.say(describe(store))
 
@@ -83,6 +89,11 @@ def _train(
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
+    if position.step and ranks.is_first:
+        about = read_manifest(checkpoints.path(position.step))
+        rates = changed_rates(about, config, plan.table_optimizer, position, loader.num_samples)
+        if rates:
+            warn(rates)
     folder.record({"shards": shards, **asdict(plan)})
 
     validator = None

@@ -28,9 +28,14 @@ def ratings(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("flag", ["--precision=bf16", "--embedding_optimizer=adam"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--precision=bf16", "--embedding_optimizer=adam", "--compute_kernel=fused_uvm"],
+)
 def test_flags_that_need_cuda(run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str) -> None:
-    outcome = run_main("train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag)
+    # Found before the data are read: there are none.
+    flags = "--dataset_path=none.csv", f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag
+    outcome = run_main("train", *TINY, *flags)
     assert_one_line(outcome, "train", f"{flag.replace('=', ' ')} needs CUDA")
     assert not run_dir.exists()
 

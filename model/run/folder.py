@@ -127,16 +127,14 @@ class RunFolder:
                     f"--run_dir {path} is in use by another run: wait for it or choose another "
                     "folder"
                 ) from error
-        if (path / WEIGHTS).exists():
-            raise UserError(f"--run_dir {path} is an exported model: choose another folder")
-        if (path / "config.json").exists():
-            _check_same_run(self.config, path, self._facts)
-        elif any((path / "checkpoints").glob("step-*")):
-            raise UserError(
-                f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
-                "choose another folder"
-            )
+        _check_contents(self.config, path, self._facts)
         return path, token
+
+
+def check_run_dir(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse a --run_dir that these flags do not fit, before data are prepared for it."""
+    if config.output.run_dir:
+        from_first_rank(ranks, lambda: _check_contents(config, Path(config.output.run_dir), {}))
 
 
 def _new_folder(wanted: Path) -> Path:
@@ -158,6 +156,21 @@ def _check_export(folder: Path, run_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
+    with writing(f"--run_dir {path}"):
+        is_export, has_config = ((path / name).exists() for name in (WEIGHTS, "config.json"))
+        has_checkpoints = any((path / "checkpoints").glob("step-*"))
+    if is_export:
+        raise UserError(f"--run_dir {path} is an exported model: choose another folder")
+    if has_config:
+        _check_same_run(config, path, facts)
+    elif has_checkpoints:
+        raise UserError(
+            f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
+            "choose another folder"
+        )
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
