@@ -132,12 +132,24 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert losses(job.run_dir) == losses(whole.run_dir)
 
 
-def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(start: Start) -> None:
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("kill", r"another rank ended at step \d+; earlier checkpoints are intact: go on"),
+        ("error", r"rank 1 failed: LookupError: a bug\\x1b\[2J; earlier checkpoints are intact$"),
+    ],
+    ids=["killed", "failed"],
+)
+def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch, how: str, told: str
+) -> None:
+    monkeypatch.setenv("LOST_BY", how)
     job = start("told", script="tests/workers/lost.py")
     assert job.wait() != 0
     lines = [line for line in job.err.splitlines() if line.startswith("lost.py: ")]
     assert len(lines) == 1, job.err
-    assert re.search(r"another rank ended at step \d+; earlier checkpoints are intact", lines[0])
+    assert re.search(told, lines[0]), lines
+    assert (r"LookupError: a bug\x1b[2J" in job.err.split(lines[0])[0]) == (how == "error")
 
 
 def stop(job: Job, number: signal.Signals) -> None:
