@@ -106,6 +106,19 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         torch.cuda.set_device(device)
         # cuDNN's attention takes tens of milliseconds to build a plan for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        rank, world_size = _join(backend, timeout)
+    except (dist.DistError, ValueError) as error:
+        raise UserError(
+            f"this rank cannot join the others ({str(error).splitlines()[0]}): start all ranks by "
+            "torchrun, with the same --master_addr and port on every host"
+        ) from error
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(rank, world_size, local_world_size, device, timeout)
+
+
+def _join(backend: str, timeout: timedelta) -> tuple[int, int]:
+    """Create the default process group; rank and number of ranks."""
     store: dist.Store = dist.HashStore()
     rank, world_size = 0, 1
     if "RANK" in os.environ:
@@ -115,8 +128,7 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}, start {_starts}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, local_world_size, device, timeout)
+    return rank, world_size
 
 
 def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
@@ -238,7 +250,7 @@ def run_script(main: Callable[[], None]) -> None:
             else:
                 _tell_other_ranks(message or f"{type(error).__name__}: {error}")
         if message is None:
-            say(traceback.format_exc(), sys.stderr)
+            say(traceback.format_exc().rstrip(), sys.stderr)
             os._exit(1)
         exit_with_message(message)
     finally:

@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -48,5 +49,6 @@ def exit_with_message(message: str) -> NoReturn:
     if rank:
         time.sleep(3)
         message = f"rank {rank}: {message}"
-    say(f"{Path(sys.argv[0]).name}: {printable(message)}", sys.stderr)
+    with suppress(OSError):  # the exit code tells it too
+        say(f"{Path(sys.argv[0]).name}: {printable(message)}", sys.stderr)
     os._exit(2)

@@ -128,7 +128,9 @@ def lock(path: Path, wait: bool = True) -> IO[str]:
     it were deleted, two processes could lock two files of the same name. A file system without
     locks is a warning.
     """
-    file = path.open("a")
+    # Not blocking: a pipe of this name would wait for a reader.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    file = os.fdopen(os.open(path, flags, 0o666), "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BaseException as error:

@@ -74,7 +74,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--eval_every=0", "--eval_every must be at least 1, not 0"),
     ("--patience=0", "--patience must be at least 1, not 0"),
     ("--log_every=0", "--log_every must be at least 1, not 0"),
-    ("--rank_timeout=0", "--rank_timeout must be above 0 and below 1,000,000, not 0.0"),
+    ("--rank_timeout=0", "--rank_timeout must be at least 0.01 and below 1,000,000, not 0.0"),
     ("--checkpoint_every=0", "--checkpoint_every must be above 0, not 0.0"),
     ("--keep_last=0", "--keep_last must be at least 1, not 0"),
     ("--on_save_error=ask", "--on_save_error must be one of stop, continue, not 'ask'"),
@@ -127,7 +127,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--logit_temperature=1e-300", "--logit_temperature must be 0 or at least 1e-06, not 1e-300"),
     (
         "--rank_timeout=1e12",
-        "--rank_timeout must be above 0 and below 1,000,000, not 1000000000000",
+        "--rank_timeout must be at least 0.01 and below 1,000,000, not 1000000000000",
     ),
     (
         "--batch_size=8",

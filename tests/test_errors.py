@@ -155,6 +155,21 @@ def test_a_rank_that_ends_while_a_checkpoint_is_read(
     assert_one_line(outcome, "eval", "another rank ended while")
 
 
+def test_a_state_that_was_cut_otherwise(
+    run_main: RunMain, copied: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError(
+            "Size mismatch between saved torch.Size([9]) and current: torch.Size([36]) for "
+            "optimizer.state.tables.embeddings.embeddings.item.weight.item.momentum1"
+        )
+
+    monkeypatch.setattr("model.checkpoints.checkpoints.dcp.load", refuse)
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={copied}", "--resume=auto"]
+    outcome = run_main("train", *flags)
+    assert_one_line(outcome, "train", "needs the run's own sharding and number of ranks")
+
+
 def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> None:
     flags = ["--checkpoint", copied, f"--cache_dir={copied / 'cache'}"]
     edit_config(copied, min_user_count=0)

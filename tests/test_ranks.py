@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from model import distributed
-from model.distributed import Ranks, failure_of_another_rank, run_script
+from model.distributed import Ranks, failure_of_another_rank, run_script, start
 from model.training.agreement import NOTHING, STOP, Agreement
 from pipeline.errors import UserError
 
@@ -40,6 +40,18 @@ def test_the_first_failure_is_told_by_the_others(
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
+
+
+@pytest.mark.parametrize("where", [{"WORLD_SIZE": "x"}, {}])
+def test_ranks_that_are_not_started_by_torchrun(
+    no_cuda: None, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
+) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **where}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"this rank cannot join the others .*torchrun"):
+        start()
 
 
 def test_a_rank_that_ended_without_a_word(

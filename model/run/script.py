@@ -1,5 +1,6 @@
 """Start a script: parse its flags before the slow imports."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
 
     Both functions import torch and TorchRec late, so that errors in flags appear at once.
     """
-    _replace_closed_streams()
+    _prepare_streams()
     try:
         flags = read_flags()
     except UserError as error:
@@ -25,8 +26,13 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
     run_script(lambda: main(flags))
 
 
-def _replace_closed_streams() -> None:
-    """A stream that is closed becomes the null device; else a file would get its descriptor."""
+def _prepare_streams() -> None:
+    """A closed stream becomes the null device: else a file would get its descriptor.
+
+    What stdout's encoding lacks is printed as escapes, as on stderr.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
