@@ -23,8 +23,6 @@ from pipeline.errors import UserError, exit_with_message, say, warn
 
 T = TypeVar("T")
 
-# torchrun's process, if it started this one.
-_LAUNCHER = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 _FAILURE = "failure"  # the store's key of the first failure of a rank
 _starts = 0  # calls of `start` in this process
 
@@ -179,11 +177,6 @@ def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
     results: list[T] = []
     from_first_rank(ranks, lambda: results.append(work()))
     return results[0] if results else work()
-
-
-def launcher_is_gone() -> bool:
-    """Whether torchrun was killed: nobody would end or restart this rank."""
-    return _LAUNCHER is not None and os.getppid() != _LAUNCHER
 
 
 def failure_of_another_rank() -> str | None:

@@ -7,6 +7,7 @@ import pytest
 
 from model import distributed
 from model.distributed import Ranks, failure_of_another_rank, run_script, start
+from model.run import script
 from model.training.agreement import NOTHING, STOP, Agreement
 from pipeline.errors import UserError
 
@@ -101,9 +102,13 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(one_rank: Ranks) -> None:
 def test_a_rank_without_its_launcher_stops(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed, "_LAUNCHER", os.getppid())
+    slept: list[float] = []
+    parents = iter([7, 7, 1])  # at the third look it belongs to init
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(script.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "3")
     with Agreement(one_rank) as agreed:
-        assert agreed.exchange() == NOTHING
-        monkeypatch.setattr(os, "getppid", lambda: 1 + distributed._LAUNCHER)
-        assert [agreed.exchange() for _ in range(2)] == [STOP + signal.SIGTERM] * 2
-    assert capsys.readouterr().err.count("torchrun has ended") == 1
+        script._end_with(7)
+        assert agreed.exchange() == STOP + signal.SIGTERM
+    assert len(slept) == 2
+    assert capsys.readouterr().err == "warning: torchrun has ended: rank 3 ends too\n"

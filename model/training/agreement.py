@@ -11,7 +11,6 @@ collective fails, a barrier finds the ranks that do not answer; if all answer, t
 shows at which line of code each rank was waiting.
 """
 
-import os
 import re
 import signal
 import traceback
@@ -22,14 +21,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from model.distributed import (
-    GONE,
-    LostRankError,
-    Ranks,
-    failure_of_another_rank,
-    launcher_is_gone,
-)
-from pipeline.errors import warn
+from model.distributed import GONE, LostRankError, Ranks, failure_of_another_rank
 
 # Requests and decisions, in ascending priority. STOP is added to the number of the signal.
 NOTHING, SAVE, CHECK_LOSS, STOP = 0, 1, 2, 100
@@ -79,9 +71,6 @@ class Agreement:
 
         Every rank must call it equally often. On a single rank it returns the request itself.
         """
-        if self._signal == NOTHING and launcher_is_gone():
-            warn(f"torchrun has ended: process {os.getpid()} ends too")
-            self._signal = STOP + signal.SIGTERM
         if self._group is None:
             return max(request, self._signal)
         self._request = max(request, self._request, self._signal)
