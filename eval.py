@@ -26,15 +26,14 @@ def read_flags() -> EvalFlags:
 def evaluate(flags: EvalFlags) -> None:
     """Load the model, evaluate it, print and write the result."""
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
-    from model.distributed import first_rank_first, start
+    from model.distributed import start
     from model.evaluation.report import format_report, write_result
-    from model.run.build import evaluator
+    from model.run.build import evaluator, prepared
     from model.run.trained import TrainedRun
-    from pipeline.preparation.prepare import prepare
 
     ranks = start()
     run = TrainedRun(flags)
-    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    store = prepared(run.config, ranks)
     run.check_catalog(store)
     model = run.model(ranks)
     discount = flags.popularity_discount

@@ -7,7 +7,7 @@ tensorboard --logdir runs
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,13 +35,28 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
         make_pipeline: called with the model, its optimizers, the execution plan and the device;
             None: :func:`model.step.pipelines.train_pipeline`.
     """
+    with ExitStack() as opened:
+        _train(config, make_pipeline, opened)
+
+
+def _train(
+    config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None", opened: ExitStack
+) -> None:
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import Trained, export, load_checkpoint
-    from model.distributed import Ranks, first_rank_first, start
-    from model.run.build import build_model, build_plain_model, evaluator, train_loader
-    from model.run.execution import plan_execution
-    from model.run.folder import RunFolder, versions
+    from model.checkpoints.manifest import read_manifest
+    from model.distributed import Ranks, start
+    from model.run.build import (
+        build_model,
+        build_plain_model,
+        evaluator,
+        prepared,
+        train_loader,
+    )
+    from model.run.execution import for_device, plan_execution
+    from model.run.folder import RunFolder, check_run_dir, versions
+    from model.run.schedule import changed_rates
     from model.run.trained import load_teachers
     from model.step.optimizers import Optimizers
     from model.step.pipelines import train_pipeline
@@ -49,10 +64,14 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     from model.training.profile import StepProfiler
     from model.training.run_log import RunLog
     from model.training.trainer import Trainer
-    from pipeline.preparation.prepare import describe, prepare
+    from pipeline.errors import warn
+    from pipeline.preparation.prepare import describe
 
     ranks = start(timedelta(minutes=config.training.rank_timeout))
-    store = first_rank_first(ranks, lambda: prepare(config.data))
+    # Before data are prepared, which may take long.
+    for_device(config, ranks.device)
+    check_run_dir(config, ranks)
+    store = prepared(config, ranks)
     ranks.say(describe(store))
 
     plan = plan_execution(config, store.num_items, ranks)
@@ -62,7 +81,7 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
-    folder = RunFolder(config, ranks, store)
+    folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
     shards = describe_shards(model, ranks.world_size)
     ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}")
     ranks.say(f"recipe {config.recipe}; run folder {folder.path}")
@@ -70,6 +89,11 @@ def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = N
     recorded = {"flags": flatten(config), "versions": versions()}
     checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
     position = checkpoints.resume(model, optimizers)
+    if position.step and ranks.is_first:
+        about = read_manifest(checkpoints.path(position.step))
+        rates = changed_rates(about, config, plan.table_optimizer, position, loader.num_samples)
+        if rates:
+            warn(rates)
     folder.record({"shards": shards, **asdict(plan)})
 
     validator = None

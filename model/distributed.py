@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import UserError, exit_with_message, warn
+from pipeline.errors import UserError, exit_with_message, say, warn
 
 T = TypeVar("T")
+
+_FAILURE = "failure"  # the store's key of the first failure of a rank
+_starts = 0  # calls of `start` in this process
 
 # Warnings of libraries about their own code, shown at every start; they would hide ours.
 _WARNINGS = (
@@ -41,6 +44,10 @@ _NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array 
 GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
 
 
+class LostRankError(UserError):
+    """Another rank has ended or is stuck: this one is not the cause."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all processes of the run."""
@@ -58,7 +65,7 @@ class Ranks:
 
     def say(self, text: str) -> None:
         if self.is_first:
-            print(text, flush=True)
+            say(text)
 
     def warn(self, text: str) -> None:
         if self.is_first:
@@ -77,7 +84,14 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
-    """Join torchrun's process group, or create one with only this process."""
+    """Join torchrun's process group, or create one with only this process.
+
+    A process may call it again, on all ranks: the group of its earlier training ends.
+    """
+    global _starts
+    _starts += 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -90,6 +104,19 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         torch.cuda.set_device(device)
         # cuDNN's attention takes tens of milliseconds to build a plan for every new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        rank, world_size = _join(backend, timeout)
+    except (dist.DistError, ValueError) as error:
+        raise UserError(
+            f"this rank cannot join the others ({str(error).splitlines()[0]}): start all ranks by "
+            "torchrun, with the same --master_addr and port on every host"
+        ) from error
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Ranks(rank, world_size, local_world_size, device, timeout)
+
+
+def _join(backend: str, timeout: timedelta) -> tuple[int, int]:
+    """Create the default process group; rank and number of ranks."""
     store: dist.Store = dist.HashStore()
     rank, world_size = 0, 1
     if "RANK" in os.environ:
@@ -97,10 +124,9 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
         # attempt would read the addresses of the previous one and fail to connect.
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store = dist.PrefixStore(f"attempt {attempt}, start {_starts}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, local_world_size, device, timeout)
+    return rank, world_size
 
 
 def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
@@ -167,6 +193,25 @@ def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
     return results[0] if results else work()
 
 
+def failure_of_another_rank() -> str | None:
+    """What the first rank that failed has stored, e.g. "rank 1 failed: KeyError: 7"."""
+    with suppress(RuntimeError, ValueError):  # the store has ended with its process
+        store = _store()
+        if store.check([_FAILURE]):
+            return store.get(_FAILURE).decode()
+    return None
+
+
+def _tell_other_ranks(reason: str) -> None:
+    with suppress(RuntimeError, ValueError):
+        _store().compare_set(_FAILURE, "", f"rank {dist.get_rank()} failed: {reason}")
+
+
+def _store() -> dist.Store:
+    # Private: the only way to the store of the default group.
+    return dist.distributed_c10d._get_default_store()
+
+
 def exit_rank(code: int = 0) -> NoReturn:
     """End this rank's process without finalizing the interpreter.
 
@@ -180,15 +225,18 @@ def exit_rank(code: int = 0) -> NoReturn:
             dist.all_reduce(torch.zeros(1))  # afterwards no rank reads this rank's memory
     elif dist.is_initialized():
         dist.destroy_process_group()
-    with suppress(BrokenPipeError):  # the reader of the output (e.g. head) may have ended
+    with suppress(OSError):  # the reader of the output (e.g. head) may have ended
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
 def _has_nccl() -> bool:
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return several and torch.cuda.is_available()
+    return _has_other_ranks() and torch.cuda.is_available()
+
+
+def _has_other_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -203,11 +251,14 @@ def run_script(main: Callable[[], None]) -> None:
         exit_rank(int(end.code or 0))
     except Exception as error:
         message = _users_to_fix(error)
+        if _has_other_ranks() and not isinstance(error, LostRankError):
+            if message is None and GONE.search(str(error)):
+                message = failure_of_another_rank() or "another rank ended: see its error"
+            else:
+                _tell_other_ranks(message or f"{type(error).__name__}: {error}")
         if message is None:
-            if _has_nccl():
-                traceback.print_exc()
-                os._exit(1)
-            raise
+            say(traceback.format_exc().rstrip(), sys.stderr)
+            os._exit(1)
         exit_with_message(message)
     finally:
         if dist.is_initialized():

@@ -35,6 +35,7 @@ def flag(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    limit: float | None = None,
     reason: str = "",
     aliases: Sequence[str] = (),
 ) -> Any:
@@ -42,6 +43,7 @@ def flag(
 
     Args:
         help: what the flag does and its unit; one clause, no full stop.
+        limit: the most that fits numbers and memory; named only in the error of a larger value.
         reason: why these bounds; ends the error message.
         aliases: other names, accepted on the command line and in config.json.
     """
@@ -50,6 +52,7 @@ def flag(
         "help": help,
         "choices": tuple(choices),
         "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+        "limit": math.inf if limit is None else limit,
         "reason": reason,
         "aliases": tuple(aliases),
     }
@@ -78,6 +81,9 @@ def _check_value(entry: Field, value: Any) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{entry.name} must be a finite number, not {value}")
+    if value > entry.metadata["limit"]:
+        limit = entry.metadata["limit"]
+        raise UserError(f"--{entry.name} must be at most {limit:,}, not {value}")
     if not all(_HOLDS[word](value, bound) for word, bound in bounds.items()):
         allowed = " and ".join(f"{word} {bound:,}" for word, bound in bounds.items())
         reason = f": {entry.metadata['reason']}" if entry.metadata["reason"] else ""

@@ -1,10 +1,15 @@
-"""Errors that the user can fix, and warnings; any other exception that escapes is a bug."""
+"""What the user reads: errors to fix, warnings, output. Another exception that escapes is a bug."""
 
+import errno
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
+
+# The reader of a pipe, or the terminal, has ended.
+_NO_READER = (errno.EPIPE, errno.EIO)
 
 
 class UserError(ValueError):
@@ -15,8 +20,23 @@ class UserError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    """One line: control characters, which may be a file's commands to the terminal, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print lines on stdout, or another file; without a reader they are lost."""
+    try:
+        print("\n".join(map(printable, text.split("\n"))), file=file, flush=True)
+    except OSError as error:
+        if error.errno not in _NO_READER:
+            raise
+
+
 def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    """Print one line on stderr."""
+    say(f"warning: {printable(text)}", sys.stderr)
 
 
 def exit_with_message(message: str) -> NoReturn:
@@ -29,5 +49,6 @@ def exit_with_message(message: str) -> NoReturn:
     if rank:
         time.sleep(3)
         message = f"rank {rank}: {message}"
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the exit code tells it too
+        say(f"{Path(sys.argv[0]).name}: {printable(message)}", sys.stderr)
     os._exit(2)

@@ -20,8 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline.errors import warn
+
 _BLOCK = 1 << 20  # bytes
 _JSON_BYTES = 1 << 26  # the manifest of 100,000 ranks has a tenth
+# Network drives may not offer locks.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -149,12 +153,20 @@ def lock(path: Path, wait: bool = True) -> IO[str]:
     """Hold the exclusive lock of the lock file `path` until the returned file is closed.
 
     Raises BlockingIOError if another process holds it and `wait` is False. The lock file stays: if
-    it were deleted, two processes could lock two files of the same name.
+    it were deleted, two processes could lock two files of the same name. A file system without
+    locks is a warning.
     """
-    file = open(path, "a", opener=_open_at_once)  # noqa: SIM115
+    # Its holder may write into it: not through a link to another file.
+    file = open(path, "a", opener=lambda name, to: _open_at_once(name, to | os.O_NOFOLLOW))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            warn(
+                f"{path} cannot be locked ({error.strerror}): let no other run use {path.parent} "
+                "at the same time"
+            )
+            return file
         file.close()
         raise
     return file

@@ -74,7 +74,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--eval_every=0", "--eval_every must be at least 1, not 0"),
     ("--patience=0", "--patience must be at least 1, not 0"),
     ("--log_every=0", "--log_every must be at least 1, not 0"),
-    ("--rank_timeout=0", "--rank_timeout must be above 0 and below 1,000,000, not 0.0"),
+    ("--rank_timeout=0", "--rank_timeout must be at least 0.01 and below 1,000,000, not 0.0"),
     ("--checkpoint_every=0", "--checkpoint_every must be above 0, not 0.0"),
     ("--keep_last=0", "--keep_last must be at least 1, not 0"),
     ("--on_save_error=ask", "--on_save_error must be one of stop, continue, not 'ask'"),
@@ -108,6 +108,32 @@ REFUSED: list[tuple[str, str]] = [
     ("--resume=auto --run_dir=", "--resume auto needs --run_dir"),
     ("--num_epoch=3", "unknown argument --num_epoch=3: did you mean --num_epochs?"),
     ("ratings.csv", "unknown argument ratings.csv: see --help"),
+    ("--max_len=1000000000000000000", "--max_len must be at most 1,048,576, not 1000000000000"),
+    (
+        "--train_batch_size=9223372036854775807",
+        "--train_batch_size must be at most 16,777,216, not 9223372036854775807",
+    ),
+    (
+        "--train_batch_size=16777216 --max_len=64",
+        "--max_len x --train_batch_size must be below 1,073,741,824 positions, not 1,073,741,824",
+    ),
+    ("--val_batch_size=9223372036854775807", "--val_batch_size must be at most 16,777,216"),
+    ("--train_negatives=1000000000000", "--train_negatives must be at most 67,108,864"),
+    ("--emb_dim=1000000000000000000", "--emb_dim must be at most 65,536"),
+    ("--num_layers=1000000", "--num_layers must be at most 1,000, not 1000000"),
+    ("--lr=1e300", "--lr must be at most 1e+30, not 1e+300"),
+    ("--embedding_lr=1e38", "--embedding_lr must be at most 1e+30, not 1e+38"),
+    ("--weight_decay=1e9", "--weight_decay must be at most 1,000, not 1000000000.0"),
+    ("--logit_temperature=1e-300", "--logit_temperature must be 0 or at least 1e-06, not 1e-300"),
+    (
+        "--rank_timeout=1e12",
+        "--rank_timeout must be at least 0.01 and below 1,000,000, not 1000000000000",
+    ),
+    (
+        "--batch_size=8",
+        "did you mean --train_batch_size or --val_batch_size or --test_batch_size?",
+    ),
+    ("--epochs=8", "did you mean --num_epochs?"),
     (
         f"--cache_dir={'x' * 300}",
         "File name too long; name another folder with --cache_dir",
@@ -125,8 +151,7 @@ def test_rejected_flags(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--max_len=99999999999", "not enough memory"),
-        ("--emb_dim=1000000000", "not enough memory"),
+        ("--max_len=1048576 --emb_dim=65536", "not enough memory"),
         (f"--run_dir={'x' * 300}", "cannot be written: File name too long"),
     ],
 )
@@ -135,7 +160,7 @@ def test_flags_rejected_after_preparation(
 ) -> None:
     run_dir = tmp_path / "run"
     folders = [f"--cache_dir={tmp_path / 'cache'}", f"--run_dir={run_dir}"]
-    assert_one_line(run_main("train", *TINY, *folders, *data, flags), "train", message)
+    assert_one_line(run_main("train", *TINY, *folders, *data, *flags.split()), "train", message)
     assert not run_dir.exists()
 
 

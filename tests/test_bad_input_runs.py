@@ -270,6 +270,11 @@ def test_two_ranks_end_with_the_same_exit_code(workplace: Path, tmp_path: Path) 
             assert ended["said"].startswith("train.py: ") and ended["said"].count("\n") == 1, case
             said = ended["said"].replace("train.py: ", "train.py: rank 1: ")
             assert second[case]["said"] == said, case
+    blind = first["a run folder of each host"]["said"]
+    assert "--run_dir own: rank 1 does not see what rank 0 writes there: give" in blind
+    other = first["other ratings on each host"]["said"]
+    assert "ratings of rank 1 (4 items, 4 ratings) is not that of rank 0 (4 items," in other
+    assert not list(tmp_path.glob("*/own"))
 
 
 # The items of RATINGS: one more rating, and the same number in another order.

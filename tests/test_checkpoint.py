@@ -145,7 +145,8 @@ def interrupted(
             at_step(patch, 7, lambda _: signal.raise_signal(signal.SIGTERM))
             outcome = train(made)
         assert outcome.code == 143, outcome.err
-        assert "stopped by SIGTERM at step 7 (epoch 2, sample 64), saved: go on" in outcome.out
+        message = "stopped by SIGTERM at step 7 (epoch 2, sample 64), saved: go on with --run_dir /"
+        assert message in outcome.out
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from benchmarks.rows import ROWS, SETS
-from model.run.config import EvalFlags, RunConfig
+from model.run.config import EvalFlags, ExportFlags, RunConfig
 from model.run.flags import FlagParser, build
 from model.run.recipes import with_recipe
 from model.serving.config import RecommendFlags
@@ -74,6 +74,8 @@ def check_script(script: str, *arguments: str) -> None:
         FlagParser("", EvalFlags).given(arguments)
     elif script == "recommend.py":
         FlagParser("", RecommendFlags).parse(arguments)
+    elif script == "export.py":
+        FlagParser("", ExportFlags).parse(arguments)
     else:
         check_benchmark(script, *arguments)
 

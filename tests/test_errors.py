@@ -28,9 +28,14 @@ def ratings(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("flag", ["--precision=bf16", "--embedding_optimizer=adam"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--precision=bf16", "--embedding_optimizer=adam", "--compute_kernel=fused_uvm"],
+)
 def test_flags_that_need_cuda(run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str) -> None:
-    outcome = run_main("train", *TINY, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag)
+    # Found before the data are read: there are none.
+    flags = "--dataset_path=none.csv", f"--run_dir={run_dir}", f"--cache_dir={cache_dir}", flag
+    outcome = run_main("train", *TINY, *flags)
     assert_one_line(outcome, "train", f"{flag.replace('=', ' ')} needs CUDA")
     assert not run_dir.exists()
 
@@ -148,6 +153,21 @@ def test_a_rank_that_ends_while_a_checkpoint_is_read(
     monkeypatch.setattr("model.checkpoints.checkpoints.dcp.load", lost)
     outcome = run_main("eval", f"--checkpoint={tmp_path}")
     assert_one_line(outcome, "eval", "another rank ended while")
+
+
+def test_a_state_that_was_cut_otherwise(
+    run_main: RunMain, copied: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError(
+            "Size mismatch between saved torch.Size([9]) and current: torch.Size([36]) for "
+            "optimizer.state.tables.embeddings.embeddings.item.weight.item.momentum1"
+        )
+
+    monkeypatch.setattr("model.checkpoints.checkpoints.dcp.load", refuse)
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={copied}", "--resume=auto"]
+    outcome = run_main("train", *flags)
+    assert_one_line(outcome, "train", "needs the run's own sharding and number of ranks")
 
 
 def test_eval_on_other_data(run_main: RunMain, copied: Path, ratings: Path) -> None:

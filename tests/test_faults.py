@@ -132,12 +132,24 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert losses(job.run_dir) == losses(whole.run_dir)
 
 
-def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(start: Start) -> None:
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("kill", r"another rank ended at step \d+; earlier checkpoints are intact: go on"),
+        ("error", r"rank 1 failed: LookupError: a bug\\x1b\[2J; earlier checkpoints are intact$"),
+    ],
+    ids=["killed", "failed"],
+)
+def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(
+    start: Start, monkeypatch: pytest.MonkeyPatch, how: str, told: str
+) -> None:
+    monkeypatch.setenv("LOST_BY", how)
     job = start("told", script="tests/workers/lost.py")
     assert job.wait() != 0
     lines = [line for line in job.err.splitlines() if line.startswith("lost.py: ")]
     assert len(lines) == 1, job.err
-    assert re.search(r"another rank ended at step \d+; earlier checkpoints are intact", lines[0])
+    assert re.search(told, lines[0]), lines
+    assert (r"LookupError: a bug\x1b[2J" in job.err.split(lines[0])[0]) == (how == "error")
 
 
 def stop(job: Job, number: signal.Signals) -> None:
@@ -148,6 +160,24 @@ def stop(job: Job, number: signal.Signals) -> None:
         assert time.monotonic() - began < 15
         time.sleep(0.05)
     assert job.wait() != 0
+
+
+def lose_launcher(job: Job) -> None:
+    """kill -9 of torchrun alone: the ranks must save and end."""
+    ranks = job.ranks()
+    job.process.kill()
+    job.wait()
+    began = time.monotonic()
+    while any(map(is_running, ranks)):
+        assert time.monotonic() - began < 15
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty once it has ended
+    except OSError:
+        return False
 
 
 def test_preempted_and_continued_on_one_rank_in_another_sharding(
@@ -186,7 +216,7 @@ def test_two_runs_in_one_folder(start: Start) -> None:
     assert second.wait() != 0
     assert f"--run_dir {first.run_dir} is in use by another run" in second.err
     first.wait_for_steps(first.steps() + 5)  # the first run continues
-    stop(first, signal.SIGTERM)
+    stop(first, signal.SIGHUP)  # its terminal is closed
     curve = losses(first.run_dir)
     assert sorted(curve) == list(range(1, len(curve) + 1))
     assert newest(first.run_dir)["position"]["step"] == len(curve)
@@ -220,7 +250,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 ) -> None:
     job = start("damaged")
     job.wait_for_steps(20)
-    stop(job, signal.SIGTERM)
+    lose_launcher(job)
+    assert f"stopped by SIGTERM at step {newest(job.run_dir)['position']['step']} " in job.out
+    assert "warning: torchrun has ended" in job.err
     *_, before, last = sorted((job.run_dir / "checkpoints").glob("step-*"))
     if message == "is missing":
         (last / name).unlink()

@@ -255,6 +255,7 @@ def test_the_rendezvous_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=5)))
     assert (rank, world_size) == (0, 1), "ranks join by a store, with a prefix for each attempt"
     dist.PrefixStore("attempt 1", store).set("key", "value")
+    has(dist.distributed_c10d, "_get_default_store", "where a failing rank tells the others why")
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ from pipeline.errors import UserError
 from pipeline.files import aside_of, remove_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
+# Row-wise Adagrad has a number for each row of each part of a table's width.
+_OTHER_CUT = re.compile(r"Size mismatch .* for optimizer\.state\.tables")
 # The exported best model in a run folder, written when training is over.
 PORTABLE = "model"
 # CheckpointException is a BaseException. Not RuntimeError: while saving, it means that a rank is
@@ -250,6 +252,11 @@ class Checkpoints:
                 raise UserError(
                     f"another rank ended while {path} was read: start again; train.py goes on "
                     "with --resume auto"
+                ) from error
+            if _OTHER_CUT.search(str(error)):
+                raise UserError(
+                    f"{path} has the tables' optimizer state in other parts: rowwise_adagrad with "
+                    "--sharding column_wise needs the run's own sharding and number of ranks"
                 ) from error
             raise self._unfit(step, error) from error
         try:

@@ -12,9 +12,11 @@ LOSSES = ("softmax", "sampled_softmax", "gbce")
 class EncoderConfig(Config):
     """Size and regularisation of the encoder."""
 
-    emb_dim: int = flag(64, "width of all vectors, a multiple of 4 and --nhead", at_least=1)
+    emb_dim: int = flag(
+        64, "width of all vectors, a multiple of 4 and --nhead", at_least=1, limit=1 << 16
+    )
     nhead: int = flag(2, "attention heads per layer; must divide --emb_dim", at_least=1)
-    num_layers: int = flag(2, "transformer layers of the encoder", at_least=1)
+    num_layers: int = flag(2, "transformer layers of the encoder", at_least=1, limit=1000)
     dropout: float = flag(0.2, "dropout of embeddings and layer branches", at_least=0, below=1)
     positions: str = flag(
         "rotary",
@@ -54,7 +56,9 @@ class HeadConfig(Config):
     head: str = flag(
         "tied", "scoring table; tied: the item table, linear: its own", choices=("tied", "linear")
     )
-    logit_temperature: float = flag(0.07, "divisor of cosine scores; 0: dot products", at_least=0)
+    logit_temperature: float = flag(
+        0.07, "divisor of cosine scores; 0: dot products", at_least=0, limit=1e6
+    )
     loss: str = flag(
         "softmax",
         "training loss; softmax: exact, over all items, sampled_softmax: over --train_negatives "
@@ -64,6 +68,13 @@ class HeadConfig(Config):
     gbce_calibration: float = flag(
         0.75, "calibration t of --loss gbce; 0: none, 1: full", at_least=0, at_most=1
     )
+
+    def check(self) -> None:
+        if 0 < self.logit_temperature < 1e-6:
+            raise UserError(
+                f"--logit_temperature must be 0 or at least 1e-06, not {self.logit_temperature}: "
+                "scores divided by less overflow"
+            )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     config, flags, recipes   all flags, the command line made of them, flags to start from
     script                   runs a script: flags first, then the slow imports
     folder, trained          the folder of a run; the trained model in one, or an exported model
+    schedule                 learning rates that change when a run is resumed
     execution, build         decides how a run is executed; builds model, loader, evaluator
 
 May import every other room except serving.

@@ -1,17 +1,18 @@
 """The parts of a run that train.py and eval.py both build from its config.
 
-store = prepare(config.data)
-model = build_model(config, store.num_items, ranks)    sharded, with the seed's initial weights
+store = prepared(config, ranks)                              the same on all ranks
+model = build_model(config, store.num_items, ranks, plan)    sharded, the seed's initial weights
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.distributed import Ranks
+from model.distributed import Ranks, first_rank_first
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
@@ -19,13 +20,31 @@ from model.network.head import CatalogSlice, catalog_slice, shard_rows
 from model.run.config import RunConfig
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
+from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
+from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
 from pipeline.training.negatives import SharedNegatives
 
 # Tables above this many bytes are never built whole on one host: each rank makes its own shard.
 WHOLE_TABLE_BYTES = 4 << 30
+
+
+def prepared(config: RunConfig, ranks: Ranks) -> SequenceStore:
+    """The prepared data, read by every rank; UserError if a host has other data than rank 0's."""
+    store = first_rank_first(ranks, lambda: prepare(config.data))
+    sizes = f"{store.num_items} items, {len(store.items)} ratings"
+    about = [(store.catalog_fingerprint, sizes)] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(about, about[ranks.rank])
+    for rank, other in enumerate(about):
+        if other != about[0]:
+            raise UserError(
+                f"{config.data.name} of rank {rank} ({other[1]}) is not that of rank 0 "
+                f"({about[0][1]}): give the same ratings and --cache_dir contents on all hosts"
+            )
+    return store
 
 
 def build_plain_model(

@@ -14,6 +14,8 @@ from pipeline.evaluation.config import HoldoutConfig
 from pipeline.sources.config import DataConfig
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 
+# Positions of a step, which kernels count in 32 bits, two for each item of two streams.
+MAX_POSITIONS = 1 << 30
 # Flags that `train.py --help` shows, in this order; `--help-all` shows all.
 MAIN_FLAGS = (
     *("dataset_path", "dataset_name", "columns", "run_dir", "resume", "export_root", "recipe"),
@@ -30,9 +32,7 @@ class OutputConfig(Config):
     resume: str = flag(
         "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
-    export_root: str = flag(
-        "", "folder to export the model to, ready to serve (default: none)"
-    )
+    export_root: str = flag("", "folder to export the model to, ready to serve (default: none)")
     with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
     precision: str = flag(
         "auto",
@@ -42,8 +42,10 @@ class OutputConfig(Config):
     acceleration: str = flag(
         "auto", "auto: bf16 steps as CUDA graphs, none: kernel by kernel", choices=("auto", "none")
     )
-    val_batch_size: int = flag(256, "users per validation batch and rank", at_least=1)
-    test_batch_size: int = flag(256, "users per test batch and rank", at_least=1)
+    val_batch_size: int = flag(
+        256, "users per validation batch and rank", at_least=1, limit=1 << 24
+    )
+    test_batch_size: int = flag(256, "users per test batch and rank", at_least=1, limit=1 << 24)
 
     def check(self) -> None:
         if self.resume == "auto" and not self.run_dir:
@@ -76,6 +78,12 @@ class RunConfig(Config):
     profiling: ProfileConfig = field(default_factory=ProfileConfig)
 
     def check(self) -> None:
+        positions = self.windows.max_len * self.loader.train_batch_size
+        if positions >= MAX_POSITIONS:
+            raise UserError(
+                f"--max_len x --train_batch_size must be below {MAX_POSITIONS:,} positions, not "
+                f"{positions:,}: lower one of them"
+            )
         if self.windows.train_on_validation and self.training.patience is not None:
             raise UserError(
                 "--patience needs validation items that are not trained on: leave it out, or "
@@ -97,7 +105,7 @@ class EvalFlags(Config):
     dataset_path: str = flag("", "path of the ratings (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
-        None, "users per batch and rank (default: as in training)", at_least=1
+        None, "users per batch and rank (default: as in training)", at_least=1, limit=1 << 24
     )
     popularity_discount: float = flag(
         0.0,

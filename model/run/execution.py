@@ -19,14 +19,8 @@ GATHERED_ROWS = 1 << 17
 
 def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
-    precision = _precision(config, ranks.device)
+    precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
-    optimizer = "adam" if replicated else table_optimizer(config.sharding, ranks.device)
-    if ranks.device.type != "cuda" and config.sharding.compute_kernel != "fused":
-        raise UserError(
-            f"--compute_kernel {config.sharding.compute_kernel} needs CUDA: on CPU, tables are in "
-            "the host's memory anyway"
-        )
     own = not replicated and _has_own_lookup(config, optimizer)
     exchange = _exchange(config, own or optimizer != "adam", num_items, ranks)
     own = own and exchange != "torchrec"
@@ -48,8 +42,20 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         in_place=in_place,
         precision=precision,
         table_optimizer=optimizer,
-        table_lr=_table_lr(config, optimizer),
+        table_lr=table_lr(config, optimizer),
     )
+
+
+def for_device(config: RunConfig, device: torch.device) -> tuple[Precision, str]:
+    """Precision and tables' optimizer; UserError if the device cannot do it. Needs no data."""
+    sharding = config.sharding
+    if device.type != "cuda" and sharding.compute_kernel != "fused":
+        raise UserError(
+            f"--compute_kernel {sharding.compute_kernel} needs CUDA: on CPU, tables are in the "
+            "host's memory anyway"
+        )
+    optimizer = "adam" if sharding.mode == "ddp" else table_optimizer(sharding, device)
+    return _precision(config, device), optimizer
 
 
 def _precision(config: RunConfig, device: torch.device) -> Precision:
@@ -90,7 +96,7 @@ def _positions_and_draws(config: RunConfig) -> tuple[int, int]:
     return positions, positions + config.negatives.train_negatives  # the targets, and the negatives
 
 
-def _table_lr(config: RunConfig, optimizer: str) -> float:
+def table_lr(config: RunConfig, optimizer: str) -> float:
     """The tables' peak learning rate.
 
     Adagrad divides by the root of the sum of all squared gradients so far: its steps shrink from

@@ -126,9 +126,13 @@ class FlagParser(argparse.ArgumentParser):
         """The flags on a command line, by name, without defaults."""
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
-            name = rest[0].split("=")[0]
-            close = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
+            name = rest[0].split("=")[0].lower()
+            known_names = self._option_string_actions
+            # --batch_size is a part of several names, and nearest to none of them.
+            word = name.strip("-")
+            close = [each for each in known_names if word and each.endswith(f"_{word}")]
+            close = close or difflib.get_close_matches(name, known_names, n=1)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
             raise UserError(f"unknown argument {rest[0]}: {hint}")
         return vars(known)
 

@@ -1,6 +1,7 @@
 """The folder of a run, locked by one process group at a time.
 
 runs/mine/
+    .lock             a word of the run that has locked it; every rank must be able to read it
     config.json       every flag, versions, command: enough to rebuild the model
     catalog.parquet   the items and users that the model was trained on
     checkpoints/      and the files of the log (``model/training/run_log.py``)
@@ -11,13 +12,15 @@ import reprlib
 import shlex
 import sys
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 
 from model.checkpoints.checkpoints import PORTABLE
 from model.checkpoints.export import WEIGHTS, check_target
@@ -30,16 +33,17 @@ from pipeline.files import lock, read_json, write_json
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
+LOCK = ".lock"
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
 @dataclass(eq=False)
 class RunFolder:
-    """The folder of a run, locked until the process ends.
+    """The folder of a run, locked until `close`.
 
     Raises:
-        UserError: another run has locked it, it cannot be written, or it holds a run already and
-            ``--resume auto`` is missing or comes with other flags or data.
+        UserError: another run has locked it, it cannot be written, a rank does not see it, or it
+            holds a run already and ``--resume auto`` is missing or comes with other flags or data.
     """
 
     config: RunConfig
@@ -53,7 +57,35 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
-        self.path = from_first_rank(self.ranks, self._claim)
+        self._lock: IO[str] | None = None
+        try:
+            self.path, token = from_first_rank(self.ranks, self._claim)
+            self._check_all_ranks(token)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another run use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _check_all_ranks(self, token: str) -> None:
+        """Check that every rank sees this folder; a checkpoint would lack the files of others."""
+        sees = [False] * self.ranks.world_size
+        with suppress(OSError):
+            sees[self.ranks.rank] = (self.path / LOCK).read_text() == token
+        if self.ranks.world_size > 1:
+            dist.all_gather_object(sees, sees[self.ranks.rank])
+        if all(sees):
+            return
+        if self.ranks.is_first and [path.name for path in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
+        raise UserError(
+            f"--run_dir {self.path}: rank {sees.index(False)} does not see what rank 0 writes "
+            "there: give a folder on a disk that all hosts share"
+        )
 
     def record(self, execution: dict[str, Any]) -> None:
         """Write config.json, with plan and shards in ``execution``, and the catalog.
@@ -72,36 +104,53 @@ class RunFolder:
 
         from_first_rank(self.ranks, write)
 
-    def _claim(self) -> Path:
+    def _claim(self) -> tuple[Path, str]:
+        """The locked folder, and what its lock file holds from now on."""
         output = self.config.output
         if not output.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise UserError("--run_dir is needed with --max_restarts: a restart must find it again")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp, token = time.strftime("%Y%m%d-%H%M%S"), uuid.uuid4().hex
         path = Path(output.run_dir or f"runs/{self.config.data.name}-{stamp}")
         if output.export_root:
             check_export("--export_root", Path(output.export_root), path)
         with writing(f"--run_dir {path}"):
-            path.mkdir(parents=True, exist_ok=True)
+            if output.run_dir:
+                path.mkdir(parents=True, exist_ok=True)
+            else:
+                path = _new_folder(path)
             try:
-                self._lock = lock(path / ".lock", wait=False)
+                self._lock = lock(path / LOCK, wait=False)
+                self._lock.truncate(0)
+                self._lock.write(token)
+                self._lock.flush()
+                os.fsync(self._lock.fileno())  # now other hosts see it
             except BlockingIOError as error:
                 raise UserError(
                     f"--run_dir {path} is in use by another run: wait for it or choose another "
                     "folder"
                 ) from error
-        if (path / WEIGHTS).exists():
-            raise UserError(f"--run_dir {path} is an exported model: choose another folder")
-        if (path / "config.json").exists():
-            _check_same_run(self.config, path, self._facts)
-        elif any((path / "checkpoints").glob("step-*")):
-            raise UserError(
-                f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
-                "choose another folder"
-            )
+        _check_contents(self.config, path, self._facts)
         if os.path.lexists(path / PORTABLE):
             with writing(f"--run_dir {path}: {PORTABLE} in it"):
                 check_target(path / PORTABLE)
-        return path
+        return path, token
+
+
+def check_run_dir(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse a --run_dir that these flags do not fit, before data are prepared for it."""
+    if config.output.run_dir:
+        from_first_rank(ranks, lambda: _check_contents(config, Path(config.output.run_dir), {}))
+
+
+def _new_folder(wanted: Path) -> Path:
+    """Make a folder, of another name if there is one: two runs may start in one second."""
+    path, number = wanted, 1
+    while True:
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
 
 
 def check_export(flag: str, folder: Path, run_dir: Path) -> None:
@@ -117,6 +166,21 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         if real.name == PORTABLE and (real.parent / "checkpoints").exists() and real.parent != run:
             raise UserError(f"{flag} {folder} is the model of a run: choose another folder")
         check_target(folder)
+
+
+def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
+    with writing(f"--run_dir {path}"):
+        is_export, has_config = ((path / name).exists() for name in (WEIGHTS, "config.json"))
+        has_checkpoints = any((path / "checkpoints").glob("step-*"))
+    if is_export:
+        raise UserError(f"--run_dir {path} is an exported model: choose another folder")
+    if has_config:
+        _check_same_run(config, path, facts)
+    elif has_checkpoints:
+        raise UserError(
+            f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
+            "choose another folder"
+        )
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:

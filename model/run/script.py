@@ -1,9 +1,15 @@
 """Start a script: parse its flags before the slow imports."""
 
+import io
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline.errors import UserError, exit_with_message
+from pipeline.errors import UserError, exit_with_message, warn
 
 C = TypeVar("C")
 
@@ -13,6 +19,9 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
 
     Both functions import torch and TorchRec late, so that errors in flags appear at once.
     """
+    _prepare_streams()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         flags = read_flags()
     except UserError as error:
@@ -20,3 +29,26 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None
     from model.distributed import run_script
 
     run_script(lambda: main(flags))
+
+
+def _prepare_streams() -> None:
+    """A closed stream becomes the null device: else a file would get its descriptor.
+
+    What stdout's encoding lacks is printed as escapes, as on stderr.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _end_with(launcher: int) -> None:
+    """SIGTERM to this rank if torchrun was killed, which nobody would end; a training saves first.
+
+    The kernel's own such signal (PR_SET_PDEATHSIG) comes when the launcher's thread ends, too.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1)
+    warn(f"torchrun has ended: rank {os.environ['RANK']} ends too")
+    os.kill(os.getpid(), signal.SIGTERM)

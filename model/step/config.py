@@ -9,7 +9,9 @@ from pipeline.config import Config, flag
 class OptimizerConfig(Config):
     """The encoder's optimizer, AdamW."""
 
-    lr: float = flag(1e-3, "peak learning rate of the encoder", at_least=0)
-    weight_decay: float = flag(0.01, "decoupled weight decay on the encoder's matrices", at_least=0)
+    lr: float = flag(1e-3, "peak learning rate of the encoder", at_least=0, limit=1e30)
+    weight_decay: float = flag(
+        0.01, "decoupled weight decay on the encoder's matrices", at_least=0, limit=1000
+    )
     beta2: float = flag(0.98, "Adam's beta2, for encoder and tables", above=0, below=1)
     max_grad_norm: float = flag(5.0, "limit of the encoder's gradient norm; 0: none", at_least=0)

@@ -27,7 +27,10 @@ class ShardingConfig(Config):
         choices=("auto", *EMBEDDING_OPTIMIZERS),
     )
     embedding_lr: float | None = flag(
-        None, "peak learning rate of dmp tables (default: --lr, with Adagrad 20 x --lr)", at_least=0
+        None,
+        "peak learning rate of dmp tables (default: --lr, with Adagrad 20 x --lr)",
+        at_least=0,
+        limit=1e30,
     )
     table_precision: str = flag(
         "fp32", "precision of dmp tables; fp16 halves their memory", choices=("fp32", "fp16")

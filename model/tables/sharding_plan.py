@@ -69,8 +69,9 @@ def plan_tables(
         return planner.plan(model, [sharder])
     except PlannerError as error:
         raise UserError(
-            f"--sharding {config.sharding} does not fit on {ranks.world_size} ranks: use more "
-            f"ranks, a smaller --emb_dim or --sharding auto ({str(error).splitlines()[0]})"
+            f"the tables and a batch of {rows:,} windows do not fit in the memory of {ranks}: use "
+            "more ranks, a smaller --train_batch_size or --emb_dim, or another --sharding "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

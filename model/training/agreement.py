@@ -21,12 +21,11 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from model.distributed import GONE, Ranks
-from pipeline.errors import UserError
+from model.distributed import GONE, LostRankError, Ranks, failure_of_another_rank
 
 # Requests and decisions, in ascending priority. STOP is added to the number of the signal.
 NOTHING, SAVE, CHECK_LOSS, STOP = 0, 1, 2, 100
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # On GPUs, all-reduce every fourth step: hosts that lag in turn do not wait at every step.
 _STEPS_BETWEEN = 4
 _BARRIER_TIMEOUT = timedelta(seconds=10)
@@ -51,7 +50,9 @@ class Agreement:
             self._barrier_group = dist.new_group(backend="gloo", timeout=ranks.timeout)
 
     def __enter__(self) -> "Agreement":
-        self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        # A signal that is ignored, as nohup ignores SIGHUP, stays so.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -85,22 +86,24 @@ class Agreement:
         )
         return decision
 
-    def explain(self, error: RuntimeError, step: int) -> UserError | None:
-        """The UserError for a failed collective; None if other ranks are not the cause."""
+    def explain(self, error: RuntimeError, step: int) -> LostRankError | None:
+        """The error to report for a failed collective; None if other ranks are not the cause."""
         text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
         if self._barrier_group is None or not (GONE.search(text) or TIMED_OUT.search(text)):
             return None
+        if failed := failure_of_another_rank():
+            return LostRankError(f"{failed}; earlier checkpoints are intact")
         when = f"for {self._timeout.total_seconds():g} s at step {step}"
         if silent := self._silent_ranks():
             if GONE.search(text):
-                return UserError(f"another rank ended at step {step}; {advice}")
-            return UserError(f"no answer from {silent} {when}: it is stuck; {advice}")
+                return LostRankError(f"another rank ended at step {step}; {advice}")
+            return LostRankError(f"no answer from {silent} {when}: it is stuck; {advice}")
         # All ranks are alive: the first to time out closed its connections to the others.
         places = self._waiting_places(error)
         if len(set(places)) > 1:
             where = ", ".join(f"rank {rank} at {place}" for rank, place in enumerate(places))
-            return UserError(f"the ranks wait for each other {when}: {where}; {advice}")
-        return UserError(f"a rank did not answer {when}, though it answers now; {advice}")
+            return LostRankError(f"the ranks wait for each other {when}: {where}; {advice}")
+        return LostRankError(f"a rank did not answer {when}, though it answers now; {advice}")
 
     def _silent_ranks(self) -> str:
         """The ranks that do not reach a barrier; only rank 0 gets all answers."""

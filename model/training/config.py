@@ -29,7 +29,7 @@ class TrainingConfig(Config):
     max_steps: int | None = flag(
         None, "steps to end after, without evaluation or checkpoint (default: no limit)", at_least=1
     )
-    rank_timeout: float = flag(10.0, "minutes to wait for other ranks", above=0, below=10**6)
+    rank_timeout: float = flag(10.0, "minutes to wait for other ranks", at_least=0.01, below=10**6)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run, if ``--patience`` does not end it."""

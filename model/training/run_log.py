@@ -26,7 +26,7 @@ from tqdm import tqdm
 from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
-from pipeline.errors import UserError, warn
+from pipeline.errors import UserError, say, warn
 from pipeline.files import open_regular, whole_file
 
 _LINE_BYTES, _LOG_BYTES = 1 << 16, 1 << 32  # more than any line and log of a run
@@ -89,10 +89,9 @@ class RunLog:
             return
         step_seconds = (time.monotonic() - self._started) / (step - self.step)
         eta = timedelta(seconds=round(step_seconds * (self.total - step)))
-        print(
+        say(
             f"{time.strftime('%Y-%m-%d %H:%M:%S')} step {step:,}/{self.total:,}, epoch {epoch}, "
-            f"{loss}, lr {values['lr']:.3g}, {speed}, ETA {eta}",
-            flush=True,
+            f"{loss}, lr {values['lr']:.3g}, {speed}, ETA {eta}"
         )
 
     def write_result(
@@ -104,7 +103,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         # Printed first: a full disk must not hide the result.
-        print(format_report(split, result, best_possible), flush=True)
+        say(format_report(split, result, best_possible))
         try:
             write_result(self.run_dir, split, result)
             for protocol in ("sampled", "full"):
@@ -116,10 +115,10 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print to stdout, above the progress bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with self._bar.external_write_mode(sys.stdout):
+                say(text)
         elif self.run_dir is not None:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         with suppress(OSError):  # of a write that failed before

@@ -192,7 +192,7 @@ class Trainer:
             self.log.say(
                 f"stopped by {signal.Signals(number).name} at step {position.step} (epoch "
                 f"{position.epoch + 1}, sample {position.sample}){', saved' * saved}: go on "
-                "with --resume auto"
+                f"with --run_dir {self.checkpoints.run_dir} --resume auto"
             )
             raise SystemExit(128 + number)
 

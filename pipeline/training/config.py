@@ -12,7 +12,9 @@ MAX_COPIES = 1 << 16
 class WindowConfig(Config):
     """How histories are cut into windows."""
 
-    max_len: int = flag(100, "maximum number of items in a window of a history", at_least=1)
+    max_len: int = flag(
+        100, "maximum number of items in a window of a history", at_least=1, limit=1 << 20
+    )
     window_stride: float = flag(
         1.0, "distance between windows, as a share of --max_len; 1: no overlap", above=0, at_most=1
     )
@@ -71,7 +73,9 @@ class MaskConfig(Config):
 class LoaderConfig(Config):
     """How windows become batches."""
 
-    train_batch_size: int = flag(128, "windows per training step and rank", at_least=1)
+    train_batch_size: int = flag(
+        128, "windows per training step and rank", at_least=1, limit=1 << 24
+    )
     prefetch_batches: int = flag(8, "minimum number of batches prepared ahead", at_least=1)
     seed: int = flag(
         0, "seed of weights, order, masks, dropout, negatives", at_least=0, at_most=(1 << 63) - 1
@@ -83,5 +87,8 @@ class NegativesConfig(Config):
     """Negatives of the sampled losses."""
 
     train_negatives: int = flag(
-        4096, "negatives that all positions of a step share, for a sampled loss", at_least=1
+        4096,
+        "negatives that all positions of a step share, for a sampled loss",
+        at_least=1,
+        limit=1 << 26,
     )

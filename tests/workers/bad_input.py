@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/workers/bad_input.py FOLDER
 
-Each rank writes FOLDER/<rank>.json: exit code and stderr of each case.
+Each rank writes FOLDER/<rank>.json: exit code and stderr of each case. Each works in a folder of
+its own, FOLDER/<rank>, as ranks on two hosts.
 """
 
 import contextlib
@@ -52,6 +53,10 @@ def cases(folder: Path) -> Iterator[tuple[str, int, list[str]]]:
     yield "a run folder that is a file", 2, [good, f"--run_dir={path}"]
     yield "a cache that is a file", 2, [good, f"--cache_dir={path}"]
     yield "an export that is a file", 2, [good, f"--export_root={path}"]
+    yield "a run folder of each host", 2, [good, "--run_dir=own"]
+    Path("ratings.csv").write_text(ONE_USER + f"1,{4 + int(os.environ['RANK'])},4\n")
+    caches = f"--cache_dir={Path.cwd()}"
+    yield "other ratings on each host", 2, ["--dataset_path=ratings.csv", caches]
     yield "more ranks than users", 0, [good]
     yield "more rows than there are", 0, [good, "--train_batch_size=100000"]
 
@@ -78,6 +83,8 @@ def main(folder: Path) -> None:
     os._exit = leave
     errors.time = SimpleNamespace(sleep=lambda seconds: None)  # no torchrun ends rank 1 here
     rank, found = int(os.environ["RANK"]), {}
+    (folder / str(rank)).mkdir()
+    os.chdir(folder / str(rank))
     for number, (name, expected, flags) in enumerate(cases(folder)):
         folders = [f"--cache_dir={folder / 'cache'}", f"--run_dir={folder / f'run-{number}'}"]
         found[name] = {"expected": expected, **end(number, [*folders, *flags])}

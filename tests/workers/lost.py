@@ -1,4 +1,6 @@
-"""Worker: train.py; rank 1 ends at its first checkpoint, rank 0 reports it late.
+"""Worker: train.py; rank 1 is killed, or fails, at its first checkpoint; rank 0 reports it late.
+
+LOST_BY=kill, or LOST_BY=error:
 
 torchrun --nproc_per_node 2 tests/workers/lost.py [train.py's flags]
 """
@@ -23,8 +25,10 @@ def main() -> None:
     save, explain = Checkpoints.save, Agreement.explain
 
     def lost(self: Checkpoints, *arguments: object) -> bool:
-        if self.ranks.rank == 1:
+        if self.ranks.rank == 1 and os.environ["LOST_BY"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.ranks.rank == 1:
+            raise LookupError("a bug\x1b[2J")
         return save(self, *arguments)
 
     def slow(self: Agreement, *arguments: object) -> UserError | None:

@@ -1,0 +1,114 @@
+"""How a script ends after another rank has failed, and which signals training hears."""
+
+import os
+import signal
+
+import pytest
+
+from model import distributed
+from model.distributed import Ranks, failure_of_another_rank, run_script, start
+from model.run import script
+from model.training.agreement import NOTHING, STOP, Agreement
+from pipeline.errors import UserError
+
+
+def ends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a script that raises ``error`` on one of several ranks."""
+
+    def exits(code: int) -> None:
+        raise SystemExit(code)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(os, "_exit", exits)
+    monkeypatch.setattr(distributed, "_has_other_ranks", lambda: True)
+    with pytest.raises(SystemExit) as end:
+        run_script(fail)
+    return int(str(end.value.code))
+
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:80")
+
+
+def test_the_first_failure_is_told_by_the_others(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failure_of_another_rank() is None
+    distributed._tell_other_ranks("KeyError: 7")
+    distributed._tell_other_ranks("a consequence")
+    assert failure_of_another_rank() == "rank 0 failed: KeyError: 7"
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    assert ends(CLOSED, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
+
+
+@pytest.mark.parametrize("where", [{"WORLD_SIZE": "x"}, {}])
+def test_ranks_that_are_not_started_by_torchrun(
+    no_cuda: None, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
+) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "0", **where}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"this rank cannot join the others .*torchrun"):
+        start()
+
+
+def test_a_rank_that_ended_without_a_word(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    assert ends(CLOSED, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": another rank ended: see its error\n")
+    assert failure_of_another_rank() is None  # this rank is not the cause
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "stored"),
+    [
+        (UserError("no file"), 2, "rank 0 failed: no file"),
+        (KeyError("a\x1bb"), 1, "rank 0 failed: KeyError: 'a\\x1bb'"),
+    ],
+)
+def test_a_failure_is_stored_for_the_others(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, stored: str
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    assert ends(error, monkeypatch) == code
+    assert failure_of_another_rank() == stored
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_save(one_rank: Ranks, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Agreement(one_rank) as agreed:
+        assert agreed.exchange() == NOTHING
+        os.kill(os.getpid(), number)
+        assert agreed.exchange() == STOP + number
+    assert signal.getsignal(number) == before
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(one_rank: Ranks) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Agreement(one_rank) as agreed:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert agreed.exchange() == NOTHING
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_rank_without_its_launcher_stops(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    parents = iter([7, 7, 1])  # at the third look it belongs to init
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(script.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "3")
+    with Agreement(one_rank) as agreed:
+        script._end_with(7)
+        assert agreed.exchange() == STOP + signal.SIGTERM
+    assert len(slept) == 2
+    assert capsys.readouterr().err == "warning: torchrun has ended: rank 3 ends too\n"
