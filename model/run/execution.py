@@ -3,7 +3,7 @@
 import torch
 
 from model.distributed import Ranks
-from model.execution import Exchange, ExecutionPlan, Graphs, Precision
+from model.execution import Exchange, ExecutionPlan, Graphs, Lookup, Precision
 from model.kernels import varlen_attention
 from model.run.config import RunConfig
 from model.tables.sharding_plan import fills_all_ranks, table_optimizer
@@ -21,7 +21,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision = _precision(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
-    optimizer = "adam" if replicated else table_optimizer(config.sharding, ranks.device)
+    optimizer = table_optimizer(config.sharding)
     if ranks.device.type != "cuda" and config.sharding.compute_kernel != "fused":
         raise UserError(
             f"--compute_kernel {config.sharding.compute_kernel} needs CUDA: on CPU, tables are in "
@@ -32,6 +32,10 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     own = own and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
+    # FBGEMM has no Adam on CPU.
+    by_library: Lookup = "fbgemm"
+    if optimizer == "adam" and ranks.device.type == "cpu":
+        by_library = "torch"
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
@@ -42,7 +46,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         else:
             graphs = "dense"
     return ExecutionPlan(
-        lookup="replicated" if replicated else "own" if own else "fbgemm",
+        lookup="replicated" if replicated else "own" if own else by_library,
         exchange=exchange,
         graphs=graphs,
         in_place=in_place,
@@ -98,5 +102,5 @@ def _table_lr(config: RunConfig, optimizer: str) -> float:
     """
     if config.sharding.embedding_lr is not None:
         return config.sharding.embedding_lr
-    factor = 20 if config.sharding.mode == "dmp" and "adagrad" in optimizer else 1
+    factor = 20 if "adagrad" in optimizer else 1
     return factor * config.optimizer.lr

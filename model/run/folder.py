@@ -24,6 +24,7 @@ from model.checkpoints.export import WEIGHTS
 from model.distributed import Ranks, from_first_rank, writing
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
+from model.tables.sharding_plan import table_optimizer
 from pipeline.errors import UserError
 from pipeline.files import lock, write_json
 from pipeline.preparation.catalog import Catalog
@@ -120,11 +121,18 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    now = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
+    sharding = config.sharding
+    now = {"seed": config.loader.seed, "mode": sharding.mode}
+    now |= {"table_precision": sharding.table_precision}
     for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
         now |= flatten(getattr(config, group))
-    for name in now.keys() - {"cache_dir", "dataset_path"}:
-        if before.get(name, now[name]) != now[name]:
+    # What "auto" stood for: earlier versions had another optimizer on CPU.
+    execution = recorded.get("execution")
+    if isinstance(execution, dict) and "table_optimizer" in execution:
+        before["embedding_optimizer"] = execution["table_optimizer"]
+        now["embedding_optimizer"] = table_optimizer(sharding)
+    for name in now:
+        if name not in ("cache_dir", "dataset_path") and before.get(name, now[name]) != now[name]:
             raise UserError(
                 f"--resume auto: {path} was trained with --{name} {before[name]}, not "
                 f"{now[name]}: give the same value, or choose another --run_dir"

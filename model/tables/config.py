@@ -23,7 +23,7 @@ class ShardingConfig(Config):
     )
     embedding_optimizer: str = flag(
         "auto",
-        "optimizer of --mode dmp's tables; auto: adam on CUDA, rowwise_adagrad on CPU and for fp16",
+        "optimizer of --mode dmp's tables; auto: adam, for fp16 rowwise_adagrad",
         choices=("auto", *EMBEDDING_OPTIMIZERS),
     )
     embedding_lr: float | None = flag(
@@ -45,3 +45,8 @@ class ShardingConfig(Config):
                     f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
                     "as ordinary weights"
                 )
+        if self.mode == "ddp" and self.embedding_optimizer not in ("auto", "adam"):
+            raise UserError(
+                f"--embedding_optimizer {self.embedding_optimizer} needs --mode dmp: in ddp the "
+                "tables have the encoder's Adam"
+            )
