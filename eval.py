@@ -38,11 +38,13 @@ def evaluate(flags: EvalFlags) -> None:
     model = run.model(ranks)
     discount = flags.popularity_discount
     result = evaluator(run.config, model, store, flags.split, ranks, discount)()
+    if discount:
+        result["popularity_discount"] = discount
     ranks.say(format_report(flags.split, result, (store.best_possible or {}).get(flags.split)))
     if ranks.is_first:
         name = flags.split
         if discount:
-            name, result["popularity_discount"] = f"{name}-discount-{discount:g}", discount
+            name = f"{name}-discount-{discount:g}"
         write_result(Path(flags.checkpoint), name, result)
 
 

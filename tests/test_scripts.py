@@ -99,19 +99,21 @@ def test_output_of_a_run(trained: dict[str, Any]) -> None:
     assert out.count("synthetic: what each stage kept") == 1  # by one rank
     assert out.count("best possible on test") == 1
     assert "2 ranks on cpu: item row_wise: looked up and updated by this project's" in out
-    assert "tables rowwise_adagrad" in out
+    assert "tables adam" in out
     assert [line.split(":")[0] for line in out.splitlines() if "NDCG@10 full" in line] == [
         "epoch 1",
         "epoch 2",
         "epoch 3",
     ]
-    *_, title, header, sampled, _, full, _, best = out.splitlines()
-    assert title == "test, 60 users"
+    report = out[out.index("test, 60 users\n") :].splitlines()
+    _, header, sampled, _, full, _, best, *remarks = report
     assert header.split() == list(METRICS)
     for row, protocol in ((sampled, "sampled"), (full, "full")):
         assert row.startswith(f"{protocol} (")
         assert row.split()[-len(METRICS) :] == [f"{v:.4f}" for v in trained[protocol].values()]
     assert best.startswith("full, best possible on this data")
+    # 80 items are no more than 100 negatives.
+    assert remarks[0].startswith("60 of 60 users have fewer unseen items than --eval_negatives")
 
     assert err == ""  # no progress bar where stdout is no terminal, no messages of libraries
     lines = [
