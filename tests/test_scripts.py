@@ -155,7 +155,8 @@ def test_eval_reproduces_trains_metrics_on_two_ranks_and_on_one(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     flags = ["--checkpoint", trained["run"], "--cache_dir", cache_dir]
-    printed = trained["outcome"].out.splitlines()[-7:]
+    out = trained["outcome"].out
+    printed = out[out.index("test, 60 users\n") :].splitlines()
     outcome = torchrun(2, ROOT / "eval.py", *flags)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines() == printed
