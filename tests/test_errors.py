@@ -120,6 +120,20 @@ def test_a_folder_that_holds_a_run_already(
     assert after == before
 
 
+def test_a_run_whose_tables_had_another_optimizer_by_default(
+    run_main: RunMain, copied: Path, cache_dir: Path
+) -> None:
+    """Before CPU tables had Adam, "auto" was row-wise Adagrad there."""
+    config = json.loads((copied / "config.json").read_text())
+    assert config["flags"]["embedding_optimizer"] == "auto"
+    assert config["execution"]["table_optimizer"] == "adam"
+    config["execution"]["table_optimizer"] = "rowwise_adagrad"
+    (copied / "config.json").write_text(json.dumps(config))
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={copied}", "--resume=auto"]
+    message = f"{copied} was trained with --embedding_optimizer rowwise_adagrad, not adam: give"
+    assert_one_line(run_main("train", *flags), "train", message)
+
+
 def edit_config(folder: Path, **flags: object) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
