@@ -85,7 +85,6 @@ def test_tables_too_large_to_be_built_whole(
         ({"compute_kernel": "dense"}, "--compute_kernel must be one of fused, fused_uvm, "),
         ({"mode": "ddp", "table_precision": "fp16"}, "--table_precision fp16 needs --mode dmp"),
         ({"mode": "ddp", "compute_kernel": "fused_uvm"}, "fused_uvm needs --mode dmp"),
-        ({"mode": "ddp", "embedding_optimizer": "sgd"}, "sgd needs --mode dmp: in ddp the tables"),
     ],
 )
 def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
@@ -95,6 +94,7 @@ def test_flags_out_of_range(options: dict[str, str], message: str) -> None:
 
 def test_tables_in_half_precision_have_no_adam() -> None:
     assert table_optimizer(ShardingConfig()) == "adam"
+    assert table_optimizer(ShardingConfig(mode="ddp", embedding_optimizer="sgd")) == "adam"
     assert table_optimizer(ShardingConfig(table_precision="fp16")) == "rowwise_adagrad"
     asked = ShardingConfig(table_precision="fp16", embedding_optimizer="adam")
     with pytest.raises(UserError, match="adam needs --table_precision fp32, not fp16: use rowwise"):

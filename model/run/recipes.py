@@ -76,4 +76,6 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 def _has_adam(given: Mapping[str, Any]) -> bool:
     """Whether the tables have Adam, as ``sharding_plan.table_optimizer`` decides."""
     optimizer = given.get("embedding_optimizer", "auto")
-    return optimizer == "adam" or (optimizer == "auto" and given.get("table_precision") != "fp16")
+    if optimizer == "auto":
+        return given.get("table_precision") != "fp16"
+    return optimizer == "adam" or given.get("mode") == "ddp"

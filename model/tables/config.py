@@ -45,8 +45,3 @@ class ShardingConfig(Config):
                     f"--{name} {getattr(self, name)} needs --mode dmp: ddp replicates the tables "
                     "as ordinary weights"
                 )
-        if self.mode == "ddp" and self.embedding_optimizer not in ("auto", "adam"):
-            raise UserError(
-                f"--embedding_optimizer {self.embedding_optimizer} needs --mode dmp: in ddp the "
-                "tables have the encoder's Adam"
-            )

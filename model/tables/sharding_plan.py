@@ -91,6 +91,8 @@ def column_width(width: int, world_size: int) -> int:
 def table_optimizer(config: ShardingConfig) -> str:
     """The tables' optimizer, in ddp the encoder's; UserError for Adam of fp16 tables."""
     whole = config.table_precision == "fp32"
+    if config.mode == "ddp":
+        return "adam"
     if config.embedding_optimizer == "auto":
         return "adam" if whole else "rowwise_adagrad"
     if config.embedding_optimizer == "adam" and not whole:
