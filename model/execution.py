@@ -6,7 +6,8 @@ docs/architecture.md and docs/distributed.md explain each value and when it is c
 from dataclasses import dataclass
 from typing import Literal
 
-Lookup = Literal["own", "fbgemm", "replicated"]
+# torch: Adam on CPU, in FBGEMM's module (model/tables/cpu_adam.py)
+Lookup = Literal["own", "fbgemm", "torch", "replicated"]
 # gather, all_to_all: in sizes known beforehand, so that a CUDA graph can hold the exchange
 Exchange = Literal["none", "gather", "all_to_all", "torchrec", "all_reduce"]
 # dense, encoder: the encoder's optimizer is another graph, but not in ddp
@@ -16,6 +17,7 @@ Precision = Literal["bf16", "fp32"]
 _LOOKUPS = {
     "own": "looked up and updated by this project's code",
     "fbgemm": "looked up and updated by FBGEMM",
+    "torch": "looked up and updated by plain torch",
     "replicated": "replicated as an ordinary weight",
 }
 _EXCHANGES = {

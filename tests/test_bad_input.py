@@ -578,6 +578,7 @@ def test_rejected_paths(run_main: RunMain, tmp_path: Path, make: Callable[[Path]
 
 
 def test_a_file_without_read_permission(run_main: RunMain, tmp_path: Path) -> None:
+    assert run_main("train", "--dataset_path=none.csv").code == 2  # imports all libraries
     path = tmp_path / "r.csv"
     path.write_bytes(CSV)
     path.chmod(0)
@@ -586,7 +587,7 @@ def test_a_file_without_read_permission(run_main: RunMain, tmp_path: Path) -> No
     if user == 0:
         os.seteuid(65534)  # root can read every file
     try:
-        outcome = run_main("train", f"--dataset_path={path}", f"--run_dir={tmp_path / 'run'}")
+        outcome = run_main("train", f"--dataset_path={path}")
     finally:
         os.seteuid(user)
     assert_one_line(outcome, "train", f"cannot read {path}: Permission denied")

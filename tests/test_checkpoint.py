@@ -351,7 +351,7 @@ def test_a_full_disk_stops_the_run(
     outcome = train(tmp_path)
     assert outcome.code == 2
     last = outcome.err.splitlines()[-1]
-    assert "step-00000015 cannot be written: No space left on device; earlier checkpoints" in last
+    assert "step-00000010 cannot be written: No space left on device; earlier checkpoints" in last
     assert names(tmp_path) == ["step-00000005"]
     verify(tmp_path / "checkpoints" / "step-00000005")
 

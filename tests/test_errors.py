@@ -30,7 +30,7 @@ def ratings(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--precision=bf16", "--embedding_optimizer=adam", "--compute_kernel=fused_uvm"],
+    ["--precision=bf16", "--compute_kernel=fused_uvm"],
 )
 def test_flags_that_need_cuda(run_main: RunMain, run_dir: Path, cache_dir: Path, flag: str) -> None:
     # Found before the data are read: there are none.
@@ -112,12 +112,31 @@ def test_a_folder_that_holds_a_run_already(
     for changed, message in (
         ("--emb_dim=32", f"{trained} was trained with --emb_dim 16, not 32"),
         ("--seed=5", f"{trained} was trained with --seed 0, not 5"),
+        ("--mode=ddp", f"{trained} was trained with --mode dmp, not ddp"),
+        (
+            "--embedding_optimizer=rowwise_adagrad",
+            f"{trained} was trained with --embedding_optimizer adam, not rowwise_adagrad",
+        ),
         ("--data_seed=5", f"{trained} was trained with --data_seed 0, not 5"),
     ):
         outcome = run_main("train", *flags, "--resume=auto", changed)
         assert_one_line(outcome, "train", message)
     after = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.name != ".lock"}
     assert after == before
+
+
+def test_a_run_whose_tables_had_another_optimizer_by_default(
+    run_main: RunMain, copied: Path, cache_dir: Path
+) -> None:
+    """Before CPU tables had Adam, "auto" was row-wise Adagrad there."""
+    config = json.loads((copied / "config.json").read_text())
+    assert config["flags"]["embedding_optimizer"] == "auto"
+    assert config["execution"]["table_optimizer"] == "adam"
+    config["execution"]["table_optimizer"] = "rowwise_adagrad"
+    (copied / "config.json").write_text(json.dumps(config))
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={copied}", "--resume=auto"]
+    message = f"{copied} was trained with --embedding_optimizer rowwise_adagrad, not adam: give"
+    assert_one_line(run_main("train", *flags), "train", message)
 
 
 def edit_config(folder: Path, **flags: object) -> None:

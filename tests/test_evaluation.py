@@ -14,7 +14,7 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.evaluation import catalog_scores
 from model.evaluation.evaluate import EncodedUsers, Result, evaluate, target_ranks
 from model.evaluation.metrics import METRICS
-from model.evaluation.report import format_report, write_result
+from model.evaluation.report import format_report, remarks, write_result
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from pipeline.errors import UserError
@@ -96,14 +96,63 @@ def test_validation_split_by_hand() -> None:
 def test_a_popularity_discount_lowers_frequent_items() -> None:
     store = store_of(HISTORIES, 6)
     counts = torch.from_numpy(store.train_item_counts)
+    scores = [0.6, 0.7, *SCORES[2:]]
     for discount in (0.4, 1.0):
         batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
-        found = evaluate(model_with(SCORES), batches, counts, discount=discount)
-        lowered = torch.tensor(SCORES) - discount * (counts[1:-1] + 1).log()
+        found = evaluate(model_with(scores), batches, counts, discount=discount)
+        # Items 5 and 6 were never trained: lowered as item 2, the most popular.
+        assert counts[1:-1].tolist() == [1, 3, 1, 1, 0, 0]
+        logs = torch.tensor([2, 4, 2, 2, 4, 4]).log()
+        lowered = torch.tensor(scores) - discount * logs
         expected = evaluated(lowered.tolist())
         assert found == expected
-        assert found["full"] != evaluated(SCORES)["full"]
-        assert found["popularity"] == evaluated(SCORES)["popularity"]
+        assert found["full"] != evaluated(scores)["full"]
+        assert found["popularity"] == evaluated(scores)["popularity"]
+
+
+def test_a_discount_of_1_lifts_no_item_that_was_never_trained() -> None:
+    store = store_of(HISTORIES, 6)
+    counts = torch.from_numpy(store.train_item_counts)
+    batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+    found = evaluate(model_with(SCORES), batches, counts, discount=1.0)["full"]
+    # Lowered by nothing, 5 would be ahead of the targets 3 and 2: ranks 1 3 4.
+    assert found == pytest.approx(of_ranks(1, 2, 3))
+
+
+@pytest.mark.parametrize(("asked", "fewer"), [(0, None), (1, 1), (2, 1), (3, 3), (100, 3)])
+def test_users_with_fewer_negatives_are_counted(asked: int, fewer: int | None) -> None:
+    """The users have 0, 2 and 2 unseen items that occur in training parts."""
+    store = store_of(HISTORIES, 6)
+    batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+    result = evaluate(model_with(SCORES), batches, negatives=asked)
+    assert result.get("fewer_negatives") == fewer
+    lines = format_report("test", result).splitlines()
+    said = [line for line in lines if "fewer unseen items" in line]
+    if fewer is None:
+        assert not said
+    else:
+        assert said == [
+            f"{fewer} of 3 users have fewer unseen items than --eval_negatives: their sampled "
+            "metrics are too high; compare full ones"
+        ]
+
+
+def test_a_model_below_popularity_is_called_so() -> None:
+    def remarked(*shares: float, **more: float) -> list[str]:
+        sampled, full = ({name: share for name in METRICS} for share in shares)
+        known = {name: 0.5 for name in METRICS}
+        result = {"users": 3, "sampled": sampled, "full": full, **more}
+        return remarks(result | {"popularity": {"sampled": known, "full": known}})
+
+    assert remarked(0.5, 0.6) == []
+    (line,) = remarked(0.6, 0.25)
+    assert line.startswith("the model is below popularity (NDCG@10 full 0.2500 against 0.5000): ")
+    assert "--num_epochs" in line and "--recipe" in line
+    (line,) = remarked(0.4, 0.25)
+    assert "(NDCG@10 sampled 0.4000 against 0.5000, full 0.2500 against 0.5000)" in line
+    (line,) = remarked(0.6, 0.25, popularity_discount=0.5)
+    assert "lower --popularity_discount" in line
+    assert remarks({"users": 3, "sampled": {}, "full": {}}) == []  # without popularity
 
 
 def test_equal_scores_are_never_a_win() -> None:
@@ -204,6 +253,7 @@ def test_the_report_names_both_protocols_and_popularity() -> None:
     assert lines[0] == "test, 3 users"
     assert lines[1].split() == list(METRICS)
     starts = ["sampled (", "sampled, popularity", "full (", "full, popularity", "full, best"]
+    starts += ["the model is below popularity"]
     assert [line[: len(start)] for line, start in zip(lines[2:], starts, strict=True)] == starts
     assert lines[4].split()[-len(METRICS) :] == [f"{v:.4f}" for v in result["full"].values()]
     assert "0.8750" in lines[6]

@@ -12,7 +12,6 @@ from model.kernels import varlen_attention
 from model.network.config import EncoderConfig, HeadConfig
 from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
-from model.tables import table_update
 from model.tables.config import ShardingConfig
 from pipeline.errors import UserError
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
@@ -60,7 +59,8 @@ def planned(
         ({"sharding": "table_wise"}, "own", "none", True),
         ({"mode": "ddp"}, "replicated", "none", False),
         ({"table_precision": "fp16"}, "fbgemm", "none", False),
-        ({"head": "linear"}, "fbgemm", "none", False),
+        ({"head": "linear"}, "torch", "none", False),  # FBGEMM has no Adam on CPU
+        ({"head": "linear", "embedding_optimizer": "sgd"}, "fbgemm", "none", False),
         ({"loss": "sampled_softmax"}, "own", "none", False),
         ({"positions": 31}, "own", "none", False),  # more than items: cheap to look up
         ({"two_stream": True}, "own", "none", False),  # two positions an item
@@ -69,10 +69,10 @@ def planned(
         ({"world_size": 3, "positions": 31}, "own", "gather", False),
         ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
         ({"world_size": 3, "table_precision": "fp16"}, "fbgemm", "gather", False),
-        ({"world_size": 3, "head": "linear"}, "fbgemm", "torchrec", False),
-        ({"world_size": 3, "sharding": "table_wise"}, "fbgemm", "torchrec", False),
-        ({"world_size": 3, "sharding": "auto"}, "fbgemm", "torchrec", False),
-        ({"world_size": 3, "items": 2, "positions": 1}, "fbgemm", "torchrec", False),  # 0 1 | 2 3 |
+        ({"world_size": 3, "head": "linear"}, "torch", "torchrec", False),
+        ({"world_size": 3, "sharding": "table_wise"}, "torch", "torchrec", False),
+        ({"world_size": 3, "sharding": "auto"}, "torch", "torchrec", False),
+        ({"world_size": 3, "items": 2, "positions": 1}, "torch", "torchrec", False),  # 0 1 | 2 3 |
         ({"world_size": 3, "items": 3, "positions": 1}, "own", "gather", True),  # 0 1 | 2 3 | 4
         # 131,072 rows of all ranks, and a few more.
         ({"world_size": 4, "items": 40_000, "positions": 1 << 15}, "own", "gather", True),
@@ -90,11 +90,8 @@ def test_the_lookup_and_the_exchange(
 
 @pytest.fixture
 def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if CUDA kernels and optimizers were available."""
+    """As if CUDA kernels were available."""
     monkeypatch.setattr(varlen_attention, "takes", lambda width: width % 8 == 0)
-    monkeypatch.setattr(
-        "model.run.execution.UPDATES", {*table_update.UPDATES, "adam"}, raising=True
-    )
 
 
 @pytest.mark.parametrize(
@@ -123,8 +120,12 @@ def test_the_graphs(as_with_cuda: None, changed: dict[str, Any], graphs: str) ->
 
 
 def test_rates_of_the_tables() -> None:
-    assert planned().table_optimizer == "rowwise_adagrad"
-    assert planned().table_lr == pytest.approx(20 * 1e-3)
+    for device in ("cpu", "cuda"):
+        assert (planned(device).table_optimizer, planned(device).table_lr) == ("adam", 1e-3)
+        for kind in ("adagrad", "rowwise_adagrad"):
+            assert planned(device, embedding_optimizer=kind).table_lr == pytest.approx(20 * 1e-3)
+        half = planned(device, table_precision="fp16")
+        assert (half.table_optimizer, half.table_lr) == ("rowwise_adagrad", pytest.approx(0.02))
     assert planned(embedding_optimizer="sgd").table_lr == 1e-3
     assert planned(embedding_lr=0.5).table_lr == 0.5
     assert planned(mode="ddp").table_lr == 1e-3

@@ -15,6 +15,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from model.distributed import Ranks
 from model.network.head import CatalogSlice
 from model.tables.config import ShardingConfig
+from model.tables.cpu_adam import CpuAdamTables
 from model.tables.item_table import TableShard, _LookUp
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS
@@ -30,9 +31,10 @@ STEP = Step(lr=0.5, beta1=0.9, beta2=0.98, eps=1e-8, number=1)
 
 
 def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> torch.nn.Module:
-    """FBGEMM's module with seeded rows."""
+    """FBGEMM's module with seeded rows; for Adam on CPU this project's."""
     on_cuda = device == "cuda"
-    made = SplitTableBatchedEmbeddingBagsCodegen(
+    of_fbgemm = on_cuda or optimizer != "adam"
+    made = (SplitTableBatchedEmbeddingBagsCodegen if of_fbgemm else CpuAdamTables)(
         embedding_specs=[
             (
                 rows,
@@ -99,8 +101,6 @@ def by_fbgemm(
 @pytest.mark.parametrize("optimizer", UPDATES)
 @pytest.mark.parametrize(("low", "count"), [(1, 7), (0, 8), (0, 9), (2, 3), (1, 0)])
 def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) -> None:
-    if optimizer == "adam" and device == "cpu":
-        pytest.skip("FBGEMM has none")
     plain, own = table(optimizer, device), table(optimizer, device)
     shard = shard_of(own, optimizer, CatalogSlice(low, low + count, False))
     for number, (ids, of_items, of_candidates) in enumerate(steps(device, count)):
@@ -123,8 +123,6 @@ def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) 
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize("optimizer", UPDATES)
 def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) -> None:
-    if optimizer == "adam" and device == "cpu":
-        pytest.skip("FBGEMM has none")
     plain, own = table(optimizer, device), table(optimizer, device)
     shard = shard_of(own, optimizer)
     for ids, weights, _ in [*steps(device, 0), long_step(device)]:
@@ -151,7 +149,7 @@ def long_step(device: str) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
 def test_training_equals_fbgemms(
     one_rank: Ranks, optimizer: str, in_place: bool, loss: str
 ) -> None:
@@ -159,7 +157,7 @@ def test_training_equals_fbgemms(
     config = replace(config, head=replace(config.head, loss=loss))
     in_place = in_place and loss == "softmax"
     found = sharded.pipelined(Built.of(config, one_rank, in_place=in_place))
-    expected = sharded.pipelined(Built.of(config, one_rank, **by_torchrec(one_rank)))
+    expected = sharded.pipelined(Built.of(config, one_rank, **by_torchrec(one_rank)))  # or by torch
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
     assert found.losses[-1] < found.losses[0] - 0.3
     for name, value in expected.weights.items():
@@ -196,11 +194,12 @@ def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     torch.testing.assert_close(moved, torch.tensor([1.0, 0, 0, 1, 0, scored, 0, 0, 0]))
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
-def test_adam_on_cuda_does_not_update_rows_without_a_lookup() -> None:
+@pytest.mark.parametrize("device", PLACES)
+def test_adam_does_not_update_rows_without_a_lookup(device: str) -> None:
     """Adam's averages would move rows without gradients; here only row 0 has none."""
     rows, means, squares = torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2)
-    given = [t.cuda() for t in (rows, means, squares, torch.zeros(2, 2), torch.zeros(2, 2))]
+    given = [t.to(device) for t in (rows.clone(), means.clone(), squares.clone())]
+    given += [torch.zeros(2, 2, device=device), torch.zeros(2, 2, device=device)]
     given[-1][0] = 2  # the last row's
     update("adam", given[0], given[1:3], *given[3:], 1, STEP)
     assert (given[0].cpu() != rows).any(dim=1).tolist() == [False, True, True, True]

@@ -1,6 +1,7 @@
 """Recipes are valid flags; the data set chooses one, the command line overrides it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,23 @@ def test_an_unknown_recipe_is_refused(recipe: object) -> None:
 )
 def test_taught_models_have_separate_recipes(given: dict[str, str], name: str) -> None:
     assert with_recipe(given)["recipe"] == name
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [
+        ({}, 1e-2),
+        ({"embedding_optimizer": "adam"}, 1e-2),
+        ({"mode": "ddp", "embedding_optimizer": "sgd"}, 1e-2),  # which ddp does not have
+        ({"embedding_optimizer": "rowwise_adagrad"}, None),  # its default rate
+        ({"table_precision": "fp16"}, None),
+        ({"table_precision": "fp16", "embedding_lr": 0.3}, 0.3),
+        ({"embedding_optimizer": "sgd", "embedding_lr": 0.3}, 0.3),
+    ],
+)
+def test_a_recipes_rate_of_the_tables_is_adams(given: dict[str, Any], rate: float | None) -> None:
+    config = build(RunConfig, with_recipe({"recipe": "ml-1m", **given}))
+    assert config.sharding.embedding_lr == rate
 
 
 # Defaults of examples/bert4rec/bert4rec_main.py in TorchRec, and what its code does without a flag.

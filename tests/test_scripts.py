@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from model.evaluation.metrics import METRICS
+from model.programs.folder import PROGRAM_FILES
 from tests.conftest import (
     DATA,
     ROOT,
@@ -99,19 +100,21 @@ def test_output_of_a_run(trained: dict[str, Any]) -> None:
     assert out.count("synthetic: what each stage kept") == 1  # by one rank
     assert out.count("best possible on test") == 1
     assert "2 ranks on cpu: item row_wise: looked up and updated by this project's" in out
-    assert "tables rowwise_adagrad" in out
+    assert "tables adam" in out
     assert [line.split(":")[0] for line in out.splitlines() if "NDCG@10 full" in line] == [
         "epoch 1",
         "epoch 2",
         "epoch 3",
     ]
-    *_, title, header, sampled, _, full, _, best = out.splitlines()
-    assert title == "test, 60 users"
+    report = out[out.index("test, 60 users\n") :].splitlines()
+    _, header, sampled, _, full, _, best, *remarks = report
     assert header.split() == list(METRICS)
     for row, protocol in ((sampled, "sampled"), (full, "full")):
         assert row.startswith(f"{protocol} (")
         assert row.split()[-len(METRICS) :] == [f"{v:.4f}" for v in trained[protocol].values()]
     assert best.startswith("full, best possible on this data")
+    # 80 items are no more than 100 negatives.
+    assert remarks[0].startswith("60 of 60 users have fewer unseen items than --eval_negatives")
 
     assert err == ""  # no progress bar where stdout is no terminal, no messages of libraries
     lines = [
@@ -153,7 +156,8 @@ def test_eval_reproduces_trains_metrics_on_two_ranks_and_on_one(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     flags = ["--checkpoint", trained["run"], "--cache_dir", cache_dir]
-    printed = trained["outcome"].out.splitlines()[-7:]
+    out = trained["outcome"].out
+    printed = out[out.index("test, 60 users\n") :].splitlines()
     outcome = torchrun(2, ROOT / "eval.py", *flags)
     assert outcome.code == 0, outcome.err
     assert outcome.out.splitlines() == printed
@@ -195,7 +199,7 @@ def test_eval_of_the_exported_model(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     names = {path.name for path in trained["export"].iterdir()}
-    assert names == {"catalog.parquet", "config.json", "model.safetensors"}
+    assert names == {"catalog.parquet", "config.json", "model.safetensors", *PROGRAM_FILES}
     outcome = run_main("eval", "--checkpoint", trained["export"], "--cache_dir", cache_dir)
     assert outcome.code == 0, outcome.err
     assert_equal_results(read_result(trained["export"]), trained)

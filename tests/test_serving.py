@@ -292,6 +292,7 @@ def test_histories_of_a_file(tmp_path: Path) -> None:
     assert found.users.to_pylist() == ["9", "10"]
     assert (found.items.tolist(), found.offsets.tolist()) == ([1, 2], [0, 2, 2])
     assert found.unknown == 1 and found.empty().tolist() == [False, True]
+    assert of_ratings(ReadRatings(file), CATALOG).items.tolist() == [1, 3, 2]
     file.write_text("user,item\n1,x\n2,y\n")
     found = of_ratings(ReadRatings(file), CATALOG)
     assert (found.offsets.tolist(), found.unknown) == ([0, 0, 0], 2)

@@ -19,15 +19,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
     SplitTableBatchedEmbeddingBagsCodegen,
+    construct_split_state,
 )
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torch.distributed.rendezvous import rendezvous
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed import DistributedModelParallel, batched_embedding_kernel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.distributed.model_parallel import DataParallelWrapper
@@ -125,6 +128,27 @@ def test_the_table_of_a_lookup(sharded: DistributedModelParallel) -> None:
     for name in ("beta1", "beta2", "eps"):
         has(arguments, name, "a constant of Adam's update")
     assert arguments.eps == 1e-8, "the value given in fused_params"
+
+
+def test_adam_on_cpu_can_be_added_to_fbgemms_module() -> None:
+    on_cpu = [(10, 4, EmbeddingLocation.HOST, ComputeDevice.CPU)]
+    with pytest.raises(AssertionError, match="not supported in CPU mode"):
+        SplitTableBatchedEmbeddingBagsCodegen(on_cpu, optimizer=EmbOptimType.ADAM)
+        pytest.fail("FBGEMM has Adam on CPU: model/tables/cpu_adam.py can go")
+    purpose = "made by TorchRec; replaced by the class with Adam"
+    name = SplitTableBatchedEmbeddingBagsCodegen.__name__
+    assert has(batched_embedding_kernel, name, purpose) is SplitTableBatchedEmbeddingBagsCodegen
+    table = SplitTableBatchedEmbeddingBagsCodegen(on_cpu, optimizer=EmbOptimType.EXACT_ADAGRAD)
+    for part in ("weights_host", "momentum1_host"):
+        assert has(table, part, "all tables' values, in one tensor").numel() == 40
+    assert has(table, "feature_table_map", "the table of each feature") == [0]
+    has(table, "placeholder_autograd_tensor", "lets autograd call the backward pass")
+    takes(table._apply_split, ["split", "prefix", "dtype"], "allocates Adam's squares")
+    takes(
+        construct_split_state,
+        ["embedding_specs", "rowwise", "cacheable"],
+        "the layout of Adam's squares",
+    )
 
 
 def test_the_step_count_of_a_table() -> None:

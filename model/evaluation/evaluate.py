@@ -74,6 +74,7 @@ def evaluate(
     max_scores: int = MAX_SCORES,
     discount: float = 0.0,
     earlier: Result | None = None,
+    negatives: int = 0,
 ) -> Result:
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
@@ -82,10 +83,13 @@ def evaluate(
         batches: this rank's users; every rank must have the same number of batches.
         popularity: int64 [V + 2] training count of each item; None leaves its metrics out.
         discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
+            From one of count 0, whose logit was never trained, as much as from the most popular.
         earlier: an earlier result for the same users, whose popularity metrics are reused.
+        negatives: of each user, as demanded: users with fewer are counted.
 
     Returns:
-        ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank.
+        ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank;
+        "fewer_negatives": number of users, if there are any.
     """
     assert popularity is not None or not discount
     with exact(model):
@@ -94,11 +98,14 @@ def evaluate(
         counts = None if popularity is None else popularity.to(device, torch.float32)
         lowered = None
         if counts is not None and discount:
-            lowered = (counts + 1).log() * (discount / bert.head.scale)
+            penalty = (counts + 1).log()
+            penalty = torch.where(counts > 0, penalty, penalty.max())
+            lowered = penalty * (discount / bert.head.scale)
         catalog = CatalogScores(bert, device, lowered)
         # Reduced only at the end, so that the host does not wait for the device in between.
         ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
         own: list[Tensor] = []
+        fewer = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, max_scores // catalog.part_items)):
@@ -108,15 +115,19 @@ def evaluate(
                 each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
                 ranks.append(torch.stack([*chain(*each)]))
                 own.append(block.own)
+                fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.own).sum()
         ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
         sums = torch.stack([metric_sums(each) for each in ranked])
     if dist.is_initialized():
         dist.all_reduce(sums)
+        dist.all_reduce(fewer)
     result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
     if earlier is not None:
         result["popularity"] = earlier["popularity"]
     elif popularity is not None:
         result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
+    if fewer:
+        result["fewer_negatives"] = int(fewer)
     return result
 
 

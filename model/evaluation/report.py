@@ -19,7 +19,10 @@ _NOTES = {
 
 
 def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
-    """The table of a split: for each protocol the model's row, then the popularity ranking's."""
+    """The table of a split: for each protocol the model's row, then the popularity ranking's.
+
+    Then the :func:`remarks`.
+    """
     rows: list[tuple[str, dict[str, float]]] = []
     for protocol, label in _PROTOCOLS.items():
         rows.append((label, result[protocol]))
@@ -28,7 +31,29 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
     if best_possible:
         rows.append(("full, best possible on this data", best_possible))
     notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
-    return f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
+    table = f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
+    return "\n".join([table, *remarks(result)])
+
+
+def remarks(result: Result) -> list[str]:
+    """A line for each reason not to trust the figures or the model."""
+    found = []
+    if fewer := result.get("fewer_negatives"):
+        found.append(
+            f"{fewer:,} of {result['users']:,} users have fewer unseen items than "
+            "--eval_negatives: their sampled metrics are too high; compare full ones"
+        )
+    below = [
+        f"{protocol} {result[protocol]['NDCG@10']:.4f} against {known['NDCG@10']:.4f}"
+        for protocol, known in result.get("popularity", {}).items()
+        if result[protocol]["NDCG@10"] < known["NDCG@10"]
+    ]
+    if below:
+        remedy = "train longer (--num_epochs), start from a recipe (--recipe), or change --lr"
+        if "popularity_discount" in result:
+            remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
+        found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")
+    return found
 
 
 def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:

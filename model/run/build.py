@@ -158,7 +158,14 @@ def evaluator(
 
     def run(around: Callable[..., Any] = iter) -> Result:
         nonlocal earlier
-        earlier = evaluate(model, around(loader), popularity, discount=discount, earlier=earlier)
+        earlier = evaluate(
+            model,
+            around(loader),
+            popularity,
+            discount=discount,
+            earlier=earlier,
+            negatives=config.holdout.eval_negatives,
+        )
         return earlier
 
     return run

@@ -3,7 +3,7 @@
 import torch
 
 from model.distributed import Ranks
-from model.execution import Exchange, ExecutionPlan, Graphs, Precision
+from model.execution import Exchange, ExecutionPlan, Graphs, Lookup, Precision
 from model.kernels import varlen_attention
 from model.run.config import RunConfig
 from model.tables.sharding_plan import fills_all_ranks, table_optimizer
@@ -26,6 +26,10 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     own = own and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
+    # FBGEMM has no Adam on CPU.
+    by_library: Lookup = "fbgemm"
+    if optimizer == "adam" and ranks.device.type == "cpu":
+        by_library = "torch"
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
@@ -36,7 +40,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
         else:
             graphs = "dense"
     return ExecutionPlan(
-        lookup="replicated" if replicated else "own" if own else "fbgemm",
+        lookup="replicated" if replicated else "own" if own else by_library,
         exchange=exchange,
         graphs=graphs,
         in_place=in_place,
@@ -54,8 +58,7 @@ def for_device(config: RunConfig, device: torch.device) -> tuple[Precision, str]
             f"--compute_kernel {sharding.compute_kernel} needs CUDA: on CPU, tables are in the "
             "host's memory anyway"
         )
-    optimizer = "adam" if sharding.mode == "ddp" else table_optimizer(sharding, device)
-    return _precision(config, device), optimizer
+    return _precision(config, device), table_optimizer(sharding)
 
 
 def _precision(config: RunConfig, device: torch.device) -> Precision:
@@ -104,5 +107,5 @@ def table_lr(config: RunConfig, optimizer: str) -> float:
     """
     if config.sharding.embedding_lr is not None:
         return config.sharding.embedding_lr
-    factor = 20 if config.sharding.mode == "dmp" and "adagrad" in optimizer else 1
+    factor = 20 if "adagrad" in optimizer else 1
     return factor * config.optimizer.lr

@@ -28,6 +28,7 @@ from model.distributed import Ranks, from_first_rank, writing
 from model.programs.folder import check_exporters
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
+from model.tables.sharding_plan import table_optimizer
 from pipeline.errors import UserError
 from pipeline.files import lock, read_json, write_json
 from pipeline.preparation.catalog import Catalog
@@ -194,7 +195,13 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    now = lasting_flags(config)
+    sharding = config.sharding
+    now = lasting_flags(config) | {"mode": sharding.mode}
+    # What "auto" stood for: earlier versions had another optimizer on CPU.
+    execution = recorded.get("execution")
+    if isinstance(execution, dict) and "table_optimizer" in execution:
+        before["embedding_optimizer"] = execution["table_optimizer"]
+        now["embedding_optimizer"] = table_optimizer(sharding)
     for name in now:
         if before.get(name, now[name]) != now[name]:
             raise UserError(

@@ -6,7 +6,8 @@
     python train.py --dataset_name ml-1m --teachers a,b       uses the recipe "ml-1m-taught"
 
 ``ml-1m``, ``beauty`` and ``ml-100k`` were chosen on validation (``benchmarks/ABLATIONS.md``);
-``ml-20m`` was not measured. Learning rates of tables are for Adam, the default on CUDA.
+``ml-20m`` was not measured. A recipe's ``embedding_lr`` is Adam's: tables with another optimizer
+get the default rate of that one.
 
 ``torchrec-example`` sets what TorchRec's ``examples/bert4rec`` does, as far as flags can
 (``docs/differences.md``).
@@ -68,4 +69,14 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
         if given.get("teachers") and f"{name}-taught" in RECIPES:
             name = f"{name}-taught"
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}  # RunConfig refuses others
+    if not _has_adam(given):
+        recipe = {flag: value for flag, value in recipe.items() if flag != "embedding_lr"}
     return {**recipe, **given, "recipe": name}
+
+
+def _has_adam(given: Mapping[str, Any]) -> bool:
+    """Whether the tables have Adam, as ``sharding_plan.table_optimizer`` decides."""
+    optimizer = given.get("embedding_optimizer", "auto")
+    if optimizer == "auto":
+        return given.get("table_precision") != "fp16"
+    return optimizer == "adam" or given.get("mode") == "ddp"

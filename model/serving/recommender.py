@@ -57,7 +57,7 @@ class Recommender:
     Args:
         max_len: most items of a history, mask token included.
         batch_size: users per batch and rank; None: by the number of positions.
-        min_rating: ratings below it do not belong to a history.
+        min_rating: ratings below it do not belong to a history; None: all do.
 
     Raises:
         UserError: catalog and model do not fit, or the model's vectors are not finite.
@@ -70,7 +70,7 @@ class Recommender:
         max_len: int,
         ranks: Ranks,
         batch_size: int | None = None,
-        min_rating: float = 0.0,
+        min_rating: float | None = None,
     ) -> None:
         self.model, self.catalog, self.ranks = model, catalog, ranks
         self.max_len, self.min_rating = max_len, min_rating

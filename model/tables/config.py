@@ -23,7 +23,7 @@ class ShardingConfig(Config):
     )
     embedding_optimizer: str = flag(
         "auto",
-        "optimizer of --mode dmp's tables; auto: adam on CUDA, rowwise_adagrad on CPU and for fp16",
+        "optimizer of --mode dmp's tables; auto: adam, for fp16 rowwise_adagrad",
         choices=("auto", *EMBEDDING_OPTIMIZERS),
     )
     embedding_lr: float | None = flag(

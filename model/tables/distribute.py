@@ -23,6 +23,7 @@ from model.tables import upstream
 from model.tables.all_to_all import AllToAll
 from model.tables.collections import ExchangedCollection, FbgemmItemTable, LocalCollection
 from model.tables.config import ShardingConfig
+from model.tables.cpu_adam import adam_on_cpu
 from model.tables.item_table import ShardedItemTable
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS, plan_tables
@@ -72,7 +73,7 @@ def distribute(
 def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
-    if plan.lookup == "fbgemm" and not plan.agrees_on_sizes:
+    if plan.lookup in ("fbgemm", "torch") and not plan.agrees_on_sizes:
         return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
     num_items = model.head.num_items
     exchange = RowExchange(num_items, ranks)
@@ -101,7 +102,10 @@ class _Sharder(EmbeddingCollectionSharder):
     def shard(
         self, module: Any, params: Any, env: Any, device: Any = None, module_fqn: str | None = None
     ) -> ShardedEmbeddingCollection:
-        return self._kind(module, params, env, self.fused_params, device, **self._made_with)
+        assert self.fused_params is not None and device is not None
+        is_adam = self.fused_params["optimizer"] is FUSED_OPTIMIZERS["adam"]
+        with adam_on_cpu(is_adam and device.type == "cpu"):
+            return self._kind(module, params, env, self.fused_params, device, **self._made_with)
 
 
 class _NoWrapper(DataParallelWrapper):

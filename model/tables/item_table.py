@@ -31,7 +31,7 @@ from model.tables import upstream
 from model.tables.collections import RequestingCollection, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
-from model.tables.table_update import Step, update, update_some
+from model.tables.table_update import Step, has_adam_kernels, update, update_some
 from pipeline.batches.features import Lookup
 
 
@@ -57,20 +57,13 @@ class TableShard:
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
         # Adam's kernels read their rates from the device, so that one graph serves many steps.
         self._rates: Tensor | None = None
-        if optimizer == "adam":
+        if optimizer == "adam" and has_adam_kernels(self.rows):
             self._rates = torch.zeros(2, device=self.rows.device)
 
     def begin_step(self) -> None:
         """Count a step and read the table's current learning rate."""
-        known = self._table.optimizer_args
-        self._step = Step(
-            lr=self._table.get_learning_rate(),
-            beta1=known.beta1,
-            beta2=known.beta2,
-            eps=known.eps,
-            number=int(self._table.iter_cpu.add_(1)),
-            scale=1 / self.exchange.world_size,  # the mean over ranks, as in TorchRec
-        )
+        # The mean over ranks, as in TorchRec.
+        self._step = Step.counted(self._table, scale=1 / self.exchange.world_size)
         if self._rates is not None:
             for place, rate in zip(self._rates.unbind(), self._step.rates, strict=True):
                 place.fill_(rate)

@@ -5,7 +5,6 @@ column_wise   every rank holds a part of each row's width
 table_wise    one rank holds a whole table
 """
 
-import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
@@ -90,19 +89,16 @@ def column_width(width: int, world_size: int) -> int:
     )
 
 
-def table_optimizer(config: ShardingConfig, device: torch.device) -> str:
-    """The tables' optimizer in dmp; UserError for Adam where FBGEMM has no fused Adam."""
+def table_optimizer(config: ShardingConfig) -> str:
+    """The tables' optimizer, in ddp the encoder's; UserError for Adam of fp16 tables."""
     whole = config.table_precision == "fp32"
+    if config.mode == "ddp":
+        return "adam"
     if config.embedding_optimizer == "auto":
-        return "adam" if device.type == "cuda" and whole else "rowwise_adagrad"
+        return "adam" if whole else "rowwise_adagrad"
     if config.embedding_optimizer == "adam" and not whole:
         raise UserError(
             f"--embedding_optimizer adam needs --table_precision fp32, not "
             f"{config.table_precision}: use rowwise_adagrad"
-        )
-    if config.embedding_optimizer == "adam" and device.type == "cpu" and config.mode == "dmp":
-        raise UserError(
-            "--embedding_optimizer adam needs CUDA with --mode dmp: FBGEMM has no fused Adam on "
-            "CPU; use rowwise_adagrad, or --mode ddp"
         )
     return config.embedding_optimizer

@@ -41,6 +41,19 @@ class Step:
     number: int
     scale: float = 1.0
 
+    @classmethod
+    def counted(cls, table: Any, scale: float = 1.0) -> "Step":
+        """The next step of FBGEMM's module ``table``, which counts it."""
+        known = table.optimizer_args
+        return cls(
+            lr=table.get_learning_rate(),
+            beta1=known.beta1,
+            beta2=known.beta2,
+            eps=known.eps,
+            number=int(table.iter_cpu.add_(1)),
+            scale=scale,
+        )
+
     @property
     def rates(self) -> tuple[float, float]:
         """Factors of Adam's means and of its roots of squares, bias-corrected in float64."""
@@ -67,20 +80,26 @@ def update(
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
         outer: float32 [S, D] of the other rows, contiguous; may be overwritten.
         first: the table's row of the first candidate.
-        rates: float32 [2] on the device, used by adam instead of the step's.
+        rates: float32 [2] on the device, used by Adam's kernels instead of the step's.
     """
-    if optimizer == "adam":
+    if optimizer == "adam" and has_adam_kernels(table):
         tiles, *tile = row_tiles(table.shape, _TILE)
         adam = _adam_arguments(states, step, rates)
         sizes = *table.shape, len(gradient), first
         _adam[(tiles,)](table, gradient, outer, *sizes, adam, step.scale, *tile)
         return
     last = first + len(gradient)
-    for rows, of_rows in (
-        (slice(first, last), gradient),
-        (slice(last, None), outer[: len(table) - last]),
-        (slice(0, first), outer[len(table) - last :]),
-    ):
+    scored: list[tuple[slice, Tensor]] = [(slice(first, last), gradient)]
+    if optimizer == "adam":
+        touched = outer.any(dim=1).nonzero()[:, 0]
+        places = (last + touched) % len(table)
+        _update_at(optimizer, (table, *states), places, outer[touched], step)
+    else:  # a gradient of zero changes no row
+        scored += [
+            (slice(last, None), outer[: len(table) - last]),
+            (slice(0, first), outer[len(table) - last :]),
+        ]
+    for rows, of_rows in scored:
         if len(of_rows):
             _UPDATES[optimizer](table[rows], *(s[rows] for s in states), of_rows, step)
 
@@ -100,7 +119,7 @@ def update_some(
         index: [M], rows, may repeat; R is ignored.
         gradients: float32 [M, D]; those of equal rows are summed.
     """
-    if optimizer == "adam":
+    if optimizer == "adam" and has_adam_kernels(table):
         adam_rows(table, index, gradients, _adam_arguments(states, step, rates), step.scale)
         return
     rows, place = index.index.unique(return_inverse=True)
@@ -108,9 +127,21 @@ def update_some(
     accumulate(sums, place, gradients)
     if len(rows) and rows[-1] == len(table):
         rows, sums = rows[:-1], sums[:-1]
-    parts = [part[rows] for part in (table, *states)]
-    _UPDATES[optimizer](*parts, sums, step)
-    for whole, part in zip((table, *states), parts, strict=True):
+    _update_at(optimizer, (table, *states), rows, sums, step)
+
+
+def has_adam_kernels(table: Tensor) -> bool:
+    """Whether Adam updates this table by a kernel, else by plain torch."""
+    return triton is not None and table.is_cuda
+
+
+def _update_at(
+    optimizer: str, parts: Sequence[Tensor], rows: Tensor, gradient: Tensor, step: Step
+) -> None:
+    """Update the different ``rows`` of table and state."""
+    copies = [part[rows] for part in parts]
+    _UPDATES[optimizer](*copies, gradient, step)
+    for whole, part in zip(parts, copies, strict=True):
         whole[rows] = part
 
 
@@ -137,12 +168,23 @@ def _rowwise_adagrad(rows: Tensor, sums: Tensor, gradient: Tensor, step: Step) -
     rows.addcmul_(gradient, shrink[:, None], value=-step.lr * step.scale)
 
 
+def _adam_by_torch(
+    rows: Tensor, means: Tensor, squares: Tensor, gradient: Tensor, step: Step
+) -> None:
+    rate, shrink = step.rates
+    gradient = gradient.mul_(step.scale)
+    means.mul_(step.beta1).add_(gradient, alpha=1 - step.beta1)
+    squares.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
+    rows.addcdiv_(means, squares.sqrt().mul_(shrink).add_(step.eps), value=-rate)
+
+
 _UPDATES: dict[str, Callable[..., None]] = {
     "sgd": _sgd,
     "adagrad": _adagrad,
     "rowwise_adagrad": _rowwise_adagrad,
+    "adam": _adam_by_torch,
 }
-UPDATES = (*_UPDATES, *(("adam",) if triton is not None else ()))
+UPDATES = tuple(_UPDATES)
 
 
 if triton is not None:

@@ -90,18 +90,19 @@ def of_lists(histories: Sequence[Iterable[object]], catalog: Catalog) -> KnownHi
 
 
 def of_ratings(
-    source: BaseNode[pa.Table], catalog: Catalog, min_rating: float = 0.0
+    source: BaseNode[pa.Table], catalog: Catalog, min_rating: float | None = None
 ) -> KnownHistories:
     """Histories of tables of ratings, users in ascending order of their ids.
 
     Args:
-        min_rating: ratings below it are dropped, as in training, where there is a rating column.
+        min_rating: ratings below it are dropped, as in training, where there is a rating column;
+            None: no rating is.
     """
     encoded, chunks = EncodeIds(source), []
     for chunk in encoded:
-        if chunk.rating is not None:
-            chunk = replace(chunk.where(chunk.rating >= min_rating), rating=None)
-        chunks.append(chunk)
+        if chunk.rating is not None and min_rating is not None:
+            chunk = replace(chunk.where(chunk.rating >= min_rating))
+        chunks.append(replace(chunk, rating=None))
     dense = dense_ids(encoded.items, catalog)
     known = [replace(chunk, item=dense[chunk.item]) for chunk in chunks]
     known = [chunk.where(chunk.item > 0) for chunk in known]

@@ -10,6 +10,7 @@ window, so that one of two ranks gets a filler row.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,7 +37,7 @@ from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
 from pipeline.batches.features import ITEM, Ids, jagged_items, with_candidates
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.config import LoaderConfig, NegativesConfig, WindowConfig
+from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
 from tests.workers.replayed import as_on_cuda
 
@@ -240,13 +241,20 @@ def unsharded(ranks: Ranks) -> dict[str, Run]:
 
 
 def own_optimizers(ranks: Ranks) -> dict[str, Run]:
-    """The optimizers of train.py, under a learning rate that changes every step."""
-    runs = {}
-    for name in ("row_wise", "ddp"):
-        config = config_of(replace(WAYS[name], embedding_optimizer="auto"), ranks)
+    """The optimizers of train.py, under a learning rate that changes every step.
+
+    Without a limit of the gradient norm, which in ddp is also one of the table's gradients. With a
+    mask token in every window: a step without one has it on two ranks, in the filler row.
+    """
+    runs, mask = {}, MaskConfig(mask_token_share=1.0, random_item_share=0.0)
+    for name, head in [*product(WAYS, ["tied"]), ("table_wise", "linear")]:
+        sharding = replace(WAYS[name], embedding_optimizer="auto", embedding_lr=None)
+        config = config_of(sharding, ranks, head)
+        no_limit = replace(config.optimizer, max_grad_norm=0.0)
+        config = replace(config, mask=mask, optimizer=no_limit)
         built = Built.of(config, ranks)
         optimizers = built.optimizers()
-        runs[name] = pipelined(
+        runs[f"{name}, linear" if head == "linear" else name] = pipelined(
             built, optimizers, lambda step, o=optimizers: o.set_lr(1 - step / 30)
         )
     return runs
