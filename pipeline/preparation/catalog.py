@@ -1,4 +1,4 @@
-"""The catalog: original ids and titles of the dense ids.
+"""The catalog: original ids, titles and attributes of the dense ids.
 
     store.catalog.item_id(17), store.catalog.title(17)   # ("1193", "One Flew Over the ... (1975)")
 
@@ -6,7 +6,6 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 """
 
 import hashlib
-import io
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import split_line
-from pipeline.sources.source_file import SourceFile
 
 _FILES = ("catalog.parquet", "users.parquet")
-_TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
+_COLUMNS = ["item", "title", "train_count"]
 
 
 @dataclass(eq=False, repr=False)
@@ -33,17 +30,20 @@ class Catalog:
     titles: pa.StringArray  # [V], "" if there is none
     train_counts: np.ndarray  # int64 [V], occurrences in the training parts
     users: pa.StringArray  # [U]
+    attributes: pa.Table | None = None  # V rows: other columns of --items_path
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
         """Read the catalog in a store's or a run's folder."""
         try:
             items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
+            attributes = items.drop_columns(_COLUMNS)
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
                 users["user"].combine_chunks(),
+                attributes if attributes.num_columns else None,
             )
         except (OSError, KeyError, pa.ArrowException) as error:
             raise UserError(f"no readable catalog in {folder}: {error}") from error
@@ -51,7 +51,10 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        pq.write_table(pa.table(columns), Path(folder) / _FILES[0])
+        table = pa.table(columns)
+        for name in self.attributes.column_names if self.attributes is not None else ():
+            table = table.append_column(name, self.attributes[name])
+        pq.write_table(table, Path(folder) / _FILES[0])
         pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
 
     @staticmethod
@@ -82,23 +85,3 @@ class Catalog:
         digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
         digest.update(b"\0")
         return digest.hexdigest()[:16]
-
-
-def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
-    """string [V]: the titles of the items with these original ids, "" if the file has none.
-
-    The title is the second field of a line in GroupLens' movies.dat (``::``), movies.csv and u.item
-    (``|``) and in RecBole's ``.item`` (tab); the text is UTF-8 or Latin-1.
-    """
-    with file.open() as stream:
-        content = stream.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    extension = file.name.rsplit(".", 1)[-1]
-    separator = "|" if file.name == "u.item" else _TITLE_SEPARATORS[extension]
-    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))  # not at "\x85"
-    fields = (split_line(line, separator) for line in lines if separator in line)
-    titles = {line[0].strip(): line[1].strip() for line in fields}
-    return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

@@ -1,4 +1,4 @@
-"""Files of ratings: plain, gzipped, or in a zip archive.
+"""Files of ratings: plain, packed by gzip, bzip2, xz, zstd or lz4, or in a zip archive.
 
     SourceFile(Path("ratings.csv"))
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
@@ -6,20 +6,44 @@
 A file's first bytes, not its name, decide how it is unpacked.
 """
 
+import bz2
 import gzip
+import io
+import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+
 from pipeline.errors import UserError
+from pipeline.files import size_and_crc32
 
 # Ratings as text compress to 1/10, at most 1/30; a file with a far higher ratio is no table.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
-_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+_BROKEN = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    NotImplementedError,
+)
+_SMALL = 64 << 20  # bytes of files whose content is part of their stamp: under 0.1 s
+PACKED_NAMES = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+# How a packed file begins, and what unpacks it.
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda stream: _arrow_unpacks(stream, "zstd"),
+    b"\x04\x22\x4d\x18": lambda stream: _arrow_unpacks(stream, "lz4"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,17 +56,22 @@ class SourceFile:
     @property
     def name(self) -> str:
         """Name of the member or else the file, without ``.gz``; its extension sets the format."""
-        name = (self.member or self.path.name).rsplit("/", 1)[-1]
-        return name[:-3] if name.lower().endswith(".gz") else name
+        return unpacked_name((self.member or self.path.name).rsplit("/", 1)[-1])
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     def stamp(self) -> list[Any]:
-        """[path, member, size in bytes, mtime in ns]; changes with the file."""
+        """[path, member, size in bytes, mtime in ns, CRC-32 of a small file, else None].
+
+        It changes with the file.
+        """
         with reading(self):
             status = self.path.stat()
-        return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
+            small = status.st_size <= _SMALL
+            checksum = size_and_crc32(self.path)[1] if small else None
+        path = str(self.path.resolve())
+        return [path, self.member, status.st_size, status.st_mtime_ns, checksum]
 
     def check_unpacked(self, size: int) -> None:
         """Reject a file with an unpacked size (bytes) far above that of a table of ratings."""
@@ -61,9 +90,21 @@ class SourceFile:
                 stream: Any = stack.enter_context(archive.open(self.member))
             else:
                 stream = stack.enter_context(self.path.open("rb"))
-            if stream.peek(2)[:2] == b"\x1f\x8b":
-                stream = gzip.GzipFile(fileobj=stream)
+            beginning = stream.peek(6)
+            for magic, unpack in _UNPACK.items():
+                if beginning.startswith(magic):
+                    stream = stack.enter_context(unpack(stream))
             yield stream
+
+
+def _arrow_unpacks(stream: Any, codec: str) -> Any:
+    return io.BufferedReader(pa.CompressedInputStream(stream, codec))
+
+
+def unpacked_name(name: str) -> str:
+    """A file's name without the extension of its packing."""
+    ending = next((each for each in PACKED_NAMES if name.lower().endswith(each)), "")
+    return name[: len(name) - len(ending)]
 
 
 @contextmanager

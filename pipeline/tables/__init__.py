@@ -1,0 +1,8 @@
+"""Work on the columns of Arrow tables, before they become ratings.
+
+times.py       dates as people and programs write them -> nanoseconds
+names.py       names of columns, --columns
+headerless.py  columns without names, by their values
+where.py       --where: rows by an expression in the names of columns
+sequences.py   a row a user, with lists -> a row a rating
+"""
