@@ -36,7 +36,8 @@ class Catalog:
     def read(cls, folder: str | Path) -> "Catalog":
         """Read the catalog in a store's or a run's folder."""
         try:
-            items, users = (pq.read_table(Path(folder) / name) for name in _FILES)
+            items: pa.Table = pq.read_table(Path(folder) / _FILES[0])
+            users: pa.Table = pq.read_table(Path(folder) / _FILES[1])
             attributes = items.drop_columns(_COLUMNS)
             return cls(
                 items["item"].combine_chunks(),
@@ -52,8 +53,11 @@ class Catalog:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
         table = pa.table(columns)
-        for name in self.attributes.column_names if self.attributes is not None else ():
-            table = table.append_column(name, self.attributes[name])
+        if self.attributes is not None:
+            for name, column in zip(
+                self.attributes.column_names, self.attributes.columns, strict=True
+            ):
+                table = table.append_column(name, column)
         pq.write_table(table, Path(folder) / _FILES[0])
         pq.write_table(pa.table({"user": self.users}), Path(folder) / _FILES[1])
 

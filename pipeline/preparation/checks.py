@@ -49,7 +49,8 @@ def in_int64(times: np.ndarray, fractions: np.ndarray | None, unit: str) -> tupl
 
     The order of the whole times is kept; if the millionths do not fit, only whole parts are.
     """
-    if fractions is None or np.abs(times).max(initial=0) >= (1 << 63) // 10**6:
+    limit = (1 << 63) // 10**6 - 1
+    if fractions is None or not -limit < times.min() <= times.max() < limit:
         return times, unit
     finer = {"s": "us", "ms": "ns"}.get(unit, f"1e-6 {unit}".strip())
     return times * 10**6 + np.round(fractions * 10**6).astype(np.int64), finer

@@ -35,10 +35,10 @@ def _beginning(file: SourceFile) -> bytes:
         return stream.read(4096).removeprefix(BOM).lstrip()
 
 
-def read_json(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
+def read_json(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     """Checked tables with a column for each role."""
     if _beginning(file)[:1] == b"[":
-        yield from _read_array(file, wanted)
+        yield from _read_array(file, wanted, notes)
         return
     typed = None
     for first_line, block in read_blocks(file, _NO_SEPARATOR):
@@ -47,6 +47,7 @@ def read_json(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
             typed = _typed(
                 [lines.object(at) for at in range(min(_SAMPLE, len(lines)))], file, wanted
             )
+            notes.append(typed.described("JSON lines"))
         table = _parse(block, lines, typed)
         if table is None:
             table = _table([lines.object(at) for at in range(len(lines))], typed, lines.place)
@@ -183,7 +184,7 @@ def _value(value: Any, kind: pa.DataType, is_time: bool) -> Any:
     return value
 
 
-def _read_array(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
+def _read_array(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     """Tables of an array of objects, which is read whole."""
     with file.open() as stream:
         content = stream.read()
@@ -209,6 +210,7 @@ def _read_array(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
             raise UserError(f"{place(row)}: a JSON {type(each).__name__}, not an object")
     if objects:
         typed = _typed(objects[:_SAMPLE], file, wanted)
+        notes.append(typed.described("a JSON array"))
         yield typed.ratings(_table(objects, typed, place), place)
 
 

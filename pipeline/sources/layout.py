@@ -38,6 +38,22 @@ class Layout:
     lists: tuple[str, ...] = ()  # roles whose fields are lists
     rest: bool = False  # all fields from the item's place on are items: user item item item ...
     conditions: dict[str, int] = field(default_factory=dict)  # places of the columns of --where
+    names: tuple[str, ...] = ()  # of the columns, if there is a header
+
+    @property
+    def described(self) -> str:
+        """The layout as a line for the user."""
+        columns = {
+            role: repr(self.names[at]) if self.names else f"column {at + 1}"
+            for role, at in self.places.items()
+        }
+        if self.rest:
+            columns["item"] += " and all after it"
+        for role in self.lists:
+            columns[role] += " (lists)"
+        header = "with a header" if self.has_header else "without a header"
+        found = ", ".join(f"{role} = {column}" for role, column in columns.items())
+        return f"format: text cut at {_spell(self.separator)}, {header}; columns: {found}"
 
 
 def split_line(line: str, separator: str) -> list[str]:
@@ -88,7 +104,7 @@ def text_layout(where: str, name: str, records: Sequence[str], wanted: Wanted) -
         layout = Layout(separator, len(names), places, has_header=False, rest=rest)
     else:
         places = find_columns(f"{where}:1", names, wanted.columns)
-        layout = Layout(separator, len(names), places, has_header=True)
+        layout = Layout(separator, len(names), places, has_header=True, names=tuple(names))
         if len(rows) > 1 and len(rows[1]) == len(names):
             layout = replace(layout, lists=_lists(names, rows[1:], places))
     return replace(layout, conditions=_conditions(where, names, layout, wanted))

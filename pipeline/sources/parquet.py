@@ -40,7 +40,7 @@ def is_typed(file: SourceFile) -> bool:
     return any(beginning in magics for _, magics in _NAMES.values())
 
 
-def read_typed(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
+def read_typed(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     """Checked tables of about half a million ratings, with a column for each role."""
     with reading(file), file.path.open("rb") as stream:
         beginning = stream.read(4)
@@ -50,9 +50,9 @@ def read_typed(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
     try:
         with reading(file):
             if beginning == _MAGIC:
-                yield from _read_parquet(file, wanted)
+                yield from _read_parquet(file, wanted, notes)
             else:
-                yield from _read_arrow(file, beginning, wanted)
+                yield from _read_arrow(file, beginning, wanted, notes)
     except _BROKEN as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
@@ -62,9 +62,10 @@ def _magic(file: SourceFile) -> bytes:
         return stream.read(4)
 
 
-def _read_parquet(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
+def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
         typed = TypedColumns(str(file), parquet.schema_arrow, wanted)
+        notes.append(typed.described("Parquet"))
         time = typed.roles.get("timestamp")
         if time is not None:
             _check_int96(file, parquet, time, typed)
@@ -72,19 +73,29 @@ def _read_parquet(file: SourceFile, wanted: Wanted) -> Iterator[pa.Table]:
         yield from _ratings(typed, batches)
 
 
-def _read_arrow(file: SourceFile, beginning: bytes, wanted: Wanted) -> Iterator[pa.Table]:
+def _read_arrow(
+    file: SourceFile, beginning: bytes, wanted: Wanted, notes: list[str]
+) -> Iterator[pa.Table]:
     if beginning == _FEATHER_1:
         table = pyarrow.feather.read_table(file.path)
-        yield from _ratings(TypedColumns(str(file), table.schema, wanted), table.to_batches())
+        yield from _arrow_ratings(file, table.schema, table.to_batches(), wanted, notes)
         return
     with pa.memory_map(str(file.path)) as stream:
         if beginning == _ARROW_STREAM:
             source = pa.ipc.open_stream(stream)
-            yield from _ratings(TypedColumns(str(file), source.schema, wanted), source)
+            yield from _arrow_ratings(file, source.schema, source, wanted, notes)
             return
         source = pa.ipc.open_file(stream)
         batches = map(source.get_batch, range(source.num_record_batches))
-        yield from _ratings(TypedColumns(str(file), source.schema, wanted), batches)
+        yield from _arrow_ratings(file, source.schema, batches, wanted, notes)
+
+
+def _arrow_ratings(
+    file: SourceFile, schema: pa.Schema, batches: Any, wanted: Wanted, notes: list[str]
+) -> Iterator[pa.Table]:
+    typed = TypedColumns(str(file), schema, wanted)
+    notes.append(typed.described("Arrow"))
+    return _ratings(typed, batches)
 
 
 def _ratings(typed: TypedColumns, batches: Any) -> Iterator[pa.Table]:

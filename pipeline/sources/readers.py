@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
-from pipeline.errors import UserError, warn
+from pipeline.errors import UserError
 from pipeline.sources.blocks import BOM, encloses, read_blocks, record_ends
 from pipeline.sources.jsonlines import is_json, read_json
 from pipeline.sources.layout import Layout, find_separator, split_line, text_layout
@@ -23,6 +23,7 @@ from pipeline.sources.parquet import is_typed, read_typed
 from pipeline.sources.source_file import SourceFile
 from pipeline.sources.values import checked, first_failing, is_number, time_mistake
 from pipeline.stage import Stage
+from pipeline.tables.encoding import Encoding
 from pipeline.tables.names import ROLES, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
 from pipeline.tables.times import MIXED, NANOSECONDS, ZONED, date_mistake, read_dates
@@ -49,7 +50,8 @@ class ReadRatings(Stage[pa.Table]):
         wanted: these and further wishes in one.
 
     Once streamed, ``trimmed`` is the number of ratings whose user or item id in a text file had
-    blanks around it, which do not count; ``dates`` tells whether the times are dates.
+    blanks around it, which do not count; ``dates`` tells whether the times are dates;
+    ``recognised`` are lines for the user on the files, the format and the columns.
     """
 
     def __init__(
@@ -66,14 +68,17 @@ class ReadRatings(Stage[pa.Table]):
         self.wanted = wanted or Wanted(columns, separator)
         self.trimmed: Counter[str] = Counter()
         self.dates = False
+        self.recognised: list[str] = []
 
     def stream(self) -> Iterator[pa.Table]:
         roles: list[str] = []
         any_rows = False
         self.trimmed.clear()
+        self.recognised = [_files_line(self.files)]
         for file in self.files:
             rows = 0
-            for table in _tables(file, self.wanted, self.trimmed):
+            notes = self.recognised if file is self.files[0] else []
+            for table in _tables(file, self.wanted, self.trimmed, notes):
                 rows += table.num_rows
                 found = [role for role in table.column_names if role != "fraction"]
                 if found[-1] == "timestamp" and pa.types.is_temporal(table[-1].type):
@@ -96,18 +101,29 @@ class ReadRatings(Stage[pa.Table]):
             raise UserError(f"{self.files[0].path}: no ratings in it{where}")
 
 
-def _tables(file: SourceFile, wanted: Wanted, trimmed: Counter[str]) -> Iterator[pa.Table]:
+def _files_line(files: list[SourceFile]) -> str:
+    if len(files) == 1:
+        return f"read: {files[0]}"
+    shown = [*files[:3], "...", files[-1]] if len(files) > 4 else files
+    return f"read: {len(files):,} files in this order: {', '.join(map(str, shown))}"
+
+
+def _tables(
+    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
+) -> Iterator[pa.Table]:
     if is_typed(file):
-        return read_typed(file, wanted)
+        return read_typed(file, wanted, notes)
     if is_json(file):
-        return read_json(file, wanted)
-    return _read_text(file, wanted, trimmed)
+        return read_json(file, wanted, notes)
+    return _read_text(file, wanted, trimmed, notes)
 
 
-def _read_text(file: SourceFile, wanted: Wanted, trimmed: Counter[str]) -> Iterator[pa.Table]:
+def _read_text(
+    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
+) -> Iterator[pa.Table]:
     text = None
     separator = find_separator(file.name, wanted.separator)
-    encoding = _Encoding(file)
+    encoding = Encoding(str(file))
     for first_line, block in read_blocks(file, separator):
         block = encoding.as_utf8(block, first_line)
         if text is None:
@@ -117,44 +133,8 @@ def _read_text(file: SourceFile, wanted: Wanted, trimmed: Counter[str]) -> Itera
                 first_line += block.count(b"\n", 0, ends[0])
                 block = block[ends[0] :]
             text = _Text(file, layout, wanted, block)
+            notes.append(layout.described)
         yield _trimmed(text.table(block, first_line), trimmed)
-
-
-class _Encoding:
-    """UTF-8, or CP1252 (Latin-1) for the whole file, with a warning."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self.file = file
-        self._is_utf8 = self._is_latin = False  # by the first text that is not ASCII
-
-    def as_utf8(self, block: bytes, first_line: int) -> bytes:
-        if block.isascii():
-            return block
-        if not self._is_latin:
-            try:
-                block.decode()
-                self._is_utf8 = True
-                return block
-            except UnicodeDecodeError as error:
-                line = first_line + block.count(b"\n", 0, error.start)
-                start = block.rfind(b"\n", 0, error.start) + 1
-                end = block.find(b"\n", error.start)
-                shown = block[start : end if end >= 0 else None].rstrip(b"\r")[:40]
-                if self._is_utf8 or not block[: error.start].isascii():
-                    raise UserError(f"{self.file}:{line}: not UTF-8 text: {shown!r}") from error
-                self._is_latin = True
-                warn(
-                    f"{self.file}:{line}: not UTF-8 text: the file is read as CP1252 (Latin-1): "
-                    f"{_as_cp1252(shown)!r}; if that is wrong, convert it to UTF-8"
-                )
-        return _as_cp1252(block).encode()
-
-
-def _as_cp1252(text: bytes) -> str:
-    try:
-        return text.decode("cp1252")
-    except UnicodeDecodeError:  # five bytes have no meaning there
-        return text.decode("latin-1")
 
 
 def _layout(file: SourceFile, block: bytes, ends: list[int], wanted: Wanted) -> Layout:
@@ -188,7 +168,7 @@ class _Text:
             raise UserError(self._explain(first_line, block, error)) from error
 
     def _parse_times(self, block: bytes) -> pa.Table:
-        """`_parse`; whole numbers, and dates as Arrow reads them, are fast until there are others."""
+        """`_parse`; whole numbers, and dates as Arrow reads them, are fast until another one."""
         types = self.types
         whole = types.get("timestamp") == pa.int64()
         is_date = types.get("timestamp") in (NANOSECONDS, ZONED)

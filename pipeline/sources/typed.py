@@ -41,6 +41,15 @@ class TypedColumns:
         places = find_columns(self.where, names, self.wanted.columns)
         return {role: names[place] for role, place in places.items()}
 
+    def described(self, form: str) -> str:
+        """The columns as a line for the user."""
+        fields = field_names(self.schema)
+        found = ", ".join(
+            f"{role} = {name!r} ({self.schema.field(fields[name]).type})"
+            for role, name in self.roles.items()
+        )
+        return f"format: {form}; columns: {found}"
+
     @cached_property
     def columns(self) -> list[str]:
         """The source's columns that are needed."""

@@ -29,20 +29,26 @@ def roles_by_values(rows: Rows) -> dict[str, int] | None:
     if max(lengths) > len(_ROLES) and commonest < _MOST_SHARE * len(rows):
         return None
     width = len(rows[0])
+    third = [row[2] for row in rows if len(row) > 2]
+    if width > 2 and not any(map(_is_number, third)) and _kind(third) == "other":
+        raise ValueError(
+            'the third column is neither a rating nor a time; give --columns "1,2..." if a row is '
+            'a user and its items, else for example "1,2,,4"'
+        )
     whole = [row for row in rows if len(row) == width]
     places = {role: place for place, role in enumerate(_ROLES[:width])}
     if width == 3:
-        third = _kind([row[2] for row in whole])
-        if third == "time":
+        kind = _kind([row[2] for row in whole])
+        if kind == "time":
             return {"user": 0, "item": 1, "timestamp": 2}
-        if third == "either":
+        if kind == "either":
             raise ValueError(
                 'the third column may be a rating or a time; give --columns "1,2,3" if it is a '
                 'rating, "1,2,,3" if it is a time'
             )
     if width >= 4:
-        third, fourth = (_kind([row[at] for row in whole]) for at in (2, 3))
-        if fourth not in ("time", "other") and third == "time":
+        kind, fourth = (_kind([row[at] for row in whole]) for at in (2, 3))
+        if fourth not in ("time", "other") and kind == "time":
             return {"user": 0, "item": 1, "rating": 3, "timestamp": 2}
         users = {row[0] for row in whole}
         if fourth not in ("time", "other") and len(users) == len(whole) > 1:
@@ -52,6 +58,13 @@ def roles_by_values(rows: Rows) -> dict[str, int] | None:
                 "item, ..."
             )
     return places
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
 
 
 def _kind(values: Sequence[str]) -> str:
