@@ -753,12 +753,40 @@ def test_a_table_is_prepared_without_a_file() -> None:
         store = prepare(data, min_user_count=0)
         assert histories(store) == HISTORIES
         assert store.path is None and store.times is not None
+    dated_table = columns(timestamp=pa.array(NANO, pa.timestamp("ns")))
+    store = prepare(dated_table, min_user_count=0)
+    assert histories(store) == HISTORIES and store.counts["times"]["unit"] == "ns"
     chosen = prepare(table(), min_user_count=0, columns="item,user,,timestamp", where="rating == 4")
     assert chosen.catalog.items.to_pylist() == ["ann", "bob", "zoe"]
     with pytest.raises(UserError, match=r"the table: row 1 \(from 0\) has no item"):
         prepare(pa.table({"user": ["u", "u"], "item": ["a", None]}))
     with pytest.raises(UserError, match="prepare takes a DataConfig or a table with an Arrow"):
         prepare([1, 2])
+
+
+def test_views_in_every_place() -> None:
+    """polars writes string views: as ids, in dictionaries (categories) and in lists."""
+    view = pa.string_view()
+    for lists in (False, True):
+        ids = LISTS["item_ids"].combine_chunks() if lists else table()["item"].combine_chunks()
+        if lists:
+            ids = pa.LargeListArray.from_arrays(ids.offsets.cast(pa.int64()), ids.values.cast(view))
+            content = LISTS.set_column(1, "item_ids", ids)
+        else:
+            codes = ids.dictionary_encode()
+            ids = pa.DictionaryArray.from_arrays(
+                codes.indices.cast(pa.uint32()), codes.dictionary.cast(view)
+            )
+            content = columns(item=ids, user=table()["user"].cast(view))
+        found = prepare(content, min_user_count=0, where="`user` != 'x'" if not lists else "")
+        assert histories(found) == HISTORIES
+
+
+def test_flags_as_keywords_of_a_config(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(CSV)
+    config = DataConfig(dataset_path=str(path), cache_dir=str(tmp_path / "c"))
+    assert set(histories(prepare(config, min_user_count=4))) == {"bob"}
 
 
 def test_dry_run_tells_what_was_recognised_and_writes_nothing(

@@ -35,8 +35,9 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
         UserError: a flag or the data are wrong.
     """
     if isinstance(data, DataConfig):
-        source = resolve(replace(data, **flags))
-        return open_or_build(source.store_path, source.fingerprint, lambda: build(source, data))
+        config = replace(data, **flags)
+        source = resolve(config)
+        return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
     if not hasattr(data, "__arrow_c_stream__"):
         raise UserError(
             f"prepare takes a DataConfig or a table with an Arrow stream, not {type(data).__name__}"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UserError
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.sources.typed import TypedColumns
+from pipeline.sources.values import with_whole_times
 from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
 
@@ -120,12 +121,16 @@ class ReadTable(Stage[pa.Table]):
     def __init__(self, data: Any, wanted: Wanted) -> None:
         super().__init__()
         self.data, self.wanted = data, wanted
+        self.dates = False  # once streamed: whether the times are dates
 
     def stream(self) -> Iterator[pa.Table]:
         try:
             reader = pa.RecordBatchReader.from_stream(self.data)
             typed = TypedColumns("the table", reader.schema, self.wanted)
-            yield from _ratings(typed, reader)
+            for table in _ratings(typed, reader):
+                table, form = with_whole_times(table)
+                self.dates = form != ""
+                yield table
         except _BROKEN as error:
             raise UserError(f"cannot read the table: {str(error).splitlines()[0]}") from error
 

@@ -21,7 +21,13 @@ from pipeline.sources.jsonlines import is_json, read_json
 from pipeline.sources.layout import Layout, find_separator, split_line, text_layout
 from pipeline.sources.parquet import is_typed, read_typed
 from pipeline.sources.source_file import SourceFile
-from pipeline.sources.values import checked, first_failing, is_number, time_mistake
+from pipeline.sources.values import (
+    checked,
+    first_failing,
+    is_number,
+    time_mistake,
+    with_whole_times,
+)
 from pipeline.stage import Stage
 from pipeline.tables.encoding import Encoding
 from pipeline.tables.names import ROLES, Wanted
@@ -80,12 +86,10 @@ class ReadRatings(Stage[pa.Table]):
             notes = self.recognised if file is self.files[0] else []
             for table in _tables(file, self.wanted, self.trimmed, notes):
                 rows += table.num_rows
+                table, form = with_whole_times(table)
+                self.dates = form != ""
                 found = [role for role in table.column_names if role != "fraction"]
-                if found[-1] == "timestamp" and pa.types.is_temporal(table[-1].type):
-                    found[-1] += " (as dates)" if table[-1].type.tz is None else " (with a zone)"
-                    times = table[-1].cast(pa.int64())
-                    table = table.set_column(len(found) - 1, "timestamp", times)
-                    self.dates = True
+                found[-1] += form
                 roles = roles or found
                 if found != roles:
                     raise UserError(

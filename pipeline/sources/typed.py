@@ -16,10 +16,8 @@ from pipeline.tables.times import OUT_OF_RANGE, date_mistake, read_dates
 _IS_TEXT = (
     pa.types.is_string,
     pa.types.is_large_string,
-    pa.types.is_string_view,
     pa.types.is_binary,
     pa.types.is_large_binary,
-    pa.types.is_binary_view,
 )
 _IS_ID = (*_IS_TEXT, pa.types.is_integer)
 _IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
@@ -75,7 +73,7 @@ class TypedColumns:
         only.ratings(times, place)
 
     def _ratings(self, table: pa.Table) -> pa.Table:
-        table = open_structs(table)
+        table = open_structs(_without_views(table))
         if self.wanted.rows is not None:
             table = table.filter(self.wanted.rows.holds(table))
         table = pa.table({role: table[name] for role, name in self.roles.items()})
@@ -100,7 +98,7 @@ class TypedColumns:
                     f"{self.where}: the {role} ids are {kind}, not text or whole numbers"
                 )
             if not pa.types.is_integer(kind) or kind == pa.uint64():
-                column = _as_text(column).dictionary_encode()
+                column = column.cast(pa.string()).dictionary_encode()
         elif role == "rating":
             if not (_is(kind, _IS_NUMBER) or pa.types.is_boolean(kind)):
                 raise UserError(f"{self.where}: the rating column is {kind}, not a number")
@@ -108,7 +106,7 @@ class TypedColumns:
                 column = column.cast(pa.string())
             column = column.cast(pa.float64())
         elif is_text:
-            column = _as_text(column)
+            column = column.cast(pa.string())
             if len(column) and not is_number(column[0].as_py().strip()):
                 column = read_dates(column)
         elif not _is(kind, (*_IS_NUMBER, *_IS_DATE)):
@@ -137,12 +135,10 @@ class TypedColumns:
         """What is wrong with the time of a row, with its text; "" if nothing is."""
         if "timestamp" not in self.roles:
             return ""
-        time = explode_one(open_structs(one)[self.roles["timestamp"]])
+        time = explode_one(open_structs(_without_views(one))[self.roles["timestamp"]])
         if len(time) != 1 or time.null_count:
             return ""
-        text = (
-            str(_as_text(time)[0]) if _is(time.type, _IS_TEXT) else str(time.cast(pa.string())[0])
-        )
+        text = str(time.cast(pa.string())[0])
         if pa.types.is_temporal(time.type):
             try:
                 checked(pa.table({"timestamp": _as_naive(time)}))
@@ -163,14 +159,31 @@ class TypedColumns:
         return ""
 
 
+def _without_views(table: pa.Table) -> pa.Table:
+    """The table without string and binary views, for which Arrow lacks most functions."""
+    kinds = [_without_view(field.type) for field in table.schema]
+    return table.cast(pa.schema(list(zip(table.column_names, kinds, strict=True))))
+
+
+def _without_view(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        values = _without_view(kind.value_type)
+        return kind if values == kind.value_type else pa.dictionary(kind.index_type, values)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
+        values = _without_view(kind.value_type)
+        is_plain = values == kind.value_type and not pa.types.is_list_view(kind)
+        return kind if is_plain else pa.large_list(values)
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _without_view(field.type)) for field in kind])
+    return kind
+
+
 def explode_one(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.list_flatten(column) if pa.types.is_nested(column.type) else column
-
-
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if _is(column.type, _IS_TEXT[2:]):  # views have no cast to string in every version
-        column = column.cast(pa.large_binary()) if column.type != pa.binary() else column
-    return column.cast(pa.string())
 
 
 def _as_naive(times: pa.ChunkedArray) -> pa.ChunkedArray:

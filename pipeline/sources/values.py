@@ -55,6 +55,19 @@ def checked(table: pa.Table, needs_rating: bool = True) -> pa.Table:
     return table
 
 
+def with_whole_times(table: pa.Table) -> tuple[pa.Table, str]:
+    """A `checked` table with dates as int64, and how its times are written ("": as numbers)."""
+    if "timestamp" not in table.column_names:
+        return table, ""
+    place = table.column_names.index("timestamp")
+    kind = table["timestamp"].type
+    if not pa.types.is_temporal(kind):
+        return table, ""
+    times = table["timestamp"].cast(pa.int64())
+    form = " (as dates)" if kind.tz is None else " (with a zone)"
+    return table.set_column(place, "timestamp", times), form
+
+
 def split_times(times: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
     """The whole parts (int64) of numbers or of text, and the rest (float64; None if all are whole).
 
