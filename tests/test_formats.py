@@ -384,6 +384,36 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
         },
         {"path": "d"},
     ),
+    "Hive, users in the names of folders": (
+        {
+            f"d/user_id={user}/part-0.csv": text([r[1:] for r in ROWS if r[0] == user], "item,r,ts")
+            for user in HISTORIES
+        },
+        {"path": "d"},
+    ),
+    "Hive, days in the names of folders": (
+        {
+            f"d/date=2020-01-{at + 1:02} 10%3A00%3A00/{9 - at}.parquet": parquet(
+                table([row[:2] for row in IN_ORDER[at : at + 1]], ["user", "item"])
+            )
+            for at in range(len(ROWS))
+        },
+        {"path": "d"},
+    ),
+    "Hive, a column before the name of a folder": (
+        {
+            f"d/date=2020-01-{9 - at:02}/{at}.csv": text(rows, "user,item,r,event_time")
+            for at, rows in enumerate(PARTS)
+        },
+        {"path": "d"},
+    ),
+    "Hive, rows by the name of a folder": (
+        {
+            f"d/event={event}/{at}.csv": text(ROWS, ",".join(COLUMNS))
+            for at, event in enumerate(("buy", "view"))
+        },
+        {"path": "d", "where": "event == 'buy' and rating > 1"},
+    ),
     # rows
     "--where": (
         {

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn
 from pipeline.sources.config import MOVIELENS, DataConfig, expanded
 from pipeline.sources.download import download
 from pipeline.sources.readers import ReadRatings
@@ -122,6 +123,10 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
     if path.is_file() and not is_zip(path):
         beside = path.with_name(_titles_file(path.name))
         return [SourceFile(path)], SourceFile(beside) if beside.is_file() else None
+    if (path / "_delta_log").is_dir():
+        warn(
+            f"{path} is a Delta table: rows that it has deleted are read, too; export it as Parquet"
+        )
     is_movielens, ratings_file = name in MOVIELENS, _RATINGS_FILE.get(name, "ratings.csv")
     if path.is_dir() and is_movielens:
         inner, archive = path / name, path / f"{name}.zip"
@@ -191,7 +196,7 @@ def _parts(names: list[str]) -> list[str]:
     """The files of a data set in parts; none if it is not clear which files are its parts.
 
     Parquet describes itself. Files of other formats are parts of one if their names differ only in
-    numbers (part-00000-3f2a.csv, date=2020-01-31/part-0.csv).
+    numbers and the values of Hive's folders (part-00000-3f2a.csv, country=de/part-0.csv).
     """
     by_format: dict[str, list[str]] = {}
     for name in names:
@@ -202,7 +207,7 @@ def _parts(names: list[str]) -> list[str]:
     if len(by_format) != 1:
         return []
     (found,) = by_format.values()
-    alike = {re.sub(_NUMBERS, "0", name) for name in found}
+    alike = {re.sub(_NUMBERS, "0", re.sub("=[^/]*/", "=/", name)) for name in found}
     return found if len(found) > 1 and len(alike) == 1 else []
 
 
@@ -228,7 +233,9 @@ def _titles_file(ratings_file: str) -> str:
 
 
 def _inside(path: Path, name: str) -> SourceFile:
-    return SourceFile(path / name) if path.is_dir() else SourceFile(path, name)
+    folders = [each.partition("=") for each in name.split("/")[:-1]]
+    keys = tuple((key, unquote(value)) for key, equals, value in folders if key and equals)
+    return SourceFile(path / name, keys=keys) if path.is_dir() else SourceFile(path, name, keys)
 
 
 def _files_below(folder: Path) -> list[str]:

@@ -71,7 +71,7 @@ def _parse(block: bytes, lines: "_Lines", typed: TypedColumns) -> pa.Table | Non
 def _typed(objects: list[dict[str, Any]], file: SourceFile, wanted: Wanted) -> TypedColumns:
     names = dict.fromkeys(name for each in objects for name in each)
     kinds = [(name, _kind([each.get(name) for each in objects])) for name in names]
-    return TypedColumns(str(file), pa.schema(kinds), wanted)
+    return TypedColumns(str(file), pa.schema(kinds), wanted, file.keys)
 
 
 def _times(typed: TypedColumns) -> list[str]:

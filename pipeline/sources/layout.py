@@ -69,8 +69,13 @@ def find_separator(name: str, separator: str) -> str:
     return _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(_extension(name), "")
 
 
-def text_layout(where: str, name: str, records: Sequence[str], wanted: Wanted) -> Layout:
-    """The layout of a text file with this name and these first records."""
+def text_layout(
+    where: str, name: str, records: Sequence[str], wanted: Wanted, keys: Sequence[str] = ()
+) -> Layout:
+    """The layout of a text file with this name and these first records.
+
+    `keys` are the names of further columns, whose places follow those of the file.
+    """
     extension, separator = _extension(name), find_separator(name, wanted.separator)
     if not separator:
         raise UserError(
@@ -103,10 +108,12 @@ def text_layout(where: str, name: str, records: Sequence[str], wanted: Wanted) -
         places = places or {"user": 0, "item": 1}
         layout = Layout(separator, len(names), places, has_header=False, rest=rest)
     else:
-        places = find_columns(f"{where}:1", names, wanted.columns)
-        layout = Layout(separator, len(names), places, has_header=True, names=tuple(names))
-        if len(rows) > 1 and len(rows[1]) == len(names):
-            layout = replace(layout, lists=_lists(names, rows[1:], places))
+        width = len(names)
+        names += [key for key in keys if key not in names]
+        places = find_columns(f"{where}:1", names, wanted.columns, width)
+        layout = Layout(separator, width, places, has_header=True, names=tuple(names))
+        if len(rows) > 1 and max(places.values()) < width == len(rows[1]):
+            layout = replace(layout, lists=_lists(names[:width], rows[1:], places))
     return replace(layout, conditions=_conditions(where, names, layout, wanted))
 
 

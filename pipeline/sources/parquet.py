@@ -65,7 +65,7 @@ def _magic(file: SourceFile) -> bytes:
 
 def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
-        typed = TypedColumns(str(file), parquet.schema_arrow, wanted)
+        typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
         notes.append(typed.described("Parquet"))
         time = typed.roles.get("timestamp")
         if time is not None:
@@ -94,7 +94,7 @@ def _read_arrow(
 def _arrow_ratings(
     file: SourceFile, schema: pa.Schema, batches: Any, wanted: Wanted, notes: list[str]
 ) -> Iterator[pa.Table]:
-    typed = TypedColumns(str(file), schema, wanted)
+    typed = TypedColumns(str(file), schema, wanted, file.keys)
     notes.append(typed.described("Arrow"))
     return _ratings(typed, batches)
 

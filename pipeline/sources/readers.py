@@ -152,7 +152,7 @@ def _layout(file: SourceFile, block: bytes, ends: list[int], wanted: Wanted) -> 
             "convert the file with tr '\\r' '\\n'"
         )
     records = [line, *filter(str.strip, records[1:])]
-    return text_layout(str(file), file.name, records, wanted)
+    return text_layout(str(file), file.name, records, wanted, [key for key, _ in file.keys])
 
 
 class _Text:
@@ -160,7 +160,10 @@ class _Text:
 
     def __init__(self, file: SourceFile, layout: Layout, wanted: Wanted, block: bytes) -> None:
         self.file, self.layout, self.wanted = file, layout, wanted
-        self.types = _types(layout, block)
+        keys = dict(file.keys)
+        # Values of the columns after those of the file, which are the same in each record.
+        self.keys = [keys[name] for name in layout.names[layout.width :]]
+        self.types = _types(layout, block, self.keys)
 
     def table(self, block: bytes, first_line: int) -> pa.Table:
         """A block of whole records as a checked table."""
@@ -211,7 +214,7 @@ class _Text:
             text = ["timestamp"] if not layout.lists else types
             kinds |= {layout.places[role]: pa.string() for role in text if role in types}
         kinds = {place: pa.string() for place in layout.conditions.values()} | kinds
-        names = [f"column {at}" for at in range(layout.width)]
+        names = [f"column {at}" for at in range(layout.width + len(self.keys))]
         separator = layout.separator
         if separator == "::":
             separator, block = _UNIT, block.replace(b"::", _UNIT.encode())
@@ -219,18 +222,24 @@ class _Text:
             block = b"\n" + block
         found = pacsv.read_csv(
             pa.py_buffer(block),
-            pacsv.ReadOptions(column_names=names, block_size=parsed_bytes),
+            pacsv.ReadOptions(column_names=names[: layout.width], block_size=parsed_bytes),
             pacsv.ParseOptions(
                 delimiter=separator,
                 quote_char='"' if encloses(separator) else False,
                 newlines_in_values=encloses(separator) and b'"' in block,
             ),
             pacsv.ConvertOptions(
-                include_columns=[names[place] for place in kinds],
-                column_types={names[place]: kind for place, kind in kinds.items()},
+                include_columns=[names[place] for place in kinds if place < layout.width],
+                column_types={
+                    names[place]: kind for place, kind in kinds.items() if place < layout.width
+                },
                 null_values=[""],
             ),
         )
+        for place, kind in kinds.items():
+            if place >= layout.width:
+                column = _repeated(self.keys[place - layout.width], len(found), kind)
+                found = found.append_column(names[place], column)
         table = pa.table({role: found[names[layout.places[role]]] for role in types})
         if layout.lists:
             return self._of_lists(table)
@@ -312,6 +321,7 @@ class _Text:
             return f"{where}: {len(fields)} fields where {layout.width} are expected{hint}"
         if reason.startswith("--where"):
             return f"{where}: {reason}"
+        fields += self.keys
         for role, kind in types.items():
             text = fields[layout.places[role]].strip()
             value = f"the {role} {text[:40]!r}"
@@ -333,13 +343,14 @@ class _Text:
         return f"{where}: {reason}"
 
 
-def _types(layout: Layout, block: bytes) -> Types:
+def _types(layout: Layout, block: bytes, keys: list[str]) -> Types:
     """Column types; the first record decides between whole numbers, other numbers and dates."""
     types = {"user": _ID, "item": _ID, "rating": pa.float64(), "timestamp": pa.int64()}
     ends = record_ends(block := block.lstrip(b"\r\n"), layout.separator)
     first = block[: ends[0] if len(ends) else None].rstrip(b"\r\n")
     fields = split_line(first.decode(errors="replace"), layout.separator)
     if len(fields) == layout.width and not layout.rest:
+        fields += keys
         by_role = {role: fields[place].strip() for role, place in layout.places.items()}
         if by_role.get("rating", "").lower() in ("true", "false"):
             types["rating"] = pa.bool_()
@@ -347,6 +358,13 @@ def _types(layout: Layout, block: bytes) -> Types:
         if not time.lstrip("-").isdigit():
             types["timestamp"] = pa.string() if is_number(time) else _kind_of_date(time)
     return {role: types[role] for role in ROLES if role in layout.places}
+
+
+def _repeated(value: str, count: int, kind: pa.DataType) -> pa.ChunkedArray:
+    column = pa.chunked_array([pa.repeat(value, count)], pa.string())
+    if kind in (NANOSECONDS, ZONED):
+        return read_dates(column).cast(kind)
+    return column.dictionary_encode() if kind == _ID else column.cast(kind)
 
 
 def _kind_of_date(text: str) -> pa.DataType:

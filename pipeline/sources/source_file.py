@@ -52,6 +52,7 @@ class SourceFile:
 
     path: Path
     member: str = ""
+    keys: tuple[tuple[str, str], ...] = ()  # columns by the names of folders (Hive): day=2020-01-31
 
     @property
     def name(self) -> str:

@@ -31,31 +31,41 @@ class TypedColumns:
     where: str  # the source's name in errors
     schema: pa.Schema
     wanted: Wanted
+    keys: tuple[tuple[str, str], ...] = ()  # columns that are the same in each row
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """The source's column of each name; a key is its own column."""
+        found = field_names(self.schema)
+        return found | {key: key for key, _ in self.keys if key not in found}
 
     @cached_property
     def roles(self) -> dict[str, str]:
         """Name of each role's column; also fields of lists of structs have names."""
-        names = list(field_names(self.schema))
-        places = find_columns(self.where, names, self.wanted.columns)
+        names = list(self.fields)
+        own = len(field_names(self.schema))
+        places = find_columns(self.where, names, self.wanted.columns, own)
         return {role: names[place] for role, place in places.items()}
 
     def described(self, form: str) -> str:
         """The columns as a line for the user."""
-        fields = field_names(self.schema)
-        found = ", ".join(
-            f"{role} = {name!r} ({self.schema.field(fields[name]).type})"
-            for role, name in self.roles.items()
-        )
+        names = self.schema.names
+        kinds = {
+            name: self.schema.field(column).type if column in names else "a folder's name"
+            for name, column in self.fields.items()
+        }
+        found = ", ".join(f"{role} = {name!r} ({kinds[name]})" for role, name in self.roles.items())
         return f"format: {form}; columns: {found}"
 
     @cached_property
     def columns(self) -> list[str]:
         """The source's columns that are needed."""
-        fields, rows = field_names(self.schema), self.wanted.rows
+        fields, rows = self.fields, self.wanted.rows
         conditions = list(rows.columns) if rows else []
         if rows and (missing := rows.missing(list(fields))):
             raise UserError(self.wanted.no_column(self.where, missing[0], list(fields)))
-        return list(dict.fromkeys(fields[name] for name in (*self.roles.values(), *conditions)))
+        needed = dict.fromkeys(fields[name] for name in (*self.roles.values(), *conditions))
+        return [name for name in needed if name in self.schema.names]
 
     def ratings(self, table: pa.Table, place: Callable[[int], str]) -> pa.Table:
         """A checked table; in errors `place` names a row of the given one."""
@@ -74,6 +84,9 @@ class TypedColumns:
 
     def _ratings(self, table: pa.Table) -> pa.Table:
         table = open_structs(_without_views(table))
+        for key, value in self.keys:
+            if key not in table.column_names:
+                table = table.append_column(key, pa.repeat(value, len(table)))
         if self.wanted.rows is not None:
             table = table.filter(self.wanted.rows.holds(table))
         table = pa.table({role: table[name] for role, name in self.roles.items()})
@@ -133,7 +146,7 @@ class TypedColumns:
 
     def _of_time(self, one: pa.Table) -> str:
         """What is wrong with the time of a row, with its text; "" if nothing is."""
-        if "timestamp" not in self.roles:
+        if self.roles.get("timestamp", "") not in field_names(self.schema):
             return ""
         time = explode_one(open_structs(_without_views(one))[self.roles["timestamp"]])
         if len(time) != 1 or time.null_count:

@@ -61,8 +61,13 @@ def check_columns(columns: str) -> dict[str, str]:
     return {role: name for role, name in zip(ROLES, names, strict=False) if name}
 
 
-def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
-    """Place of each role, from 0, among a file's column names."""
+def find_columns(
+    where: str, names: Sequence[str], columns: str, own: int | None = None
+) -> dict[str, int]:
+    """Place of each role, from 0, among a file's column names.
+
+    The first `own` names are the file's; the others, of folders, count only where these do not do.
+    """
     wanted = check_columns(columns) if columns else {}
     places = {}
     for role in wanted or ROLES:
@@ -70,7 +75,7 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
             column = wanted[role]
             matches = [at for at, name in enumerate(names) if column in (name, untyped(name))]
         else:
-            matches = known_places(role, names)
+            matches = known_places(role, names[:own]) or known_places(role, names)
         if matches:
             places[role] = matches[0]
             if names.count(names[matches[0]]) > 1:
