@@ -15,6 +15,7 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, warn
+from pipeline.remote import seekable
 from pipeline.sources.jsonlines import is_json
 from pipeline.sources.layout import split_line
 from pipeline.sources.parquet import is_typed
@@ -83,9 +84,10 @@ def _table(file: SourceFile) -> pa.Table:
     try:
         with reading(file):
             if is_typed(file):
-                is_parquet = file.path.open("rb").read(4) == b"PAR1"
+                with file.open() as stream:
+                    is_parquet = stream.read(4) == b"PAR1"
                 read = pq.read_table if is_parquet else pyarrow.feather.read_table
-                return read(file.path)
+                return read(seekable(file.path))
             if is_json(file):
                 with file.open() as stream:
                     return pajson.read_json(pa.py_buffer(stream.read()))

@@ -17,7 +17,7 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.items import read_items, read_titles
 from pipeline.preparation.stages import Histories
 from pipeline.preparation.store import SequenceStore, open_or_build
-from pipeline.sources.config import DataConfig, expanded
+from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
 from pipeline.sources.parquet import ReadTable
 from pipeline.sources.source_file import SourceFile
@@ -44,7 +44,9 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
         )
     config = DataConfig(**{"dataset_name": "table", "dataset_path": "table"} | flags)
     rows = ReadTable(data, wanted(config))
-    items = SourceFile(expanded("items_path", config.items_path)) if config.items_path else None
+    items = (
+        SourceFile(expanded_place("items_path", config.items_path)) if config.items_path else None
+    )
     return build(DataSource(rows, items, {}, config.cache_folder), config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
+from pipeline.remote import RemotePath, is_url
 from pipeline.tables.names import check_columns
 
 MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
@@ -48,7 +49,7 @@ class DataConfig(Config):
     )
     dataset_path: str = flag(
         "",
-        "ratings file, or folder or zip that holds one or its parts "
+        "ratings file, or folder or zip that holds one or its parts; also s3://, gs://, https:// "
         "(default: generated or downloaded data)",
     )
     columns: str = flag(
@@ -145,6 +146,11 @@ class DataConfig(Config):
         return SyntheticConfig(
             self.synthetic_user_count, self.synthetic_item_count, seed=self.data_seed
         )
+
+
+def expanded_place(flag_name: str, path: str) -> Path | RemotePath:
+    """A URL, or ``path`` with ``~`` replaced by the home folder."""
+    return RemotePath(path) if is_url(path) else expanded(flag_name, path)
 
 
 def expanded(flag_name: str, path: str) -> Path:

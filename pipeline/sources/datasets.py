@@ -24,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError, warn
-from pipeline.sources.config import MOVIELENS, DataConfig, expanded
+from pipeline.remote import RemotePath
+from pipeline.sources.config import MOVIELENS, DataConfig, expanded_place
 from pipeline.sources.download import download
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.source_file import (
@@ -85,12 +86,12 @@ def resolve(config: DataConfig) -> DataSource:
         origin = ["synthetic ring", vars(config.synthetic())]
         ratings = SyntheticRatings(config.synthetic())
     else:
-        path = expanded("dataset_path", config.dataset_path)
+        path = expanded_place("dataset_path", config.dataset_path)
         if not config.dataset_path:
             path = download(config.dataset_name, config.cache_folder)
         files, titles = find_ratings(path, config.dataset_name)
         if config.items_path:
-            titles = SourceFile(expanded("items_path", config.items_path))
+            titles = SourceFile(expanded_place("items_path", config.items_path))
         origin = [file.stamp() for file in (*files, titles) if file]
         read = ("columns", "separator", "where", "duplicates", "file_order")
         flags |= {flag: getattr(config, flag) for flag in read} | {"reading": _READING}
@@ -107,7 +108,7 @@ def wanted(config: DataConfig) -> Wanted:
     return Wanted(config.columns, config.separator, rows, config.min_rating is not None)
 
 
-def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | None]:
+def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], SourceFile | None]:
     """The ratings files and the titles file of a data set.
 
     The path is a ratings file; a zip or folder that holds one (GroupLens' layout, one ``.inter``,
@@ -132,7 +133,7 @@ def find_ratings(path: Path, name: str) -> tuple[list[SourceFile], SourceFile | 
         inner, archive = path / name, path / f"{name}.zip"
         if inner.is_dir():
             return find_ratings(inner, name)
-        if archive.is_file() and not (path / ratings_file).exists():
+        if archive.is_file() and not (path / ratings_file).is_file():
             return find_ratings(archive, name)
     names = _files_below(path) if path.is_dir() else zip_members(path)
     wanted = (ratings_file, f"{name}.inter") if is_movielens else tuple(_TITLES_FILE)
@@ -232,14 +233,18 @@ def _titles_file(ratings_file: str) -> str:
     return _TITLES_FILE.get(name, "-")
 
 
-def _inside(path: Path, name: str) -> SourceFile:
+def _inside(path: Path | RemotePath, name: str) -> SourceFile:
     folders = [each.partition("=") for each in name.split("/")[:-1]]
     keys = tuple((key, unquote(value)) for key, equals, value in folders if key and equals)
     return SourceFile(path / name, keys=keys) if path.is_dir() else SourceFile(path, name, keys)
 
 
-def _files_below(folder: Path) -> list[str]:
+def _files_below(folder: Path | RemotePath) -> list[str]:
     """Names of the files in a folder and its subfolders, except hidden ones (.x, _SUCCESS)."""
+    if isinstance(folder, RemotePath):
+        with reading(folder):
+            found = folder.files_below()
+        return sorted(name for name in found if all(map(_is_shown, name.split("/"))))
     found = []
     with reading(folder):
         for below, folders, files in os.walk(folder, onerror=_raise, followlinks=True):

@@ -5,6 +5,7 @@ The conversion of their columns: typed.py.
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.remote import seekable
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.sources.typed import TypedColumns
 from pipeline.sources.values import with_whole_times
@@ -64,7 +66,7 @@ def _magic(file: SourceFile) -> bytes:
 
 
 def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
+    with pq.ParquetFile(seekable(file.path), page_checksum_verification=True) as parquet:
         typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
         notes.append(typed.described("Parquet"))
         time = typed.roles.get("timestamp")
@@ -78,10 +80,11 @@ def _read_arrow(
     file: SourceFile, beginning: bytes, wanted: Wanted, notes: list[str]
 ) -> Iterator[pa.Table]:
     if beginning == _FEATHER_1:
-        table = pyarrow.feather.read_table(file.path)
+        table = pyarrow.feather.read_table(seekable(file.path))
         yield from _arrow_ratings(file, table.schema, table.to_batches(), wanted, notes)
         return
-    with pa.memory_map(str(file.path)) as stream:
+    local = isinstance(file.path, Path)
+    with pa.memory_map(str(file.path)) if local else seekable(file.path) as stream:
         if beginning == _ARROW_STREAM:
             source = pa.ipc.open_stream(stream)
             yield from _arrow_ratings(file, source.schema, source, wanted, notes)
@@ -140,7 +143,7 @@ def _check_int96(file: SourceFile, parquet: pq.ParquetFile, name: str, typed: Ty
     columns = [parquet.schema.column(at) for at in range(len(parquet.schema))]
     if not any(each.path == name and each.physical_type == "INT96" for each in columns):
         return
-    with pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us") as coarse:
+    with pq.ParquetFile(seekable(file.path), coerce_int96_timestamp_unit="us") as coarse:
         row = 0
         for batch in coarse.iter_batches(_BLOCK_ROWS, columns=[name]):
             times = pa.table({name: batch.column(0).fill_null(0)})

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +23,13 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.files import size_and_crc32
+from pipeline.remote import RemotePath, seekable
 
 # Ratings as text compress to 1/10, at most 1/30; a file with a far higher ratio is no table.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 _BROKEN = (
     OSError,
+    HTTPException,
     EOFError,
     zlib.error,
     lzma.LZMAError,
@@ -50,7 +53,7 @@ _UNPACK: dict[bytes, Callable[[Any], Any]] = {
 class SourceFile:
     """One file, or one member of a zip archive."""
 
-    path: Path
+    path: Path | RemotePath
     member: str = ""
     keys: tuple[tuple[str, str], ...] = ()  # columns by the names of folders (Hive): day=2020-01-31
 
@@ -63,14 +66,15 @@ class SourceFile:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     def stamp(self) -> list[Any]:
-        """[path, member, size in bytes, mtime in ns, CRC-32 of a small file, else None].
+        """[path, member, size in bytes, mtime in ns, CRC-32 of a small local file, else None].
 
         It changes with the file.
         """
         with reading(self):
             status = self.path.stat()
-            small = status.st_size <= _SMALL
-            checksum = size_and_crc32(self.path)[1] if small else None
+            checksum = None
+            if status.st_size <= _SMALL and isinstance(self.path, Path):
+                checksum = size_and_crc32(self.path)[1]
         path = str(self.path.resolve())
         return [path, self.member, status.st_size, status.st_mtime_ns, checksum]
 
@@ -87,7 +91,7 @@ class SourceFile:
         """The unpacked bytes; a failure to open or, in the block, to read is a `UserError`."""
         with reading(self), ExitStack() as stack:
             if self.member:
-                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                archive = stack.enter_context(zipfile.ZipFile(seekable(self.path)))
                 stream: Any = stack.enter_context(archive.open(self.member))
             else:
                 stream = stack.enter_context(self.path.open("rb"))
@@ -109,7 +113,7 @@ def unpacked_name(name: str) -> str:
 
 
 @contextmanager
-def reading(source: SourceFile | Path) -> Iterator[None]:
+def reading(source: SourceFile | Path | RemotePath) -> Iterator[None]:
     """Turn every failure to read `source` into a `UserError` that names it."""
     try:
         yield
@@ -127,13 +131,13 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
         raise UserError(f"cannot read {source}: {hint or f'{reason}; is it complete?'}") from error
 
 
-def zip_members(path: Path) -> list[str]:
+def zip_members(path: Path | RemotePath) -> list[str]:
     """Names of the files in a zip archive, except those that macOS adds."""
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), zipfile.ZipFile(seekable(path)) as archive:
         files = [info.filename for info in archive.infolist() if not info.is_dir()]
     return [name for name in files if not name.startswith("__MACOSX/")]
 
 
-def is_zip(path: Path) -> bool:
+def is_zip(path: Path | RemotePath) -> bool:
     with reading(path), path.open("rb") as file:
         return file.read(2) == b"PK"
