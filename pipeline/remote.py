@@ -69,10 +69,12 @@ class RemotePath:
         return re.sub("//[^/@]*@", "//", self.url.partition("?")[0])  # without keys
 
     def __truediv__(self, name: str) -> "RemotePath":
-        return RemotePath(f"{self.url.rstrip('/')}/{name}")
+        path, mark, query = self.url.partition("?")
+        return RemotePath(f"{path.rstrip('/')}/{name}{mark}{query}")
 
     def with_name(self, name: str) -> "RemotePath":
-        return RemotePath(posixpath.dirname(self.url.rstrip("/")) + "/" + name)
+        path, mark, query = self.url.partition("?")
+        return RemotePath(f"{posixpath.dirname(path.rstrip('/'))}/{name}{mark}{query}")
 
     def resolve(self) -> "RemotePath":
         return self
