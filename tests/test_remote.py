@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import fsspec
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from pipeline.preparation.prepare import build
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 
+fsspec = pytest.importorskip("fsspec")  # torch requires it
 CSV = b"user,item,time\nu,a,3\nu,b,1\nu,c,2\n"
 HISTORY = ["b", "c", "a"]
 TABLE = pa.table({"user": ["u"] * 3, "item": ["a", "b", "c"], "time": [3, 1, 2]})
