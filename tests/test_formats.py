@@ -143,6 +143,14 @@ def columns(**changed: pa.Array) -> pa.Table:
     return content
 
 
+def as_view(column: pa.Array) -> pa.Array:
+    return pa.array(column.to_pylist(), pa.string_view())
+
+
+def view(name: str) -> pa.Array:
+    return as_view(table()[name])
+
+
 NANO = [row[3] * 10**9 for row in ROWS]
 # name: files, flags (path: the first file's, unless given)
 FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
@@ -298,7 +306,7 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
         {},
     ),
     "Arrow views": (
-        {"r.arrow": arrow(columns(user=table()["user"].cast(pa.string_view())))},
+        {"r.arrow": arrow(columns(user=view("user")))},
         {},
     ),
     "Parquet true and false": (
@@ -796,18 +804,17 @@ def test_a_table_is_prepared_without_a_file() -> None:
 
 def test_views_in_every_place() -> None:
     """polars writes string views: as ids, in dictionaries (categories) and in lists."""
-    view = pa.string_view()
     for lists in (False, True):
         ids = LISTS["item_ids"].combine_chunks() if lists else table()["item"].combine_chunks()
         if lists:
-            ids = pa.LargeListArray.from_arrays(ids.offsets.cast(pa.int64()), ids.values.cast(view))
+            ids = pa.LargeListArray.from_arrays(ids.offsets.cast(pa.int64()), as_view(ids.values))
             content = LISTS.set_column(1, "item_ids", ids)
         else:
             codes = ids.dictionary_encode()
             ids = pa.DictionaryArray.from_arrays(
-                codes.indices.cast(pa.uint32()), codes.dictionary.cast(view)
+                codes.indices.cast(pa.uint32()), as_view(codes.dictionary)
             )
-            content = columns(item=ids, user=table()["user"].cast(view))
+            content = columns(item=ids, user=view("user"))
         found = prepare(content, min_user_count=0, where="`user` != 'x'" if not lists else "")
         assert histories(found) == HISTORIES
 
