@@ -228,15 +228,20 @@ class GroupByUser(Stage[Histories]):
             users, items = users[::-1], items[::-1]
             times = None if times is None else times[::-1]
             fractions = None if fractions is None else fractions[::-1]
+        offsets = splits(np.bincount(users))
         key = users if times is None else _user_time_keys(users, times, fractions)
+        del users
+        order = None
         if (key[1:] < key[:-1]).any():
             order = np.argsort(key, kind="stable")
             items, key = items[order], key[order]
-            times = None if times is None else times[order]
-            fractions = None if fractions is None else fractions[order]
         if times is not None:
             self._count(key, items)
-        yield Histories(items, splits(np.bincount(users)), times, fractions)
+        del key
+        if order is not None:
+            times = None if times is None else times[order]
+            fractions = None if fractions is None else fractions[order]
+        yield Histories(items, offsets, times, fractions)
 
     def _count(self, keys: np.ndarray, items: np.ndarray) -> None:
         equal = np.concatenate([[False], keys[1:] == keys[:-1], [False]])
