@@ -174,16 +174,8 @@ class TypedColumns:
 
 def _without_views(table: pa.Table) -> pa.Table:
     """The table without string and binary views, for which Arrow lacks most functions."""
-    for at, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
-        kind = _without_view(column.type)
-        if kind != column.type:
-            try:
-                column = column.cast(kind)
-            except pa.ArrowNotImplementedError:  # in older versions of Arrow
-                plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-                column = pa.array(column.to_pylist(), plain)
-            table = table.set_column(at, name, column)
-    return table
+    kinds = [_without_view(field.type) for field in table.schema]
+    return table.cast(pa.schema(list(zip(table.column_names, kinds, strict=True))))
 
 
 def _without_view(kind: pa.DataType) -> pa.DataType:
