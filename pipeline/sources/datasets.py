@@ -209,7 +209,7 @@ def _parts(names: list[str]) -> list[str]:
         return []
     (found,) = by_format.values()
     alike = {re.sub(_NUMBERS, "0", re.sub("=[^/]*/", "=/", name)) for name in found}
-    return found if len(found) > 1 and len(alike) == 1 else []
+    return found if len(alike) == 1 else []
 
 
 def _format(name: str) -> str:

@@ -43,6 +43,8 @@ def read_json(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa
     typed = None
     for first_line, block in read_blocks(file, _NO_SEPARATOR):
         lines = _Lines(file, block, first_line)
+        if not len(lines):
+            continue
         if typed is None:
             typed = _typed(
                 [lines.object(at) for at in range(min(_SAMPLE, len(lines)))], file, wanted

@@ -316,7 +316,8 @@ class _Text:
         if layout.rest or layout.lists:
             return f"{where}: {reason}"
         if len(fields) != layout.width:
-            rows = not layout.has_header and not self.wanted.columns
+            unnamed = not (layout.has_header or self.wanted.columns or layout.separator == "::")
+            rows = unnamed and len(fields) > 1
             hint = '; if a row is a user and its items: --columns "1,2..."' if rows else ""
             return f"{where}: {len(fields)} fields where {layout.width} are expected{hint}"
         if reason.startswith("--where"):

@@ -141,8 +141,10 @@ class TypedColumns:
 
     def _explain_times(self, table: pa.Table, place: Callable[[int], str], reason: str) -> str:
         """A message where each row is right, but the rows are written in different ways."""
-        fits = first_failing(len(table), lambda start, end: bool(self._mistake(table[:end])))
-        return f"{place(fits)}: {reason} ({self.roles.get('timestamp', '')})"
+        row = first_failing(len(table), lambda start, end: bool(self._mistake(table[:end])))
+        if "is not a number" in reason or "is no date" in reason:
+            reason = "some times are numbers and others are dates"
+        return f"{place(row)}: {reason} ({self.roles.get('timestamp', '')})"
 
     def _of_time(self, one: pa.Table) -> str:
         """What is wrong with the time of a row, with its text; "" if nothing is."""
