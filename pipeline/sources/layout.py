@@ -141,10 +141,11 @@ def _lists(names: Sequence[str], rows: Sequence[Sequence[str]], places: dict[str
 
     def is_list(role: str) -> bool:
         name, values = names[places[role]], [row[places[role]].strip() for row in rows]
-        if all(looks_like_list(value) for value in values):
-            return True
+        is_plural = name.endswith(":token_seq") or canonical(name) in LISTS.split()
         several = any(re.search(r"[\s,;|]", value) for value in values)
-        return several and (name.endswith(":token_seq") or canonical(name) in LISTS.split())
+        return (is_plural or several) and (
+            all(map(looks_like_list, values)) or (is_plural and several)
+        )
 
     if "item" not in places or not rows or not is_list("item"):
         return ()
