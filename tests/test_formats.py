@@ -16,16 +16,20 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchdata.nodes import IterableWrapper
 
 from pipeline.errors import UserError
 from pipeline.preparation.__main__ import main
+from pipeline.preparation.checks import time_unit
 from pipeline.preparation.prepare import build, describe, prepare
+from pipeline.preparation.stages import GroupByUser, RatingChunk
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
@@ -918,3 +922,51 @@ def test_a_table_gives_one_store_in_every_format(rows: list[tuple], cut: int) ->
             arrays = [each.tolist() for each in (store.items, store.offsets, store.times)]
             found[form] = [*arrays, *ids, store.counts["times"]]
     assert all(each == found["csv"] for each in found.values())
+
+
+def test_ids_in_brackets_are_ids(tmp_path: Path) -> None:
+    rows = text([(user, f"[{item}]") for user, items in HISTORIES.items() for item in items])
+    store = prepared(tmp_path, {"r.csv": b"user,item\n" + rows}, written=False)
+    assert store.catalog.items.to_pylist() == ["[cup]", "[hat]", "[pen]"]
+
+
+def test_a_delta_table_is_read_with_a_warning(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = {"d/_delta_log/0.json": b"{}", "d/part-0.parquet": parquet(table())}
+    assert histories(prepared(tmp_path, files, written=False, path="d")) == HISTORIES
+    assert "d is a Delta table: rows that it has deleted are read" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("times", "unit"),
+    [
+        ([START, START + 1], "s"),
+        ([0, 5, START], "s"),  # 0 for unknown
+        ([START * 1000, START * 1000 + 1], "ms"),
+        ([START * 10**6], "us"),
+        ([START * 10**9], "ns"),
+        ([1, 2, 3], ""),
+        ([10**9, 10**10, 10**12], ""),  # spread over all sizes: no times of our days
+        ([-START, START], "s"),
+    ],
+)
+def test_units_of_time(times: list[int], unit: str) -> None:
+    assert time_unit(np.array(times), "r") == unit
+
+
+@pytest.mark.parametrize(
+    ("users", "times", "falls"),
+    [
+        ([0, 1, 0, 1], [4, 3, 2, 1], True),  # the whole file
+        ([0, 0, 1, 1], [2, 1, 5, 4], True),  # each user's part
+        ([0, 1, 1, 0], [5, 3, 2, 9], False),  # parts of users, not all in one
+        ([0, 0, 1, 1], [2, 2, 3, 3], False),
+        ([0, 0, 1, 1], [2, 1, 3, 4], False),
+    ],
+)
+def test_newest_first(users: list[int], times: list[int], falls: bool) -> None:
+    chunk = RatingChunk(np.array(users), np.ones(4, np.int32), timestamp=np.array(times))
+    grouped = GroupByUser(IterableWrapper([chunk]))
+    next(grouped)
+    assert grouped.is_newest_first == falls
