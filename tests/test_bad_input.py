@@ -333,10 +333,25 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         b"user,item,date\n1,2,9999-12-31 00:00:00\n",
         "FILE:2: the timestamp '9999-12-31 00:00:00' is not between 1677-09-22 and 2262-04-11",
     ),
-    "a time with a zone": (
+    "a time with a zone beside times without one": (
         "r.csv",
-        b"user,item,date\n1,2,2014-04-07T10:51:09.277Z\n",
-        "FILE:2: the timestamp '2014-04-07T10:51:09.277Z' has a time zone, which is not read",
+        b"user,item,date\n1,2,2014-04-07\n1,2,2014-04-07T10:51:09.277Z\n",
+        "FILE:3: the timestamp '2014-04-07T10:51:09.277Z' has a time zone, the first one has none",
+    ),
+    "a time without a zone beside times with one": (
+        "r.csv",
+        b"user,item,date\n1,2,2014-04-07T10:51:09+02:00\n1,2,2014-04-07\n",
+        "FILE:3: the timestamp '2014-04-07' has no time zone, the first one has one",
+    ),
+    "a zone by its name": (
+        "r.csv",
+        b"user,item,date\n1,2,2014-04-07 10:51:09 CET\n",
+        "FILE:2: the timestamp '2014-04-07 10:51:09 CET' has the time zone CET, which is not read",
+    ),
+    "day or month first": (
+        "r.csv",
+        b"user,item,date\n1,2,07/04/2014\n",
+        "FILE:2: the timestamp '07/04/2014' does not tell the day from the month",
     ),
     "a time finer than nanoseconds": (
         "r.csv",
@@ -371,9 +386,9 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         CSV.replace(b"\n", b"\r"),
         "FILE:1: lines must end in a line feed, not only a carriage return",
     ),
-    "latin-1": (
+    "UTF-8, then latin-1": (
         "r.csv",
-        CSV + "1,é,3,4\n".encode("latin-1"),
+        CSV.replace(b",10,", ",ü,".encode()) + "1,é,3,4\n".encode("latin-1"),
         "FILE:8: not UTF-8 text: b'1,\\xe9,3,4'",
     ),
     "utf-16": ("r.csv", CSV.decode().encode("utf-16"), "FILE is not a text file"),
@@ -411,10 +426,10 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         parquet(user=[1.5], item=[1]),
         "FILE: the user ids are double, not text or whole numbers",
     ),
-    "Parquet times as text": (
+    "Parquet times in words": (
         "r.parquet",
-        parquet(user=ONE, item=ONE, time=["1", "2", "3"]),
-        "FILE: the timestamp column is string, not a number or a date",
+        parquet(user=ONE, item=ONE, time=["1", "2", "soon"]),
+        "FILE: row 2 (from 0): the timestamp soon is neither a number nor a date like 2015-01-31",
     ),
     "Parquet times of the year 9999": (
         "r.parquet",

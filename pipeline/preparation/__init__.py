@@ -4,4 +4,7 @@ prepare.py   all stages in order
 stages.py    encode ids, filter, densify, group by user
 store.py     the sequence store: histories, memory-mapped by every rank
 catalog.py   original ids and titles of the dense ids
+items.py     titles and attributes from a table of the items
+checks.py    warnings of what may mean something else; units of time
+__main__.py  python -m pipeline.preparation: prepare, or say what would be
 """

@@ -1,4 +1,4 @@
-"""The catalog: original ids and titles of the dense ids.
+"""The catalog: original ids, titles and attributes of the dense ids.
 
     store.catalog.item_id(17), store.catalog.title(17)   # ("1193", "One Flew Over the ... (1975)")
 
@@ -6,7 +6,6 @@ Dense item id i is row i - 1. Original ids are text, spelled as in the ratings f
 """
 
 import hashlib
-import io
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,14 +18,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.files import open_regular, whole_file
-from pipeline.sources.layout import split_line
-from pipeline.sources.source_file import SourceFile
 
 FILES = ("catalog.parquet", "users.parquet")
+_COLUMNS = ["item", "title", "train_count"]
 _NO_USERS = pa.table({"user": pa.array([], pa.string())})
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
-_TITLE_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t"}
 
 
 @dataclass(eq=False, repr=False)
@@ -40,6 +37,7 @@ class Catalog:
     # Types of the ids in the source: string, or int64 for a column of whole numbers.
     item_type: pa.DataType = field(default_factory=pa.string)
     user_type: pa.DataType = field(default_factory=pa.string)
+    attributes: pa.Table | None = None  # V rows: other columns of --items_path
 
     @classmethod
     def read(cls, folder: str | Path) -> "Catalog":
@@ -49,12 +47,15 @@ class Catalog:
             items, users = _read(paths[0]), _NO_USERS
             if paths[1].exists():
                 users = _read(paths[1])
+            attributes = items.drop_columns(_COLUMNS)
             return cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
                 users["user"].combine_chunks(),
-                *map(_id_type, (items, users)),
+                _id_type(items),
+                _id_type(users),
+                attributes if attributes.num_columns else None,
             )
         except (OSError, KeyError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
@@ -63,7 +64,11 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
-        tables = pa.table(columns), pa.table({"user": self.users})
+        of_items = pa.table(columns)
+        if self.attributes is not None:
+            for name in self.attributes.column_names:
+                of_items = of_items.append_column(name, self.attributes[name])
+        tables = of_items, pa.table({"user": self.users})
         types = self.item_type, self.user_type
         for name, table, kind in zip(FILES, tables, types, strict=True):
             if kind != pa.string():
@@ -110,23 +115,3 @@ def _read(path: Path) -> pa.Table:
 def _id_type(table: pa.Table) -> pa.DataType:
     metadata = table.schema.metadata or {}
     return pa.int64() if metadata.get(_ID_TYPE) == b"int64" else pa.string()
-
-
-def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
-    """string [V]: the titles of the items with these original ids, "" if the file has none.
-
-    The title is the second field of a line in GroupLens' movies.dat (``::``), movies.csv and u.item
-    (``|``) and in RecBole's ``.item`` (tab); the text is UTF-8 or Latin-1.
-    """
-    with file.open() as stream:
-        content = stream.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    extension = file.name.rsplit(".", 1)[-1]
-    separator = "|" if file.name == "u.item" else _TITLE_SEPARATORS[extension]
-    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))  # not at "\x85"
-    fields = (split_line(line, separator) for line in lines if separator in line)
-    titles = {line[0].strip(): line[1].strip() for line in fields}
-    return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())

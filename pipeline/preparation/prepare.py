@@ -4,6 +4,7 @@ Each filter is one pass, in this order, as in TorchRec's examples/bert4rec; drop
 items with fewer than --min_item_count ratings.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,27 +12,54 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.preparation import stages
-from pipeline.preparation.catalog import Catalog, read_titles
+from pipeline.preparation import checks, stages
+from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.items import read_items, read_titles
+from pipeline.preparation.stages import Histories
 from pipeline.preparation.store import SequenceStore, open_or_build
-from pipeline.sources.config import DataConfig
-from pipeline.sources.datasets import DataSource, resolve
+from pipeline.sources.config import DataConfig, expanded_place
+from pipeline.sources.datasets import DataSource, resolve, wanted
+from pipeline.sources.parquet import ReadTable
+from pipeline.sources.source_file import SourceFile
 
 
-def prepare(config: DataConfig) -> SequenceStore:
-    """The data set's sequence store, from the cache folder or else built."""
-    source = resolve(config)
-    return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+def prepare(data: Any, **flags: Any) -> SequenceStore:
+    """The sequence store of a data set, from the cache folder or else built; or of a table.
+
+    Args:
+        data: a `DataConfig`; or anything with an Arrow stream (a data frame of pandas or polars, an
+            Arrow table or reader, a DuckDB relation), whose store is in memory.
+        flags: fields of `DataConfig`, for a table: ``columns``, ``where``, ``min_user_count``, ...
+
+    Raises:
+        UserError: a flag or the data are wrong.
+    """
+    if isinstance(data, DataConfig):
+        config = replace(data, **flags)
+        source = resolve(config)
+        return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+    if not hasattr(data, "__arrow_c_stream__"):
+        raise UserError(
+            f"prepare takes a DataConfig or a table with an Arrow stream, not {type(data).__name__}"
+        )
+    config = DataConfig(**{"dataset_name": "table", "dataset_path": "table"} | flags)
+    rows = ReadTable(data, wanted(config))
+    items = (
+        SourceFile(expanded_place("items_path", config.items_path)) if config.items_path else None
+    )
+    return build(DataSource(rows, items, {}, config.cache_folder), config)
 
 
 def build(source: DataSource, config: DataConfig) -> SequenceStore:
     """Run all preparation stages; the store is in memory."""
     encoded = stages.EncodeIds(source.ratings)
-    rated = stages.FilterRatings(encoded, config.min_rating)
+    single = stages.DropDuplicates(encoded) if config.duplicates == "drop" else encoded
+    rated = stages.FilterRatings(single, config.min_rating)
     popular = stages.FilterItems(rated, config.min_item_count)
     active = stages.FilterUsers(popular, config.min_user_count)
     dense = stages.Densify(active)
-    histories = next(stages.GroupByUser(dense), None)
+    grouped = stages.GroupByUser(dense, config.file_order == "newest_first")
+    histories = next(grouped, None)
     kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
     filters: dict[str, stages.CountingStage] = {
         f"--min_item_count {config.min_item_count}": popular,
@@ -39,6 +67,8 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     }
     if config.min_rating is not None:
         filters = {f"--min_rating {config.min_rating:g}": rated} | filters
+    if single is not encoded:
+        filters = {"--duplicates drop": single} | filters
     for flag, stage in filters.items():
         if not stage.counts["ratings"]:
             raise UserError(
@@ -62,13 +92,40 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
             f"{advice}check --columns"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
-    titles = read_titles(source.titles, items) if source.titles else pa.repeat("", len(items))
     users = encoded.users.take(pa.array(dense.kept_users))
-    types = encoded.types["item"], encoded.types["user"]
-    store.catalog = Catalog(items, titles, store.train_item_counts[1:-1], users, *types)
+    titles, attributes = pa.repeat("", len(items)), None
+    if source.titles and config.items_path:
+        titles, attributes = read_items(source.titles, items)
+    elif source.titles:
+        titles = read_titles(source.titles, items)
+    counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
+    store.catalog = Catalog(items, titles, counts, users, *types, attributes)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
+    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False))
+    checks.warn_of_order(grouped, config.name)
+    for role, ids in (("user", encoded.users), ("item", encoded.items)):
+        checks.warn_of_look_alikes(ids, role, config.name)
     store.counts["trimmed"] = dict(getattr(source.ratings, "trimmed", {}))
     return store
+
+
+def _keep_times(
+    store: SequenceStore, histories: Histories, grouped: stages.GroupByUser, are_dates: bool
+) -> None:
+    """The times, their unit, and how many are equal, in the store and its counts."""
+    if histories.times is None:
+        return
+    name = store.counts["name"]
+    unit = "ns" if are_dates else checks.time_unit(histories.times, name)
+    times, unit = checks.in_int64(histories.times, histories.fractions, unit)
+    store.times = times
+    store.counts["times"] = {
+        "unit": unit,
+        "first": int(times.min()),
+        "last": int(times.max()),
+        "ties": grouped.ties,
+        "duplicates": grouped.duplicates,
+    }
 
 
 def _measure(store: SequenceStore) -> dict[str, Any]:
@@ -80,6 +137,19 @@ def _measure(store: SequenceStore) -> dict[str, Any]:
         cold = targets[store.train_item_counts[targets] == 0]
         counts[split] = {"cold_targets": len(cold), "cold_items": len(np.unique(cold))}
     return counts
+
+
+def _times_line(times: dict[str, Any]) -> str:
+    unit, ends = times["unit"], [times["first"], times["last"]]
+    shown = [f"{end:,}" for end in ends]
+    if unit in checks.UNITS:
+        shown = [str(np.datetime64(end // checks.UNITS[unit], "s")) for end in ends]
+    line = f"times ({unit or 'of unknown unit'}): {shown[0]} to {shown[1]}"
+    if times["ties"]:
+        line += f"; ratings at the same time as another of the user: {times['ties']:,}"
+    if times["duplicates"]:
+        line += f", of these repeated (same item): {times['duplicates']:,}"
+    return line
 
 
 def describe(store: SequenceStore) -> str:
@@ -94,6 +164,8 @@ def describe(store: SequenceStore) -> str:
         f"  history lengths: min {history['min']:,}, median {history['median']:,g}, "
         f"max {history['max']:,}; users evaluated: {users:,} of {store.num_users:,}"
     )
+    if times := counts.get("times"):  # not in stores of earlier versions
+        lines.append(f"  {_times_line(times)}")
     cold = "; ".join(
         f"{split} {counts[split]['cold_targets']:,} targets ({counts[split]['cold_items']:,} items)"
         for split in ("validation", "test")

@@ -4,6 +4,7 @@
         manifest.json     format version, fingerprints, counts, checksum of every other file
         items.npy         int32 [R]    dense item ids, user by user, in time order
         offsets.npy       int64 [U+1]  user u's history is items[offsets[u]:offsets[u+1]]
+        times.npy         int64 [R]    times of the items, if the data have times
         catalog.parquet   original id, title and training count of item 1, 2, ..., V
         users.parquet     original id of user 0, 1, ..., U-1
 
@@ -27,6 +28,7 @@ from pipeline.files import lock, size_and_crc32, whole_folder, write_json
 from pipeline.preparation.catalog import Catalog
 
 FORMAT_VERSION = 1
+_TIMES = "times.npy"
 _ARRAYS = ("items.npy", "offsets.npy")
 _FIELDS = ("num_items", "counts", "best_possible", "fingerprint")
 
@@ -50,6 +52,18 @@ class SequenceStore:
     # The source and the flags that the store was made from.
     fingerprint: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None  # the store's folder; None: in memory
+
+    @cached_property
+    def times(self) -> np.ndarray | None:
+        """int64 [R]: times of the items in ``counts["times"]["unit"]``; None: there are none.
+
+        Memory-mapped and checked when first read: training does not read them.
+        """
+        if self.path is None or not (self.path / _TIMES).exists():
+            return None
+        manifest = _read_manifest(self.path)
+        _check(self.path / _TIMES, manifest["files"].get(_TIMES))
+        return np.load(self.path / _TIMES, mmap_mode="r")
 
     @property
     def num_users(self) -> int:
@@ -76,13 +90,9 @@ class SequenceStore:
         """Memory-map a store's folder, after checking every file against the manifest."""
         path = Path(path)
         manifest = _read_manifest(path)
-        for name, (size, checksum) in manifest["files"].items():
-            try:
-                whole = size_and_crc32(path / name) == (size, checksum)
-            except OSError:
-                whole = False
-            if not whole:
-                raise UserError(f"{path / name} is damaged: delete the folder to have it rebuilt")
+        for name, recorded in manifest["files"].items():
+            if name != _TIMES:
+                _check(path / name, recorded)
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
         store = cls(items, offsets, **{name: manifest[name] for name in _FIELDS}, path=path)
         if "catalog" in manifest:  # not in stores of earlier versions
@@ -141,6 +151,8 @@ class SequenceStore:
         """Write the store's files into an existing, empty folder."""
         for name, array in zip(_ARRAYS, (self.items, self.offsets), strict=True):
             _save(path / name, array)
+        if self.times is not None:
+            _save(path / _TIMES, self.times)
         self.catalog.write_to(path)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -154,6 +166,16 @@ class SequenceStore:
             "files": {file.name: size_and_crc32(file) for file in sorted(path.iterdir())},
         }
         write_json(path / "manifest.json", manifest)
+
+
+def _check(path: Path, recorded: list[int] | None) -> None:
+    """Raise a UserError unless a file has its recorded size and checksum."""
+    try:
+        whole = list(size_and_crc32(path)) == recorded
+    except OSError:
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: delete the folder to have it rebuilt")
 
 
 def _save(path: Path, array: np.ndarray) -> None:

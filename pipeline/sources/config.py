@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
-from pipeline.sources.layout import check_columns
+from pipeline.remote import RemotePath, is_url
+from pipeline.tables.names import check_columns
 
 MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
 _NAME_LENGTH = 50  # characters of a name from a file's: folders add to it
@@ -47,12 +48,28 @@ class DataConfig(Config):
         "synthetic", f"data set: {', '.join(DATASET_NAMES)}, or a name for --dataset_path"
     )
     dataset_path: str = flag(
-        "", "ratings file, or folder or zip that holds one (default: generated or downloaded data)"
+        "",
+        "ratings file, or folder or zip that holds one or its parts; also s3://, gs://, https:// "
+        "(default: generated or downloaded data)",
     )
     columns: str = flag(
         "", 'columns: "user,item[,rating[,timestamp]]", names or numbers (default: known names)'
     )
     separator: str = flag("", 'column separator, e.g. ";" or "tab" (default: by file extension)')
+    where: str = flag(
+        "", "only rows for which this holds: \"event == 'purchase' and price > 0\" (default: all)"
+    )
+    items_path: str = flag(
+        "", "table of the items: their titles and attributes (default: GroupLens' or RecBole's)"
+    )
+    duplicates: str = flag(
+        "keep", "rows with the user, item and time of another one", choices=("keep", "drop")
+    )
+    file_order: str = flag(
+        "oldest_first",
+        "order in the file of a user's ratings with equal times, or without times",
+        choices=("oldest_first", "newest_first"),
+    )
     min_rating: float | None = flag(
         None, "filter 1: drop ratings below this value (default: keep all)"
     )
@@ -93,7 +110,7 @@ class DataConfig(Config):
                 f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
                 f"{self.dataset_name!r}; a file goes into --dataset_path"
             )
-        for flag_name in ("dataset_path", "cache_dir"):
+        for flag_name in ("dataset_path", "items_path", "cache_dir"):
             if "\0" in getattr(self, flag_name):
                 raise UserError(f"--{flag_name} holds a null character, as no path may")
         if self.dataset_name == "random" and self.dataset_path:
@@ -103,6 +120,11 @@ class DataConfig(Config):
                 f"--dataset_name {self.dataset_name!r} is none of {', '.join(DATASET_NAMES)}: for "
                 "data of your own give the file with --dataset_path"
             )
+
+        generated = self.dataset_name in ("synthetic", "random") and not self.dataset_path
+        for flag_name in ("where", "items_path") if generated else ():
+            if getattr(self, flag_name):
+                raise UserError(f"--{flag_name} is for --dataset_path, not for generated data")
 
     @property
     def name(self) -> str:
@@ -124,6 +146,11 @@ class DataConfig(Config):
         return SyntheticConfig(
             self.synthetic_user_count, self.synthetic_item_count, seed=self.data_seed
         )
+
+
+def expanded_place(flag_name: str, path: str) -> Path | RemotePath:
+    """A URL, or ``path`` with ``~`` replaced by the home folder."""
+    return RemotePath(path) if is_url(path) else expanded(flag_name, path)
 
 
 def expanded(flag_name: str, path: str) -> Path:

@@ -1,14 +1,10 @@
 """The layout of a ratings file: its separator and the places of user, item, rating and time.
 
-    ratings.csv   userId,movieId,rating,timestamp     header, ","     (GroupLens, TSV with tabs)
-    ml.inter      user_id:token  item_id:token  ...   header, tab     (RecBole)
-    ratings.dat   1::1193::5::978300760               no header, "::" (GroupLens)
-    u.data        196  242  3  881250949              no header, tab  (MovieLens 100K)
-    beauty.txt    1 17                                no header, one space; time order
-
-`--columns` names user, item[, rating[, timestamp]] in this order, e.g. "customer,asin,stars,date".
-An empty name skips a column ("user,item,,time"); numbers are places, from 1, in a file without a
-header ("1,2,4,3"). Without the flag, columns are found by the well-known names below.
+ratings.csv   userId,movieId,rating,timestamp     header, ","     (GroupLens, TSV with tabs)
+ml.inter      user_id:token  item_id:token  ...   header, tab     (RecBole)
+ratings.dat   1::1193::5::978300760               no header, "::" (GroupLens)
+u.data        196  242  3  881250949              no header, tab  (MovieLens 100K)
+beauty.txt    1 17                                no header, one space; time order
 """
 
 import csv
@@ -16,18 +12,13 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import UserError
+from pipeline.tables.headerless import roles_by_values
+from pipeline.tables.names import LISTS, Wanted, canonical, check_columns, find_columns, untyped
+from pipeline.tables.sequences import looks_like_list
 
-ROLES = ("user", "item", "rating", "timestamp")
-_KNOWN = {
-    "user": "user_id userid user uid reviewerid customer_id customerid visitorid session_id",
-    "item": "item_id itemid item movieid movie_id iid sid asin parent_asin product_id productid "
-    "business_id book_id artist_id track_id",
-    "rating": "rating ratings stars overall score",
-    "timestamp": "timestamp time ts unixreviewtime unix_timestamp date datetime",
-}
 _SEPARATORS = {"csv": ",", "tsv": "\t", "inter": "\t", "data": "\t", "dat": "::", "txt": " "}
 _HEADERLESS = {"dat", "data", "txt"}
 # With these separators quotation marks enclose fields; with others they belong to an id.
@@ -44,6 +35,25 @@ class Layout:
     width: int  # fields of a line
     places: dict[str, int]  # place, from 0, of each role that the file has
     has_header: bool
+    lists: tuple[str, ...] = ()  # roles whose fields are lists
+    rest: bool = False  # all fields from the item's place on are items: user item item item ...
+    conditions: dict[str, int] = field(default_factory=dict)  # places of the columns of --where
+    names: tuple[str, ...] = ()  # of the columns, if there is a header
+
+    @property
+    def described(self) -> str:
+        """The layout as a line for the user."""
+        columns = {
+            role: repr(self.names[at]) if self.names else f"column {at + 1}"
+            for role, at in self.places.items()
+        }
+        if self.rest:
+            columns["item"] += " and all after it"
+        for role in self.lists:
+            columns[role] += " (lists)"
+        header = "with a header" if self.has_header else "without a header"
+        found = ", ".join(f"{role} = {column}" for role, column in columns.items())
+        return f"format: text cut at {_spell(self.separator)}, {header}; columns: {found}"
 
 
 def split_line(line: str, separator: str) -> list[str]:
@@ -54,94 +64,123 @@ def split_line(line: str, separator: str) -> list[str]:
     return line.split(separator)
 
 
-def check_columns(columns: str) -> dict[str, str]:
-    """Name or number of each role's column by --columns."""
-    names = [name.strip() for name in columns.split(",")]
-    if not 2 <= len(names) <= len(ROLES) or not all(names[:2]):
-        raise UserError(
-            f"--columns must name user,item[,rating[,timestamp]], not {columns!r}: "
-            'for example "user_id,item_id,rating,timestamp"'
-        )
-    given = [name for name in names if name]
-    if len(set(given)) < len(given):
-        raise UserError(f"--columns {columns!r} names a column twice: give each another one")
-    return {role: name for role, name in zip(ROLES, names, strict=False) if name}
-
-
 def find_separator(name: str, separator: str) -> str:
     """The separator by the flag, or else by the file's name; "" if neither tells."""
     return _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(_extension(name), "")
 
 
-def text_layout(where: str, name: str, line: str, columns: str, separator: str) -> Layout:
-    """The layout of a text file with this name, first record and `find_separator`."""
-    extension = _extension(name)
+def text_layout(
+    where: str, name: str, records: Sequence[str], wanted: Wanted, keys: Sequence[str] = ()
+) -> Layout:
+    """The layout of a text file with this name and these first records.
+
+    `keys` are the names of further columns, whose places follow those of the file.
+    """
+    extension, separator = _extension(name), find_separator(name, wanted.separator)
     if not separator:
         raise UserError(
             f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
-            ".dat .data .txt .parquet, also .gz of each; or give --separator and --columns"
+            ".dat .data .txt .json .jsonl .parquet .arrow .feather, also .gz .bz2 .xz .zst of "
+            "text; or give --separator and --columns"
         )
     if separator != "::" and not (len(separator) == 1 and separator.isascii()):
         ascii_only = "" if separator.isascii() else ": ASCII only"
         raise UserError(
             f'--separator must be one character, "tab" or "::", not {separator!r}{ascii_only}'
         )
+    line = records[0]
     if extension == "txt" and separator == " " and "\t" in line:
         separator = "\t"
-    names = [field.strip().strip('"') for field in split_line(line, separator)]
+    rows = [split_line(record, separator) for record in records]
+    names = [field.strip().strip('"') for field in rows[0]]
     if len(names) < 2:
         raise _wrong_separator(where, line, separator)
-    wanted = check_columns(columns) if columns else {}
-    if wanted and all(re.fullmatch("[0-9]+", number) for number in wanted.values()):
-        places = {role: int(number) - 1 for role, number in wanted.items()}
-        for place in places.values():
-            if not 0 <= place < len(names):
-                raise UserError(
-                    f"{where}:1: no column {place + 1} (--columns); there are {len(names)}"
-                )
-    elif extension in _HEADERLESS and not wanted:
-        places = {role: place for place, role in enumerate(ROLES[: len(names)])}
+    numbers = check_columns(wanted.columns) if wanted.columns else {}
+    if numbers and all(re.fullmatch(r"[0-9]+(\.\.\.)?", number) for number in numbers.values()):
+        layout = _by_numbers(where, numbers, Layout(separator, len(names), {}, has_header=False))
+    elif extension in _HEADERLESS and not numbers:
+        try:
+            places = roles_by_values(rows)
+        except ValueError as error:
+            shown = "; ".join(repr(record[:60]) for record in records[:3])
+            raise UserError(f"{where}:1: {error}; the first lines are {shown}") from error
+        rest = places is None
+        places = places or {"user": 0, "item": 1}
+        layout = Layout(separator, len(names), places, has_header=False, rest=rest)
     else:
-        return Layout(separator, len(names), find_columns(f"{where}:1", names, columns), True)
-    return Layout(separator, len(names), places, has_header=False)
+        width = len(names)
+        names += [key for key in keys if key not in names]
+        places = find_columns(f"{where}:1", names, wanted.columns, width)
+        layout = Layout(separator, width, places, has_header=True, names=tuple(names))
+        if len(rows) > 1 and max(places.values()) < width == len(rows[1]):
+            layout = replace(layout, lists=_lists(names[:width], rows[1:], places))
+    return replace(layout, conditions=_conditions(where, names, layout, wanted))
 
 
-def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
-    """Place of each role, from 0, among a file's column names."""
-    wanted = check_columns(columns) if columns else {}
-    plain = [_untyped(name).lower() for name in names]
-    places = {}
-    for role in wanted or ROLES:
-        if wanted:
-            column = wanted[role]
-            matches = [at for at, name in enumerate(names) if column in (name, _untyped(name))]
+def _by_numbers(where: str, numbers: dict[str, str], layout: Layout) -> Layout:
+    """The layout with the places that --columns gives as numbers from 1."""
+    rest = numbers["item"].endswith("...")
+    places = {role: int(number.removesuffix("...")) - 1 for role, number in numbers.items()}
+    for place in places.values():
+        if not 0 <= place < layout.width:
+            missing = f"no column {place + 1} (--columns); there are {layout.width}"
+            raise UserError(f"{where}:1: {missing}")
+    if (rest and len(numbers) > 2) or any(
+        number.endswith("...") for role, number in numbers.items() if role != "item"
+    ):
+        raise UserError(
+            '--columns with "..." names a user and the first of its items: for example "1,2..."'
+        )
+    return replace(layout, places=places, rest=rest)
+
+
+def _lists(names: Sequence[str], rows: Sequence[Sequence[str]], places: dict[str, int]) -> tuple:
+    """The roles whose fields are lists written as text."""
+    width = len(names)
+    rows = [row for row in rows if len(row) == width]
+
+    def is_list(role: str) -> bool:
+        name, values = names[places[role]], [row[places[role]].strip() for row in rows]
+        is_plural = name.endswith(":token_seq") or canonical(name) in LISTS.split()
+        several = any(re.search(r"[\s,;|]", value) for value in values)
+        return (is_plural or several) and (
+            all(map(looks_like_list, values)) or (is_plural and several)
+        )
+
+    if "item" not in places or not rows or not is_list("item"):
+        return ()
+    others = (role for role in ("rating", "timestamp") if role in places)
+    count = len(re.findall(r"[^\s,;|]+", rows[0][places["item"]]))
+    return (
+        "item",
+        *(
+            role
+            for role in others
+            if looks_like_list(rows[0][places[role]])
+            or (count > 1 and len(re.findall(r"[^\s,;|]+", rows[0][places[role]])) == count)
+        ),
+    )
+
+
+def _conditions(where: str, names: Sequence[str], layout: Layout, wanted: Wanted) -> dict[str, int]:
+    """The place of each column that --where names; without a header, these are the roles."""
+    found = {}
+    for name in wanted.rows.columns if wanted.rows else ():
+        if layout.has_header:
+            matches = [at for at, each in enumerate(names) if name in (each, untyped(each))]
         else:
-            matches = [plain.index(name) for name in _KNOWN[role].split() if name in plain]
-        if matches:
-            places[role] = matches[0]
-            if names.count(names[matches[0]]) > 1:
-                raise UserError(
-                    f"{where}: several columns are called {names[matches[0]]!r}: rename them, or "
-                    "choose others with --columns"
-                )
-        elif wanted:
-            raise UserError(f"{where}: no column {column!r} (--columns); there are {_list(names)}")
-        elif role in ("user", "item"):
-            raise UserError(
-                f"{where}: cannot tell the {role} column among {_list(names)}; name them with "
-                '--columns "user,item[,rating[,timestamp]]", or by numbers ("1,2,3,4") if the '
-                "file has no header"
-            )
-    return places
+            matches = [layout.places[name]] if name in layout.places else []
+        if not matches:
+            known = names if layout.has_header else list(layout.places)
+            raise UserError(wanted.no_column(f"{where}:1", name, known))
+        if layout.rest or layout.lists:
+            raise UserError("--where cannot choose among rows with lists in text: use Parquet")
+        found[name] = matches[0]
+    return found
 
 
 def _extension(name: str) -> str:
     return name.rsplit(".", 1)[-1].lower() if "." in name else ""
-
-
-def _untyped(name: str) -> str:
-    """RecBole's ``user_id:token`` without the type."""
-    return name.split(":")[0]
 
 
 def _wrong_separator(where: str, line: str, separator: str) -> UserError:
@@ -157,8 +196,3 @@ def _wrong_separator(where: str, line: str, separator: str) -> UserError:
 
 def _spell(separator: str) -> str:
     return {"\t": "a tab", " ": "a space"}.get(separator, repr(separator))
-
-
-def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(re.sub(r"[^\x20-\x7e]", "?", name)[:40] for name in names[:20])
-    return shown + (", ..." if len(names) > 20 else "")

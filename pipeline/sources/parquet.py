@@ -1,115 +1,151 @@
-"""Read ratings from Parquet files, as a stream of Arrow tables; columns: layout.py."""
+"""Read ratings from Parquet and Arrow (IPC, Feather) files, and from streams of Arrow tables.
+
+The conversion of their columns: typed.py.
+"""
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.feather
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import find_columns
+from pipeline.remote import seekable
 from pipeline.sources.source_file import SourceFile, reading
-from pipeline.sources.values import OUT_OF_RANGE, checked, first_failing, time_mistake
+from pipeline.sources.typed import TypedColumns
+from pipeline.sources.values import with_whole_times
+from pipeline.stage import Stage
+from pipeline.tables.names import Wanted
 
 _BLOCK_ROWS = 1 << 19
 _MAGIC, _ENCRYPTED = b"PAR1", b"PARE"
-_IS_ID = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-_IS_NUMBER = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-_IS_DATE = (pa.types.is_timestamp, pa.types.is_date)
+_ARROW_FILE, _ARROW_STREAM, _FEATHER_1 = b"ARRO", b"\xff\xff\xff\xff", b"FEA1"
+_NAMES = {
+    (".parquet", ".pq"): ("Parquet", (_MAGIC,)),
+    (".arrow", ".feather", ".ipc", ".arrows"): ("Arrow", (_ARROW_FILE, _ARROW_STREAM, _FEATHER_1)),
+}
+_BROKEN = (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError)
 
 
-def is_parquet(file: SourceFile) -> bool:
-    """Whether a file's first bytes are those of a Parquet file."""
+def is_typed(file: SourceFile) -> bool:
+    """Whether a file's first bytes are those of a Parquet or an Arrow file."""
     with file.open() as stream:
         beginning = stream.read(4)
     if beginning == _ENCRYPTED:
         raise UserError(f"{file} is encrypted: decrypt it first")
-    if file.name.lower().endswith((".parquet", ".pq")) and beginning not in (_MAGIC, b""):
-        raise UserError(f"{file} is no Parquet file in spite of its name; is it complete?")
-    return beginning == _MAGIC
+    for endings, (name, magics) in _NAMES.items():
+        if file.name.lower().endswith(endings) and beginning not in (*magics, b""):
+            raise UserError(f"{file} is no {name} file in spite of its name; is it complete?")
+    return any(beginning in magics for _, magics in _NAMES.values())
 
 
-def read_parquet(file: SourceFile, columns: str) -> Iterator[pa.Table]:
+def read_typed(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     """Checked tables of about half a million ratings, with a column for each role."""
     with reading(file), file.path.open("rb") as stream:
-        if stream.read(4) != _MAGIC:
-            raise UserError(f"{file}: Parquet in a zip or gzip cannot be streamed; unpack it first")
+        beginning = stream.read(4)
+    if file.member or not any(beginning in magics for _, magics in _NAMES.values()):
+        name = "Parquet" if _magic(file) == _MAGIC else "Arrow"
+        raise UserError(f"{file}: {name} in a zip or gzip cannot be streamed; unpack it first")
     try:
-        with reading(file), pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
-            names = parquet.schema_arrow.names
-            places = find_columns(str(file), names, columns)
-            wanted = {role: names[place] for role, place in places.items()}
-            if "timestamp" in wanted:
-                _check_int96(file, parquet, wanted["timestamp"])
-            row = 0
-            for batch in parquet.iter_batches(_BLOCK_ROWS, columns=list(wanted.values())):
-                found = {role: batch.column(name) for role, name in wanted.items()}
-                yield _checked(file, _converted(file, pa.table(found), row), row)
-                row += batch.num_rows
-    except (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError) as error:
+        with reading(file):
+            if beginning == _MAGIC:
+                yield from _read_parquet(file, wanted, notes)
+            else:
+                yield from _read_arrow(file, beginning, wanted, notes)
+    except _BROKEN as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
-def _converted(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
-    for at, role in enumerate(table.column_names):
-        column = table[role]
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if column.null_count:
-            bad = first_row + int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise UserError(f"{file}: row {bad:,} (from 0) has no {role}")
-        column = column.cast(kind)
-        if role in ("user", "item"):
-            if not any(fits(kind) for fits in _IS_ID):
-                raise UserError(f"{file}: the {role} ids are {kind}, not text or whole numbers")
-            if not pa.types.is_integer(kind) or kind == pa.uint64():
-                column = column.cast(pa.string()).dictionary_encode()
-        elif role == "rating" and any(fits(kind) for fits in _IS_NUMBER):
-            if kind == pa.float32() or pa.types.is_decimal(kind):  # 4.1 is 4.1, as --min_rating is
-                column = column.cast(pa.string())
-            column = column.cast(pa.float64())
-        elif not any(fits(kind) for fits in (*_IS_NUMBER, *_IS_DATE)) or role == "rating":
-            allowed = "a number" if role == "rating" else "a number or a date"
-            raise UserError(f"{file}: the {role} column is {kind}, not {allowed}")
-        table = table.set_column(at, role, column)
-    return table
+def _magic(file: SourceFile) -> bytes:
+    with file.open() as stream:
+        return stream.read(4)
 
 
-def _checked(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
-    try:
-        return checked(table)
-    except ValueError as error:
-        raise UserError(_explain(file, table, first_row, error)) from error
+def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(seekable(file.path), page_checksum_verification=True) as parquet:
+        typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
+        notes.append(typed.described("Parquet"))
+        time = typed.roles.get("timestamp")
+        if time is not None:
+            _check_int96(file, parquet, time, typed)
+        batches = parquet.iter_batches(_BLOCK_ROWS, columns=typed.columns)
+        yield from _ratings(typed, batches)
 
 
-def _explain(file: SourceFile, table: pa.Table, first_row: int, error: ValueError) -> str:
-    """A message on the first row that `checked` refuses."""
-    row = first_failing(len(table), lambda start, end: bool(_mistake(table[start:end])))
-    table = table.slice(row, 1)
-    reason = _mistake(table) or str(error).splitlines()[0]
-    if "timestamp" in table.column_names and _mistake(table.select(["timestamp"])):
-        time = table["timestamp"]
-        text = str(time.cast(pa.string())[0])
-        is_date = pa.types.is_temporal(time.type)
-        reason = f"the timestamp {text} {OUT_OF_RANGE if is_date else time_mistake(text)}"
-    return f"{file}: row {first_row + row:,} (from 0): {reason}"
+def _read_arrow(
+    file: SourceFile, beginning: bytes, wanted: Wanted, notes: list[str]
+) -> Iterator[pa.Table]:
+    if beginning == _FEATHER_1:
+        table = pyarrow.feather.read_table(seekable(file.path))
+        yield from _arrow_ratings(file, table.schema, table.to_batches(), wanted, notes)
+        return
+    local = isinstance(file.path, Path)
+    with pa.memory_map(str(file.path)) if local else seekable(file.path) as stream:
+        if beginning == _ARROW_STREAM:
+            source = pa.ipc.open_stream(stream)
+            yield from _arrow_ratings(file, source.schema, source, wanted, notes)
+            return
+        source = pa.ipc.open_file(stream)
+        batches = map(source.get_batch, range(source.num_record_batches))
+        yield from _arrow_ratings(file, source.schema, batches, wanted, notes)
 
 
-def _mistake(table: pa.Table) -> str:
-    """Why `checked` refuses the table, "" if it does not."""
-    try:
-        checked(table)
-    except ValueError as error:
-        return str(error).splitlines()[0]
-    return ""
+def _arrow_ratings(
+    file: SourceFile, schema: pa.Schema, batches: Any, wanted: Wanted, notes: list[str]
+) -> Iterator[pa.Table]:
+    typed = TypedColumns(str(file), schema, wanted, file.keys)
+    notes.append(typed.described("Arrow"))
+    return _ratings(typed, batches)
 
 
-def _check_int96(file: SourceFile, parquet: pq.ParquetFile, name: str) -> None:
+def _ratings(typed: TypedColumns, batches: Any) -> Iterator[pa.Table]:
+    first = 0
+    for batch in batches:
+        table = pa.table(batch.select(typed.columns))
+        if len(table):
+            yield typed.ratings(table, partial(_place, typed.where, first))
+        first += len(table)
+
+
+def _place(where: str, first: int, row: int) -> str:
+    return f"{where}: row {first + row:,} (from 0)"
+
+
+class ReadTable(Stage[pa.Table]):
+    """Source stage: anything with an Arrow stream -> tables of ratings, as `ReadRatings` makes.
+
+    A data frame of pandas or polars, an Arrow table or reader, a DuckDB relation.
+    """
+
+    def __init__(self, data: Any, wanted: Wanted) -> None:
+        super().__init__()
+        self.data, self.wanted = data, wanted
+        self.dates = False  # once streamed: whether the times are dates
+
+    def stream(self) -> Iterator[pa.Table]:
+        try:
+            reader = pa.RecordBatchReader.from_stream(self.data)
+            typed = TypedColumns("the table", reader.schema, self.wanted)
+            for table in _ratings(typed, reader):
+                table, form = with_whole_times(table)
+                self.dates = form != ""
+                yield table
+        except _BROKEN as error:
+            raise UserError(f"cannot read the table: {str(error).splitlines()[0]}") from error
+
+
+def _check_int96(file: SourceFile, parquet: pq.ParquetFile, name: str, typed: TypedColumns) -> None:
     """Refuse times of the old type INT96 (Spark, Hive) that Arrow would wrap around 64 bits."""
     columns = [parquet.schema.column(at) for at in range(len(parquet.schema))]
     if not any(each.path == name and each.physical_type == "INT96" for each in columns):
         return
-    with pq.ParquetFile(file.path, coerce_int96_timestamp_unit="us") as coarse:
+    with pq.ParquetFile(seekable(file.path), coerce_int96_timestamp_unit="us") as coarse:
         row = 0
         for batch in coarse.iter_batches(_BLOCK_ROWS, columns=[name]):
-            times = pa.table({"timestamp": batch.column(0).fill_null(0)})
-            row += len(_checked(file, times, row))
+            times = pa.table({name: batch.column(0).fill_null(0)})
+            typed.check_times(times, partial(_place, typed.where, row))
+            row += len(times)

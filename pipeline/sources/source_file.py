@@ -1,4 +1,4 @@
-"""Files of ratings: plain, gzipped, or in a zip archive.
+"""Files of ratings: plain, packed by gzip, bzip2, xz, zstd or lz4, or in a zip archive.
 
     SourceFile(Path("ratings.csv"))
     SourceFile(Path("ml-1m.zip"), member="ml-1m/ratings.dat")    # streamed, never unpacked to disk
@@ -6,43 +6,77 @@
 A file's first bytes, not its name, decide how it is unpacked.
 """
 
+import bz2
 import gzip
+import io
+import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+
 from pipeline.errors import UserError
+from pipeline.files import size_and_crc32
+from pipeline.remote import RemotePath, seekable
 
 # Ratings as text compress to 1/10, at most 1/30; a file with a far higher ratio is no table.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
-_BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+_BROKEN = (
+    OSError,
+    HTTPException,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    NotImplementedError,
+)
+_SMALL = 64 << 20  # bytes of files whose content is part of their stamp: under 0.1 s
+PACKED_NAMES = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+# How a packed file begins, and what unpacks it.
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": lambda stream: _arrow_unpacks(stream, "zstd"),
+    b"\x04\x22\x4d\x18": lambda stream: _arrow_unpacks(stream, "lz4"),
+}
 
 
 @dataclass(frozen=True)
 class SourceFile:
     """One file, or one member of a zip archive."""
 
-    path: Path
+    path: Path | RemotePath
     member: str = ""
+    keys: tuple[tuple[str, str], ...] = ()  # columns by the names of folders (Hive): day=2020-01-31
 
     @property
     def name(self) -> str:
         """Name of the member or else the file, without ``.gz``; its extension sets the format."""
-        name = (self.member or self.path.name).rsplit("/", 1)[-1]
-        return name[:-3] if name.lower().endswith(".gz") else name
+        return unpacked_name((self.member or self.path.name).rsplit("/", 1)[-1])
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     def stamp(self) -> list[Any]:
-        """[path, member, size in bytes, mtime in ns]; changes with the file."""
+        """[path, member, size in bytes, mtime in ns, CRC-32 of a small local file, else None].
+
+        It changes with the file.
+        """
         with reading(self):
             status = self.path.stat()
-        return [str(self.path.resolve()), self.member, status.st_size, status.st_mtime_ns]
+            checksum = None
+            if status.st_size <= _SMALL and isinstance(self.path, Path):
+                checksum = size_and_crc32(self.path)[1]
+        path = str(self.path.resolve())
+        return [path, self.member, status.st_size, status.st_mtime_ns, checksum]
 
     def check_unpacked(self, size: int) -> None:
         """Reject a file with an unpacked size (bytes) far above that of a table of ratings."""
@@ -57,17 +91,29 @@ class SourceFile:
         """The unpacked bytes; a failure to open or, in the block, to read is a `UserError`."""
         with reading(self), ExitStack() as stack:
             if self.member:
-                archive = stack.enter_context(zipfile.ZipFile(self.path))
+                archive = stack.enter_context(zipfile.ZipFile(seekable(self.path)))
                 stream: Any = stack.enter_context(archive.open(self.member))
             else:
                 stream = stack.enter_context(self.path.open("rb"))
-            if stream.peek(2)[:2] == b"\x1f\x8b":
-                stream = gzip.GzipFile(fileobj=stream)
+            beginning = stream.peek(6)
+            for magic, unpack in _UNPACK.items():
+                if beginning.startswith(magic):
+                    stream = stack.enter_context(unpack(stream))
             yield stream
 
 
+def _arrow_unpacks(stream: Any, codec: str) -> Any:
+    return io.BufferedReader(pa.CompressedInputStream(stream, codec))
+
+
+def unpacked_name(name: str) -> str:
+    """A file's name without the extension of its packing."""
+    ending = next((each for each in PACKED_NAMES if name.lower().endswith(each)), "")
+    return name[: len(name) - len(ending)]
+
+
 @contextmanager
-def reading(source: SourceFile | Path) -> Iterator[None]:
+def reading(source: SourceFile | Path | RemotePath) -> Iterator[None]:
     """Turn every failure to read `source` into a `UserError` that names it."""
     try:
         yield
@@ -85,13 +131,13 @@ def reading(source: SourceFile | Path) -> Iterator[None]:
         raise UserError(f"cannot read {source}: {hint or f'{reason}; is it complete?'}") from error
 
 
-def zip_members(path: Path) -> list[str]:
+def zip_members(path: Path | RemotePath) -> list[str]:
     """Names of the files in a zip archive, except those that macOS adds."""
-    with reading(path), zipfile.ZipFile(path) as archive:
+    with reading(path), zipfile.ZipFile(seekable(path)) as archive:
         files = [info.filename for info in archive.infolist() if not info.is_dir()]
     return [name for name in files if not name.startswith("__MACOSX/")]
 
 
-def is_zip(path: Path) -> bool:
+def is_zip(path: Path | RemotePath) -> bool:
     with reading(path), path.open("rb") as file:
         return file.read(2) == b"PK"

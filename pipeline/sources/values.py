@@ -5,35 +5,41 @@ are not whole ``fraction`` (float64, between -1 and 1, with the time's sign), th
 is the exact order of the times; a time that two columns cannot hold exactly is refused.
 """
 
+import math
 import re
 from collections.abc import Callable
-from datetime import datetime
 from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-NANOSECONDS = pa.timestamp("ns")
-_FIRST_DATE, _LAST_DATE = "1677-09-22", "2262-04-11"
-OUT_OF_RANGE = f"is not between {_FIRST_DATE} and {_LAST_DATE}: 64 bits of nanoseconds end there"
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _PARTS = r"^(?:(?P<sign>-)|\+?)(?P<whole>[0-9]+)\.?(?P<rest>[0-9]*?)0*$"
 # Digits of a number in full: 5e-324 has 324 after the point.
 _MOST_DIGITS = 400
 
 
-def checked(table: pa.Table) -> pa.Table:
+def checked(table: pa.Table, needs_rating: bool = True) -> pa.Table:
     """The table with exact times; dates become nanoseconds.
+
+    Unless it `needs_rating`, a rating may be missing; it becomes NaN.
 
     Raises:
         ValueError: a value is missing, or is not allowed in its column.
     """
     for at, role in enumerate(table.column_names):
         column = table[role]
+        if role == "rating" and pa.types.is_boolean(column.type):
+            column = column.cast(pa.float64())
+            table = table.set_column(at, role, column)
+        if column.null_count and role == "rating" and not needs_rating:
+            table = table.set_column(at, role, column.fill_null(math.nan))
+            column = column.drop_null()
         if column.null_count:
             raise ValueError(f"a {role} is missing")
         if pa.types.is_temporal(column.type):
-            table = table.set_column(at, role, column.cast(NANOSECONDS))
+            zone = getattr(column.type, "tz", None)
+            table = table.set_column(at, role, column.cast(pa.timestamp("ns", zone)))
         elif role == "timestamp":
             whole, fraction = split_times(column)
             table = table.set_column(at, role, whole)
@@ -47,6 +53,19 @@ def checked(table: pa.Table) -> pa.Table:
                 if pc.any(pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
                     raise ValueError(f"the {role} id is empty")
     return table
+
+
+def with_whole_times(table: pa.Table) -> tuple[pa.Table, str]:
+    """A `checked` table with dates as int64, and how its times are written ("": as numbers)."""
+    if "timestamp" not in table.column_names:
+        return table, ""
+    place = table.column_names.index("timestamp")
+    kind = table["timestamp"].type
+    if not pa.types.is_temporal(kind):
+        return table, ""
+    times = table["timestamp"].cast(pa.int64())
+    form = " (as dates)" if kind.tz is None else " (with a zone)"
+    return table.set_column(place, "timestamp", times), form
 
 
 def split_times(times: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
@@ -115,19 +134,6 @@ def time_mistake(text: str) -> str:
     if not -(1 << 63) <= float(text) < 1 << 63:
         return "does not fit into 64 bits"
     return "has too many digits after the point to be compared exactly: round the times"
-
-
-def date_mistake(text: str) -> str:
-    """What is wrong with a date that Arrow does not read as nanoseconds."""
-    try:
-        date = datetime.fromisoformat(text)
-    except ValueError:
-        return "is neither a number nor a date like 2015-01-31 or 2015-01-31 23:59:59"
-    if date.tzinfo is not None:
-        return "has a time zone, which is not read: convert the times to one zone, and leave it out"
-    if _FIRST_DATE <= text[:10] <= _LAST_DATE:
-        return "is not written like 2015-01-31 23:59:59.123456789"
-    return OUT_OF_RANGE
 
 
 def first_failing(count: int, fails: Callable[[int, int], bool]) -> int:

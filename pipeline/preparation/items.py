@@ -1,0 +1,131 @@
+"""Titles and attributes of the items, from a table of them.
+
+    --items_path movies.csv      movieId,title,genres: the title by its name, the rest attributes
+
+GroupLens' movies.dat (``::``) and u.item (``|``) have no header: the title is the second field.
+"""
+
+import io
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.feather
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError, warn
+from pipeline.remote import seekable
+from pipeline.sources.jsonlines import is_json
+from pipeline.sources.layout import split_line
+from pipeline.sources.parquet import is_typed
+from pipeline.sources.source_file import SourceFile, reading
+from pipeline.tables.names import canonical, known_places, list_names
+
+_SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
+_TITLES = ("title", "name", "itemname", "producttitle", "movietitle", "description")
+_RESERVED = ("item", "title", "train_count")  # columns of the catalog
+
+
+def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:
+    """string [V]: the titles of the items with these original ids, "" if the file has none.
+
+    The title is the column called title or name, else the second field of a line in GroupLens'
+    movies.dat (``::``), movies.csv and u.item (``|``) and in RecBole's ``.item`` (tab); the text is
+    UTF-8 or Latin-1.
+    """
+    extension = file.name.rsplit(".", 1)[-1]
+    separator = "|" if file.name == "u.item" else _SEPARATORS[extension]
+    text = io.StringIO(_text(file), newline=None)
+    lines = (line.rstrip("\n") for line in text)  # not at "\x85"
+    fields = [split_line(line, separator) for line in lines if separator in line]
+    place = 1
+    if fields and extension in ("csv", "item") and separator != "|":
+        names = [canonical(name) for name in fields[0]]
+        place = next((names.index(name) for name in _TITLES[:2] if name in names), 1)
+    titles = {line[0].strip(): line[place].strip() for line in fields if len(line) > place}
+    return pa.array([titles.get(item, "") for item in items.to_pylist()], pa.string())
+
+
+def read_items(file: SourceFile, items: pa.StringArray) -> tuple[pa.StringArray, pa.Table]:
+    """Titles (string [V], "" if there is none) and attributes (V rows, null if there are none).
+
+    The table has a header or is Parquet, Arrow or JSON lines. Its item column has a well-known
+    name; the attributes are all columns but the item and the title.
+    """
+    table = _table(file)
+    names = table.column_names
+    key = names[_item_place(file, names)]
+    titles = next((name for name in names if canonical(name) in _TITLES and name != key), None)
+    if clash := [name for name in names if name in _RESERVED and name not in (key, titles)]:
+        raise UserError(f"{file}: rename the column {clash[0]!r}: the catalog has one of that name")
+    ids = table[key].cast(pa.string())
+    ids = pc.utf8_trim(ids, " \t")
+    rows = pc.index_in(items, ids.combine_chunks())
+    if rows.null_count == len(rows):
+        raise UserError(
+            f"{file}: none of the items is in its column {key!r}; is it the item column? Known "
+            f"columns are {list_names(names)}"
+        )
+    if rows.null_count:
+        warn(f"{file} has no row for {rows.null_count:,} of {len(items):,} items")
+    if repeated := len(ids) - len(pc.unique(ids)):
+        warn(f"{file}: {repeated:,} rows have the item of an earlier row; the first one is taken")
+    found = table.take(rows).combine_chunks()
+    title = pa.repeat("", len(items))
+    if titles is not None:
+        text = found[titles].cast(pa.string()).fill_null("")
+        title = pa.concat_arrays(text.chunks) if text.num_chunks else title
+    rest = [name for name in names if name not in (key, titles)]
+    return title.cast(pa.string()), found.select(rest)
+
+
+def _table(file: SourceFile) -> pa.Table:
+    try:
+        with reading(file):
+            if is_typed(file):
+                with file.open() as stream:
+                    is_parquet = stream.read(4) == b"PAR1"
+                read = pq.read_table if is_parquet else pyarrow.feather.read_table
+                return read(seekable(file.path))
+            if is_json(file):
+                with file.open() as stream:
+                    return pajson.read_json(pa.py_buffer(stream.read()))
+            extension = file.name.rsplit(".", 1)[-1].lower()
+            if extension not in ("csv", "item", "tsv"):
+                raise UserError(
+                    f"{file}: a table of items is .csv, .tsv, .item, .json, .parquet or .arrow"
+                )
+            content = pa.py_buffer(_text(file).encode())
+            parse = pacsv.ParseOptions(
+                delimiter=_SEPARATORS[extension], newlines_in_values=extension == "csv"
+            )
+            header = pacsv.open_csv(content, parse_options=parse).schema.names
+            kinds = {header[_item_place(file, header)]: pa.string()}
+            table = pacsv.read_csv(
+                content,
+                parse_options=parse,
+                convert_options=pacsv.ConvertOptions(column_types=kinds),
+            )
+            return table.rename_columns([name.split(":")[0] for name in table.column_names])
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+
+
+def _item_place(file: SourceFile, names: list[str]) -> int:
+    plain = [canonical(name) for name in names]
+    places = known_places("item", names) or [at for at, name in enumerate(plain) if name == "id"]
+    if not places:
+        raise UserError(
+            f"{file}: cannot tell the item column among {list_names(names)}: call it item_id"
+        )
+    return places[0]
+
+
+def _text(file: SourceFile) -> str:
+    with file.open() as stream:
+        content = stream.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")

@@ -1,0 +1,117 @@
+"""The columns of a source: well-known names, --columns, and what else the user wants.
+
+`--columns` names user, item[, rating[, timestamp]] in this order, e.g. "customer,asin,stars,date".
+An empty name skips a column ("user,item,,time"); numbers are places, from 1, in a file without a
+header ("1,2,4,3"). Without the flag, columns are found by the well-known names below.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # it loads Arrow, which --help must not wait for
+    from pipeline.tables.where import Where
+
+ROLES = ("user", "item", "rating", "timestamp")
+# Compared without case, blanks, "_", "-" and "."; the first that a file has is taken.
+_KNOWN = {
+    "user": "user_id user uid reviewer_id customer_id visitor_id session_id author_id buyer_id "
+    "client_id account_id member_id user_name customer client username reviewer author session",
+    "item": "item_id item movie_id iid sid asin parent_asin product_id business_id book_id "
+    "artist_id track_id article_id news_id song_id video_id anime_id game_id app_id recipe_id "
+    "beer_id gmap_id stock_code product_code variant_id sku isbn product "
+    # lists, one a user
+    "item_ids items item_id_list item_list item_sequence movie_ids product_ids asins history "
+    "sequence",
+    "rating": "rating ratings stars overall score review_overall user_rating",
+    "timestamp": "timestamp time ts unixreviewtime unix_timestamp date datetime event_time "
+    "event_timestamp created_at time_stamp invoice_date order_date review_time review_date "
+    "event_date click_time rated_at timestamps times timestamp_list time_list",
+}
+LISTS = "itemids items itemidlist itemlist itemsequence movieids productids asins history sequence"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user wants of each file."""
+
+    columns: str = ""  # --columns
+    separator: str = ""  # --separator
+    rows: "Where | None" = None  # --where
+    needs_rating: bool = True  # False: a rating may be missing
+
+    def no_column(self, where: str, name: str, names: Sequence[str]) -> str:
+        return f"{where}: no column {name!r} (--where); there are {list_names(names)}"
+
+
+def check_columns(columns: str) -> dict[str, str]:
+    """Name or number of each role's column by --columns."""
+    names = [name.strip() for name in columns.split(",")]
+    if not 2 <= len(names) <= len(ROLES) or not all(names[:2]):
+        raise UserError(
+            f"--columns must name user,item[,rating[,timestamp]], not {columns!r}: "
+            'for example "user_id,item_id,rating,timestamp"'
+        )
+    given = [name for name in names if name]
+    if len(set(given)) < len(given):
+        raise UserError(f"--columns {columns!r} names a column twice: give each another one")
+    return {role: name for role, name in zip(ROLES, names, strict=False) if name}
+
+
+def find_columns(
+    where: str, names: Sequence[str], columns: str, own: int | None = None
+) -> dict[str, int]:
+    """Place of each role, from 0, among a file's column names.
+
+    The first `own` names are the file's; the others, of folders, count only where these do not do.
+    """
+    wanted = check_columns(columns) if columns else {}
+    places = {}
+    for role in wanted or ROLES:
+        if wanted:
+            column = wanted[role]
+            matches = [at for at, name in enumerate(names) if column in (name, untyped(name))]
+        else:
+            matches = known_places(role, names[:own]) or known_places(role, names)
+        if matches:
+            places[role] = matches[0]
+            if names.count(names[matches[0]]) > 1:
+                raise UserError(
+                    f"{where}: several columns are called {names[matches[0]]!r}: rename them, or "
+                    "choose others with --columns"
+                )
+        elif wanted:
+            raise UserError(
+                f"{where}: no column {column!r} (--columns); there are {list_names(names)}"
+            )
+        elif role in ("user", "item"):
+            raise UserError(
+                f"{where}: cannot tell the {role} column among {list_names(names)}; name them with "
+                '--columns "user,item[,rating[,timestamp]]", or by numbers ("1,2,3,4") if the '
+                "file has no header"
+            )
+    return places
+
+
+def known_places(role: str, names: Sequence[str]) -> list[int]:
+    """Places, from 0, of the names that are well known for a role, the best known first."""
+    plain = [canonical(name) for name in names]
+    return [plain.index(name) for name in map(canonical, _KNOWN[role].split()) if name in plain]
+
+
+def canonical(name: str) -> str:
+    """A column's name as well-known names are compared: "User ID" and "user_id:token" are one."""
+    return re.sub(r"[\s_.-]", "", untyped(name).lower())
+
+
+def untyped(name: str) -> str:
+    """RecBole's ``user_id:token`` without the type."""
+    return name.split(":")[0]
+
+
+def list_names(names: Sequence[str]) -> str:
+    shown = ", ".join(re.sub(r"[^\x20-\x7e]", "?", name)[:40] for name in names[:20])
+    return shown + (", ..." if len(names) > 20 else "")
