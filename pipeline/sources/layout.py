@@ -106,8 +106,8 @@ def text_layout(where: str, name: str, line: str, columns: str, separator: str) 
     return Layout(separator, len(names), places, has_header=False)
 
 
-def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, int]:
-    """Place of each role, from 0, among a file's column names."""
+def find_columns(where: str, names: Sequence[str], columns: str | None) -> dict[str, int]:
+    """Place of each role, from 0, among column names; ``columns``: None for a table in memory."""
     wanted = check_columns(columns) if columns else {}
     plain = [_untyped(name).lower() for name in names]
     places = {}
@@ -120,17 +120,19 @@ def find_columns(where: str, names: Sequence[str], columns: str) -> dict[str, in
         if matches:
             places[role] = matches[0]
             if names.count(names[matches[0]]) > 1:
+                other = "" if columns is None else ", or choose others with --columns"
                 raise UserError(
-                    f"{where}: several columns are called {names[matches[0]]!r}: rename them, or "
-                    "choose others with --columns"
+                    f"{where}: several columns are called {names[matches[0]]!r}: rename them{other}"
                 )
         elif wanted:
             raise UserError(f"{where}: no column {column!r} (--columns); there are {_list(names)}")
         elif role in ("user", "item"):
+            cause = f"{where}: cannot tell the {role} column among {_list(names)}; "
+            if columns is None:
+                raise UserError(f"{cause}rename them to user, item[, rating[, timestamp]]")
             raise UserError(
-                f"{where}: cannot tell the {role} column among {_list(names)}; name them with "
-                '--columns "user,item[,rating[,timestamp]]", or by numbers ("1,2,3,4") if the '
-                "file has no header"
+                f'{cause}name them with --columns "user,item[,rating[,timestamp]]", or by numbers '
+                '("1,2,3,4") if the file has no header'
             )
     return places
 
