@@ -219,6 +219,10 @@ def test_histories_of_a_file(trained: Trained, run_main: RunMain, tmp_path: Path
     assert [row["user"] for row in rows] == [7] * 3 + [8] * 3 + [9] * 3
     assert [row["popularity"] for row in rows] == [False] * 6 + [True] * 3
     assert rows[0].keys() == {"user", "rank", "item", "score", "title", "popularity"}
+    assert outcome.out.endswith("recs.jsonl: 9 rows for 3 users\n")
+    pq.write_table(table.slice(1, 1), tmp_path / "new_users.parquet")
+    outcome = run_main("recommend", *flags, "--output", tmp_path / "recs-1.jsonl")
+    assert outcome.out.endswith("recs-1.jsonl: 3 rows for 1 user\n")
     single = tmp_path / "one.csv"
     run_main("recommend", *trained.flags, "--history=914,661", "--k=3", f"--output={single}")
     lines = single.read_text().splitlines()
