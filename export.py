@@ -33,9 +33,11 @@ def export_model(flags: ExportFlags) -> None:
     ranks = start()
     if ranks.world_size > 1:
         raise UserError("export.py runs in one process: start it without torchrun")
-    output = Path(flags.output)
-    check_export("--output", output, Path(flags.checkpoint))
-    trained = TrainedRun(EvalFlags(checkpoint=flags.checkpoint)).trained(ranks)
+    run, output = TrainedRun(EvalFlags(checkpoint=flags.checkpoint)), Path(flags.output)
+    if flags.with_users:
+        run.check_users()
+    check_export("--output", output, run.folder)
+    trained = run.trained(ranks)
     export(trained, output, flags.with_users, with_programs=True)
     ranks.say(f"exported step {trained.step} to {output}")
 

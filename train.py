@@ -129,7 +129,8 @@ def _train(
     if ranks.is_first:
         plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
         load_checkpoint(checkpoints.path(best_step), plain)
-        trained, output = Trained(plain, best_step, {"test": result}, folder.path), config.output
+        output = config.output
+        trained = Trained(plain, best_step, {"test": result}, folder.path, folder.path)
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

@@ -62,7 +62,7 @@ def check(words: list[str]) -> None:
         launch = get_args_parser().parse_args(arguments)
         script = [launch.training_script, *launch.training_script_args]
         check_script(*(script[1:] if launch.no_python else script))
-    elif arguments[0] == "exported/recommender.py":
+    elif Path(arguments[0]).name == "recommender.py":
         assert (ROOT / "model/programs/recommender.py").exists()  # which export.py copies
     elif arguments[0].endswith(".py"):
         check_script(*arguments)

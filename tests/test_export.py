@@ -112,7 +112,7 @@ def trained(folder: Path, step: int) -> Trained:
         write_config(run_dir, flatten(config(step)), facts)
         STORE.catalog.write_to(run_dir)
     plain = load_checkpoint(run_dir / str(step), build_plain_model(config(step), 3, ONE))
-    return Trained(plain, step, {"test": {"users": step}}, run_dir)
+    return Trained(plain, step, {"test": {"users": step}}, run_dir, run_dir)
 
 
 def export_step(folder: Path, step: int, target: Path, with_users: bool = False) -> None:

@@ -8,9 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 
+from model.checkpoints.export import export
+from model.distributed import Ranks
+from model.run.config import EvalFlags
+from model.run.trained import TrainedRun
 from model.serving.recommender import Recommender
+from pipeline.preparation.catalog import Catalog
 from tests.conftest import ROOT, TINY, RunMain, assert_one_line, run_process, torchrun
 
 # The ids of the documented commands, and more; 2 is never rated in a training part.
@@ -146,6 +152,61 @@ def test_in_python(trained: Trained, run_main: RunMain, no_cuda: None) -> None:
         dist.destroy_process_group()
 
 
+# Runs the code of a document, where its files are.
+RUN_CODE = """
+import json, re, sys
+sys.path.insert(0, sys.argv[1])
+text = open(sys.argv[2]).read()
+codes = re.findall(r"^```python\\n(.*?)^```", text, re.M | re.S)
+namespace = {"__name__": "document"}
+for code in codes:
+    if "faiss" not in code:  # not installed
+        exec(code, namespace)
+answer, served = namespace["answer"], namespace["served"]
+namespace["refresh"]()
+assert namespace["served"] is served
+served._written = None
+namespace["refresh"]()
+assert namespace["served"] is not served
+vector = namespace["r"].user_vectors([["1193", "661"]])
+assert abs(namespace["vectors"].numpy() - vector).max() < 1e-5
+print(json.dumps([len(codes), answer("history=1193,661&k=2"), answer("history=none&k=1")]))
+"""
+
+
+def test_the_code_of_the_document(trained: Trained) -> None:
+    document = ROOT / "docs" / "serving.md"
+    outcome = run_process("-c", RUN_CODE, ROOT, document, cwd=trained.folder)
+    assert outcome.code == 0, outcome.err
+    codes, known, unknown = json.loads(outcome.out.splitlines()[-1])
+    assert codes == 5
+    assert len(known["items"]) == 2 and not known["popular"] and known["step"] > 0
+    assert len(unknown["items"]) == 1 and unknown["popular"]
+
+
+def test_users_of_a_run_whose_model_has_none(trained: Trained, tmp_path: Path) -> None:
+    """A run's own exported model has no users; the run has."""
+    run = TrainedRun(EvalFlags(checkpoint=str(trained.folder / "runs" / "ml-1m")))
+    run.check_users()
+    model = run.trained(Ranks(0, 1, 1, torch.device("cpu")))
+    export(model, tmp_path, with_users=True, with_programs=False)
+    assert len(Catalog.read(tmp_path).users) == NUM_USERS
+
+
+def test_an_export_without_users_cannot_give_them(
+    trained: Trained, run_main: RunMain, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    model = trained.folder / "runs" / "ml-1m" / "model"
+    for folder, message in (
+        (model, f"--with_users: {model} has no users.parquet: give the run folder by --checkpoint"),
+        (tmp_path / "missing", "missing is no run folder"),
+    ):
+        flags = [f"--checkpoint={folder}", f"--output={target}", "--with_users"]
+        assert_one_line(run_main("export", *flags), "export", message)
+        assert not target.exists()
+
+
 def test_histories_of_a_file(trained: Trained, run_main: RunMain, tmp_path: Path) -> None:
     users, items = [8, 7, 8, 9], ["661", "1193", "914", "none"]
     table = pa.table({"user": users, "item": items, "timestamp": [5, 1, 2, 1]})
@@ -158,6 +219,10 @@ def test_histories_of_a_file(trained: Trained, run_main: RunMain, tmp_path: Path
     assert [row["user"] for row in rows] == [7] * 3 + [8] * 3 + [9] * 3
     assert [row["popularity"] for row in rows] == [False] * 6 + [True] * 3
     assert rows[0].keys() == {"user", "rank", "item", "score", "title", "popularity"}
+    assert outcome.out.endswith("recs.jsonl: 9 rows for 3 users\n")
+    pq.write_table(table.slice(1, 1), tmp_path / "new_users.parquet")
+    outcome = run_main("recommend", *flags, "--output", tmp_path / "recs-1.jsonl")
+    assert outcome.out.endswith("recs-1.jsonl: 3 rows for 1 user\n")
     single = tmp_path / "one.csv"
     run_main("recommend", *trained.flags, "--history=914,661", "--k=3", f"--output={single}")
     lines = single.read_text().splitlines()

@@ -6,6 +6,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_five_items_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
         ({"allow": ["c", "a", "e", "zzz"]}, "ac"),
         ({"allow": ["e"], "cold": "keep"}, "e"),
         ({"deny": ["b"]}, "ac"),
-        ({"allow": "abd", "deny": "b"}, "a"),
+        ({"allow": [*"abd"], "deny": ["b"]}, "a"),
         # log(1 + 1), log(6), log(8) of b, a, c: .55, -.40, -.54.
         ({"popularity_discount": 0.5}, "bac"),
     ],
@@ -120,6 +121,43 @@ def test_users_without_a_known_item_get_popularity(capsys: pytest.CaptureFixture
     # Popularity too recommends only what may be recommended.
     table = five_items().recommended([[]], deny=["c"], cold="keep")
     assert lists_of(table) == {0: "dabe"}
+
+
+def test_vectors_of_no_known_item(capsys: pytest.CaptureFixture[str]) -> None:
+    recommender = five_items()
+    recommender.model.requires_grad_(False)
+    unknown, empty = recommender.user_vectors([["x"], []])
+    assert unknown.tolist() == empty.tolist()
+    err = capsys.readouterr().err
+    assert "2 of 2 users have no known item: their vectors are one and the same" in err
+
+
+def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's modules hold a batch between them: a second thread waits."""
+    recommender, free = five_items(), []
+    recommender.model.requires_grad_(False)
+
+    def checked(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            free.append(serving._ONE_CALL.acquire(blocking=False))
+            return call(*args, **options)
+
+        return wrapped
+
+    for name in ("encode", "top_items"):
+        monkeypatch.setattr(serving, name, checked(getattr(serving, name)))
+    recommender.recommended([["a"]])
+    recommender.user_vectors([["a"]])
+    recommender.similar_to("a")
+    assert free == [False] * 4
+    assert serving._ONE_CALL.acquire(blocking=False)
+    serving._ONE_CALL.release()
+
+
+def test_a_text_is_no_list_of_ids() -> None:
+    for ids in ({"allow": "ab"}, {"deny": "ab"}):
+        with pytest.raises(UserError, match="item ids must be a list, not the text 'ab'"):
+            five_items().recommended([["a"]], **ids)
 
 
 def test_no_users_and_no_items() -> None:
@@ -312,8 +350,12 @@ def test_histories_of_a_table_keep_the_types_of_ids() -> None:
     ):
         with pytest.raises(UserError, match=message):
             known.table_of_ratings(pa.table({"item": ["a", "c", "b"], "user": column}))
-    with pytest.raises(UserError, match="cannot tell the user column"):
+    # There is no --columns to give.
+    with pytest.raises(UserError, match=r"cannot tell the user column.*rename them to user, item"):
         known.table_of_ratings(pa.table({"item": ["a"], "who": [1]}))
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["user", "item", "item"])
+    with pytest.raises(UserError, match=r"several columns are called 'item': rename them$"):
+        known.table_of_ratings(twice)
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string()])

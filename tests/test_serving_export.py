@@ -1,6 +1,8 @@
 """An export serves what the model computes, in a process without torch and this project."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
+from model.checkpoints import export as export_module
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.programs.exporters import item_table_name
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
+from model.programs.recommender import Recommender
 from pipeline.preparation.catalog import Catalog
 from tests.conftest import run_process
 
@@ -163,3 +167,143 @@ def test_the_folder_serves_alone(exported: Exported) -> None:
     found = [item for item, _ in similar]
     assert "i4" not in found and "i2" not in found and len(found) == V - 2
     assert similar == sorted(similar, key=lambda pair: -pair[1])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Exports of untrained models, the second of fewer items."""
+    folders = []
+    for names in (["1193", "661", "914", "x"], ["661", "1193"]):
+        config = ModelConfig(len(names), MAX_LEN, EncoderConfig(WIDTH, 1, 1), HeadConfig())
+        bert = BERT4Rec(config, CatalogSlice(1, len(names) + 1, shared=False)).eval()
+        folder = tmp_path_factory.mktemp("two")
+        save_file(bert.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
+        titles = pa.array([f"The {name}" for name in names])
+        catalog = Catalog(pa.array(names), titles, np.arange(len(names)) + 1, pa.array(["u"]))
+        write_programs(bert, catalog, folder, "model.safetensors")
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+@pytest.fixture
+def small(tmp_path: Path, two: tuple[Path, Path]) -> Path:
+    return Path(shutil.copytree(two[0], tmp_path / "exported"))
+
+
+@pytest.fixture
+def replace_small(small: Path, tmp_path: Path, two: tuple[Path, Path]) -> Callable[[], None]:
+    """Puts the second export in place of the first."""
+
+    def replace() -> None:
+        aside = Path(shutil.copytree(two[1], tmp_path / "aside"))
+        export_module._replace(small, aside)
+
+    return replace
+
+
+def test_ids_are_items_of_lists(small: Path) -> None:
+    """A text is one id, not a list of its letters; blanks around an id do not count."""
+    serving = Recommender(small)
+    assert serving.rows([" 661", 1193, "none", "x "]).tolist() == [1, 0, 3]
+    assert serving.recommend([[" 1193", 661]]) == serving.recommend([["1193", "661"]])
+    assert serving.similar(" 661 ") == serving.similar(661)
+    calls: list[Callable[[], object]] = [
+        lambda: serving.recommend(["1193", "661"]),
+        lambda: serving.recommend("1193"),
+        lambda: serving.user_vectors(["1193"]),
+        lambda: serving.recommend([["1193"]], allow="661"),
+        lambda: serving.recommend([["1193"]], deny="661"),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="must be a list, not the text"):
+            call()
+
+
+def test_no_users(small: Path) -> None:
+    serving = Recommender(small)
+    assert serving.recommend([]) == []
+    assert serving.user_vectors([]).shape == (0, WIDTH)
+
+
+def test_the_script(small: Path) -> None:
+    script = small / "recommender.py"
+    outcome = run_process(script, "--history", "1193, none,661", "--k", "9")
+    assert outcome.err == "warning: 1 of 3 items are unknown: left out\n"
+    expected = Recommender(small).recommend([["1193", "661"]])[0]
+    rows = [line.split(maxsplit=2) for line in outcome.out.splitlines()]
+    assert rows == [[f"{score:.4f}", name, f"The {name}"] for name, score in expected]
+    outcome = run_process(script, "--history", "1193", "--k", "0")
+    assert outcome.code == 2 and outcome.err.endswith("--k must be at least 1\n")
+
+
+def test_axes_of_the_program_have_names(exported: Exported) -> None:
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    assert [each.shape for each in session.get_inputs()] == [["users", "length"]]
+    assert [each.shape for each in session.get_outputs()] == [["users", WIDTH]]
+
+
+def test_an_export_is_replaced_while_it_serves(
+    small: Path, replace_small: Callable[[], None]
+) -> None:
+    serving = Recommender(small)
+    before = serving.recommend([["1193"]])
+    assert not serving.outdated()
+    (small / "model.safetensors").rename(small / "hidden")  # what an export does first
+    assert not serving.outdated() and serving.recommend([["1193"]]) == before
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        Recommender(small)
+    replace_small()
+    assert serving.outdated() and serving.recommend([["1193"]]) == before
+    assert Recommender(small).items == ["661", "1193"] and not Recommender(small).outdated()
+
+
+@pytest.mark.parametrize("at", ["items.json", "item_vectors.npy", "config.json", "model.onnx"])
+def test_a_mixture_of_two_exports_is_not_read(
+    small: Path, replace_small: Callable[[], None], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The export is replaced just before the reading of one of its files."""
+    left = [at]
+
+    def replace_at(path: object) -> None:
+        if left and str(path).endswith(left[0]):
+            left.clear()
+            replace_small()
+
+    read_text, load, session = Path.read_text, np.load, onnxruntime.InferenceSession
+
+    def replaced(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(path: object, *args: Any, **options: Any) -> Any:
+            replace_at(path)
+            return call(path, *args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(Path, "read_text", replaced(read_text))
+    monkeypatch.setattr(np, "load", replaced(load))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", replaced(session))
+    with pytest.raises(RuntimeError, match="was replaced while it was read"):
+        Recommender(small)
+    assert not left and len(Recommender(small).items) == 2
+
+
+def test_half_an_export_is_not_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that a replacement causes, such as onnxruntime's, are told as what they are."""
+
+    def lost(path: object, *_: Any) -> None:
+        (small / "model.safetensors").unlink()
+        raise KeyError(f"{path} cannot be used")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lost)
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        Recommender(small)
+
+
+def test_a_link_is_followed_once(small: Path, tmp_path: Path, two: tuple[Path, Path]) -> None:
+    link = tmp_path / "served"
+    link.symlink_to(small)
+    serving = Recommender(link)
+    (tmp_path / "new").symlink_to(two[1])
+    (tmp_path / "new").replace(link)
+    assert serving.outdated() and len(serving.items) == 4
+    assert Recommender(link).items == ["661", "1193"]

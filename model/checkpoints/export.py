@@ -51,12 +51,14 @@ class Trained:
         plain: an unsharded model on CPU, with its weights.
         metrics: by split.
         folder: has the model's config.json and catalog.
+        users: has users.parquet, if there is one: a run, also where its model is exported.
     """
 
     plain: BERT4Rec
     step: int
     metrics: Mapping[str, Any]
     folder: Path
+    users: Path
 
 
 def load_checkpoint(checkpoint: Path, plain: BERT4Rec) -> BERT4Rec:
@@ -99,7 +101,7 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
             write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
-            Catalog.copy(trained.folder, aside, with_users)
+            Catalog.copy(trained.folder, aside, trained.users if with_users else None)
             _save(weights, aside, {_TIE: json.dumps(tie)})
             shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
             if with_programs:
@@ -109,7 +111,7 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error.strerror or error}; make room, then: "
-            f"python export.py --checkpoint {trained.folder} --output {folder}"
+            f"python export.py --checkpoint {trained.users} --output {folder}"
         ) from error
 
 

@@ -52,6 +52,7 @@ def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
     length = Dim("length", min=1, max=longest) if longest > 1 else None
     # A program of any number of users: Dim.DYNAMIC would exclude one user.
     shapes = ({0: Dim("users", min=1), 1: length}, None)
+    names = {0: "users"} | ({1: "length"} if length else {})
     with torch.no_grad(), _quiet():
         program = torch.export.export(encoder, (histories, table), dynamic_shapes=shapes)
         torch.export.save(program, folder / TORCH_PROGRAM)
@@ -60,6 +61,7 @@ def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
             opset_version=_OPSET,
             input_names=[_HISTORIES, _TABLE],
             output_names=[_VECTORS],
+            dynamic_shapes=(names, None),  # the program's own names are numbers by now
             dynamo=True,
             verbose=False,
         )

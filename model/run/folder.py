@@ -101,7 +101,7 @@ class RunFolder:
             if self.store.path is None:
                 self.store.catalog.write_to(self.path)
             else:
-                Catalog.copy(self.store.path, self.path)
+                Catalog.copy(self.store.path, self.path, users=self.store.path)
 
         from_first_rank(self.ranks, write)
 

@@ -31,8 +31,10 @@ from model.run.flags import build, current_flags
 from model.run.folder import lasting_flags, read_config
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
+from pipeline.preparation.catalog import FILES
 from pipeline.preparation.store import SequenceStore
 
+USERS = FILES[1]
 _MOST_LAYERS = 1000  # more would take minutes to build, also without weights
 
 
@@ -103,12 +105,20 @@ class TrainedRun:
         if self._exported:
             recorded = read_config(self._exported)
             step, metrics = recorded.get("step", 0), recorded.get("metrics", {})
-            return Trained(self.plain_model(), step, metrics, self._exported)
+            return Trained(self.plain_model(), step, metrics, self._exported, self.folder)
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         checkpoints.check_fit(self._weightless_model(), step)
         plain = build_plain_model(self.config, self._num_items, ranks)
-        return Trained(load_checkpoint(checkpoints.path(step), plain), step, {}, self.folder)
+        plain = load_checkpoint(checkpoints.path(step), plain)
+        return Trained(plain, step, {}, self.folder, self.folder)
+
+    def check_users(self) -> None:
+        """UserError unless the folder has the users' original ids."""
+        if not (self.folder / USERS).exists():
+            raise UserError(
+                f"--with_users: {self.folder} has no {USERS}: give the run folder by --checkpoint"
+            )
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""

@@ -106,7 +106,8 @@ def write_all(
         for block in lists:
             write(block)
             count += int((block.items > 0).sum())
-    ranks.say(f"{output}: {count:,} rows for {len(histories):,} users")
+    users = "1 user" if len(histories) == 1 else f"{len(histories):,} users"
+    ranks.say(f"{output}: {count:,} rows for {users}")
 
 
 def _progress(batches: Any) -> Any:

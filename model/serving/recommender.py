@@ -12,6 +12,7 @@ Shapes: U users, k items of each, D width, V items.
 """
 
 import atexit
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -47,12 +48,17 @@ from pipeline.serving.histories import KnownHistories, item_number
 # more positions leave the caches, and allocating them takes as long as computing them.
 BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 16}, 1 << 12
 
+# A call changes the modes of model and torch, and the model's modules hold its batch.
+_ONE_CALL = threading.Lock()
+
 # Lists of item ids, or ratings as a pandas DataFrame or a pyarrow Table.
 Histories = Any
 
 
 class Recommender:
     """Recommends the items of a catalog by a BERT4Rec, possibly sharded over the ranks.
+
+    Calls from several threads wait for each other.
 
     Args:
         max_len: most items of a history, mask token included.
@@ -138,7 +144,8 @@ class Recommender:
         given = self.histories_of(histories)
         eligible = self.eligible(Choice(k, seen, cold, popularity_discount), allow, deny)
         rows = UserRows(self.catalog, given)
-        tables = map(rows.table, self.lists(given, eligible))
+        with _ONE_CALL:
+            tables = [*map(rows.table, self.lists(given, eligible))]
         return pa.concat_tables([rows.schema.empty_table(), *tables])
 
     def similar_to(
@@ -151,23 +158,29 @@ class Recommender:
     ) -> pa.Table:
         """The k items with the largest cosine to this one's vector: rank, item, score[, title]."""
         eligible = self.eligible(Choice(k, cold=cold), allow, deny)
-        found = self.similar_items(item_number(item, self.catalog), eligible)
+        with _ONE_CALL:
+            found = self.similar_items(item_number(item, self.catalog), eligible)
         return ItemRows(self.catalog).table(found)
 
     def item_vectors(self) -> np.ndarray:
         """float32 [V, D] in the catalog's order; their products with user vectors are scores."""
-        assert not self._scored.shared
-        parts = self._scored.rows_of_parts()
-        return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
+        with _ONE_CALL:
+            assert not self._scored.shared
+            parts = self._scored.rows_of_parts()
+            return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
 
     def user_vectors(self, histories: Histories) -> np.ndarray:
         """float32 [U, D], in the order of :meth:`recommend`."""
-        given = self.histories_of(histories)
-        vectors = [users.hidden.cpu() for users in self._encoded(self._batches(given, True), iter)]
-        return torch.cat([torch.empty(0, self._width), *vectors])[: len(given)].numpy()
+        given = self.histories_of(histories, without="their vectors are one and the same")
+        batches = self._batches(given, keep_seen=True)
+        with _ONE_CALL:
+            vectors = [users.hidden.cpu() for users in self._encoded(batches, iter)]
+            return torch.cat([torch.empty(0, self._width), *vectors])[: len(given)].numpy()
 
-    def histories_of(self, given: Histories) -> KnownHistories:
-        """Histories in dense ids; warns of unknown items."""
+    def histories_of(
+        self, given: Histories, without: str = "ranked by popularity"
+    ) -> KnownHistories:
+        """Histories in dense ids; warns of unknown items, and ``without`` any of what follows."""
         if isinstance(given, KnownHistories):
             return given
         if hasattr(given, "columns") and not isinstance(given, pa.Table):
@@ -177,10 +190,12 @@ class Recommender:
             found = known.of_ratings(ratings, self.catalog, self.min_rating)
         else:
             found = known.of_lists(list(given), self.catalog)
-        self.report_unknown(found)
+        self.report_unknown(found, without)
         return found
 
-    def report_unknown(self, histories: KnownHistories) -> None:
+    def report_unknown(
+        self, histories: KnownHistories, without: str = "ranked by popularity"
+    ) -> None:
         """Warn of unknown items and of users who have no other."""
         if histories.unknown:
             total = histories.unknown + int(histories.offsets[-1])
@@ -189,9 +204,7 @@ class Recommender:
                 "model: left out"
             )
         if empty := int(histories.empty().sum()):
-            self.ranks.warn(
-                f"{empty:,} of {len(histories):,} users have no known item: ranked by popularity"
-            )
+            self.ranks.warn(f"{empty:,} of {len(histories):,} users have no known item: {without}")
 
     def eligible(
         self, choice: Choice, allow: Iterable[object] | None, deny: Iterable[object]

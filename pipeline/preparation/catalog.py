@@ -76,11 +76,12 @@ class Catalog:
             pq.write_table(table, Path(folder) / name)
 
     @staticmethod
-    def copy(folder: Path, to: Path, with_users: bool = True) -> None:
-        """Copy the catalog's files, that of the users only ``with_users``."""
-        for name in FILES if with_users else FILES[:1]:
-            with open_regular(folder / name) as source, whole_file(to / name) as target:
-                shutil.copyfileobj(source, target)
+    def copy(items: Path, to: Path, users: Path | None) -> None:
+        """Copy the file of the items from one folder, that of the users from another or not."""
+        for name, folder in zip(FILES, (items, users), strict=True):
+            if folder is not None:
+                with open_regular(folder / name) as source, whole_file(to / name) as target:
+                    shutil.copyfileobj(source, target)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:

@@ -22,7 +22,7 @@ from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.stages import EncodeIds, GroupByUser
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources.layout import find_columns
+from pipeline.tables.names import find_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,13 @@ class KnownHistories:
 
 
 def dense_ids(ids: Iterable[object] | pa.Array, catalog: Catalog) -> np.ndarray:
-    """Dense ids of original ids (text or whole numbers): int32, 0 for an unknown one."""
+    """Dense ids of original ids (text or whole numbers): int32, 0 for an unknown one.
+
+    Raises:
+        UserError: ``ids`` is a text, not a list.
+    """
+    if isinstance(ids, (str, bytes)):
+        raise UserError(f"item ids must be a list, not the text {ids!r}")
     if not isinstance(ids, pa.Array):
         ids = pa.array([str(each) for each in ids], pa.string())
     found = pc.index_in(pc.utf8_trim_whitespace(ids), value_set=catalog.items)
@@ -119,7 +125,7 @@ def of_ratings(
 def table_of_ratings(table: pa.Table) -> pa.Table:
     """A table in memory with the columns that `of_ratings` reads, found by the well-known names."""
     what = "the data frame"
-    places = find_columns(what, table.column_names, "")
+    places = find_columns(what, table.column_names, None)
     columns = {}
     for role, place in places.items():
         column = table.column(place)

@@ -62,9 +62,9 @@ def check_columns(columns: str) -> dict[str, str]:
 
 
 def find_columns(
-    where: str, names: Sequence[str], columns: str, own: int | None = None
+    where: str, names: Sequence[str], columns: str | None, own: int | None = None
 ) -> dict[str, int]:
-    """Place of each role, from 0, among a file's column names.
+    """Place of each role, from 0, among column names; ``columns``: None for a table in memory.
 
     The first `own` names are the file's; the others, of folders, count only where these do not do.
     """
@@ -79,19 +79,21 @@ def find_columns(
         if matches:
             places[role] = matches[0]
             if names.count(names[matches[0]]) > 1:
+                other = "" if columns is None else ", or choose others with --columns"
                 raise UserError(
-                    f"{where}: several columns are called {names[matches[0]]!r}: rename them, or "
-                    "choose others with --columns"
+                    f"{where}: several columns are called {names[matches[0]]!r}: rename them{other}"
                 )
         elif wanted:
             raise UserError(
                 f"{where}: no column {column!r} (--columns); there are {list_names(names)}"
             )
         elif role in ("user", "item"):
+            cause = f"{where}: cannot tell the {role} column among {list_names(names)}; "
+            if columns is None:
+                raise UserError(f"{cause}rename them to user, item[, rating[, timestamp]]")
             raise UserError(
-                f"{where}: cannot tell the {role} column among {list_names(names)}; name them with "
-                '--columns "user,item[,rating[,timestamp]]", or by numbers ("1,2,3,4") if the '
-                "file has no header"
+                f'{cause}name them with --columns "user,item[,rating[,timestamp]]", or by numbers '
+                '("1,2,3,4") if the file has no header'
             )
     return places
 
