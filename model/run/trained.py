@@ -31,6 +31,7 @@ from model.run.flags import build, current_flags
 from model.run.folder import lasting_flags, read_config
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
 _MOST_LAYERS = 1000  # more would take minutes to build, also without weights
@@ -66,6 +67,10 @@ class TrainedRun:
                 f"{self.folder} was trained on {self._num_items} items that are not the "
                 f"{store.num_items} of this data: give the ratings of training by --dataset_path"
             )
+
+    def catalog(self) -> Catalog:
+        """The items that the model was trained on."""
+        return Catalog.read(self.folder, self._recorded["catalog"])
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""
@@ -145,13 +150,17 @@ class TrainedRun:
                 f"{folder} was exported by an earlier version: nothing proves that its weights "
                 "belong to its config.json"
             )
+        ended = f"delete {folder}, and --resume auto exports it again"
         exported = recorded["flags"]
         for name, value in lasting_flags(self.config).items():
             if exported.get(name, value) != value:
                 raise UserError(
                     f"{folder} was trained with --{name} {exported[name]}, {self.folder} with "
-                    f"{value}: delete {folder}, and --resume auto exports it again"
+                    f"{value}: {ended}"
                 )
+        for name in ("catalog", "ratings"):
+            if recorded.get(name) != self._recorded.get(name):
+                raise UserError(f"{folder} was trained on other data than {self.folder}: {ended}")
 
 
 def load_teachers(

@@ -34,7 +34,7 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     run = TrainedRun(
         EvalFlags(flags.checkpoint, dataset_path=flags.dataset_path, cache_dir=flags.cache_dir)
     )
-    catalog = Catalog.read(run.folder)
+    catalog = run.catalog()
     if flags.similar is not None:
         item = item_number(flags.similar, catalog)
         recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)

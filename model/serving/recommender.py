@@ -91,7 +91,7 @@ class Recommender:
             UserError: there is no such model, or it is damaged.
         """
         run = TrainedRun(EvalFlags(checkpoint=str(path)))
-        return cls.of_run(run, Catalog.read(run.folder), _alone(device))
+        return cls.of_run(run, run.catalog(), _alone(device))
 
     @classmethod
     def of_run(

@@ -23,6 +23,7 @@ from pipeline.sources.layout import split_line
 from pipeline.sources.source_file import SourceFile
 
 FILES = ("catalog.parquet", "users.parquet")
+_ITEMS = pa.schema({"item": pa.string(), "title": pa.string(), "train_count": pa.int64()})
 _NO_USERS = pa.table({"user": pa.array([], pa.string())})
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
@@ -42,14 +43,21 @@ class Catalog:
     user_type: pa.DataType = field(default_factory=pa.string)
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog of a store, a run or an export, which may be without users."""
+    def read(cls, folder: str | Path, fingerprint: str = "") -> "Catalog":
+        """Read the catalog of a store, a run or an export, which may be without users.
+
+        Args:
+            fingerprint: that of the catalog which a model was trained on; "": any.
+
+        Raises:
+            UserError: it cannot be read, or has another fingerprint.
+        """
         paths = [Path(folder) / name for name in FILES]
         try:
-            items, users = _read(paths[0]), _NO_USERS
+            items, users = _read(paths[0], _ITEMS), _NO_USERS
             if paths[1].exists():
-                users = _read(paths[1])
-            return cls(
+                users = _read(paths[1], _NO_USERS.schema)
+            catalog = cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
@@ -59,6 +67,12 @@ class Catalog:
         except (OSError, KeyError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no readable catalog in {folder}: {reason}") from error
+        if fingerprint and catalog.fingerprint != fingerprint:
+            raise UserError(
+                f"{paths[0]} has other items than the model was trained on: restore it, or train "
+                "again"
+            )
+        return catalog
 
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
@@ -102,9 +116,14 @@ class Catalog:
         return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema``; KeyError or ArrowException if they are not of it."""
     with open_regular(path) as file:
-        return pq.read_table(file)
+        table = pq.read_table(file)
+    columns = table.select(schema.names).cast(schema)
+    if any(column.null_count for column in columns.columns):
+        raise pa.ArrowInvalid(f"{path.name} has empty values")
+    return columns.replace_schema_metadata(table.schema.metadata)
 
 
 def _id_type(table: pa.Table) -> pa.DataType:
