@@ -42,9 +42,9 @@ class TrainedRun:
 
     def __init__(self, flags: EvalFlags) -> None:
         self.folder = Path(flags.checkpoint)
+        self._recorded = read_config(self.folder)
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
-        self._recorded = read_config(self.folder)
         self._num_items = self._recorded["num_items"]
         settings = dict(self._recorded["flags"])
         settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}

@@ -171,7 +171,11 @@ class Recommender:
         if isinstance(given, KnownHistories):
             return given
         if hasattr(given, "columns") and not isinstance(given, pa.Table):
-            given = pa.Table.from_pandas(given, preserve_index=False)
+            try:
+                given = pa.Table.from_pandas(given, preserve_index=False)
+            except (pa.ArrowException, ValueError) as error:  # such as ids of two types
+                reason = ": ".join(map(str, error.args))
+                raise UserError(f"the data frame: {reason}") from error
         if isinstance(given, pa.Table):
             ratings = IterableWrapper([known.table_of_ratings(given)])
             found = known.of_ratings(ratings, self.catalog, self.min_rating)

@@ -44,13 +44,27 @@ def read_parquet(file: SourceFile, columns: str) -> Iterator[pa.Table]:
             row = 0
             for batch in parquet.iter_batches(_BLOCK_ROWS, columns=list(wanted.values())):
                 found = {role: batch.column(name) for role, name in wanted.items()}
-                yield _checked(file, _converted(file, pa.table(found), row), row)
+                yield of_arrow(file, pa.table(found), row)
                 row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
-def _converted(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
+def of_arrow(source: SourceFile | str, table: pa.Table, first_row: int = 0) -> pa.Table:
+    """Ratings in Arrow's types as ids, float64 ratings and exact times (values.py).
+
+    Args:
+        source: for messages.
+        table: with a column for each role.
+        first_row: of the table in the source.
+
+    Raises:
+        UserError: a value is missing, or is not allowed in its column.
+    """
+    return _checked(source, _converted(source, table, first_row), first_row)
+
+
+def _converted(file: SourceFile | str, table: pa.Table, first_row: int) -> pa.Table:
     for at, role in enumerate(table.column_names):
         column = table[role]
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -74,14 +88,14 @@ def _converted(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
     return table
 
 
-def _checked(file: SourceFile, table: pa.Table, first_row: int) -> pa.Table:
+def _checked(file: SourceFile | str, table: pa.Table, first_row: int) -> pa.Table:
     try:
         return checked(table)
     except ValueError as error:
         raise UserError(_explain(file, table, first_row, error)) from error
 
 
-def _explain(file: SourceFile, table: pa.Table, first_row: int, error: ValueError) -> str:
+def _explain(file: SourceFile | str, table: pa.Table, first_row: int, error: ValueError) -> str:
     """A message on the first row that `checked` refuses."""
     row = first_failing(len(table), lambda start, end: bool(_mistake(table[start:end])))
     table = table.slice(row, 1)

@@ -21,6 +21,7 @@ from pipeline.sources.layout import ROLES, Layout, find_separator, split_line, t
 from pipeline.sources.parquet import is_parquet, read_parquet
 from pipeline.sources.source_file import SourceFile
 from pipeline.sources.values import (
+    BLANKS,
     NANOSECONDS,
     checked,
     date_mistake,
@@ -72,9 +73,10 @@ class ReadRatings(Stage[pa.Table]):
                 rows += table.num_rows
                 found = [role for role in table.column_names if role != "fraction"]
                 if found[-1] == "timestamp" and pa.types.is_temporal(table[-1].type):
+                    zoned = table[-1].type.tz is not None
                     times = table[-1].cast(pa.int64())
                     table = table.set_column(len(found) - 1, "timestamp", times)
-                    found[-1] += " (as dates)"
+                    found[-1] += " (as dates of a time zone)" if zoned else " (as dates)"
                 roles = roles or found
                 if found != roles:
                     raise UserError(
@@ -184,7 +186,7 @@ def _trimmed(table: pa.Table, counts: Counter[str]) -> pa.Table:
     for at, role in enumerate(("user", "item")):
         chunks = []
         for chunk in table[role].chunks:
-            ids = pc.utf8_trim(chunk.dictionary, " \t")
+            ids = pc.utf8_trim(chunk.dictionary, BLANKS)
             if not ids.equals(chunk.dictionary):
                 differ = pc.not_equal(ids, chunk.dictionary)
                 counts[role] += pc.sum(differ.take(chunk.indices)).as_py()

@@ -13,6 +13,7 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+BLANKS = " \t"  # around an id in a text file, they do not count
 NANOSECONDS = pa.timestamp("ns")
 _FIRST_DATE, _LAST_DATE = "1677-09-22", "2262-04-11"
 OUT_OF_RANGE = f"is not between {_FIRST_DATE} and {_LAST_DATE}: 64 bits of nanoseconds end there"
@@ -23,7 +24,7 @@ _MOST_DIGITS = 400
 
 
 def checked(table: pa.Table) -> pa.Table:
-    """The table with exact times; dates become nanoseconds.
+    """The table with exact times; dates become nanoseconds, in UTC if they have a time zone.
 
     Raises:
         ValueError: a value is missing, or is not allowed in its column.
@@ -33,7 +34,9 @@ def checked(table: pa.Table) -> pa.Table:
         if column.null_count:
             raise ValueError(f"a {role} is missing")
         if pa.types.is_temporal(column.type):
-            table = table.set_column(at, role, column.cast(NANOSECONDS))
+            zoned = getattr(column.type, "tz", None) is not None
+            kind = pa.timestamp("ns", "UTC") if zoned else NANOSECONDS
+            table = table.set_column(at, role, column.cast(kind))
         elif role == "timestamp":
             whole, fraction = split_times(column)
             table = table.set_column(at, role, whole)
