@@ -159,7 +159,8 @@ class TrainedRun:
                     f"{value}: {ended}"
                 )
         for name in ("catalog", "ratings"):
-            if recorded.get(name) != self._recorded.get(name):
+            mine, its = self._recorded.get(name), recorded.get(name)
+            if None not in (mine, its) and mine != its:  # None: of an earlier version
                 raise UserError(f"{folder} was trained on other data than {self.folder}: {ended}")
 
 
