@@ -66,7 +66,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def read_json(path: Path) -> Any:
     """The value in a JSON file; OSError if it cannot be read, ValueError if it is no such file."""
     with open_regular(path) as file:
-        content = file.read(_JSON_BYTES + 1)
+        content = file.read(_JSON_BYTES + 1) or b""  # None in /proc, where a read would wait
     if len(content) > _JSON_BYTES:
         raise ValueError(f"larger than {_JSON_BYTES >> 20} MiB")
     try:
@@ -79,6 +79,13 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
+def clear(path: Path) -> None:
+    """Delete what has this name, if possible; rmtree alone would wait for ever at a pipe."""
+    with suppress(OSError):  # a folder, or nothing
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def aside_of(folder: Path) -> Path:
     """The path of `folder` while it is written."""
     return folder.with_name(f".{folder.name}.part")
@@ -88,14 +95,14 @@ def aside_of(folder: Path) -> Path:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that becomes `folder`, unless the block raises; one process at a time."""
     aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    clear(aside)
     aside.mkdir(parents=True)
     try:
         yield aside
         sync_files(aside)
         publish(aside, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        clear(aside)
 
 
 def publish(aside: Path, folder: Path) -> None:
@@ -105,24 +112,24 @@ def publish(aside: Path, folder: Path) -> None:
     aside.rename(folder)
     sync(folder.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        clear(old)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder if possible; a half-deleted one does not keep its name."""
     with suppress(OSError):
-        shutil.rmtree(_move_away(folder), ignore_errors=True)
+        clear(_move_away(folder))
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Delete the unfinished folders of killed writers in `parent`."""
+    """Delete what killed writers in `parent` did not finish."""
     for leftover in (*parent.glob(".*.part"), *parent.glob(".*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
+        clear(leftover)
 
 
 def _move_away(folder: Path) -> Path:
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
     return folder.rename(old)
 
 

@@ -545,6 +545,17 @@ def two_kinds_of_time(folder: Path) -> str:
     )
 
 
+def dates_with_and_without_a_zone(folder: Path) -> str:
+    times = pa.array([1, 2, 3], pa.timestamp("s"))
+    write(folder, {"a.parquet": parquet(user=ONE, item=ONE, timestamp=times)})
+    zoned = times.cast(pa.timestamp("s", "Asia/Tokyo"))
+    write(folder, {"b.parquet": parquet(user=ONE, item=ONE, timestamp=zoned)})
+    return (
+        f"{folder}/b.parquet has the columns user, item, timestamp (as dates of a time zone) where "
+        f"{folder}/a.parquet has user, item, timestamp (as dates): choose with --columns"
+    )
+
+
 def a_part_that_is_none(folder: Path) -> str:
     write(folder, {"a.parquet": PARQUET, "b.parquet": CSV})
     return f"{folder}/b.parquet is no Parquet file in spite of its name; is it complete?"
@@ -578,6 +589,7 @@ def pipe(folder: Path) -> str:
     "make",
     [
         two_kinds_of_time,
+        dates_with_and_without_a_zone,
         a_part_that_is_none,
         two_files,
         empty_folder,

@@ -1,5 +1,6 @@
 """Files and folders are complete or absent after any interruption; locks are exclusive."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -163,3 +164,32 @@ def test_one_process_holds_the_lock_and_others_fail_or_wait(tmp_path: Path) -> N
     assert got.wait(10)
     waiting.join()
     files.lock(tmp_path / ".lock", wait=False).close()
+
+
+@pytest.mark.timeout(20)  # rmtree would wait for a writer of the pipe
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_folder_is_in_nobodys_way(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    for name in (".a.part", ".a.old", ".b.part"):
+        make(tmp_path / name)
+    fill(tmp_path / "a", "old")
+    for name in (".a.part", ".a.old"):
+        files.clear(tmp_path / name)
+        make(tmp_path / name)
+    fill(tmp_path / "a", "new")
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["a"]
+    make(tmp_path / ".a.old")
+    files.remove_folder(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_a_json_file_whose_reading_would_wait_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waiting(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return None  # type: ignore[return-value]  # what a raw file without data gives
+
+    monkeypatch.setattr(files, "open_regular", lambda path: Waiting())
+    with pytest.raises(ValueError, match="Expecting value"):
+        files.read_json(tmp_path / "kmsg")

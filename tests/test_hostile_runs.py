@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -133,6 +135,25 @@ def test_files_of_a_run(train: Callable[..., Outcome], run_dir: Path, name: str,
         refused(outcome, "train")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "empty", "loop"])
+def test_what_is_in_the_place_of_checkpoints(
+    train: Callable[..., Outcome], run_dir: Path, kind: str
+) -> None:
+    """It is replaced, or refused before the first step."""
+    checkpoints = run_dir / "checkpoints"
+    after = f"step-{int(newest(run_dir).name.removeprefix('step-')) * 3 // 2:08d}"
+    KINDS[kind](checkpoints / f".{after}.part")
+    KINDS[kind](checkpoints / f".{after}.old")
+    more = ("--resume=auto", "--num_epochs=3")
+    assert train(run_dir, *more).code == 0
+    assert newest(run_dir).name == after
+    shutil.rmtree(checkpoints)
+    KINDS[kind](checkpoints)
+    outcome = train(run_dir, *more)
+    refused(outcome, "train")
+    assert f"{checkpoints} is no folder" in outcome.err and "step " not in outcome.out
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "folder"])
 def test_a_model_folder_that_is_none(
     run_main: RunMain, train: Callable[..., Outcome], run_dir: Path, kind: str
@@ -157,6 +178,40 @@ def test_what_files_hold_reaches_no_device(
         replace(run_dir / f"{name}.part", lambda path: path.symlink_to(outside))
     assert train(run_dir, "--resume=auto").code == 0
     assert outside.read_text() == "mine"
+
+
+def changed_catalog(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = folder / "catalog.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+CATALOGS: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "the items of another run": lambda table: table.take(pa.array(range(len(table))[::-1])),
+    "an id twice": lambda table: pa.concat_tables([table[:1], table[:-1]]),
+    "no id": lambda table: table.set_column(0, "item", pa.nulls(len(table), pa.string())),
+    "no counts": lambda table: table.set_column(2, "train_count", pa.nulls(len(table))),
+    "titles of numbers": lambda table: table.set_column(1, "title", pa.array([[1]] * len(table))),
+    "one item less": lambda table: table[1:],
+}
+
+
+@pytest.mark.parametrize("case", CATALOGS)
+def test_catalogs(run_main: RunMain, run_dir: Path, tmp_path: Path, case: str) -> None:
+    """Recommendations would name other items than those that the model was trained on."""
+    for folder in (run_dir, run_dir.with_name("exported")):
+        changed_catalog(folder, CATALOGS[case])
+        given = f"--checkpoint={folder}"
+        refused(run_main("recommend", given, "--history=1,2,3"), "recommend")
+        refused(run_main("export", given, f"--output={tmp_path / 'again'}"), "export")
+
+
+def test_a_model_folder_of_another_run(run_main: RunMain, run_dir: Path) -> None:
+    shutil.copytree(run_dir.with_name("exported"), run_dir / "model")
+    path = run_dir / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ratings": "0123456789abcdef"}))
+    outcome = run_main("eval", f"--checkpoint={run_dir}")
+    refused(outcome, "eval")
+    assert "was trained on other data" in outcome.err
 
 
 # Changes of an exported config.json; the weights stay as they are.

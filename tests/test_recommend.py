@@ -1,6 +1,7 @@
 """recommend.py: the documented commands on small data, on one, two and three ranks."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,6 +249,25 @@ def test_similar_items(trained: Trained, run_main: RunMain, tmp_path: Path) -> N
     assert {*table["item"].to_pylist()} == {"661", "914"}
 
 
+def test_no_other_spelling_is_an_items_id(
+    trained: Trained, run_main: RunMain, tmp_path: Path
+) -> None:
+    """As in files of ratings, only blanks and tabs around an id do not count."""
+    (tmp_path / "ids").write_text("661\u00a0\n914\u2028661\n 661\t\r\n914\n", newline="")
+    flags = [*trained.flags, "--history=1193\u00a0, 661", f"--allow={tmp_path / 'ids'}"]
+    outcome = run_main("recommend", *flags)
+    assert outcome.code == 0
+    assert "1 of 2 items in the histories are unknown" in outcome.err
+    assert "2 of the ids to allow or deny" in outcome.err
+
+
+def test_a_pipe_beside_the_output(trained: Trained, run_main: RunMain, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "similar.csv.part")
+    flags = [*trained.flags, "--similar=1193", f"--output={tmp_path / 'similar.csv'}"]
+    assert run_main("recommend", *flags).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["similar.csv"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -261,6 +281,10 @@ def test_similar_items(trained: Trained, run_main: RunMain, tmp_path: Path) -> N
             ["--histories=missing.csv", "--output=recs.csv"],
             "no such file: missing.csv; see --histories",
         ),
+        (["--user=42", "--allow=/dev/zero"], "cannot be read: it is a pipe or device"),
+        (["--user=42", "--deny={pipe}"], "cannot be read: it is a pipe or device"),
+        ([f"--checkpoint={'a' * 300}", "--user=42"], "cannot be read (File name too long)"),
+        (["--user=42", f"--output={'a' * 300}.csv"], "cannot be written: File name too long"),
         (["--user=42", "--kk=3"], "unknown argument --kk=3"),
         (["--checkpoint=missing", "--user=42"], "missing is no run folder"),
     ],
@@ -274,9 +298,10 @@ def test_mistakes_are_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files = {"all": tmp_path / "all", "empty": tmp_path / "empty"}
+    files = {name: tmp_path / name for name in ("all", "empty", "pipe")}
+    os.mkfifo(files["pipe"])
     files["all"].write_text("\n".join(map(str, ITEMS)))
     files["empty"].write_text("\n")
     outcome = run_main("recommend", *trained.flags, *(flag.format(**files) for flag in flags))
     assert_one_line(outcome, "recommend", message)
-    assert {file.name for file in tmp_path.iterdir()} == {"all", "empty"}
+    assert {file.name for file in tmp_path.iterdir()} == files.keys()

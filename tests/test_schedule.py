@@ -48,7 +48,8 @@ def test_both_rates_and_the_flags_are_named(now: dict[str, object], text: str) -
 def test_a_rate_that_changes_only_later_is_told() -> None:
     line = change(Position(step=5, epoch=0, sample=50), num_epochs=4, gamma=0.5, decay_step=2)
     assert line is not None and "--gamma is 0.5, not 1.0" in line
-    assert "is 0.0875, not 0.0875" in line  # an eighth is over
+    # Half of the epochs are over, and gamma counts once.
+    assert "the learning rate in epoch 3 is 0.025, not 0.05 (tables: 0.05, not 0.1)" in line
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,10 @@ def test_histories_of_a_file(tmp_path: Path) -> None:
     assert (found.offsets.tolist(), found.unknown) == ([0, 0, 0], 2)
 
 
+def read_in_memory(table: pa.Table) -> KnownHistories:
+    return of_ratings(known.ratings_in_memory(table), CATALOG)
+
+
 def test_histories_of_a_table_keep_the_types_of_ids() -> None:
     table = pa.table({"item": ["a", "c", "b"], "user": [7, 5, 7], "timestamp": [2, 0, 1]})
     recommender = five_items()
@@ -346,16 +352,57 @@ def test_histories_of_a_table_keep_the_types_of_ids() -> None:
     assert histories.items.tolist() == [3, 2, 1]
     for column, message in (
         (pa.array([1.5, 2, 3]), "user ids are double"),
-        (pa.array(["1", None, "2"]), "a user is missing"),
+        (pa.array(["1", None, "2"]), r"the table: row 1 \(from 0\) has no user"),
     ):
         with pytest.raises(UserError, match=message):
-            known.table_of_ratings(pa.table({"item": ["a", "c", "b"], "user": column}))
+            read_in_memory(pa.table({"item": ["a", "c", "b"], "user": column}))
     # There is no --columns to give.
     with pytest.raises(UserError, match=r"cannot tell the user column.*rename them to user, item"):
-        known.table_of_ratings(pa.table({"item": ["a"], "who": [1]}))
+        read_in_memory(pa.table({"item": ["a"], "who": [1]}))
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["user", "item", "item"])
     with pytest.raises(UserError, match=r"several columns are called 'item': rename them$"):
-        known.table_of_ratings(twice)
+        read_in_memory(twice)
+
+
+LATE = 1_600_000_000_000_000_000
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array([0.5, -0.25, 0.125]),
+        pa.array([3, 1, 2], pa.int8()),
+        pa.array([LATE + 3, LATE + 1, LATE + 2], pa.uint64()),
+        pa.array([Decimal(LATE + 3), Decimal(LATE + 1), Decimal(LATE + 2)], pa.decimal128(20)),
+        pa.array([3, 1, 2], pa.timestamp("s")),
+        pa.array([3, 1, 2], pa.timestamp("ms", "Asia/Tokyo")),
+        pa.array([3, 1, 2], pa.date32()),
+    ],
+)
+def test_times_of_a_table_are_those_of_parquet(times: pa.Array) -> None:
+    table = pa.table({"item": ["a", "b", "c"], "user": ["u"] * 3, "timestamp": times})
+    assert five_items().histories_of(table).items.tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (pa.array([1, 1e30]), "row 1 (from 0): the timestamp 1e+30 does not fit into 64 bits"),
+        (pa.array([1, float("inf")]), "row 1 (from 0): the timestamp inf is not a number"),
+        (pa.array([1, 1 << 40], pa.timestamp("s")), "is not between 1677-09-22 and 2262-04-11"),
+    ],
+)
+def test_times_of_a_table_that_cannot_be_compared(times: pa.Array, message: str) -> None:
+    table = pa.table({"item": ["a", "b"], "user": ["u"] * 2, "timestamp": times})
+    with pytest.raises(UserError, match=re.escape(message)):
+        five_items().histories_of(table)
+
+
+def test_ids_that_differ_by_blanks_are_different_items() -> None:
+    """As Parquet may have them."""
+    ids = ["7", " 7", "7 ", "7\u00a0"]
+    catalog = Catalog(pa.array(ids), pa.array([""] * 4), np.ones(4, int), pa.array(["u"]))
+    assert of_lists([[*ids, "\t7"]], catalog).items.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
@@ -437,6 +484,7 @@ def test_a_killed_writer_leaves_the_earlier_file(tmp_path: Path) -> None:
     path.write_text("earlier")
     code = """
 import os, signal, sys
+from decimal import Decimal
 from pathlib import Path
 import numpy as np, pyarrow as pa
 from model.serving.output import row_writer
@@ -503,3 +551,5 @@ def test_data_frames(monkeypatch: pytest.MonkeyPatch) -> None:
         ["z", 1, "b", pytest.approx(0.9), ""],
     ]
     assert five_items().similar("a", k=2)["item"].tolist() == ["b", "c"]
+    with pytest.raises(UserError, match=r"the data frame: .*Conversion failed for column item"):
+        five_items().recommend(given.assign(item=["a", 2, "c"]))

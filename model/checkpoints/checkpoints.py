@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import pickle
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -34,7 +33,7 @@ from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError
-from pipeline.files import aside_of, remove_folder
+from pipeline.files import aside_of, clear, remove_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
 # Row-wise Adagrad has a number for each row of each part of a table's width.
@@ -128,7 +127,7 @@ class Checkpoints:
             work()
         except _SAVE_ERRORS as error:
             if self.ranks.is_first:
-                shutil.rmtree(aside_of(self._final), ignore_errors=True)
+                clear(aside_of(self._final))
             reason = str(error)
             if not isinstance(error, UserError):
                 reason = f"{self._final} cannot be written: {_cause(error)}"
@@ -171,7 +170,7 @@ class Checkpoints:
             self.ranks.warn(f"{path} is damaged: {error}; it is not used")
             if self.ranks.is_first:
                 away = self.folder / f"damaged-{step:08d}"
-                shutil.rmtree(away, ignore_errors=True)
+                clear(away)
                 with contextlib.suppress(OSError):
                     path.rename(away)
             return None

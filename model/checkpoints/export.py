@@ -33,7 +33,15 @@ from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from model.programs.folder import PROGRAM_FILES, write_programs
 from pipeline.errors import UserError
-from pipeline.files import open_regular, read_json, remove_folder, sync, sync_files, write_json
+from pipeline.files import (
+    clear,
+    open_regular,
+    read_json,
+    remove_folder,
+    sync,
+    sync_files,
+    write_json,
+)
 from pipeline.preparation.catalog import FILES, Catalog
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -100,12 +108,13 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
+            catalog = Catalog.read(trained.folder, config.get("catalog", ""))
             write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
             Catalog.copy(trained.folder, aside, trained.users if with_users else None)
             _save(weights, aside, {_TIE: json.dumps(tie)})
             shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
             if with_programs:
-                write_programs(trained.plain, Catalog.read(aside), aside, WEIGHTS)
+                write_programs(trained.plain, catalog, aside, WEIGHTS)
             sync_files(aside)
             _replace(folder, aside)
     except OSError as error:
@@ -138,14 +147,12 @@ def remove_export(folder: Path) -> None:
 def _aside(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, which may be a mount point: a rename cannot enter another one."""
     aside = folder / _ASIDE
-    with suppress(OSError):  # a folder, or none
-        aside.unlink()
-    shutil.rmtree(aside, ignore_errors=True)
+    clear(aside)
     aside.mkdir(parents=True)
     try:
         yield aside
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        clear(aside)
 
 
 def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:

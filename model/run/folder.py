@@ -131,6 +131,11 @@ class RunFolder:
                     "folder"
                 ) from error
         _check_contents(self.config, path, self._facts)
+        checkpoints = path / "checkpoints"
+        if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+            raise UserError(
+                f"{checkpoints} is no folder: move it away, or choose another --run_dir"
+            )
         if os.path.lexists(path / PORTABLE):
             with writing(f"--run_dir {path}: {PORTABLE} in it"):
                 check_target(path / PORTABLE)

@@ -49,14 +49,17 @@ def changed_rates(
 
     later = range(position.epoch + 1, config.training.num_epochs, -(-epochs // _COMPARED))
     moments = [(position.epoch, position.sample), *((epoch, 0) for epoch in later)]
-    if all(rates(before, *moment) == rates(config, *moment) for moment in moments):
+    differing = (each for each in moments if rates(before, *each) != rates(config, *each))
+    first = next(differing, None)
+    if first is None:
         return None
-    (old, old_tables), (new, new_tables) = (rates(each, *moments[0]) for each in (before, config))
+    when = f"after step {position.step}" if first == moments[0] else f"in epoch {first[0] + 1}"
+    (old, old_tables), (new, new_tables) = (rates(each, *first) for each in (before, config))
     was, now = flatten(before), flatten(config)
     why = ", ".join(
         f"--{name} is {now[name]}, not {was[name]}" for name in _FLAGS if now[name] != was[name]
     )
     return (
-        f"--resume auto: the learning rate after step {position.step} is {new:.3g}, not {old:.3g} "
+        f"--resume auto: the learning rate {when} is {new:.3g}, not {old:.3g} "
         f"(tables: {new_tables:.3g}, not {old_tables:.3g}): {why}"
     )

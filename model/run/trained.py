@@ -31,7 +31,7 @@ from model.run.flags import build, current_flags
 from model.run.folder import lasting_flags, read_config
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
-from pipeline.preparation.catalog import FILES
+from pipeline.preparation.catalog import FILES, Catalog
 from pipeline.preparation.store import SequenceStore
 
 USERS = FILES[1]
@@ -43,9 +43,9 @@ class TrainedRun:
 
     def __init__(self, flags: EvalFlags) -> None:
         self.folder = Path(flags.checkpoint)
+        self._recorded = read_config(self.folder)
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
-        self._recorded = read_config(self.folder)
         self._num_items = self._recorded["num_items"]
         settings = dict(self._recorded["flags"])
         settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
@@ -68,6 +68,10 @@ class TrainedRun:
                 f"{self.folder} was trained on {self._num_items} items that are not the "
                 f"{store.num_items} of this data: give the ratings of training by --dataset_path"
             )
+
+    def catalog(self) -> Catalog:
+        """The items that the model was trained on."""
+        return Catalog.read(self.folder, self._recorded["catalog"])
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""
@@ -155,13 +159,18 @@ class TrainedRun:
                 f"{folder} was exported by an earlier version: nothing proves that its weights "
                 "belong to its config.json"
             )
+        ended = f"delete {folder}, and --resume auto exports it again"
         exported = recorded["flags"]
         for name, value in lasting_flags(self.config).items():
             if exported.get(name, value) != value:
                 raise UserError(
                     f"{folder} was trained with --{name} {exported[name]}, {self.folder} with "
-                    f"{value}: delete {folder}, and --resume auto exports it again"
+                    f"{value}: {ended}"
                 )
+        for name in ("catalog", "ratings"):
+            mine, its = self._recorded.get(name), recorded.get(name)
+            if None not in (mine, its) and mine != its:  # None: of an earlier version
+                raise UserError(f"{folder} was trained on other data than {self.folder}: {ended}")
 
 
 def load_teachers(

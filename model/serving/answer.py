@@ -1,5 +1,6 @@
 """What recommend.py does with its flags: whose histories, which items, where to."""
 
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from model.serving.recommender import Recommender
 from model.serving.rows import ItemRows, Lists, UserRows
 from model.serving.shown import format_history, format_list
 from pipeline.errors import UserError
+from pipeline.files import open_regular
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.serving import histories as known
 from pipeline.serving.histories import KnownHistories, item_number
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
+from pipeline.sources.values import BLANKS
 
 
 def answer(flags: RecommendFlags, ranks: Ranks) -> None:
@@ -34,7 +37,7 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     run = TrainedRun(
         EvalFlags(flags.checkpoint, dataset_path=flags.dataset_path, cache_dir=flags.cache_dir)
     )
-    catalog = Catalog.read(run.folder)
+    catalog = run.catalog()
     if flags.similar is not None:
         item = item_number(flags.similar, catalog)
         recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)
@@ -66,8 +69,8 @@ def histories_of(
         UserError: there is no such user, or a file cannot be read.
     """
     if flags.history is not None:
-        ids = [each.strip() for each in flags.history.split(",") if each.strip()]
-        return known.of_lists([ids], catalog)
+        ids = [each.strip(BLANKS) for each in flags.history.split(",")]
+        return known.of_lists([[each for each in ids if each]], catalog)
     if flags.histories:
         path, columns, separator = flags.histories, flags.columns, flags.separator
         data = DataConfig(dataset_path=path, columns=columns, separator=separator)
@@ -81,7 +84,7 @@ def histories_of(
     everyone = known.of_store(store)
     if flags.user is None:
         return everyone
-    place = pc.index(store.catalog.users, flags.user.strip()).as_py()
+    place = pc.index(store.catalog.users, flags.user).as_py()
     if place < 0:
         raise UserError(
             f"--user {flags.user}: no such user in the training data; give the items of somebody "
@@ -133,11 +136,12 @@ def _read_ids(flag: str, path: str) -> list[str] | None:
     if not path:
         return None
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open_regular(Path(path)) as file:
+            lines = [line.strip(BLANKS + "\n") for line in TextIOWrapper(file, "utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"--{flag} {path} cannot be read: {reason}") from error
-    ids = [line.strip() for line in lines if line.strip()]
+    ids = [line for line in lines if line]
     if not ids:
         raise UserError(f"--{flag} {path}: no ids in it; write one a line")
     return ids

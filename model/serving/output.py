@@ -29,11 +29,12 @@ Sink = Callable[[pa.Table], None]
 
 def check_output(path: Path) -> None:
     """Check before the model is loaded that a file can be written; UserError if not."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: name a file in it")
     with writing(f"--output {path}"):
+        if path.is_dir():
+            raise UserError(f"--output {path} is a folder: name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
+        part.unlink(missing_ok=True)  # a pipe, whose opening would wait, or a link to a file
         part.open("wb").close()
         part.unlink()
 

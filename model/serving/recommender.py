@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchdata.nodes import IterableWrapper
 
 from model.distributed import Ranks, silence_libraries
 from model.evaluation.catalog_scores import CatalogScores
@@ -97,7 +96,7 @@ class Recommender:
             UserError: there is no such model, or it is damaged.
         """
         run = TrainedRun(EvalFlags(checkpoint=str(path)))
-        return cls.of_run(run, Catalog.read(run.folder), _alone(device))
+        return cls.of_run(run, run.catalog(), _alone(device))
 
     @classmethod
     def of_run(
@@ -184,9 +183,13 @@ class Recommender:
         if isinstance(given, KnownHistories):
             return given
         if hasattr(given, "columns") and not isinstance(given, pa.Table):
-            given = pa.Table.from_pandas(given, preserve_index=False)
+            try:
+                given = pa.Table.from_pandas(given, preserve_index=False)
+            except (pa.ArrowException, ValueError) as error:  # such as ids of two types
+                reason = ": ".join(map(str, error.args))
+                raise UserError(f"the data frame: {reason}") from error
         if isinstance(given, pa.Table):
-            ratings = IterableWrapper([known.table_of_ratings(given)])
+            ratings = known.ratings_in_memory(given)
             found = known.of_ratings(ratings, self.catalog, self.min_rating)
         else:
             found = known.of_lists(list(given), self.catalog)

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files import open_regular, whole_file
 
 FILES = ("catalog.parquet", "users.parquet")
-_COLUMNS = ["item", "title", "train_count"]
+_ITEMS = pa.schema({"item": pa.string(), "title": pa.string(), "train_count": pa.int64()})
 _NO_USERS = pa.table({"user": pa.array([], pa.string())})
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
@@ -40,15 +40,22 @@ class Catalog:
     attributes: pa.Table | None = None  # V rows: other columns of --items_path
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Catalog":
-        """Read the catalog of a store, a run or an export, which may be without users."""
+    def read(cls, folder: str | Path, fingerprint: str = "") -> "Catalog":
+        """Read the catalog of a store, a run or an export, which may be without users.
+
+        Args:
+            fingerprint: that of the catalog which a model was trained on; "": any.
+
+        Raises:
+            UserError: it cannot be read, or has another fingerprint.
+        """
         paths = [Path(folder) / name for name in FILES]
         try:
-            items, users = _read(paths[0]), _NO_USERS
+            items, users = _read(paths[0], _ITEMS), _NO_USERS
             if paths[1].exists():
-                users = _read(paths[1])
-            attributes = items.drop_columns(_COLUMNS)
-            return cls(
+                users = _read(paths[1], _NO_USERS.schema)
+            attributes = items.drop_columns(_ITEMS.names)
+            catalog = cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
@@ -60,6 +67,12 @@ class Catalog:
         except (OSError, KeyError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no readable catalog in {folder}: {reason}") from error
+        if fingerprint and catalog.fingerprint != fingerprint:
+            raise UserError(
+                f"{paths[0]} has other items than the model was trained on: restore it, or train "
+                "again"
+            )
+        return catalog
 
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
@@ -108,9 +121,16 @@ class Catalog:
         return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
+    """A table with the columns of ``schema``; KeyError or ArrowException if they are not of it."""
     with open_regular(path) as file:
-        return pq.read_table(file)
+        table = pq.read_table(file)
+    for name in schema.names:
+        column = table[name].cast(schema.field(name).type)
+        if column.null_count:
+            raise pa.ArrowInvalid(f"{path.name} has empty values")
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def _id_type(table: pa.Table) -> pa.DataType:

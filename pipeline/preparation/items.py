@@ -20,6 +20,7 @@ from pipeline.sources.jsonlines import is_json
 from pipeline.sources.layout import split_line
 from pipeline.sources.parquet import is_typed
 from pipeline.sources.source_file import SourceFile, reading
+from pipeline.sources.values import BLANKS
 from pipeline.tables.names import canonical, known_places, list_names
 
 _SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
@@ -60,7 +61,7 @@ def read_items(file: SourceFile, items: pa.StringArray) -> tuple[pa.StringArray,
     if clash := [name for name in names if name in _RESERVED and name not in (key, titles)]:
         raise UserError(f"{file}: rename the column {clash[0]!r}: the catalog has one of that name")
     ids = table[key].cast(pa.string())
-    ids = pc.utf8_trim(ids, " \t")
+    ids = pc.utf8_trim(ids, BLANKS)
     rows = pc.index_in(items, ids.combine_chunks())
     if rows.null_count == len(rows):
         raise UserError(

@@ -22,7 +22,8 @@ from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.stages import EncodeIds, GroupByUser
 from pipeline.preparation.store import SequenceStore
-from pipeline.tables.names import find_columns
+from pipeline.sources.parquet import ReadTable
+from pipeline.tables.names import Wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def dense_ids(ids: Iterable[object] | pa.Array, catalog: Catalog) -> np.ndarray:
         raise UserError(f"item ids must be a list, not the text {ids!r}")
     if not isinstance(ids, pa.Array):
         ids = pa.array([str(each) for each in ids], pa.string())
-    found = pc.index_in(pc.utf8_trim_whitespace(ids), value_set=catalog.items)
+    found = pc.index_in(ids, value_set=catalog.items)
     return pc.fill_null(pc.add(found, 1), 0).to_numpy(zero_copy_only=False).astype(np.int32)
 
 
@@ -122,30 +123,9 @@ def of_ratings(
     return KnownHistories(users, grouped.items, offsets, unknown)
 
 
-def table_of_ratings(table: pa.Table) -> pa.Table:
-    """A table in memory with the columns that `of_ratings` reads, found by the well-known names."""
-    what = "the data frame"
-    places = find_columns(what, table.column_names, None)
-    columns = {}
-    for role, place in places.items():
-        column = table.column(place)
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        if column.null_count:
-            raise UserError(f"{what}: a {role} is missing: fill or drop the row")
-        if role in ("user", "item"):
-            if not pa.types.is_integer(kind) and not _is_text(kind):
-                raise UserError(f"{what}: the {role} ids are {kind}, not text or whole numbers")
-            kind = pa.string() if _is_text(kind) else pa.int64()
-        elif pa.types.is_temporal(kind):
-            column, kind = column.cast(pa.timestamp("ns")), pa.int64()
-        elif not pa.types.is_integer(kind) and not pa.types.is_floating(kind):
-            raise UserError(f"{what}: the {role} column is {kind}, not a number")
-        columns[role] = column.cast(kind)
-    return pa.table(columns)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def ratings_in_memory(table: pa.Table) -> BaseNode[pa.Table]:
+    """The source of ratings in a table, by the rules for Parquet; columns by well-known names."""
+    return ReadTable(table, Wanted(columns=None, needs_rating=False))
 
 
 def _known(users: pa.Array, user: np.ndarray, items: np.ndarray) -> KnownHistories:

@@ -22,6 +22,7 @@ from pipeline.sources.layout import Layout, find_separator, split_line, text_lay
 from pipeline.sources.parquet import is_typed, read_typed
 from pipeline.sources.source_file import SourceFile
 from pipeline.sources.values import (
+    BLANKS,
     checked,
     first_failing,
     is_number,
@@ -380,7 +381,7 @@ def _trimmed(table: pa.Table, counts: Counter[str]) -> pa.Table:
     for at, role in enumerate(("user", "item")):
         chunks = []
         for chunk in table[role].chunks:
-            ids = pc.utf8_trim(chunk.dictionary, " \t")
+            ids = pc.utf8_trim(chunk.dictionary, BLANKS)
             if not ids.equals(chunk.dictionary):
                 differ = pc.not_equal(ids, chunk.dictionary)
                 counts[role] += pc.sum(differ.take(chunk.indices)).as_py()

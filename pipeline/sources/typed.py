@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.sources.values import checked, first_failing, is_number, time_mistake
-from pipeline.tables.names import Wanted, find_columns
+from pipeline.tables.names import Wanted, find_columns, several
 from pipeline.tables.sequences import explode, field_names, open_structs
 from pipeline.tables.times import OUT_OF_RANGE, date_mistake, read_dates
 
@@ -45,6 +45,9 @@ class TypedColumns:
         names = list(self.fields)
         own = len(field_names(self.schema))
         places = find_columns(self.where, names, self.wanted.columns, own)
+        for name in (names[place] for place in places.values()):
+            if self.schema.names.count(name) > 1:
+                raise UserError(several(self.where, name, self.wanted.columns))
         return {role: names[place] for role, place in places.items()}
 
     def described(self, form: str) -> str:

@@ -13,6 +13,7 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+BLANKS = " \t"  # around an id in a text file, they do not count
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _PARTS = r"^(?:(?P<sign>-)|\+?)(?P<whole>[0-9]+)\.?(?P<rest>[0-9]*?)0*$"
 # Digits of a number in full: 5e-324 has 324 after the point.

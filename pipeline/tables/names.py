@@ -38,7 +38,7 @@ LISTS = "itemids items itemidlist itemlist itemsequence movieids productids asin
 class Wanted:
     """What the user wants of each file."""
 
-    columns: str = ""  # --columns
+    columns: str | None = ""  # --columns; None: a table in memory, whose user cannot give it
     separator: str = ""  # --separator
     rows: "Where | None" = None  # --where
     needs_rating: bool = True  # False: a rating may be missing
@@ -79,10 +79,7 @@ def find_columns(
         if matches:
             places[role] = matches[0]
             if names.count(names[matches[0]]) > 1:
-                other = "" if columns is None else ", or choose others with --columns"
-                raise UserError(
-                    f"{where}: several columns are called {names[matches[0]]!r}: rename them{other}"
-                )
+                raise UserError(several(where, names[matches[0]], columns))
         elif wanted:
             raise UserError(
                 f"{where}: no column {column!r} (--columns); there are {list_names(names)}"
@@ -96,6 +93,12 @@ def find_columns(
                 '("1,2,3,4") if the file has no header'
             )
     return places
+
+
+def several(where: str, name: str, columns: str | None) -> str:
+    """The error of a name that several columns have."""
+    other = "" if columns is None else ", or choose others with --columns"
+    return f"{where}: several columns are called {name!r}: rename them{other}"
 
 
 def known_places(role: str, names: Sequence[str]) -> list[int]:
