@@ -28,6 +28,7 @@ def evaluate(flags: EvalFlags) -> None:
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.distributed import start
     from model.evaluation.report import format_report, write_result
+    from model.run.board import write_evaluated
     from model.run.build import evaluator, prepared
     from model.run.trained import TrainedRun
 
@@ -42,9 +43,11 @@ def evaluate(flags: EvalFlags) -> None:
         result["popularity_discount"] = discount
     if not run.has_ratings_of(store):
         result["other_ratings"] = store.ratings_fingerprint
-    ranks.say(format_report(flags.split, result, (store.best_possible or {}).get(flags.split)))
+    best_possible = (store.best_possible or {}).get(flags.split)
+    ranks.say(format_report(flags.split, result, best_possible))
     if ranks.is_first:
-        write_result(Path(flags.checkpoint), flags.split, result)
+        name = write_result(Path(flags.checkpoint), flags.split, result).stem
+        write_evaluated(run, name, result, best_possible, ranks)
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ def _train(
     from model.checkpoints.export import Trained, export, load_checkpoint
     from model.checkpoints.manifest import read_manifest
     from model.distributed import Ranks, start
+    from model.run.board import RunBoard
     from model.run.build import (
         build_model,
         build_plain_model,
@@ -83,7 +84,8 @@ def _train(
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
     shards = describe_shards(model, ranks.world_size)
-    ranks.say(f"{ranks}: {plan.describe(shards)}; {optimizers}")
+    executed = f"{ranks}: {plan.describe(shards)}; {optimizers}"
+    ranks.say(executed)
     ranks.say(f"recipe {config.recipe}; run folder {folder.path}")
 
     recorded = {"flags": flatten(config), "versions": versions()}
@@ -100,8 +102,9 @@ def _train(
     if not config.windows.train_on_validation:
         validator = evaluator(config, model, store, "validation", ranks)
     total = config.training.total_steps(loader.steps_per_epoch)
-    on_error = config.checkpoint.on_save_error
-    log = RunLog(folder.path if ranks.is_first else None, total, position.step, on_error)
+    board = RunBoard(config, model, store, ranks, folder.path, position.step, executed)
+    on_error, log_dir = config.checkpoint.on_save_error, folder.path if ranks.is_first else None
+    log = RunLog(log_dir, total, position.step, on_error, board.board)
     profiler = StepProfiler(
         config.profiling, model, plan, pipeline, folder.path, ranks, total - position.step, log.say
     )
@@ -119,13 +122,15 @@ def _train(
             seed=config.loader.seed,
             position=position,
             after_step=profiler.step,
+            examples=board.examples,
         )
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
             return
         checkpoints.load_weights(model, best_step)
         result = evaluator(config, model, store, "test", ranks)()
-        log.write_result(best_step, "test", result, (store.best_possible or {}).get("test"))
+        best_possible = (store.best_possible or {}).get("test")
+        log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
         plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
         load_checkpoint(checkpoints.path(best_step), plain)

@@ -123,7 +123,7 @@ def _steady(lines: list[Result]) -> Result:
 
 def _evaluations(lines: list[Result]) -> Result:
     """Median of all evaluations except the first, which also draws the negatives."""
-    first, *rest = (line["validation/seconds"] for line in lines if "validation/seconds" in line)
+    first, *rest = (line["seconds"] for line in lines if line["event"] == "validation")
     peak = max(line["peak_memory_gb"] for line in lines if "loss" in line)
     return {
         "evaluation_seconds": statistics.median(rest),

@@ -52,8 +52,9 @@ def test_catalogs_are_as_large_as_the_table_says(flags: tuple[str, ...], at_leas
     assert at_least <= ids * (1 - math.exp(-ratings / ids)) < 1.005 * at_least
 
 
-def line(rate: float, step_ms: float, wait_ms: float, peak: float = 1.0) -> dict[str, float]:
+def line(rate: float, step_ms: float, wait_ms: float, peak: float = 1.0) -> dict[str, Any]:
     return {
+        "event": "train",
         "loss": 1.0,
         "records_per_second": rate,
         "step_ms": step_ms,
@@ -64,7 +65,7 @@ def line(rate: float, step_ms: float, wait_ms: float, peak: float = 1.0) -> dict
 
 def test_the_first_third_is_warm_up() -> None:
     lines = [line(1, 90, 50), line(2, 80, 40), line(30, 4, 0.5), line(10, 8, 0.1)]
-    lines += [{"validation/seconds": 1.0}, line(20, 5, 0.2, 2.5)]
+    lines += [{"event": "validation", "seconds": 1.0}, line(20, 5, 0.2, 2.5)]
     # Five intervals: the first two do not count.
     assert throughput._steady(lines) == {
         "records_per_second": 20,
@@ -77,7 +78,8 @@ def test_the_first_third_is_warm_up() -> None:
 
 
 def test_the_first_evaluation_does_not_count() -> None:
-    lines = [line(1, 1, 0)] + [{"validation/seconds": s} for s in (9.0, 0.4, 0.2, 0.3)]
+    lines: list[dict[str, Any]] = [line(1, 1, 0)]
+    lines += [{"event": "validation", "seconds": s} for s in (9.0, 0.4, 0.2, 0.3)]
     assert throughput._evaluations(lines) == {
         "evaluation_seconds": 0.3,
         "first_evaluation_seconds": 9.0,

@@ -117,14 +117,14 @@ def test_files_of_a_checkpoint(
 
 IN_RUN = (
     *(".lock", "config.json", "metrics.jsonl", "catalog.parquet", "checkpoints"),
-    *("config.json.part", "metrics.jsonl.part"),
+    *("config.json.part", "metrics.jsonl.part", "results", "results/eval_test"),
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", IN_RUN)
 def test_files_of_a_run(train: Callable[..., Outcome], run_dir: Path, name: str, kind: str) -> None:
-    if name == "checkpoints":
+    if name in ("checkpoints", "results", "results/eval_test"):
         shutil.rmtree(run_dir / name)
     elif name == "metrics.jsonl.part":  # a line to drop, so that the file is written again
         with (run_dir / "metrics.jsonl").open("a") as file:

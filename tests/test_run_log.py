@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.training.run_log import RunLog
+from model.training.run_log import At, RunLog
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
@@ -22,7 +22,9 @@ def break_metrics(log: RunLog) -> None:
 
 
 def break_events(log: RunLog) -> None:
-    log._events.file_writer.event_writer._general_file_writer.filename = b"/dev/full"
+    assert log.board is not None
+    events = log.board._events[""]
+    events.file_writer.event_writer._general_file_writer.filename = b"/dev/full"
 
 
 @pytest.fixture(params=[break_metrics, break_events])
@@ -126,7 +128,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     time = SimpleNamespace(
         seconds=50.0, strftime=lambda form: datetime(2025, 3, 1, 12).strftime(form)
     )
-    time.monotonic = lambda: time.seconds
+    time.monotonic = time.time = lambda: time.seconds
     monkeypatch.setattr("model.training.run_log.time", time)
     return time
 
@@ -136,12 +138,12 @@ def test_lines_where_stdout_is_no_terminal(
 ) -> None:
     log = RunLog(tmp_path, total=4000, step=100)
     clock.seconds += 40
-    log.write(120, 1, values(6.54321))  # 2 s a step, 3,880 left
+    log.write_steps(At(120, 1, 0), values(6.54321))  # 2 s a step, 3,880 left
     log.advance()
     log.say("epoch 1: validation")
-    log.write(120, 1, {"validation/full/HR@10": 0.5})
+    log.write_evaluation(At(120, 1, 0), {"full": {"HR@10": 0.5}}, 1.0)
     clock.seconds += 60
-    log.write(1100, 2, values(5.0))  # 1,000 steps in 100 s, 2,900 left
+    log.write_steps(At(1100, 2, 0), values(5.0))  # 1,000 steps in 100 s, 2,900 left
     log.close()
     assert capsys.readouterr() == (
         "2025-03-01 12:00:00 step 120/4,000, epoch 1, loss 6.5432, lr 0.0003, 12,346 rec/s, "
@@ -161,7 +163,7 @@ def test_a_bar_on_a_terminal(
     log = RunLog(tmp_path, total=4, step=1)
     for step in (2, 3, 4):
         log.advance()
-        log.write(step, 1, values(step))
+        log.write_steps(At(step, 1, 0), values(step))
     log.say("epoch 1: validation")
     log.close()
     out, err = capsys.readouterr()
@@ -178,7 +180,7 @@ def test_lines_on_a_terminal_of_unknown_width(
         monkeypatch.setattr(stream, "fileno", lambda: 1)
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((0, 0)))
     log = RunLog(tmp_path, total=4, step=1)
-    log.write(2, 1, values(2))
+    log.write_steps(At(2, 1, 0), values(2))
     log.close()
     assert "step 2/4, epoch 1" in capsys.readouterr().out
 
@@ -191,8 +193,8 @@ def test_a_reader_of_stdout_that_ends_stops_nothing(
     with os.fdopen(written, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         log = RunLog(tmp_path, total=4, step=1)
-        log.write(2, 1, values(2))
-        log.write(3, 1, values(3))
+        log.write_steps(At(2, 1, 0), values(2))
+        log.write_steps(At(3, 1, 0), values(3))
         log.close()
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), written)  # what is buffered must go somewhere
@@ -202,7 +204,7 @@ def test_a_reader_of_stdout_that_ends_stops_nothing(
 def test_other_ranks_write_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(None, total=4, step=0)
     log.advance()
-    log.write(1, 1, values(1.0))
+    log.write_steps(At(1, 1, 0), values(1.0))
     log.say("hello")
     log.write_result(1, "test", {}, None)
     log.close()

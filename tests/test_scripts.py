@@ -10,13 +10,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from model.board import tags
+from model.board.examples import Examples
 from model.evaluation.metrics import METRICS
 from model.programs.folder import PROGRAM_FILES
+from model.run.config import EvalFlags
+from model.run.trained import TrainedRun
+from model.serving.recommender import Recommender
+from pipeline.preparation.prepare import prepare
 from tests.conftest import (
     DATA,
     ROOT,
@@ -33,15 +40,16 @@ CLOCK = (
     "step_ms",
     "data_wait_ms",
     "peak_memory_gb",
-    "validation/seconds",
+    "seconds",
+    "time",
 )
 
 
-def read_lines(run_dir: Path) -> list[dict[str, float]]:
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_clock(lines: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+def without_clock(lines: Iterable[dict[str, float]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
@@ -49,21 +57,22 @@ def read_result(run_dir: Path, split: str = "test") -> dict[str, Any]:
     return json.loads((run_dir / f"eval_{split}.json").read_text())
 
 
-def assert_events_are(run_dir: Path, lines: list[dict[str, float]]) -> None:
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """By tag and step, of the event files in a folder."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    return {(tag, event.step): event.value for tag in tags for event in events.Scalars(tag)}
+
+
+def assert_events_are(run_dir: Path, lines: list[dict[str, Any]]) -> None:
     """The TensorBoard events of training and validation hold the same numbers as the lines."""
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    found = {
-        (tag.removeprefix("train/"), event.step): event.value
-        for tag in events.Tags()["scalars"]
-        if not tag.startswith("test/")
-        for event in events.Scalars(tag)
-    }
-    expected = {
-        (name, line["step"]): value
-        for line in lines
-        for name, value in line.items()
-        if name != "step"
-    }
+    found, expected = scalars(run_dir), {}
+    for line in lines:
+        if line["event"] == "train":
+            values = tags.of_steps(line)
+        else:
+            values = tags.of_metrics(line) | {tags.SECONDS: line["seconds"]}
+        expected |= {(tag, line["step"]): value for tag, value in values.items()}
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-6), key
@@ -145,11 +154,27 @@ def test_metrics_jsonl_and_the_event_file_agree(trained: dict[str, Any]) -> None
     lines = read_lines(trained["run"])
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
-    assert sum("validation/full/HR@10" in line for line in lines) == 3
+    assert sum(line["event"] == "validation" for line in lines) == 3
     assert_events_are(trained["run"], lines)
-    events = EventAccumulator(str(trained["run"])).Reload()
-    (event,) = events.Scalars("test/full/NDCG@10")
-    assert event.value == pytest.approx(trained["full"]["NDCG@10"])
+    result = scalars(trained["run"] / "results" / "eval_test")
+    (value,) = (value for (tag, _), value in result.items() if tag == "1_quality/full_NDCG@10")
+    assert value == pytest.approx(trained["full"]["NDCG@10"])
+
+
+def test_tensorboard_shows_the_same_items_on_two_ranks_and_on_one(trained: dict[str, Any]) -> None:
+    folder = trained["run"] / "results" / "eval_test"
+    (step,) = {step for _, step in scalars(folder)}
+    recommender = Recommender.load(trained["run"], "cpu")
+    config = TrainedRun(EvalFlags(checkpoint=str(trained["run"]))).config
+    store = prepare(config.data)
+    popular = np.argsort(-store.train_item_counts[1:-1], kind="stable")
+    found = np.loadtxt(folder / "vectors.tsv", delimiter="\t")
+    np.testing.assert_allclose(found, recommender.item_vectors()[popular], atol=1e-4)
+
+    events = EventAccumulator(str(trained["run"])).Reload().Tensors("examples/text_summary")
+    (text,) = (e.tensor_proto.string_val[0].decode() for e in events if e.step == step)
+    examples = Examples(recommender.model, store, config.windows.max_len, recommender.ranks)
+    assert text == examples()
 
 
 def test_eval_reproduces_trains_metrics_on_two_ranks_and_on_one(
@@ -173,12 +198,12 @@ def test_eval_of_the_best_checkpoint_on_validation(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     run_main("eval", "--checkpoint", trained["run"], "--cache_dir", cache_dir, "--split=validation")
-    lines = [line for line in read_lines(trained["run"]) if "validation/full/HR@10" in line]
-    best = max(lines, key=lambda line: line["validation/full/NDCG@10"])
+    lines = [line for line in read_lines(trained["run"]) if line["event"] == "validation"]
+    best = max(lines, key=lambda line: line["full"]["NDCG@10"])
     found = read_result(trained["run"], "validation")
     for protocol in ("sampled", "full"):
         for name in METRICS:
-            assert found[protocol][name] == pytest.approx(best[f"validation/{protocol}/{name}"])
+            assert found[protocol][name] == pytest.approx(best[protocol][name])
 
 
 def test_eval_with_a_popularity_discount(
@@ -335,7 +360,7 @@ def test_a_final_run_trains_on_validation_items_and_tests_its_last_model(
     outcome = run_main("train", *flags, "--train_on_validation=true")
     assert outcome.code == 0, outcome.err
     lines = read_lines(run_dir)
-    assert not any("validation/full/HR@10" in line for line in lines)
+    assert not any(line["event"] == "validation" for line in lines)
     assert read_result(run_dir)["users"] == 60
     again = run_main("eval", f"--checkpoint={run_dir}", f"--cache_dir={cache_dir}")
     assert again.code == 0, again.err

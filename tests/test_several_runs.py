@@ -45,7 +45,7 @@ def test_trainings_in_one_process_free_their_folder(config: Any, run_dir: Path) 
     train.train(config("--resume=auto"))
     train.train(config("--resume=auto", "--num_epochs=3"))
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert sum("validation" in line for line in lines) == 3
+    assert sum('"validation"' in line for line in lines) == 3
 
 
 def test_runs_of_one_second_have_different_folders(

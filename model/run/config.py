@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from model.board.config import BoardConfig
 from model.checkpoints.config import CheckpointConfig
 from model.network.config import EncoderConfig, HeadConfig, TeachersConfig
 from model.run.recipes import CHOICES
@@ -76,6 +77,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     profiling: ProfileConfig = field(default_factory=ProfileConfig)
+    board: BoardConfig = field(default_factory=BoardConfig)
 
     def check(self) -> None:
         positions = self.windows.max_len * self.loader.train_batch_size

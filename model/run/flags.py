@@ -45,6 +45,12 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
+def changed(config: Config) -> dict[str, Any]:
+    """The flags of a config that differ from their defaults."""
+    defaults = flatten(type(config)())
+    return {name: value for name, value in flatten(config).items() if value != defaults[name]}
+
+
 def build(config_class: type[C], flat: Mapping[str, Any]) -> C:
     """The config whose :func:`flatten` is ``flat``; missing flags keep their defaults."""
     unknown = flat.keys() - flags_of(config_class).keys()

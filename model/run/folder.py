@@ -240,10 +240,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write config.json: flags, facts of the data and of the execution, versions."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    content = {"flags": flags, **facts, "versions": versions(), "command": command}
+    content = {"flags": flags, **facts, "versions": versions(), "command": command()}
     write_json(run_dir / "config.json", content)
 
 

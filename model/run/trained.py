@@ -104,6 +104,13 @@ class TrainedRun:
         raise_on_all(ranks, unusable)
         return model
 
+    def step(self, ranks: Ranks) -> int:
+        """Training step of the model; 0 if an earlier version exported it."""
+        if self._exported:
+            step = read_config(self._exported).get("step", 0)
+            return step if type(step) is int else 0
+        return Checkpoints(self.folder, ranks).best_step()
+
     def trained(self, ranks: Ranks) -> Trained:
         """The model to export: the exported one, else that of the best checkpoint; one rank."""
         if self._exported:

@@ -3,6 +3,7 @@
 train_step    forward, backward, update; through CUDA graphs    pipelines  copy batches ahead
 optimizers    of the tables and of everything else, with
 averaging     of gradients over the ranks    graphed_optimizer  an update as a CUDA graph
+clipping      of the gradients' norm
 config        flags
 Imports: ``model.tables`` and the rooms below it.
 """

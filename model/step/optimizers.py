@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
 from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer
+from model.step.clipping import ClippingOptimizer
 from model.step.config import OptimizerConfig
 from model.step.graphed_optimizer import GraphedOptimizer
 from model.tables.distribute import replicated
@@ -25,16 +25,17 @@ class Optimizers:
     ) -> None:
         self._plan, self._config = plan, config
         self.peak_lr = config.lr  # the encoder's
+        self.table_lr = 0.0  # of the next step
         self.tables = model.fused_optimizer
         parameters = replicated(model)
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
         self.dense = KeyedOptimizerWrapper(parameters, lambda params: self._adamw(params, device))
         stepped: KeyedOptimizer = self.dense
+        self.clipping: ClippingOptimizer | None = None
         if config.max_grad_norm:
-            stepped = GradientClippingOptimizer(
-                self.dense, clipping=GradientClipping.NORM, max_gradient=config.max_grad_norm
-            )
+            self.clipping = ClippingOptimizer(self.dense, config.max_grad_norm, device)
+            stepped = self.clipping
         self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
         if plan.graphs == "step" or (plan.has_static_gradients and not self._table_ids):
             self._graphed_lr = torch.tensor(config.lr, device=device)
@@ -86,14 +87,15 @@ class Optimizers:
 
     def set_lr(self, factor: float) -> None:
         """Set all learning rates to ``factor`` times their peaks, effective at the next step."""
+        self.table_lr = factor * self._plan.table_lr
         for group in self.tables.param_groups:
-            group["lr"] = factor * self._plan.table_lr
+            group["lr"] = self.table_lr
         if self._graphed_lr is not None:
             self._graphed_lr.fill_(factor * self._config.lr)
             return
         for group in self.dense.param_groups:
             is_table = id(group["params"][0]) in self._table_ids
-            group["lr"] = factor * (self._plan.table_lr if is_table else self._config.lr)
+            group["lr"] = self.table_lr if is_table else factor * self._config.lr
 
     def zero_grad(self) -> None:
         """Drop the last step's gradients; TorchRec passes the tables their learning rate here."""

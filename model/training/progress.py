@@ -67,10 +67,14 @@ class LogWindow:
         self.waited = 0.0  # seconds, for the loader
         self._started = time.perf_counter()
 
-    def reduce(self) -> dict[str, float]:
+    def reduce(self, norms: torch.Tensor | None) -> dict[str, float]:
         """Mean loss per masked position, summed speed of all ranks, highest peak memory.
 
         A loss that is not finite is a UserError, which names the first such step.
+
+        Args:
+            norms: float32 [2], sums over the steps of the gradients' norm and of clipped steps,
+                the same on all ranks; None: not computed.
         """
         totals = torch.stack(self.losses).double()
         totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
@@ -86,7 +90,7 @@ class LogWindow:
                     f"its samples {before.sample} to {after.sample - 1}, lr {lr:g}): lower --lr "
                     "or raise --warmup_share; earlier checkpoints are intact"
                 )
-        return {
+        values = {
             "loss": sum(loss_sum for loss_sum, _ in steps) / max(sum(n for _, n in steps), 1),
             "lr": self.steps[-1][-1],
             "records_per_second": windows / seconds,
@@ -94,6 +98,11 @@ class LogWindow:
             "peak_memory_gb": float(peak),
             "data_wait_ms": 1000 * self.waited / len(self.steps),
         }
+        if norms is not None:
+            norm, clipped = (norms / len(self.steps)).tolist()
+            if math.isfinite(norm):
+                values |= {"gradient_norm": norm, "clipped_share": clipped}
+        return values
 
 
 def _peak_memory(device: torch.device) -> int:

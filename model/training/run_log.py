@@ -1,8 +1,9 @@
 """The log of a run, written by rank 0.
 
-    runs/mine/metrics.jsonl     one JSON object per line: step, epoch, loss, lr, records_per_second
-    runs/mine/events.out.*      the same for TensorBoard
+    runs/mine/metrics.jsonl     a JSON object a line, of an event: "train" (steps) or "validation"
     runs/mine/eval_test.json    the final metrics
+
+The same goes to TensorBoard (:mod:`model.board`).
 
 A terminal gets a progress bar on stderr. Elsewhere stdout gets a line every --log_every steps:
 
@@ -13,16 +14,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from model.board.board import Board
+from model.board.projector import ItemVectors
 from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
@@ -30,6 +32,15 @@ from pipeline.errors import UserError, say, warn
 from pipeline.files import open_regular, whole_file
 
 _LINE_BYTES, _LOG_BYTES = 1 << 16, 1 << 32  # more than any line and log of a run
+
+
+@dataclass(frozen=True)
+class At:
+    """Where training is: steps done, epoch from 1, samples (windows) seen in the whole run."""
+
+    step: int
+    epoch: int
+    samples: int
 
 
 @dataclass(eq=False)
@@ -42,20 +53,21 @@ class RunLog:
     # If a write fails: "stop" by a UserError, or "continue" with a warning and, from then on,
     # without TensorBoard events.
     on_error: str = "stop"
+    board: Board | None = None  # closed with the log
 
     def __post_init__(self) -> None:
         self._bar: tqdm | None = None
-        self._events: SummaryWriter | None = None
+        self._has_failed = False
         self._started = time.monotonic()
         self._opened = ExitStack()
+        if self.board is not None:
+            self._opened.callback(self.board.close)
         if self.run_dir is None:
             return
         lines, done = self.run_dir / "metrics.jsonl", self.step
         with writing(f"--run_dir {self.run_dir}"):
             _keep_lines_up_to(lines, done)  # a resumed run repeats the steps after its checkpoint
             self._file = self._opened.enter_context(lines.open("a"))
-            events = SummaryWriter(str(self.run_dir), purge_step=done + 1)
-            self._events = self._opened.enter_context(events)
         if _shows_bar():
             bar = tqdm(
                 total=self.total, initial=done, unit="step", dynamic_ncols=True, mininterval=0.5
@@ -66,21 +78,42 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(1)
 
-    def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Log scalars; names with a slash group them in TensorBoard; ``epoch`` counts from 1."""
-        if self.run_dir is None:
-            return
-        tags = {name if "/" in name else f"train/{name}": value for name, value in values.items()}
-        try:
-            self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
-            self._file.flush()
-            self._add_scalars({**tags, "train/epoch": epoch}, step)
-        except OSError as error:
-            self._failed(error)
-        if "loss" in values:
+    def write_steps(self, at: At, values: dict[str, float]) -> None:
+        """Log the steps since the last call: loss, lr, records_per_second and more."""
+        self._write("train", at, values)
+        self._on_board(lambda board: board.add_steps(at.step, {"epoch": at.epoch, **values}))
+        if self.run_dir is not None:
             # A reader of stdout, such as head, may have ended; metrics.jsonl has the line.
             with suppress(OSError):
-                self._show(step, epoch, values)
+                self._show(at.step, at.epoch, values)
+
+    def write_evaluation(
+        self, at: At, result: Result, seconds: float, examples: str | None = None
+    ) -> None:
+        """Log an evaluation on validation.
+
+        Args:
+            examples: recommendations as Markdown, for TensorBoard.
+        """
+        self._write("validation", at, {"seconds": seconds, **result})
+        self._on_board(lambda board: board.add_evaluation(at.step, result, seconds, examples))
+
+    def _write(self, event: str, at: At, values: dict[str, Any]) -> None:
+        if self.run_dir is None:
+            return
+        head = {"event": event, "time": round(time.time(), 3), **asdict(at)}
+        try:
+            self._file.write(json.dumps({**head, **values, **head}) + "\n")  # head comes first
+            self._file.flush()
+        except OSError as error:
+            self._failed(error)
+
+    def _on_board(self, add: Callable[[Board], None]) -> None:
+        if self.board is not None:
+            try:
+                add(self.board)
+            except OSError as error:
+                self._failed(error)
 
     def _show(self, step: int, epoch: int, values: dict[str, float]) -> None:
         loss, speed = f"loss {values['loss']:.4f}", f"{values['records_per_second']:,.0f} rec/s"
@@ -95,9 +128,18 @@ class RunLog:
         )
 
     def write_result(
-        self, step: int, split: str, result: Result, best_possible: dict[str, float] | None
+        self,
+        step: int,
+        split: str,
+        result: Result,
+        best_possible: dict[str, float] | None,
+        items: ItemVectors | None = None,
     ) -> None:
-        """After training: print the table, write eval_<split>.json and TensorBoard's scalars."""
+        """After training: print the table, write eval_<split>.json and what TensorBoard shows.
+
+        Args:
+            items: vectors of the evaluated model, for TensorBoard.
+        """
         if self.run_dir is None:
             return
         if self._bar is not None:
@@ -105,10 +147,9 @@ class RunLog:
         # Printed first: a full disk must not hide the result.
         say(format_report(split, result, best_possible))
         try:
-            write_result(self.run_dir, split, result)
-            for protocol in ("sampled", "full"):
-                values = result[protocol].items()
-                self._add_scalars({f"{split}/{protocol}/{name}": v for name, v in values}, step)
+            name = write_result(self.run_dir, split, result).stem
+            if self.board is not None:
+                self.board.add_result(name, step, split, result, items)
         except (OSError, UserError) as error:
             self._failed(error)
 
@@ -124,12 +165,6 @@ class RunLog:
         with suppress(OSError):  # of a write that failed before
             self._opened.close()
 
-    def _add_scalars(self, values: dict[str, float], step: int) -> None:
-        if self._events is not None:
-            for tag, value in values.items():
-                self._events.add_scalar(tag, value, step)
-            self._events.flush()  # raises the error of the thread that writes them
-
     def _failed(self, error: OSError | UserError) -> None:
         """Stop, or warn once and go on without TensorBoard, whose writer is unusable now."""
         message = f"{self.run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
@@ -137,11 +172,13 @@ class RunLog:
             raise UserError(
                 f"{message}; checkpoints are intact: make room, then go on with --resume auto"
             ) from error
-        if self._events is not None:
+        if not self._has_failed:
+            self._has_failed = True
             warn(f"{message}, training goes on")
+        if self.board is not None:
             with suppress(OSError):
-                self._events.close()
-            self._events = None
+                self.board.close()
+            self.board = None
 
 
 def _shows_bar() -> bool:

@@ -32,7 +32,7 @@ from model.tables.upstream import set_table_steps
 from model.training.agreement import CHECK_LOSS, NOTHING, SAVE, STOP, Agreement
 from model.training.config import TrainingConfig
 from model.training.progress import HostThrottle, LogWindow
-from model.training.run_log import RunLog
+from model.training.run_log import At, RunLog
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.training.loader import TrainLoader
@@ -71,6 +71,8 @@ class Trainer:
     seed: int  # of dropout
     position: Position
     after_step: Callable[[], None]
+    # Called on all ranks after an evaluation; what rank 0 shows of it, as Markdown.
+    examples: Callable[[], str | None] = lambda: None
 
     def __post_init__(self) -> None:
         self._agreement = Agreement(self.ranks)
@@ -145,11 +147,22 @@ class Trainer:
             decision = self._agreement.exchange(self._request())
             if left == 0 or self.position.step % self.config.log_every == 0 or decision:
                 self._throttle.wait_for_all()
-                values = self._window.reduce()
-                self.log.write(self.position.step, self.position.epoch + 1, values)
+                self._log_steps()
                 self._window = LogWindow()
             self._carry_out(decision)
         self.pipeline.detach()
+
+    def _log_steps(self) -> None:
+        clipping = self.optimizers.clipping
+        values = self._window.reduce(None if clipping is None else clipping.take_sums())
+        values["table_lr"] = self.optimizers.table_lr
+        self.log.write_steps(self._at(), values)
+
+    def _at(self) -> At:
+        """Where training is, for the log."""
+        position = self.position
+        samples = position.epoch * self.loader.num_samples + position.sample
+        return At(position.step, position.epoch + 1, samples)
 
     def _feed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         while True:
@@ -231,6 +244,7 @@ class Trainer:
     def _evaluate(self, validate: Callable[..., Result]) -> None:
         started = time.perf_counter()
         result = validate(self._interruptible)
+        examples = self.examples()
         set_table_steps(self.model, self.position.step)
         sampled, full, step = result["sampled"], result["full"], self.position.step
         value = full["NDCG@10"]  # sampled metrics may prefer a worse model
@@ -238,13 +252,8 @@ class Trainer:
             self.position = replace(self.position, best=value, best_step=step, stale=0)
         else:
             self.position = replace(self.position, stale=self.position.stale + 1)
-        values = {
-            f"validation/{protocol}/{name}": number
-            for protocol in ("sampled", "full")
-            for name, number in result[protocol].items()
-        }
-        values["validation/seconds"] = time.perf_counter() - started
-        self.log.write(step, self.position.epoch + 1, values)
+        seconds = time.perf_counter() - started
+        self.log.write_evaluation(self._at(), result, seconds, examples)
         self.log.say(
             f"epoch {self.position.epoch + 1}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "

@@ -1,0 +1,92 @@
+"""What TensorBoard shows of a run of train.py, and of a result of eval.py."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from model.board.board import About, Board
+from model.board.examples import Examples
+from model.board.projector import ItemVectors, popular_items
+from model.board.result import Measured, write_measured
+from model.distributed import Ranks, writing
+from model.evaluation.evaluate import Result
+from model.run.config import RunConfig
+from model.run.flags import changed
+from model.run.folder import command, versions
+from model.run.trained import TrainedRun
+from pipeline.preparation.prepare import describe
+from pipeline.preparation.store import SequenceStore
+
+# They say where a run is or how it is watched, not what it computes.
+_NOT_COMPARED = (
+    *(
+        "run_dir",
+        "resume",
+        "export_root",
+        "with_users",
+        "cache_dir",
+        "dataset_path",
+        "dataset_name",
+    ),
+    *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),
+)
+
+
+class RunBoard:
+    """TensorBoard of a training run, on all ranks."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        store: SequenceStore,
+        ranks: Ranks,
+        run_dir: Path,
+        step: int,
+        plan: str,
+    ) -> None:
+        """``step``: steps done before; ``plan``: how the run is executed, as text."""
+        self._is_full, self._model, self._store = config.board.is_full, model, store
+        validates = not config.windows.train_on_validation
+        self.board: Board | None = None  # of rank 0
+        if ranks.is_first:
+            texts = {"command": command(), "data": describe(store), "plan": plan}
+            texts["versions"] = ", ".join(f"{name} {each}" for name, each in versions().items())
+            about = About(store, compared_flags(config), texts, validates)
+            with writing(f"--run_dir {run_dir}"):
+                self.board = Board(run_dir, step, about, self._is_full)
+        self._examples: Examples | None = None
+        if self._is_full and validates:
+            self._examples = Examples(model, store, config.windows.max_len, ranks)
+
+    def examples(self) -> str | None:
+        """Recommendations of the current model, on rank 0; called on all ranks."""
+        return None if self._examples is None else self._examples()
+
+    def items(self) -> ItemVectors | None:
+        """Vectors of the current model's most popular items; called on all ranks."""
+        return popular_items(self._model, self._store.train_item_counts) if self._is_full else None
+
+
+def compared_flags(config: RunConfig) -> dict[str, Any]:
+    """The flags in which runs may differ: those that are not at their defaults, and the recipe."""
+    flags = {"data": config.data.name, "recipe": config.recipe} | changed(config)
+    return {name: value for name, value in flags.items() if name not in _NOT_COMPARED}
+
+
+def write_evaluated(
+    run: TrainedRun, name: str, result: Result, best: dict[str, float] | None, ranks: Ranks
+) -> None:
+    """A result of eval.py for TensorBoard, if it is of a run folder; called on rank 0.
+
+    Args:
+        name: of the result's file, without its ending.
+    """
+    if not (run.folder / "checkpoints").is_dir():
+        return
+    flags = compared_flags(run.config)
+    flags |= {key: result[key] for key in ("popularity_discount", "other_ratings") if key in result}
+    with writing(f"{run.folder}"):
+        measured = Measured(name, run.step(ranks), result, flags, best)
+        write_measured(run.folder, measured, run.config.board.is_full)
