@@ -6,7 +6,8 @@
     python eval.py --checkpoint runs/ml-1m --popularity_discount 0.3
 
 Prints the metrics table and writes eval_<split>.json into the folder; with a discount
-eval_<split>-discount-<discount>.json, on other ratings than those of training
+eval_<split>-discount-<discount>.json, with another --seen than that of training
+eval_<split>-seen-<drop or keep>.json, on other ratings than those of training
 eval_<split>-ratings-<fingerprint>.json.
 """
 
@@ -29,6 +30,7 @@ def evaluate(flags: EvalFlags) -> None:
     from model.distributed import start
     from model.evaluation.report import format_report, write_result
     from model.run.build import evaluator, prepared
+    from model.run.protocol import with_seen
     from model.run.trained import TrainedRun
 
     ranks = start()
@@ -36,10 +38,13 @@ def evaluate(flags: EvalFlags) -> None:
     store = prepared(run.config, ranks)
     run.check_catalog(store)
     model = run.model(ranks)
+    config, _ = with_seen(run.config, store)
     discount = flags.popularity_discount
-    result = evaluator(run.config, model, store, flags.split, ranks, discount)()
+    result = evaluator(config, model, store, flags.split, ranks, discount)()
     if discount:
         result["popularity_discount"] = discount
+    if not run.has_seen_of(config):
+        result["other_seen"] = config.holdout.seen
     if not run.has_ratings_of(store):
         result["other_ratings"] = store.ratings_fingerprint
     ranks.say(format_report(flags.split, result, (store.best_possible or {}).get(flags.split)))

@@ -56,6 +56,7 @@ def _train(
     )
     from model.run.execution import for_device, plan_execution
     from model.run.folder import RunFolder, check_run_dir, versions
+    from model.run.protocol import with_seen
     from model.run.schedule import changed_rates
     from model.run.trained import load_teachers
     from model.step.optimizers import Optimizers
@@ -73,6 +74,8 @@ def _train(
     check_run_dir(config, ranks)
     store = prepared(config, ranks)
     ranks.say(describe(store))
+    config, decided = with_seen(config, store)
+    ranks.say(decided)
 
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)

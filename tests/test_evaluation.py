@@ -12,9 +12,10 @@ from torch import nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.evaluation import catalog_scores
-from model.evaluation.evaluate import EncodedUsers, Result, evaluate, target_ranks
+from model.evaluation.evaluate import Result, evaluate, target_ranks
 from model.evaluation.metrics import METRICS
 from model.evaluation.report import format_report, remarks, write_result
+from model.evaluation.users import EncodedUsers
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from pipeline.errors import UserError

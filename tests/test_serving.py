@@ -21,11 +21,12 @@ from torch import nn
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.distributed import Ranks
 from model.evaluation import catalog_scores
-from model.evaluation.evaluate import EncodedUsers, evaluate
+from model.evaluation import top_items as top
+from model.evaluation.evaluate import evaluate
+from model.evaluation.users import EncodedUsers
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.serving import recommender as serving
-from model.serving import top_items as top
 from model.serving.config import Choice, RecommendFlags
 from model.serving.output import check_output, row_writer
 from model.serving.recommender import Recommender

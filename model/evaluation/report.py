@@ -8,12 +8,19 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 
 _PROTOCOLS = {
-    "sampled": "sampled (against unseen items by popularity)",
-    "full": "full (all items, seen ones removed)",
+    "drop": {
+        "sampled": "sampled (against unseen items by popularity)",
+        "full": "full (all items, seen ones removed)",
+    },
+    "keep": {
+        "sampled": "sampled (against items by popularity)",
+        "full": "full (all items, seen ones kept)",
+    },
 }
 # Keys of a result that is not the one of training, by which its file is named, too.
 _NOTES = {
     "popularity_discount": "popularity discount {:g}",
+    "other_seen": "seen items not as in training ({})",
     "other_ratings": "on other ratings than those of training ({})",
 }
 
@@ -24,23 +31,28 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
     Then the :func:`remarks`.
     """
     rows: list[tuple[str, dict[str, float]]] = []
-    for protocol, label in _PROTOCOLS.items():
+    for protocol, label in _PROTOCOLS[_seen(result)].items():
         rows.append((label, result[protocol]))
         if "popularity" in result:
             rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
-    if best_possible:
+    if best_possible and _seen(result) == "drop":  # it never repeats an item
         rows.append(("full, best possible on this data", best_possible))
     notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
     table = f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
     return "\n".join([table, *remarks(result)])
 
 
+def _seen(result: Result) -> str:
+    return result.get("protocol", {}).get("seen", "drop")
+
+
 def remarks(result: Result) -> list[str]:
     """A line for each reason not to trust the figures or the model."""
     found = []
     if fewer := result.get("fewer_negatives"):
+        unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(
-            f"{fewer:,} of {result['users']:,} users have fewer unseen items than "
+            f"{fewer:,} of {result['users']:,} users have fewer {unseen} than "
             "--eval_negatives: their sampled metrics are too high; compare full ones"
         )
     below = [
@@ -71,6 +83,8 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
     name = f"eval_{split}"
     if discount := result.get("popularity_discount"):
         name += f"-discount-{discount:g}"
+    if seen := result.get("other_seen"):
+        name += f"-seen-{seen}"
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"

@@ -4,6 +4,7 @@
     script                   runs a script: flags first, then the slow imports
     folder, trained          the folder of a run; the trained model in one, or an exported model
     schedule                 learning rates that change when a run is resumed
+    protocol                 how a run is evaluated: what is decided and recorded
     execution, build         decides how a run is executed; builds model, loader, evaluator
 
 May import every other room except serving.

@@ -18,6 +18,7 @@ from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
 from model.run.config import RunConfig
+from model.run.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.errors import UserError
@@ -142,7 +143,7 @@ def evaluator(
 
     Its argument, if given, wraps the iterator of batches. ``discount``: of popularity.
     """
-    output = config.output
+    output, protocol = config.output, protocol_of(config, store)
     loader = EvalLoader(
         store,
         split,
@@ -152,6 +153,7 @@ def evaluator(
         rank=ranks.rank,
         world_size=ranks.world_size,
         candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
+        keep_seen=protocol["seen"] == "keep",
     )
     popularity = torch.from_numpy(store.train_item_counts)
     earlier: Result | None = None
@@ -166,6 +168,6 @@ def evaluator(
             earlier=earlier,
             negatives=config.holdout.eval_negatives,
         )
-        return earlier
+        return earlier | {"protocol": protocol}
 
     return run

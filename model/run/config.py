@@ -113,6 +113,11 @@ class EvalFlags(Config):
         at_least=0,
         at_most=1,
     )
+    seen: str = flag(
+        "trained",
+        "a user's earlier items in the ranking, as --seen of train.py; trained: as in training",
+        choices=("trained", "drop", "keep", "auto"),
+    )
 
     def check(self) -> None:
         if not self.checkpoint:

@@ -47,6 +47,8 @@ class TrainedRun:
         self._num_items = self._recorded["num_items"]
         settings = dict(self._recorded["flags"])
         settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
+        if flags.seen != "trained":
+            settings["seen"] = flags.seen
         if flags.batch_size:
             settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
         try:
@@ -66,6 +68,10 @@ class TrainedRun:
                 f"{self.folder} was trained on {self._num_items} items that are not the "
                 f"{store.num_items} of this data: give the ratings of training by --dataset_path"
             )
+
+    def has_seen_of(self, config: RunConfig) -> bool:
+        """Whether a config with a decided ``--seen`` ranks seen items as training did."""
+        return config.holdout.seen == self._recorded["flags"].get("seen", config.holdout.seen)
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""

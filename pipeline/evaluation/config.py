@@ -1,4 +1,4 @@
-"""Flags of the evaluation's sampled protocol."""
+"""Flags of the evaluation: candidates, negatives and metrics."""
 
 from dataclasses import dataclass
 
@@ -13,3 +13,8 @@ class HoldoutConfig(Config):
         100, "unseen items ranked beside each target", at_least=1, aliases=("num_negatives",)
     )
     eval_negatives_seed: int = flag(0, "seed of --eval_negatives", aliases=("negative_seed",))
+    seen: str = flag(
+        "auto",
+        "a user's earlier items in the ranking; auto: keep them where validation targets repeat",
+        choices=("drop", "keep", "auto"),
+    )
