@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.errors import UserError
+from pipeline.evaluation.config import HoldoutConfig
 from tests.conftest import TINY, RunMain, assert_one_line
 
 NUM_ITEMS = 12
@@ -84,3 +86,38 @@ def test_seen_items_are_dropped_where_targets_do_not_repeat(
     outcome = run_main("eval", f"--checkpoint={run_dir}", "--seen=keep")
     assert outcome.code == 0, outcome.err
     assert "full, best possible" not in outcome.out
+
+
+@pytest.mark.parametrize("given", ["0", "5,", "1,x", "-3", "1.5", "", "\u0663", "1" * 5000])
+def test_cutoffs_are_whole_numbers(given: str) -> None:
+    with pytest.raises(UserError, match="--metrics_at must be whole numbers from 1, with commas"):
+        HoldoutConfig(metrics_at=given)
+
+
+def test_metrics_at_other_cutoffs(
+    run_main: RunMain, ratings: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert HoldoutConfig(metrics_at="7, 3,7").cutoffs == (3, 7, 10)
+    run = tmp_path / "run"
+    message = "--metrics_at 3,13: the catalog has 12 items, fewer than 13"
+    assert_one_line(run_main("train", *ratings, "--metrics_at=3,13"), "train", message)
+    assert not run.exists()
+    outcome = run_main("train", *ratings, "--metrics_at=12,3")
+    assert outcome.code == 0, outcome.err
+    names = ["HR@3", "HR@10", "HR@12", "NDCG@3", "NDCG@10", "NDCG@12", "MRR"]
+    result = read_result(run)
+    for row in (result["sampled"], result["full"], result["popularity"]["full"]):
+        assert list(row) == names and row["HR@12"] == 1
+    assert names in [line.split() for line in outcome.out.splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "validation/full/NDCG@12" in lines[-1]
+    assert run_main("eval", f"--checkpoint={run}", "--metrics_at=1").code == 0
+    again = read_result(run)
+    assert list(again["full"]) == ["HR@1", "HR@10", "NDCG@10", "MRR"]
+    assert again["full"]["NDCG@10"] == pytest.approx(result["full"]["NDCG@10"])
+    for flag, message in (
+        ("1,z", "--metrics_at must be whole numbers"),
+        ("14", "the catalog has 12"),
+    ):
+        outcome = run_main("eval", f"--checkpoint={run}", f"--metrics_at={flag}")
+        assert_one_line(outcome, "eval", message)

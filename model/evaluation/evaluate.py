@@ -16,7 +16,7 @@ Shapes: U users of a block, of all ranks; C items of a part of this rank's slice
 negatives; S seen items of all U users; V items.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.evaluation.catalog_scores import CatalogScores, Scored
-from model.evaluation.metrics import means, metric_sums
+from model.evaluation.metrics import CUTOFFS, means, metric_sums
 from model.evaluation.users import EncodedUsers, encode
 from model.network.head import CatalogSlice
 from model.tables.distribute import unwrap
@@ -47,6 +47,7 @@ def evaluate(
     discount: float = 0.0,
     earlier: Result | None = None,
     negatives: int = 0,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> Result:
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
@@ -58,6 +59,7 @@ def evaluate(
             From one of count 0, whose logit was never trained, as much as from the most popular.
         earlier: an earlier result for the same users, whose popularity metrics are reused.
         negatives: of each user, as demanded: users with fewer are counted.
+        cutoffs: of the metrics, ascending.
 
     Returns:
         ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank;
@@ -89,15 +91,16 @@ def evaluate(
                 own.append(block.own)
                 fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.own).sum()
         ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
-        sums = torch.stack([metric_sums(each) for each in ranked])
+        sums = torch.stack([metric_sums(each, cutoffs) for each in ranked])
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(fewer)
-    result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
+    sampled, full, *others = (means(each, cutoffs) for each in sums)
+    result: Result = {"users": int(sums[0, -1]), "sampled": sampled, "full": full}
     if earlier is not None:
         result["popularity"] = earlier["popularity"]
     elif popularity is not None:
-        result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
+        result["popularity"] = dict(zip(("sampled", "full"), others, strict=True))
     if fewer:
         result["fewer_negatives"] = int(fewer)
     return result

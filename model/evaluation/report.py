@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from model.evaluation.evaluate import Result
-from model.evaluation.metrics import METRICS
 from pipeline.errors import UserError
 from pipeline.files import write_json
 
@@ -69,11 +68,14 @@ def remarks(result: Result) -> list[str]:
 
 
 def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Rows of (label, metrics) as aligned text with a header."""
+    """Rows of (label, metrics) as aligned text with a header, the metrics of the first row."""
     width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{name:>9}" for name in METRICS)]
+    names = {name: max(9, 2 + len(name)) for name in rows[0][1]}
+    lines = [" " * width + "".join(f"{name:>{size}}" for name, size in names.items())]
     for label, row in rows:
-        cells = (f"{row[name]:>9.4f}" if name in row else " " * 9 for name in METRICS)
+        cells = (
+            f"{row[name]:>{size}.4f}" if name in row else " " * size for name, size in names.items()
+        )
         lines.append(f"{label:<{width}}" + "".join(cells).rstrip())
     return "\n".join(lines)
 

@@ -167,6 +167,7 @@ def evaluator(
             discount=discount,
             earlier=earlier,
             negatives=config.holdout.eval_negatives,
+            cutoffs=config.holdout.cutoffs,
         )
         return earlier | {"protocol": protocol}
 

@@ -118,10 +118,15 @@ class EvalFlags(Config):
         "a user's earlier items in the ranking, as --seen of train.py; trained: as in training",
         choices=("trained", "drop", "keep", "auto"),
     )
+    metrics_at: str = flag(
+        "", "lengths k of HR@k and NDCG@k, with commas (default: as in training)"
+    )
 
     def check(self) -> None:
         if not self.checkpoint:
             raise UserError("--checkpoint is needed: the --run_dir of a training run")
+        if self.metrics_at:
+            HoldoutConfig(metrics_at=self.metrics_at)
 
 
 @dataclass(frozen=True)

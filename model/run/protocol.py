@@ -9,7 +9,12 @@ from pipeline.preparation.store import SequenceStore
 
 
 def with_seen(config: RunConfig, store: SequenceStore) -> tuple[RunConfig, str]:
-    """The config with ``--seen`` drop or keep, and a line that says which and why."""
+    """The config with ``--seen`` drop or keep, and a line that says which and why.
+
+    Raises:
+        UserError: ``--metrics_at`` has a length beyond the catalog.
+    """
+    config.holdout.check_catalog(store.num_items)
     choice = config.holdout.seen
     kept, share = keeps_seen(choice, store)
     seen = "keep" if kept else "drop"

@@ -46,7 +46,8 @@ class TrainedRun:
         self._recorded = read_config(self.folder)
         self._num_items = self._recorded["num_items"]
         settings = dict(self._recorded["flags"])
-        settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
+        given = ("dataset_path", "cache_dir", "metrics_at")
+        settings |= {name: value for name in given if (value := getattr(flags, name))}
         if flags.seen != "trained":
             settings["seen"] = flags.seen
         if flags.batch_size:
