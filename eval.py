@@ -29,7 +29,8 @@ def evaluate(flags: EvalFlags) -> None:
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.distributed import start
     from model.evaluation.report import format_report, write_result
-    from model.run.build import evaluator, prepared
+    from model.run.build import prepared
+    from model.run.measure import measure
     from model.run.protocol import with_seen
     from model.run.trained import TrainedRun
 
@@ -40,7 +41,8 @@ def evaluate(flags: EvalFlags) -> None:
     model = run.model(ranks)
     config, _ = with_seen(run.config, store)
     discount = flags.popularity_discount
-    result = evaluator(config, model, store, flags.split, ranks, discount)()
+    result, _ = measure(config, model, store, flags.split, ranks, discount)
+    result |= run.trained_to(ranks)
     if discount:
         result["popularity_discount"] = discount
     if not run.has_seen_of(config):

@@ -50,6 +50,7 @@ class Trained:
     Attributes:
         plain: an unsharded model on CPU, with its weights.
         metrics: by split.
+        epoch: from 1; 0: not known.
         folder: has the model's config.json and catalog.
     """
 
@@ -57,6 +58,7 @@ class Trained:
     step: int
     metrics: Mapping[str, Any]
     folder: Path
+    epoch: int = 0
 
 
 def load_checkpoint(checkpoint: Path, plain: BERT4Rec) -> BERT4Rec:
@@ -98,7 +100,10 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
-            write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
+            config |= tie | {"metrics": trained.metrics}
+            if trained.epoch:
+                config["epoch"] = trained.epoch
+            write_json(aside / CONFIG, config)
             Catalog.copy(trained.folder, aside, with_users)
             _save(weights, aside, {_TIE: json.dumps(tie)})
             shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600

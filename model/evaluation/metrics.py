@@ -7,6 +7,7 @@ against the model: r = 1 + the number of other items that score at least as high
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 CUTOFFS = (1, 5, 10, 20)
@@ -40,3 +41,17 @@ def means(sums: torch.Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, flo
     *totals, users = sums.tolist()
     names = metric_names(cutoffs)
     return {name: total / max(users, 1) for name, total in zip(names, totals, strict=True)}
+
+
+def user_metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> np.ndarray:
+    """:func:`metric_names` of each user: float64 [M, U] of int64 [U] ranks."""
+    hits = [ranks <= k for k in cutoffs]
+    gain = 1 / np.log2(ranks + 1.0)
+    gains = [np.where(hit, gain, 0) for hit, k in zip(hits, cutoffs, strict=True) if k > 1]
+    return np.stack([*(hit.astype(np.float64) for hit in hits), *gains, 1 / ranks])
+
+
+def mean_metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """Means over users of int64 [U] ranks, by name."""
+    values = user_metrics(ranks, cutoffs).mean(axis=1)
+    return dict(zip(metric_names(cutoffs), values.tolist(), strict=True))

@@ -6,6 +6,7 @@
     schedule                 learning rates that change when a run is resumed
     protocol                 how a run is evaluated: what is decided and recorded
     execution, build         decides how a run is executed; builds model, loader, evaluator
+    measure                  the final evaluation: all metrics, and every user's ranks
 
 May import every other room except serving.
 """

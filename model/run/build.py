@@ -131,6 +131,22 @@ def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlic
     return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded)
 
 
+def eval_loader(config: RunConfig, store: SequenceStore, split: str, ranks: Ranks) -> EvalLoader:
+    """This rank's users of ``split``, in batches."""
+    output, protocol = config.output, protocol_of(config, store)
+    return EvalLoader(
+        store,
+        split,
+        config=config.holdout,
+        max_len=config.windows.max_len,
+        batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
+        keep_seen=protocol["seen"] == "keep",
+    )
+
+
 def evaluator(
     config: RunConfig,
     model: DistributedModelParallel,
@@ -143,18 +159,7 @@ def evaluator(
 
     Its argument, if given, wraps the iterator of batches. ``discount``: of popularity.
     """
-    output, protocol = config.output, protocol_of(config, store)
-    loader = EvalLoader(
-        store,
-        split,
-        config=config.holdout,
-        max_len=config.windows.max_len,
-        batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
-        keep_seen=protocol["seen"] == "keep",
-    )
+    loader = eval_loader(config, store, split, ranks)
     popularity = torch.from_numpy(store.train_item_counts)
     earlier: Result | None = None
 
@@ -169,6 +174,6 @@ def evaluator(
             negatives=config.holdout.eval_negatives,
             cutoffs=config.holdout.cutoffs,
         )
-        return earlier | {"protocol": protocol}
+        return earlier
 
     return run

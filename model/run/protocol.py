@@ -34,4 +34,5 @@ def protocol_of(config: RunConfig, store: SequenceStore) -> dict[str, Any]:
         "repeated_validation_targets": share,
         "negatives": config.holdout.eval_negatives,
         "negatives_seed": config.holdout.eval_negatives_seed,
+        "metrics_at": list(config.holdout.cutoffs),
     }

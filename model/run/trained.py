@@ -62,6 +62,16 @@ class TrainedRun:
                 "--split test can evaluate it"
             )
 
+    def trained_to(self, ranks: Ranks) -> dict[str, int]:
+        """Step and epoch of the weights, as far as they are known."""
+        if self._exported is None:
+            checkpoints = Checkpoints(self.folder, ranks)
+            step = checkpoints.best_step()
+            return {"step": step, "epoch": checkpoints.epoch(step)}
+        recorded = read_config(self._exported)
+        known = {name: recorded.get(name) for name in ("step", "epoch")}
+        return {name: value for name, value in known.items() if type(value) is int}
+
     def check_catalog(self, store: SequenceStore) -> None:
         """Check that the data has the items that the model was trained on."""
         if store.catalog_fingerprint != self._recorded["catalog"]:
@@ -115,7 +125,8 @@ class TrainedRun:
         step = checkpoints.best_step()
         checkpoints.check_fit(self._weightless_model(), step)
         plain = build_plain_model(self.config, self._num_items, ranks)
-        return Trained(load_checkpoint(checkpoints.path(step), plain), step, {}, self.folder)
+        loaded, epoch = load_checkpoint(checkpoints.path(step), plain), checkpoints.epoch(step)
+        return Trained(loaded, step, {}, self.folder, epoch)
 
     def plain_model(self) -> BERT4Rec:
         """The exported model, unsharded on CPU."""
