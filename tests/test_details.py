@@ -78,6 +78,13 @@ def test_groups_by_hand() -> None:
     assert "baselines" not in found
 
 
+def test_users_left_out_are_said() -> None:
+    result = evaluated([0.6, 0.5, 0.5, 0.4, 0.3, 0.2])
+    assert "fewer than 3 items" not in format_report("test", result)
+    lines = format_report("test", result | {"users_left_out": 2}).splitlines()
+    assert "2 of 5 users have fewer than 3 items: they are trained on and not evaluated" in lines
+
+
 def test_a_model_below_a_user_s_own_items_is_called_so() -> None:
     result = evaluated([0.6, 0.5, 0.5, 0.4, 0.3, 0.2])
     perfect = {name: {"sampled": of_ranks(1), "full": of_ranks(1)} for name in ("repeat_last",)}

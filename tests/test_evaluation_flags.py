@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
@@ -23,6 +25,7 @@ def repeating_ratings(folder: Path) -> Path:
         for user in range(40)
         for time, item in enumerate(generator.integers(NUM_ITEMS, size=30))
     ]
+    rows += ["short,i0,1", "short,i1,2"]  # too few to hold two out
     path.write_text("user,item,timestamp\n" + "\n".join(rows) + "\n")
     return path
 
@@ -35,7 +38,8 @@ def read_result(folder: Path, name: str = "eval_test") -> dict[str, Any]:
 def ratings(tmp_path: Path) -> tuple[str, ...]:
     """Flags of a training on repeating ratings."""
     flags = (f"--dataset_path={repeating_ratings(tmp_path)}", f"--cache_dir={tmp_path / 'cache'}")
-    return (*TINY, *flags, "--num_epochs=1", f"--run_dir={tmp_path / 'run'}")
+    flags += ("--min_user_count=0", "--num_epochs=1")
+    return (*TINY, *flags, f"--run_dir={tmp_path / 'run'}")
 
 
 def test_seen_items_are_kept_where_targets_repeat(
@@ -51,6 +55,8 @@ def test_seen_items_are_kept_where_targets_repeat(
     assert "full (all items, seen ones kept)" in outcome.out
     config, result = read_result(run, "config"), read_result(run)
     assert config["flags"]["seen"] == config["evaluation"]["seen"] == "keep"
+    assert (result["users"], result["users_left_out"]) == (40, 1)
+    assert "1 of 41 users have fewer than 3 items" in outcome.out
     assert result["protocol"]["seen"] == "keep"
     assert result["protocol"]["repeated_validation_targets"] == share
     # 12 items at random: 10 of 12 hit. Dropped, hardly another item is left to rank.
@@ -121,3 +127,91 @@ def test_metrics_at_other_cutoffs(
     ):
         outcome = run_main("eval", f"--checkpoint={run}", f"--metrics_at={flag}")
         assert_one_line(outcome, "eval", message)
+
+
+def numbered_ratings(path: Path, *more: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """30 users (100, 101, ...) x 8 different ones of 20 items (7, 8, ...): none repeats."""
+    generator = np.random.default_rng(6)
+    rows = [
+        (100 + user, 7 + int(item), time)
+        for user in range(30)
+        for time, item in enumerate(generator.permutation(20)[:8])
+    ]
+    columns = zip(*rows, *more, strict=True)
+    pq.write_table(pa.table(dict(zip(("user", "item", "timestamp"), columns, strict=True))), path)
+    return rows
+
+
+def test_ranks_of_every_user_in_a_file(run_main: RunMain, tmp_path: Path) -> None:
+    ratings, run = tmp_path / "ratings.parquet", tmp_path / "run"
+    rows = numbered_ratings(ratings)
+    flags = (f"--dataset_path={ratings}", f"--cache_dir={tmp_path / 'cache'}", "--num_epochs=1")
+    assert run_main("train", *TINY, *flags, f"--run_dir={run}").code == 0
+    evaluate, path = ("eval", f"--checkpoint={run}"), tmp_path / "new" / "ranks.parquet"
+    for split, place in (("test", -1), ("validation", -2)):
+        outcome = run_main(*evaluate, f"--split={split}", f"--per_user={path}", "--batch_size=4")
+        assert outcome.code == 0, outcome.err
+        table = pq.read_table(path)
+        assert table.schema.names == ["user", "target", "rank", "sampled_rank", "score"]
+        assert table.schema.types == [*[pa.int64()] * 4, pa.float32()]
+        found = table.to_pydict()
+        by_user = {user: [item for u, item, _ in rows if u == user] for user in found["user"]}
+        assert sorted(by_user) == list(range(100, 130))
+        assert found["target"] == [by_user[user][place] for user in found["user"]]
+        result = read_result(run, f"eval_{split}")
+        for column, protocol in (("rank", "full"), ("sampled_rank", "sampled")):
+            mean = np.mean([1 / rank for rank in found[column]])
+            assert result[protocol]["MRR"] == pytest.approx(mean)
+        assert len(set(found["score"])) > 10
+        assert max(map(abs, found["score"])) <= 1 + 1e-6  # cosines
+    before = path.read_bytes()
+    for name, message in ((tmp_path / "x.csv", "must end with .parquet"), (run, "must end with")):
+        assert_one_line(run_main(*evaluate, f"--per_user={name}"), "eval", message)
+    (tmp_path / "folder.parquet").mkdir()
+    outcome = run_main(*evaluate, f"--per_user={tmp_path / 'folder.parquet'}")
+    assert_one_line(outcome, "eval", "folder.parquet cannot be written: it is a folder")
+    assert path.read_bytes() == before
+    assert not [*tmp_path.rglob("*.part")]
+
+
+def test_two_models_are_compared(run_main: RunMain, tmp_path: Path) -> None:
+    ratings, others = tmp_path / "ratings.parquet", tmp_path / "other.parquet"
+    numbered_ratings(ratings)
+    numbered_ratings(others, (100, 26, 9), (101, 26, 9))
+    flags = (*TINY, f"--cache_dir={tmp_path / 'cache'}", "--num_epochs=1", "--metrics_at=5")
+    for name, seed in (("a", 1), ("b", 2)):
+        run = f"--run_dir={tmp_path / name}"
+        train = ("train", *flags, f"--dataset_path={ratings}", run, f"--seed={seed}")
+        assert run_main(*train).code == 0
+    pair = [str(tmp_path / "a"), str(tmp_path / "b")]
+    results = [read_result(Path(run)) for run in pair]
+    before = [(tmp_path / name / "eval_test.json").stat().st_mtime_ns for name in "ab"]
+    outcome = run_main("eval", "--compare", *pair)
+    assert outcome.code == 0, outcome.err
+    title, *rows = outcome.out.splitlines()
+    assert title == "test, 30 users of both"
+    table = {row.rsplit(maxsplit=5)[0].strip(): row.split()[-5:] for row in rows[:-1]}
+    for run, result in zip(pair, results, strict=True):
+        for protocol in ("sampled", "full"):
+            row = table[f"{protocol}, {run}"]
+            assert row == [f"{value:.4f}" for value in result[protocol].values()]
+    change = results[1]["full"]["NDCG@10"] - results[0]["full"]["NDCG@10"]
+    assert f"by full NDCG@10: {change:+.4f} ± " in rows[-1]
+    assert rows[-1].startswith(f"{pair[1]} is not shown to differ from {pair[0]} by full NDCG@10")
+    outcome = run_main("eval", "--compare", pair[0], pair[0])
+    assert "+0.0000 ± 0.0000, p 1.0000" in outcome.out.splitlines()[-1]
+    after = [(tmp_path / name / "eval_test.json").stat().st_mtime_ns for name in "ab"]
+    assert before == after
+
+    wrong = [
+        ((), "--checkpoint is needed"),
+        (("--compare", *pair, "--checkpoint", pair[0]), "leave --checkpoint out"),
+        (("--compare", *pair, "--per_user=x.parquet"), "--per_user needs --checkpoint"),
+        (("--compare", pair[0]), "--compare: expected 2 arguments"),
+    ]
+    for given, message in wrong:
+        assert_one_line(run_main("eval", *given), "eval", message)
+    more = (f"--dataset_path={others}", f"--run_dir={tmp_path / 'c'}")
+    assert run_main("train", *flags, *more).code == 0
+    outcome = run_main("eval", "--compare", pair[0], str(tmp_path / "c"))
+    assert_one_line(outcome, "eval", "trained on different ratings")

@@ -4,5 +4,6 @@ users: encoded users. evaluate: ranks of the targets, on any number of ranks. to
 items over the catalog, in parts and over ranks. catalog_scores: scores of this rank's slice of the
 catalog, part by part. metrics: HR, NDCG and MRR from ranks. listed: coverage, popularity and
 novelty of the best items. ranked_users: every user's ranks. details: metrics of groups of users,
-intervals. report: the printed table and eval_<split>.json.
+intervals. comparison: two models on the same users. report: the printed table and
+eval_<split>.json.
 """

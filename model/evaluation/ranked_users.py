@@ -2,15 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from model.distributed import writing
 from model.evaluation.evaluate import Ranking
 from model.losses.sharded_softmax import all_gather_rows
 from pipeline.evaluation.holdout import EvalLoader
-from pipeline.evaluation.repeats import repeat_ranks
+from pipeline.evaluation.repeats import history_bounds, repeat_ranks
+from pipeline.files import check_writable, whole_file
+from pipeline.preparation.store import SequenceStore
 
 PROTOCOLS = ("sampled", "full")
 MODEL, POPULARITY, REPEAT_LAST, MOST_FREQUENT = (
@@ -54,3 +60,27 @@ def gathered(ranking: Ranking, loader: EvalLoader) -> RankedUsers:
     pairs = np.stack(ranks).astype(np.int64).reshape(len(names), len(PROTOCOLS), -1)
     by_name = dict(zip(names, pairs, strict=True))
     return RankedUsers(users.astype(np.int64), scores.astype(np.float32), by_name)
+
+
+def check_ranks_file(path: Path) -> None:
+    """UserError unless the file can be written."""
+    with writing(f"--per_user {path}"):
+        check_writable(path)
+
+
+def write_ranks(path: Path, users: RankedUsers, store: SequenceStore, split: str) -> None:
+    """Write a Parquet file with a row for each user, complete or absent; on one rank.
+
+    Columns: user and target (original ids), rank and sampled_rank (1 = best), score of the target.
+    """
+    catalog, (sampled, full) = store.catalog, users.ranks[MODEL]
+    targets = store.items[history_bounds(store, users.users, split)[1]]
+    columns = {
+        "user": catalog.users.take(pa.array(users.users)).cast(catalog.user_type),
+        "target": catalog.items.take(pa.array(targets - 1)).cast(catalog.item_type),
+        "rank": pa.array(full),
+        "sampled_rank": pa.array(sampled),
+        "score": pa.array(users.scores),
+    }
+    with writing(f"--per_user {path}"), whole_file(path) as file:
+        pq.write_table(pa.table(columns), file)

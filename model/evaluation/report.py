@@ -85,6 +85,11 @@ def _seen(result: Result) -> str:
 def remarks(result: Result) -> list[str]:
     """A line for each reason not to trust the figures or the model."""
     found = []
+    if left_out := result.get("users_left_out"):
+        found.append(
+            f"{left_out:,} of {left_out + result['users']:,} users have fewer than 3 items: they "
+            "are trained on and not evaluated"
+        )
     if fewer := result.get("fewer_negatives"):
         unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(
