@@ -9,6 +9,8 @@ Other items with the target's popularity are ahead of it: a tie counts against a
 Shapes: B users, N negatives of each, E distinct (user, item) pairs of their histories.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from pipeline.evaluation.holdout import EvalLoader
@@ -44,9 +46,14 @@ def keeps_seen(choice: str, store: SequenceStore) -> tuple[bool, float]:
 
     The share is that of users whose validation target is in their history before it.
     """
-    users = store.evaluable_users()
-    share = float(is_repeated(store, users, "validation").mean()) if len(users) else 0.0
+    share = _repeated_share(store)
     return choice == "keep" or (choice == "auto" and share > REPEATED_SHARE), share
+
+
+@lru_cache(maxsize=1)  # asked for by every evaluation of a run, and reads all histories
+def _repeated_share(store: SequenceStore) -> float:
+    users = store.evaluable_users()
+    return float(is_repeated(store, users, "validation").mean()) if len(users) else 0.0
 
 
 def repeat_ranks(loader: EvalLoader) -> np.ndarray:
