@@ -4,9 +4,12 @@
     torchrun --standalone --nproc_per_node 2 eval.py --checkpoint runs/ml-1m --split validation
 
     python eval.py --checkpoint runs/ml-1m --popularity_discount 0.3
+    python eval.py --checkpoint runs/ml-1m --per_user ranks.parquet
+    python eval.py --compare runs/ml-1m runs/taught
 
 Prints the metrics table and writes eval_<split>.json into the folder; with a discount
-eval_<split>-discount-<discount>.json, on other ratings than those of training
+eval_<split>-discount-<discount>.json, with another --seen than that of training
+eval_<split>-seen-<drop or keep>.json, on other ratings than those of training
 eval_<split>-ratings-<fingerprint>.json.
 """
 
@@ -24,30 +27,28 @@ def read_flags() -> EvalFlags:
 
 
 def evaluate(flags: EvalFlags) -> None:
-    """Load the model, evaluate it, print and write the result."""
+    """Evaluate the model, print and write the result; or compare two models."""
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
-    from model.distributed import start
+    from model.distributed import from_first_rank, start
+    from model.evaluation.ranked_users import check_ranks_file, write_ranks
     from model.evaluation.report import format_report, write_result
     from model.run.board import write_evaluated
-    from model.run.build import evaluator, prepared
-    from model.run.trained import TrainedRun
+    from model.run.measure import compared, measure_trained
 
-    ranks = start()
-    run = TrainedRun(flags)
-    store = prepared(run.config, ranks)
-    run.check_catalog(store)
-    model = run.model(ranks)
-    discount = flags.popularity_discount
-    result = evaluator(run.config, model, store, flags.split, ranks, discount)()
-    if discount:
-        result["popularity_discount"] = discount
-    if not run.has_ratings_of(store):
-        result["other_ratings"] = store.ratings_fingerprint
-    best_possible = (store.best_possible or {}).get(flags.split)
-    ranks.say(format_report(flags.split, result, best_possible))
+    ranks, split, per_user = start(), flags.split, Path(flags.per_user)
+    if flags.compare:
+        ranks.say(compared(flags, ranks))
+        return
+    if flags.per_user:  # before the model is evaluated, which may take long
+        from_first_rank(ranks, lambda: check_ranks_file(per_user))
+    found = measure_trained(flags, ranks)
+    best_possible = (found.store.best_possible or {}).get(split)
+    ranks.say(format_report(split, found.result, best_possible))
     if ranks.is_first:
-        name = write_result(Path(flags.checkpoint), flags.split, result).stem
-        write_evaluated(run, name, result, best_possible, ranks)
+        name = write_result(Path(flags.checkpoint), split, found.result).stem
+        write_evaluated(found.run, name, found.result, best_possible, ranks)
+        if flags.per_user:
+            write_ranks(per_user, found.users, found.store, split)
 
 
 def main() -> None:

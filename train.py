@@ -57,6 +57,8 @@ def _train(
     )
     from model.run.execution import for_device, plan_execution
     from model.run.folder import RunFolder, check_run_dir, versions
+    from model.run.measure import measure
+    from model.run.protocol import with_seen
     from model.run.schedule import changed_rates
     from model.run.trained import load_teachers
     from model.step.optimizers import Optimizers
@@ -74,6 +76,8 @@ def _train(
     check_run_dir(config, ranks)
     store = prepared(config, ranks)
     ranks.say(describe(store))
+    config, decided = with_seen(config, store)
+    ranks.say(decided)
 
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
@@ -128,14 +132,18 @@ def _train(
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
             return
         checkpoints.load_weights(model, best_step)
-        result = evaluator(config, model, store, "test", ranks)()
+        best = {"step": best_step, "epoch": checkpoints.epoch(best_step)}
+        if validator is not None:
+            chosen = measure(config, model, store, "validation", ranks)[0] | best
+            log.keep_result("validation", chosen)
+        result = measure(config, model, store, "test", ranks)[0] | best
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
         plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
         load_checkpoint(checkpoints.path(best_step), plain)
-        output = config.output
-        trained = Trained(plain, best_step, {"test": result}, folder.path, folder.path)
+        output, metrics = config.output, {"test": result}
+        trained = Trained(plain, best_step, metrics, folder.path, folder.path, best["epoch"])
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

@@ -37,6 +37,7 @@ def flag(
     below: float | None = None,
     limit: float | None = None,
     reason: str = "",
+    values: int = 1,
     aliases: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is a command line flag.
@@ -45,6 +46,7 @@ def flag(
         help: what the flag does and its unit; one clause, no full stop.
         limit: the most that fits numbers and memory; named only in the error of a larger value.
         reason: why these bounds; ends the error message.
+        values: how many the flag takes; more than one make a tuple of texts.
         aliases: other names, accepted on the command line and in config.json.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
@@ -54,6 +56,7 @@ def flag(
         "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
         "limit": math.inf if limit is None else limit,
         "reason": reason,
+        "values": values,
         "aliases": tuple(aliases),
     }
     return field(default=default, metadata=metadata)

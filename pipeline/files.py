@@ -45,6 +45,17 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     sync(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """Make and remove the part of a file that `whole_file` will write; OSError if that fails."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # a pipe, whose opening would wait, or a link to a file
+    part.open("wb").close()
+    part.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path, "w") as file:
         file.write(text)

@@ -170,6 +170,7 @@ def test_what_a_run_shows(run_main: RunMain, run_dir: Path, cache_dir: Path) -> 
         **{"data": "synthetic", "recipe": "none", "max_grad_norm": 1e-3, "lr": 2e-3},
         **{"synthetic_user_count": 60, "synthetic_item_count": 80, "max_len": 16, "emb_dim": 16},
         **{"num_layers": 1, "train_batch_size": 32, "num_epochs": 2},
+        "seen": "drop",  # which "auto" decided
     }
     assert texts(run_dir, "examples").keys() == set(steps)
     (about,) = texts(run_dir, "run").values()

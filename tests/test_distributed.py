@@ -6,15 +6,20 @@ compare both results. Tolerances are for the same float32 sums in another order,
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from model.distributed import start
+from pipeline.evaluation.config import HoldoutConfig
+from pipeline.evaluation.holdout import EvalLoader
 from tests.conftest import torchrun
+from tests.reference_metrics import reference
 from tests.workers import sharded
 from tests.workers.sharded import EPOCHS, WAYS, Run
 
@@ -186,6 +191,51 @@ def test_evaluation_does_not_depend_on_ranks_or_sharding(
             assert found[protocol] == pytest.approx(expected[protocol])
             popularity = expected["popularity"][protocol]
             assert found["popularity"][protocol] == pytest.approx(popularity)
+
+
+@pytest.mark.parametrize("seen", ["drop", "keep"])
+@pytest.mark.parametrize("parts", ["", ", in parts"])
+def test_all_metrics_equal_an_independent_implementation(
+    one: Answers, two: Answers, seen: str, parts: str
+) -> None:
+    store = sharded.histories()
+    config = HoldoutConfig(eval_negatives=5)
+    loader = EvalLoader(store, "test", 6, 100, config, keep_seen=seen == "keep")
+    (batch,) = loader
+    users = batch.users.tolist()
+    histories = np.split(store.items, store.offsets[1:-1])
+    expected = reference(
+        {user: items.tolist() for user, items in enumerate(histories)},
+        users,
+        sharded.NUM_ITEMS,
+        "test",
+        dict(zip(users, one["scores"].tolist(), strict=True)),
+        dict(zip(users, batch.negatives.tolist(), strict=True)),
+        seen == "keep",
+        (1, 3, 10),
+    )
+    assert 0 < expected["full"]["MRR"] < 1 and len(expected["groups"]["target"]) == 2
+    one_result = one["measured"][f"row_wise, {seen}{parts}"][0]
+    for answers, way in product((one, two), ("row_wise", "ddp")):
+        result, ranked = answers["measured"][f"{way}, {seen}{parts}"]
+        assert_near(result, expected)
+        # Everything beside the sums is computed from all users in their order.
+        for key in ("intervals", "debiased", "groups", "cold_targets", "lists", "protocol"):
+            assert result[key] == one_result[key]
+        assert ranked.users.tolist() == users
+        assert len(ranked.ranks) == (4 if seen == "keep" else 2)
+        targets = store.items[store.offsets[1:] - 1]
+        own = one["scores"].numpy()[np.arange(len(users)), targets - 1]
+        np.testing.assert_allclose(ranked.scores, own, atol=1e-6)
+
+
+def assert_near(found: Any, expected: Any) -> None:
+    """All of ``expected`` is in ``found``."""
+    if not isinstance(expected, dict):
+        assert found == pytest.approx(expected, rel=1e-12)
+        return
+    for name in expected:
+        assert_near(found[name], expected[name])
 
 
 @pytest.mark.slow

@@ -192,9 +192,10 @@ def test_every_flag_has_a_help_text_and_is_shown(config_class: type) -> None:
         text = entry.metadata["help"]
         assert text.strip() == text and text[0] != "-" and not text.endswith("."), name
         assert f"--{name} " in shown, name
-        default = "(default:" if entry.default in (None, "") else f"(default:{entry.default})"
+        none = (None, "", ())
+        default = "(default:" if entry.default in none else f"(default:{entry.default})"
         assert default in "".join((text + shown).split()), name
-        assert "default" in text or entry.default not in (None, ""), name
+        assert "default" in text or entry.default not in none, name
         if choices := entry.metadata["choices"]:
             assert entry.default in choices, name
 

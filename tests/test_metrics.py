@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.evaluation.metrics import METRICS, means, metric_sums
+from model.evaluation.metrics import METRICS, means, metric_names, metric_sums
 from model.evaluation.report import format_table
 
 
@@ -61,3 +61,23 @@ def test_the_table_is_aligned_and_leaves_unknown_cells_empty() -> None:
     for name, value in (("HR@10", "0.5000"), ("NDCG@10", "1.0000")):
         end = header.index(f" {name} ") + len(name) + 1
         assert best[:end].endswith(value)
+
+
+def test_other_cutoffs_by_hand() -> None:
+    ranks, cutoffs = torch.tensor([1, 3, 7]), (2, 3, 10)
+    assert metric_names((1, 4)) == ("HR@1", "HR@4", "NDCG@4", "MRR")  # NDCG@1 is HR@1
+    assert means(metric_sums(ranks, cutoffs), cutoffs) == pytest.approx(
+        {
+            "HR@2": 1 / 3,
+            "HR@3": 2 / 3,
+            "HR@10": 1,
+            "NDCG@2": 1 / 3,
+            "NDCG@3": (1 + 1 / 2) / 3,
+            "NDCG@10": (1 + 1 / 2 + 1 / 3) / 3,
+            "MRR": (1 + 1 / 3 + 1 / 7) / 3,
+        }
+    )
+    wide = means(metric_sums(ranks, (10, 1000)), (10, 1000))
+    header, row = format_table([("model", wide)]).splitlines()
+    assert header.split() == ["HR@10", "HR@1000", "NDCG@10", "NDCG@1000", "MRR"]
+    assert len(row) == len(header)

@@ -78,11 +78,17 @@ def assert_events_are(run_dir: Path, lines: list[dict[str, Any]]) -> None:
         assert found[key] == pytest.approx(value, rel=1e-6), key
 
 
+def config_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "config.json").read_text())
+
+
 def assert_equal_results(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["users"] == expected["users"]
     for protocol in ("sampled", "full"):
         assert found[protocol] == pytest.approx(expected[protocol])
         assert found["popularity"][protocol] == pytest.approx(expected["popularity"][protocol])
+    for name in ("step", "epoch", "ratings", "catalog", "protocol"):
+        assert found[name] == expected[name]
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +122,22 @@ def test_output_of_a_run(trained: dict[str, Any]) -> None:
         "epoch 3",
     ]
     report = out[out.index("test, 60 users\n") :].splitlines()
-    _, header, sampled, _, full, _, best, *remarks = report
+    _, header, sampled, width, _, full, _, _, best, *about, debiased, _, _, _, fewer = report[:15]
     assert header.split() == list(METRICS)
+    bounds = trained["intervals"]["sampled"].values()
+    assert width.split() == ["±", "(95", "%)", *(f"{(b - a) / 2:.4f}" for a, b in bounds)]
+    lists, hits = trained["lists"], trained["debiased"]["HR@10"]
+    assert about == [
+        f"lists of 10: {lists['coverage@10']:.1%} of the catalog, mean popularity "
+        f"{lists['popularity@10']:.1f}, novelty {lists['novelty@10']:.2f} bits"
+    ]
+    assert debiased.startswith(f"debiased of popularity: full HR@10 {hits:.4f}")
     for row, protocol in ((sampled, "sampled"), (full, "full")):
         assert row.startswith(f"{protocol} (")
         assert row.split()[-len(METRICS) :] == [f"{v:.4f}" for v in trained[protocol].values()]
     assert best.startswith("full, best possible on this data")
     # 80 items are no more than 100 negatives.
-    assert remarks[0].startswith("60 of 60 users have fewer unseen items than --eval_negatives")
+    assert fewer.startswith("60 of 60 users have fewer unseen items than --eval_negatives")
 
     assert err == ""  # no progress bar where stdout is no terminal, no messages of libraries
     lines = [
@@ -140,8 +154,16 @@ def test_output_of_a_run(trained: dict[str, Any]) -> None:
 
 def test_files_of_a_run(trained: dict[str, Any]) -> None:
     names = {path.name.split(".")[0] for path in trained["run"].iterdir()}
-    wanted = {"catalog", "checkpoints", "config", "eval_test", "events", "metrics"}
-    assert wanted <= names
+    wanted = {"catalog", "checkpoints", "config", "eval_test", "eval_validation", "events"}
+    assert wanted | {"metrics"} <= names
+    validation, test = (read_result(trained["run"], split) for split in ("validation", "test"))
+    lines = [line for line in read_lines(trained["run"]) if line["event"] == "validation"]
+    best = max(lines, key=lambda line: line["full"]["NDCG@10"])
+    assert validation["full"]["NDCG@10"] == pytest.approx(best["full"]["NDCG@10"])
+    for result in (validation, test):
+        assert (result["step"], result["epoch"]) == (best["step"], best["epoch"])
+        assert result["protocol"] == config_of(trained["run"])["evaluation"]
+        assert result["ratings"] == config_of(trained["run"])["ratings"]
     assert not list(trained["run"].rglob("*.part"))
     config = json.loads((trained["run"] / "config.json").read_text())
     assert config["num_items"] == 80

@@ -25,7 +25,8 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.distributed import Ranks
 from model.evaluation import catalog_scores
 from model.evaluation import top_items as top
-from model.evaluation.evaluate import EncodedUsers, evaluate
+from model.evaluation.evaluate import evaluate
+from model.evaluation.users import EncodedUsers
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.serving import recommender as serving

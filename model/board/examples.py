@@ -33,9 +33,17 @@ class Examples:
 
     Args:
         max_len: most items of a history, mask token included.
+        keep_seen: leave the history's items among those to recommend.
     """
 
-    def __init__(self, model: nn.Module, store: SequenceStore, max_len: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        store: SequenceStore,
+        max_len: int,
+        ranks: Ranks,
+        keep_seen: bool = False,
+    ) -> None:
         self._model, self._store, self._ranks = model, store, ranks
         evaluable = store.evaluable_users()
         places = np.linspace(0, len(evaluable) - 1, min(_USERS, len(evaluable)))
@@ -47,7 +55,11 @@ class Examples:
         sizes = store.num_items, max_len, len(self._users)
         # The users are those of rank 0; the other ranks have filler rows.
         self._batches = HistoryBatches(
-            self._histories, *sizes, rank=ranks.rank, world_size=ranks.world_size
+            self._histories,
+            *sizes,
+            keep_seen=keep_seen,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
 
     def __call__(self) -> str | None:

@@ -197,6 +197,11 @@ class Checkpoints:
             del error  # as in `from_first_rank`
         return position
 
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, in which a checkpoint's last step was."""
+        position = position_of(read_manifest(self.path(step)))
+        return position.epoch + (position.sample > 0)
+
     def best_step(self) -> int:
         """Step of the best checkpoint; called on all ranks; UserError without a good one."""
         best = from_first_rank(self.ranks, self._best_step)

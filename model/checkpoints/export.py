@@ -58,6 +58,7 @@ class Trained:
     Attributes:
         plain: an unsharded model on CPU, with its weights.
         metrics: by split.
+        epoch: from 1; 0: not known.
         folder: has the model's config.json and catalog.
         users: has users.parquet, if there is one: a run, also where its model is exported.
     """
@@ -67,6 +68,7 @@ class Trained:
     metrics: Mapping[str, Any]
     folder: Path
     users: Path
+    epoch: int = 0
 
 
 def load_checkpoint(checkpoint: Path, plain: BERT4Rec) -> BERT4Rec:
@@ -109,7 +111,10 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
-            write_json(aside / CONFIG, config | tie | {"metrics": trained.metrics})
+            config |= tie | {"metrics": trained.metrics}
+            if trained.epoch:
+                config["epoch"] = trained.epoch
+            write_json(aside / CONFIG, config)
             Catalog.copy(trained.folder, aside, trained.users if with_users else None)
             _save(weights, aside, {_TIE: json.dumps(tie)})
             shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600

@@ -1,6 +1,9 @@
 """Leave-one-out evaluation of a possibly sharded model; may import step and the rooms below it.
 
-evaluate: ranks of the targets, on any number of ranks. catalog_scores: scores of this rank's slice
-of the catalog, part by part. top_items: exact best items of users, in parts and over ranks.
-metrics: HR, NDCG and MRR from ranks. report: the printed table and eval_<split>.json.
+users: encoded users. evaluate: ranks of the targets, on any number of ranks. top_items: exact best
+items over the catalog, in parts and over ranks. catalog_scores: scores of this rank's slice of the
+catalog, part by part. metrics: HR, NDCG and MRR from ranks. listed: coverage, popularity and
+novelty of the best items. ranked_users: every user's ranks. details: metrics of groups of users,
+intervals. comparison: two models on the same users. report: the printed table and
+eval_<split>.json.
 """

@@ -4,6 +4,8 @@ Both protocols are computed:
     sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
     full     the target against the whole catalog without the items the user rated before
 
+If seen items are kept (``EvalLoader``), both protocols rank them like all other items.
+
 Each rank scores the users of all ranks against its own slice of the catalog, part by part
 (``catalog_scores.py``), in two passes: the first finds the scores of targets and negatives, the
 second counts the items that score at least as high as the target:
@@ -14,25 +16,22 @@ Shapes: U users of a block, of all ranks; C items of a part of this rank's slice
 negatives; S seen items of all U users; V items.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.bert4rec import BERT4Rec
 from model.evaluation.catalog_scores import CatalogScores, Scored
-from model.evaluation.metrics import means, metric_sums
-from model.losses.sharded_softmax import all_gather_rows
+from model.evaluation.listed import ListedItems
+from model.evaluation.metrics import CUTOFFS, means, metric_sums
+from model.evaluation.users import EncodedUsers, encode
 from model.network.head import CatalogSlice
 from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
-from pipeline.batches.features import ITEM
 
 # Bounds the users x items that are scored at once: 256 MiB of float32.
 MAX_SCORES = 2**26
@@ -40,33 +39,17 @@ MAX_SCORES = 2**26
 Result = dict[str, Any]
 
 
-@dataclass
-class EncodedUsers:
-    """Users of a batch (of all ranks if the catalog is sharded) and the items to rank."""
+@dataclass(frozen=True)
+class Ranking:
+    """What this rank found of its own U users, in the order of its batches."""
 
-    hidden: Tensor  # float32 [U, D]
-    targets: Tensor  # int64 [U]
-    negatives: Tensor  # int64 [U, N], 0 = none
-    own: Tensor  # bool [U], this rank's real users
-    seen: Tensor  # int64 [S], 0 = none
-    seen_row: Tensor  # int64 [S], the user of each seen item; any user for 0
-
-    def blocks(self, size: int) -> Iterator["EncodedUsers"]:
-        """Blocks of at most ``size`` users; the same number on every rank."""
-        users = self.targets.numel()
-        if 0 < users <= size:
-            yield self
-            return
-        for start in range(0, users, size):
-            block = slice(start, start + size)
-            inside = (self.seen_row >= start) & (self.seen_row < start + size)
-            each = self.hidden, self.targets, self.negatives, self.own
-            hidden, targets, negatives, own = (part[block] for part in each)
-            seen = self.seen[inside], self.seen_row[inside] - start
-            yield EncodedUsers(hidden, targets, negatives, own, *seen)
+    # int64 [2 or 4, U]: the target's rank in both protocols, then popularity's; 1 = best.
+    ranks: Tensor
+    scores: Tensor  # float32 [U], of the targets
+    fewer: Tensor  # number of users with fewer negatives than demanded
+    listed: ListedItems | None  # what the users' best items are
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],
@@ -75,21 +58,48 @@ def evaluate(
     discount: float = 0.0,
     earlier: Result | None = None,
     negatives: int = 0,
+    cutoffs: Sequence[int] = CUTOFFS,
 ) -> Result:
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
     Args:
-        model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
-        batches: this rank's users; every rank must have the same number of batches.
         popularity: int64 [V + 2] training count of each item; None leaves its metrics out.
-        discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
-            From one of count 0, whose logit was never trained, as much as from the most popular.
         earlier: an earlier result for the same users, whose popularity metrics are reused.
-        negatives: of each user, as demanded: users with fewer are counted.
+        cutoffs: of the metrics, ascending.
+        model, batches, max_scores, discount, negatives: as of :func:`rank_users`.
 
     Returns:
-        ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}`` on every rank;
-        "fewer_negatives": number of users, if there are any.
+        As :func:`summed`.
+    """
+    ranked = rank_users(
+        model, batches, popularity, max_scores, discount, negatives, by_popularity=earlier is None
+    )
+    result = summed(ranked, cutoffs)
+    return result if earlier is None else result | {"popularity": earlier["popularity"]}
+
+
+@torch.no_grad()
+def rank_users(
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    popularity: Tensor | None = None,
+    max_scores: int = MAX_SCORES,
+    discount: float = 0.0,
+    negatives: int = 0,
+    by_popularity: bool = True,
+    list_lengths: Sequence[int] = (),
+) -> Ranking:
+    """Rank the targets of this rank's users.
+
+    Args:
+        model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
+        batches: this rank's users; every rank must have the same number of batches.
+        popularity: int64 [V + 2] training count of each item.
+        discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
+            From one of count 0, whose logit was never trained, as much as from the most popular.
+        negatives: of each user, as demanded: users with fewer are counted.
+        by_popularity: rank by ``popularity``, if it is given, too.
+        list_lengths: ascending; find each user's best items, too; needs ``popularity``.
     """
     assert popularity is not None or not discount
     with exact(model):
@@ -102,30 +112,48 @@ def evaluate(
             penalty = torch.where(counts > 0, penalty, penalty.max())
             lowered = penalty * (discount / bert.head.scale)
         catalog = CatalogScores(bert, device, lowered)
+        listed = None
+        if list_lengths:
+            assert popularity is not None
+            listed = ListedItems(len(popularity) - 2, list_lengths, lowered, device)
         # Reduced only at the end, so that the host does not wait for the device in between.
         ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
+        scores: list[Tensor] = []
         own: list[Tensor] = []
         fewer = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, max_scores // catalog.part_items)):
-                scorings = [catalog.scored(block.hidden)]
-                if counts is not None and earlier is None:
-                    scorings.append(catalog.counted(counts, len(block.hidden)))
-                each = [target_ranks(block, scored, catalog.shared) for scored in scorings]
-                ranks.append(torch.stack([*chain(*each)]))
+                *each, score = target_ranks(block, catalog.scored(block.hidden), catalog.shared)
+                if counts is not None and by_popularity:
+                    counted = catalog.counted(counts, len(block.hidden))
+                    each += target_ranks(block, counted, catalog.shared)[:2]
+                ranks.append(torch.stack(each))
+                scores.append(score)
                 own.append(block.own)
                 fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.own).sum()
-        ranked = torch.cat(ranks, dim=1)[:, torch.cat(own)]
-        sums = torch.stack([metric_sums(each) for each in ranked])
+                if listed is not None:
+                    listed.add(block, catalog)
+        is_own = torch.cat(own)
+        return Ranking(torch.cat(ranks, dim=1)[:, is_own], torch.cat(scores)[is_own], fewer, listed)
+
+
+def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
+    """Metrics over the users of all ranks, the same on every rank.
+
+    Returns:
+        ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}``;
+        "fewer_negatives": number of users, if there are any.
+    """
+    sums = torch.stack([metric_sums(each, cutoffs) for each in ranking.ranks])
+    fewer = ranking.fewer
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(fewer)
-    result: Result = {"users": int(sums[0, -1]), "sampled": means(sums[0]), "full": means(sums[1])}
-    if earlier is not None:
-        result["popularity"] = earlier["popularity"]
-    elif popularity is not None:
-        result["popularity"] = {"sampled": means(sums[2]), "full": means(sums[3])}
+    sampled, full, *others = (means(each, cutoffs) for each in sums)
+    result: Result = {"users": int(sums[0, -1]), "sampled": sampled, "full": full}
+    if others:
+        result["popularity"] = dict(zip(("sampled", "full"), others, strict=True))
     if fewer:
         result["fewer_negatives"] = int(fewer)
     return result
@@ -144,29 +172,12 @@ def exact(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
-    """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
-    rows = bert.embeddings(batch)[ITEM]
-    offsets = rows.offsets()[: batch.num_rows + 1]
-    left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
-    with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        layout = offsets, batch.masked, left_only
-        hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
-    hidden = bert.head.project(hidden)
-    counts = batch.seen_offsets.diff()
-    seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
-    targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
-    if bert.head.catalog.shared:
-        hidden, sizes = all_gather_rows(hidden)
-        targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
-        first = dist.get_rank() * max(sizes)
-        seen_row, _ = all_gather_rows(seen_row + first)
-        own = F.pad(own, (first, len(hidden) - first - len(own)))
-    return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
-
-
-def target_ranks(users: EncodedUsers, scored: Scored, shared: bool) -> tuple[Tensor, Tensor]:
+def target_ranks(
+    users: EncodedUsers, scored: Scored, shared: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The target's rank among its negatives and among all unseen items, int64 [U] each, 1 = best.
+
+    And its score, float32 [U].
 
     An item without a lower score than the target is ahead of it: NaN counts against the model.
 
@@ -193,7 +204,7 @@ def target_ranks(users: EncodedUsers, scored: Scored, shared: bool) -> tuple[Ten
             ahead.index_add_(0, users.seen_row, -seen_ahead.long())
     if shared:
         dist.all_reduce(ahead)
-    return 1 + ahead_sampled.sum(dim=1), ahead
+    return 1 + ahead_sampled.sum(dim=1), ahead, target[:, 0]
 
 
 def _columns(part: CatalogSlice, items: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,30 @@
 from pathlib import Path
 
 from model.evaluation.evaluate import Result
-from model.evaluation.metrics import METRICS
 from pipeline.errors import UserError
 from pipeline.files import write_json
 
 _PROTOCOLS = {
-    "sampled": "sampled (against unseen items by popularity)",
-    "full": "full (all items, seen ones removed)",
+    "drop": {
+        "sampled": "sampled (against unseen items by popularity)",
+        "full": "full (all items, seen ones removed)",
+    },
+    "keep": {
+        "sampled": "sampled (against items by popularity)",
+        "full": "full (all items, seen ones kept)",
+    },
+}
+_HALF_WIDTH = "  ± (95 %)"
+_BASELINES = {"repeat_last": "repeat last", "most_frequent": "most frequent of the user"}
+_KINDS = {
+    "history": "history length (users)",
+    "target_popularity": "popularity of the target (users)",
+    "target": "kind of target (users)",
 }
 # Keys of a result that is not the one of training, by which its file is named, too.
 _NOTES = {
     "popularity_discount": "popularity discount {:g}",
+    "other_seen": "seen items not as in training ({})",
     "other_ratings": "on other ratings than those of training ({})",
 }
 
@@ -24,23 +37,63 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
     Then the :func:`remarks`.
     """
     rows: list[tuple[str, dict[str, float]]] = []
-    for protocol, label in _PROTOCOLS.items():
+    for protocol, label in _PROTOCOLS[_seen(result)].items():
         rows.append((label, result[protocol]))
+        if "intervals" in result:
+            rows.append((_HALF_WIDTH, _half_widths(result["intervals"][protocol])))
         if "popularity" in result:
             rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
-    if best_possible:
+        for name, metrics in result.get("baselines", {}).items():
+            rows.append((f"{protocol}, {_BASELINES[name]}", metrics[protocol]))
+    if best_possible and _seen(result) == "drop":  # it never repeats an item
         rows.append(("full, best possible on this data", best_possible))
     notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
     table = f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
-    return "\n".join([table, *remarks(result)])
+    return "\n".join([table, *_about_lists_and_groups(result), *remarks(result)])
+
+
+def _half_widths(bounds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: (high - low) / 2 for name, (low, high) in bounds.items()}
+
+
+def _about_lists_and_groups(result: Result) -> list[str]:
+    """Metrics that are not in the table, at 10; all are in the result file."""
+    if "lists" not in result:
+        return []
+    lists, debiased, lines = result["lists"], result["debiased"], []
+    lines.append(
+        f"lists of 10: {lists['coverage@10']:.1%} of the catalog, mean popularity "
+        f"{lists['popularity@10']:,.1f}, novelty {lists['novelty@10']:.2f} bits"
+    )
+    lines.append(
+        f"debiased of popularity: full HR@10 {debiased['HR@10']:.4f}, NDCG@10 "
+        f"{debiased['NDCG@10']:.4f}; {result['cold_targets']:.1%} of targets are cold"
+    )
+    for kind, groups in result["groups"].items():
+        shown = (
+            f"{name} {group['full']['NDCG@10']:.4f} ({group['users']:,})"
+            for name, group in groups.items()
+        )
+        lines.append(f"full NDCG@10 by {_KINDS[kind]}: {', '.join(shown)}")
+    return lines
+
+
+def _seen(result: Result) -> str:
+    return result.get("protocol", {}).get("seen", "drop")
 
 
 def remarks(result: Result) -> list[str]:
     """A line for each reason not to trust the figures or the model."""
     found = []
-    if fewer := result.get("fewer_negatives"):
+    if left_out := result.get("users_left_out"):
         found.append(
-            f"{fewer:,} of {result['users']:,} users have fewer unseen items than "
+            f"{left_out:,} of {left_out + result['users']:,} users have fewer than 3 items: they "
+            "are trained on and not evaluated"
+        )
+    if fewer := result.get("fewer_negatives"):
+        unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
+        found.append(
+            f"{fewer:,} of {result['users']:,} users have fewer {unseen} than "
             "--eval_negatives: their sampled metrics are too high; compare full ones"
         )
     below = [
@@ -53,15 +106,26 @@ def remarks(result: Result) -> list[str]:
         if "popularity_discount" in result:
             remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
         found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")
+    baselines = result.get("baselines", {})
+    if baselines:
+        best = max(baselines.values(), key=lambda rows: rows["full"]["NDCG@10"])["full"]["NDCG@10"]
+        if (value := result["full"]["NDCG@10"]) < best:
+            found.append(
+                f"the model is below repeating the user's own items (NDCG@10 full {value:.4f} "
+                f"against {best:.4f}): train longer, or show those items beside its own"
+            )
     return found
 
 
 def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """Rows of (label, metrics) as aligned text with a header."""
+    """Rows of (label, metrics) as aligned text with a header, the metrics of the first row."""
     width = max(len(label) for label, _ in rows)
-    lines = [" " * width + "".join(f"{name:>9}" for name in METRICS)]
+    names = {name: max(9, 2 + len(name)) for name in rows[0][1]}
+    lines = [" " * width + "".join(f"{name:>{size}}" for name, size in names.items())]
     for label, row in rows:
-        cells = (f"{row[name]:>9.4f}" if name in row else " " * 9 for name in METRICS)
+        cells = (
+            f"{row[name]:>{size}.4f}" if name in row else " " * size for name, size in names.items()
+        )
         lines.append(f"{label:<{width}}" + "".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -71,6 +135,8 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
     name = f"eval_{split}"
     if discount := result.get("popularity_discount"):
         name += f"-discount-{discount:g}"
+    if seen := result.get("other_seen"):
+        name += f"-seen-{seen}"
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.evaluation.evaluate import EncodedUsers
+from model.evaluation.users import EncodedUsers
 from model.losses.sharded_softmax import all_gather_rows
 from model.network.head import CatalogSlice
 

@@ -5,7 +5,9 @@
     folder, trained          the folder of a run; the trained model in one, or an exported model
     schedule                 learning rates that change when a run is resumed
     board                    what TensorBoard shows of a run and of a result
+    protocol                 how a run is evaluated: what is decided and recorded
     execution, build         decides how a run is executed; builds model, loader, evaluator
+    measure                  the final evaluation: all metrics, and every user's ranks
 
 May import every other room except serving.
 """

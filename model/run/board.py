@@ -58,7 +58,8 @@ class RunBoard:
                 self.board = Board(run_dir, step, about, self._is_full)
         self._examples: Examples | None = None
         if self._is_full and validates:
-            self._examples = Examples(model, store, config.windows.max_len, ranks)
+            keep_seen = config.holdout.seen == "keep"
+            self._examples = Examples(model, store, config.windows.max_len, ranks, keep_seen)
 
     def examples(self) -> str | None:
         """Recommendations of the current model, on rank 0; called on all ranks."""
@@ -86,7 +87,11 @@ def write_evaluated(
     if not (run.folder / "checkpoints").is_dir():
         return
     flags = compared_flags(run.config)
-    flags |= {key: result[key] for key in ("popularity_discount", "other_ratings") if key in result}
+    flags |= {
+        key: result[key]
+        for key in ("popularity_discount", "other_seen", "other_ratings")
+        if key in result
+    }
     with writing(f"{run.folder}"):
         measured = Measured(name, run.step(ranks), result, flags, best)
         write_measured(run.folder, measured, run.config.board.is_full)

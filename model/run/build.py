@@ -18,6 +18,7 @@ from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
 from model.run.config import RunConfig
+from model.run.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.errors import UserError
@@ -130,6 +131,22 @@ def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlic
     return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded)
 
 
+def eval_loader(config: RunConfig, store: SequenceStore, split: str, ranks: Ranks) -> EvalLoader:
+    """This rank's users of ``split``, in batches."""
+    output, protocol = config.output, protocol_of(config, store)
+    return EvalLoader(
+        store,
+        split,
+        config=config.holdout,
+        max_len=config.windows.max_len,
+        batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
+        keep_seen=protocol["seen"] == "keep",
+    )
+
+
 def evaluator(
     config: RunConfig,
     model: DistributedModelParallel,
@@ -142,17 +159,7 @@ def evaluator(
 
     Its argument, if given, wraps the iterator of batches. ``discount``: of popularity.
     """
-    output = config.output
-    loader = EvalLoader(
-        store,
-        split,
-        config=config.holdout,
-        max_len=config.windows.max_len,
-        batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
-    )
+    loader = eval_loader(config, store, split, ranks)
     popularity = torch.from_numpy(store.train_item_counts)
     earlier: Result | None = None
 
@@ -165,6 +172,7 @@ def evaluator(
             discount=discount,
             earlier=earlier,
             negatives=config.holdout.eval_negatives,
+            cutoffs=config.holdout.cutoffs,
         )
         return earlier
 

@@ -115,10 +115,30 @@ class EvalFlags(Config):
         at_least=0,
         at_most=1,
     )
+    seen: str = flag(
+        "trained",
+        "a user's earlier items in the ranking, as --seen of train.py; trained: as in training",
+        choices=("trained", "drop", "keep", "auto"),
+    )
+    compare: tuple[str, ...] = flag(
+        (), "two run folders or exported models to compare, no --checkpoint (no default)", values=2
+    )
+    per_user: str = flag("", "Parquet file to write with every user's target and rank (no default)")
+    metrics_at: str = flag(
+        "", "lengths k of HR@k and NDCG@k, with commas (default: as in training)"
+    )
 
     def check(self) -> None:
-        if not self.checkpoint:
+        if not self.checkpoint and not self.compare:
             raise UserError("--checkpoint is needed: the --run_dir of a training run")
+        if self.checkpoint and self.compare:
+            raise UserError("--compare names both models: leave --checkpoint out")
+        if self.per_user and self.compare:
+            raise UserError("--per_user needs --checkpoint, not --compare: it is of one model")
+        if self.per_user and not self.per_user.endswith(".parquet"):
+            raise UserError(f"--per_user must end with .parquet, not {self.per_user}")
+        if self.metrics_at:
+            HoldoutConfig(metrics_at=self.metrics_at)
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,12 @@ class _HelpAll(argparse.Action):
 
 def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> None:
     plain, choices = _plain(entry.type), entry.metadata["choices"]
-    alone = {"nargs": "?", "const": True} if plain is bool else {}  # --all is --all true
-    shown = "" if entry.default in (None, "") else f" (default: {entry.default})"
+    alone: dict[str, Any] = {}
+    if plain is bool:
+        alone = {"nargs": "?", "const": True}  # --all is --all true
+    elif (values := entry.metadata["values"]) > 1:
+        alone = {"nargs": values}
+    shown = "" if entry.default in (None, "", ()) else f" (default: {entry.default})"
     text = entry.metadata["help"].replace("%", "%%") + shown
     for name in (entry.name, *entry.metadata["aliases"]):
         where.add_argument(
@@ -192,6 +196,8 @@ def _converted(entry: dataclasses.Field, value: Any) -> Any:
     """``value`` as the flag's type; UserError if a file has another type."""
     if value is None and isinstance(entry.type, types.UnionType):
         return None
+    if entry.metadata["values"] > 1:  # only on command lines, whose parser has checked them
+        return tuple(value)
     plain = _plain(entry.type)
     if plain is float and type(value) is int and abs(value) < 1 << 63:
         return float(value)

@@ -28,6 +28,7 @@ from model.distributed import Ranks, from_first_rank, writing
 from model.programs.folder import check_exporters
 from model.run.config import RunConfig
 from model.run.flags import current_flags, flatten
+from model.run.protocol import protocol_of
 from model.tables.sharding_plan import table_optimizer
 from pipeline.errors import UserError
 from pipeline.files import lock, read_json, write_json
@@ -89,14 +90,15 @@ class RunFolder:
         )
 
     def record(self, execution: dict[str, Any]) -> None:
-        """Write config.json, with plan and shards in ``execution``, and the catalog.
+        """Write config.json, with plan and shards in ``execution``, protocol and catalog.
 
         If they cannot be written, all ranks raise a UserError.
         """
 
         @writing(f"--run_dir {self.path}")
         def write() -> None:
-            facts = self._facts | {"execution": execution}
+            evaluation = protocol_of(self.config, self.store)
+            facts = self._facts | {"execution": execution, "evaluation": evaluation}
             write_config(self.path, flatten(self.config), facts)
             if self.store.path is None:
                 self.store.catalog.write_to(self.path)
@@ -207,6 +209,9 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
     if isinstance(execution, dict) and "table_optimizer" in execution:
         before["embedding_optimizer"] = execution["table_optimizer"]
         now["embedding_optimizer"] = table_optimizer(sharding)
+    if config.holdout.seen != "auto":  # else the data decide, as before
+        now["seen"] = config.holdout.seen
+        before.setdefault("seen", "drop")  # the only way of earlier versions
     for name in now:
         if before.get(name, now[name]) != now[name]:
             raise UserError(

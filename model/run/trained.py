@@ -48,7 +48,10 @@ class TrainedRun:
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         self._num_items = self._recorded["num_items"]
         settings = dict(self._recorded["flags"])
-        settings |= {k: v for k in ("dataset_path", "cache_dir") if (v := getattr(flags, k))}
+        given = ("dataset_path", "cache_dir", "metrics_at")
+        settings |= {name: value for name in given if (value := getattr(flags, name))}
+        if flags.seen != "trained":
+            settings["seen"] = flags.seen
         if flags.batch_size:
             settings |= dict.fromkeys(("val_batch_size", "test_batch_size"), flags.batch_size)
         try:
@@ -61,6 +64,16 @@ class TrainedRun:
                 "--split test can evaluate it"
             )
 
+    def trained_to(self, ranks: Ranks) -> dict[str, int]:
+        """Step and epoch of the weights, as far as they are known."""
+        if self._exported is None:
+            checkpoints = Checkpoints(self.folder, ranks)
+            step = checkpoints.best_step()
+            return {"step": step, "epoch": checkpoints.epoch(step)}
+        recorded = read_config(self._exported)
+        known = {name: recorded.get(name) for name in ("step", "epoch")}
+        return {name: value for name, value in known.items() if type(value) is int}
+
     def check_catalog(self, store: SequenceStore) -> None:
         """Check that the data has the items that the model was trained on."""
         if store.catalog_fingerprint != self._recorded["catalog"]:
@@ -72,6 +85,10 @@ class TrainedRun:
     def catalog(self) -> Catalog:
         """The items that the model was trained on."""
         return Catalog.read(self.folder, self._recorded["catalog"])
+
+    def has_seen_of(self, config: RunConfig) -> bool:
+        """Whether a config with a decided ``--seen`` ranks seen items as training did."""
+        return config.holdout.seen == self._recorded["flags"].get("seen", config.holdout.seen)
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""
@@ -116,13 +133,14 @@ class TrainedRun:
         if self._exported:
             recorded = read_config(self._exported)
             step, metrics = recorded.get("step", 0), recorded.get("metrics", {})
-            return Trained(self.plain_model(), step, metrics, self._exported, self.folder)
+            known = self.plain_model(), step, metrics, self._exported, self.folder
+            return Trained(*known, recorded.get("epoch", 0))
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         checkpoints.check_fit(self._weightless_model(), step)
         plain = build_plain_model(self.config, self._num_items, ranks)
-        plain = load_checkpoint(checkpoints.path(step), plain)
-        return Trained(plain, step, {}, self.folder, self.folder)
+        loaded, epoch = load_checkpoint(checkpoints.path(step), plain), checkpoints.epoch(step)
+        return Trained(loaded, step, {}, self.folder, self.folder, epoch)
 
     def check_users(self) -> None:
         """UserError unless the folder has the users' original ids."""

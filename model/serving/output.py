@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from model.distributed import writing
 from model.serving.rows import ItemRows, Lists
 from pipeline.errors import UserError
-from pipeline.files import whole_file
+from pipeline.files import check_writable, whole_file
 
 _ROW_GROUP = 1 << 20
 _BLOCKS_AHEAD = 4
@@ -32,11 +32,7 @@ def check_output(path: Path) -> None:
     with writing(f"--output {path}"):
         if path.is_dir():
             raise UserError(f"--output {path} is a folder: name a file in it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.unlink(missing_ok=True)  # a pipe, whose opening would wait, or a link to a file
-        part.open("wb").close()
-        part.unlink()
+        check_writable(path)
 
 
 @contextmanager

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from model.distributed import Ranks, silence_libraries
 from model.evaluation.catalog_scores import CatalogScores
-from model.evaluation.evaluate import MAX_SCORES, EncodedUsers, encode, exact
+from model.evaluation.evaluate import MAX_SCORES, exact
 from model.evaluation.top_items import CHUNK, SPARE, top_items, whole_chunks
+from model.evaluation.users import EncodedUsers, encode
 from model.losses.sharded_softmax import all_gather_rows
 from model.run.config import EvalFlags
 from model.run.trained import TrainedRun

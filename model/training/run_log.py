@@ -153,6 +153,14 @@ class RunLog:
         except (OSError, UserError) as error:
             self._failed(error)
 
+    def keep_result(self, split: str, result: Result) -> None:
+        """Write eval_<split>.json alone."""
+        if self.run_dir is not None:
+            try:
+                write_result(self.run_dir, split, result)
+            except UserError as error:
+                self._failed(error)
+
     def say(self, text: str) -> None:
         """Print to stdout, above the progress bar."""
         if self._bar is not None:

@@ -1,7 +1,8 @@
 """From histories to evaluation batches.
 
     holdout    held-out items, seen items and sampled negatives of each user
-    config     flags of the sampled protocol
+    repeats    targets that a user had before, and rankings that repeat a user's items
+    config     flags of the evaluation
 
 May import batches, preparation and the files of pipeline/.
 """

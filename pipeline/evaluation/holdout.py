@@ -7,11 +7,12 @@ The history of one user, leave-one-out::
     test             a b c d  e  [mask]         a..d     e            f
 
 Inputs are cut to the newest ``max_len - 1`` items and the mask token. Seen items, which a full
-ranking leaves out, are those of the whole history before the target.
+ranking leaves out, are those of the whole history before the target; none if they are kept.
 
 Negatives are items outside the user's whole history, drawn without replacement by popularity in the
 training parts (BERT4Rec, arXiv 1904.06690, section 4.2). They depend only on (seed, split, user),
-not on the batch size or the number of ranks.
+not on the batch size or the number of ranks. If seen items are kept, all items but the target are
+drawn from.
 
 Shapes: B users, N negatives of each, V items.
 """
@@ -121,6 +122,7 @@ class EvalLoader:
         max_len: most items of a row, mask token included.
         batch_size: users per batch.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
+        keep_seen: rank a user's seen items like all others.
 
     Raises:
         UserError: no user has 3 items, or ``batch_size`` is below 1.
@@ -136,6 +138,7 @@ class EvalLoader:
         rank: int = 0,
         world_size: int = 1,
         candidate_range: tuple[int, int] | None = None,
+        keep_seen: bool = False,
     ) -> None:
         assert split in SPLITS and 0 <= rank < world_size and max_len >= 1
         if batch_size < 1:
@@ -146,7 +149,7 @@ class EvalLoader:
             raise UserError("no user has the 3 items that evaluation needs: nothing to evaluate")
         self.store, self.split = store, split
         self.max_len, self.batch_size = max_len, batch_size
-        self.candidate_range = candidate_range
+        self.candidate_range, self.keep_seen = candidate_range, keep_seen
         per_rank = -(-len(users) // world_size)
         padded = np.append(users, np.full(per_rank * world_size - len(users), -1))
         self.users = padded[rank::world_size]
@@ -161,6 +164,15 @@ class EvalLoader:
     def __len__(self) -> int:
         """Batches, the same on every rank."""
         return -(-len(self.users) // self.batch_size)
+
+    def users_and_negatives(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """This rank's users of each batch, int64 [B], and their negatives, int64 [B, N].
+
+        Only after the batches were iterated, which draws the negatives.
+        """
+        for index in range(len(self)):
+            users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
+            yield users[users >= 0], self._negatives[index]
 
     def __iter__(self) -> Iterator[EvalBatch]:
         return Prefetch(map(self._batch, range(len(self))), _BATCHES_AHEAD)
@@ -182,11 +194,16 @@ class EvalLoader:
 
         id_bound = self.store.num_items + 2
         rows = np.arange(len(users))
-        known = row_item_keys(self.store.items, begin, target_at, id_bound)
-        seen = np.setdiff1d(known, rows * id_bound + targets, assume_unique=True)
+        target_keys = rows * id_bound + targets
+        seen = np.empty(0, np.int64)
+        if not self.keep_seen:
+            known = row_item_keys(self.store.items, begin, target_at, id_bound)
+            seen = np.setdiff1d(known, target_keys, assume_unique=True)
         if index not in self._negatives:
-            history = row_item_keys(self.store.items, begin, end, id_bound)
-            drawn = self._sampler(users[:num_users], history)
+            excluded = target_keys
+            if not self.keep_seen:
+                excluded = row_item_keys(self.store.items, begin, end, id_bound)
+            drawn = self._sampler(users[:num_users], excluded)
             self._negatives[index] = drawn.astype(np.int32)
 
         return EvalBatch(

@@ -24,18 +24,23 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from model.distributed import Ranks, exit_rank, start
 from model.evaluation import catalog_scores
+from model.evaluation.ranked_users import RankedUsers
+from model.evaluation.users import encode
 from model.execution import ExecutionPlan
 from model.network.config import EncoderConfig, HeadConfig
 from model.run.build import build_model, build_plain_model, evaluator, train_loader
 from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
+from model.run.measure import measure
 from model.step.averaging import AveragingOptimizer
 from model.step.config import OptimizerConfig
 from model.step.optimizers import Optimizers
 from model.step.pipelines import StepPipeline, train_pipeline
 from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
-from pipeline.batches.features import ITEM, Ids, jagged_items, with_candidates
+from pipeline.batches.features import CANDIDATE, ITEM, Ids, jagged_items, with_candidates
+from pipeline.evaluation.config import HoldoutConfig
+from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
@@ -81,6 +86,7 @@ def config_of(
         negatives=NegativesConfig(train_negatives=12),
         sharding=sharding,
         optimizer=OptimizerConfig(lr=0.01),
+        holdout=HoldoutConfig(seen="drop"),
         output=OutputConfig(test_batch_size=3),
     )
 
@@ -294,6 +300,35 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
     return found
 
 
+MEASURED_AT = "1,3,10"
+
+
+def measured(ranks: Ranks) -> dict[str, tuple[dict[str, Any], RankedUsers]]:
+    """All metrics of the seed's initial weights, with seen items dropped and kept."""
+    found = {}
+    for way, seen in product(("row_wise", "ddp"), ("drop", "keep")):
+        config = config_of(WAYS[way], ranks)
+        holdout = HoldoutConfig(eval_negatives=5, seen=seen, metrics_at=MEASURED_AT)
+        config = replace(config, holdout=holdout)
+        model = Built.of(config, ranks).model
+        for parts, size in {"": catalog_scores.PART_ITEMS, ", in parts": 5}.items():
+            with patch.object(catalog_scores, "PART_ITEMS", size):
+                answer = measure(config, model, histories(), "test", ranks)
+                found[f"{way}, {seen}{parts}"] = answer
+    return found
+
+
+def scores(ranks: Ranks) -> torch.Tensor:
+    """Of the same weights, float64 [users, items]; on one rank."""
+    config = config_of(WAYS["ddp"], ranks)
+    bert = unwrap(Built.of(config, ranks).model).eval()
+    (batch,) = EvalLoader(histories(), "test", MAX_LEN, 100, candidate_range=(1, NUM_ITEMS + 1))
+    with torch.no_grad():
+        batch = batch.to(ranks.device)
+        rows = bert.head.project(bert.embeddings(batch)[CANDIDATE].values())
+        return encode(bert, batch).hidden.double() @ rows.double().T
+
+
 # 21 items are few even for these batches.
 @patch("model.run.execution.ITEMS_A_POSITION", 0)
 def answers(ranks: Ranks) -> dict[str, Any]:
@@ -303,6 +338,8 @@ def answers(ranks: Ranks) -> dict[str, Any]:
         "own_optimizers": own_optimizers(ranks),
         "at_factor": at_factor(ranks),
         "evaluation": evaluation(ranks),
+        "measured": measured(ranks),
+        "scores": scores(ranks) if ranks.world_size == 1 else None,
     }
 
 

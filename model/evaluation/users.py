@@ -1,0 +1,64 @@
+"""Users of a batch, encoded; of all ranks if the catalog is sharded.
+
+Shapes: U users, D width, N negatives, S seen items of all users.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.bert4rec import BERT4Rec
+from model.losses.sharded_softmax import all_gather_rows
+from pipeline.batches.eval_batch import EvalBatch
+from pipeline.batches.features import ITEM
+
+
+@dataclass
+class EncodedUsers:
+    """Users of a batch (of all ranks if the catalog is sharded) and the items to rank."""
+
+    hidden: Tensor  # float32 [U, D]
+    targets: Tensor  # int64 [U]
+    negatives: Tensor  # int64 [U, N], 0 = none
+    own: Tensor  # bool [U], this rank's real users
+    seen: Tensor  # int64 [S], 0 = none
+    seen_row: Tensor  # int64 [S], the user of each seen item; any user for 0
+
+    def blocks(self, size: int) -> Iterator["EncodedUsers"]:
+        """Blocks of at most ``size`` users; the same number on every rank."""
+        users = self.targets.numel()
+        if 0 < users <= size:
+            yield self
+            return
+        for start in range(0, users, size):
+            block = slice(start, start + size)
+            inside = (self.seen_row >= start) & (self.seen_row < start + size)
+            each = self.hidden, self.targets, self.negatives, self.own
+            hidden, targets, negatives, own = (part[block] for part in each)
+            seen = self.seen[inside], self.seen_row[inside] - start
+            yield EncodedUsers(hidden, targets, negatives, own, *seen)
+
+
+def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
+    """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
+    rows = bert.embeddings(batch)[ITEM]
+    offsets = rows.offsets()[: batch.num_rows + 1]
+    left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
+    with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
+        layout = offsets, batch.masked, left_only
+        hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
+    hidden = bert.head.project(hidden)
+    counts = batch.seen_offsets.diff()
+    seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
+    targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
+    if bert.head.catalog.shared:
+        hidden, sizes = all_gather_rows(hidden)
+        targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
+        first = dist.get_rank() * max(sizes)
+        seen_row, _ = all_gather_rows(seen_row + first)
+        own = F.pad(own, (first, len(hidden) - first - len(own)))
+    return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)

@@ -1,0 +1,111 @@
+"""The final evaluation of a trained model: all metrics, and every user's ranks."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+
+from model.distributed import Ranks
+from model.evaluation.comparison import compare, format_comparison
+from model.evaluation.details import details
+from model.evaluation.evaluate import Result, rank_users, summed
+from model.evaluation.listed import LONGEST
+from model.evaluation.ranked_users import RankedUsers, gathered
+from model.run.build import eval_loader, prepared
+from model.run.config import EvalFlags, RunConfig
+from model.run.protocol import protocol_of, with_seen
+from model.run.trained import TrainedRun
+from pipeline.errors import UserError
+from pipeline.preparation.store import SequenceStore
+
+
+def measure(
+    config: RunConfig,
+    model: DistributedModelParallel,
+    store: SequenceStore,
+    split: str,
+    ranks: Ranks,
+    discount: float = 0.0,
+) -> tuple[Result, RankedUsers]:
+    """The result of ``split`` and the users that it is made of; the same on every rank.
+
+    Args:
+        discount: of popularity.
+    """
+    holdout, loader = config.holdout, eval_loader(config, store, split, ranks)
+    ranking = rank_users(
+        model,
+        loader,
+        torch.from_numpy(store.train_item_counts),
+        discount=discount,
+        negatives=holdout.eval_negatives,
+        list_lengths=[length for length in holdout.cutoffs if length <= LONGEST],
+    )
+    result, users = summed(ranking, holdout.cutoffs), gathered(ranking, loader)
+    result |= details(users, store, split, holdout.cutoffs, holdout.eval_negatives_seed)
+    assert ranking.listed is not None
+    result["lists"] = ranking.listed.metrics(store.train_item_counts)
+    if left_out := store.num_users - result["users"]:
+        result["users_left_out"] = left_out
+    result["protocol"] = protocol_of(config, store)
+    result |= {"ratings": store.ratings_fingerprint, "catalog": store.catalog_fingerprint}
+    return result, users
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model of a run folder or an export, evaluated; the same on every rank."""
+
+    run: TrainedRun
+    config: RunConfig
+    store: SequenceStore
+    result: Result
+    users: RankedUsers
+
+
+def measure_trained(flags: EvalFlags, ranks: Ranks) -> Measured:
+    """Evaluate ``--checkpoint``; the result says where it was not evaluated as in training."""
+    run = TrainedRun(flags)
+    store = _ratings(run, ranks)
+    config, _ = with_seen(run.config, store)
+    discount = flags.popularity_discount
+    result, users = measure(config, run.model(ranks), store, flags.split, ranks, discount)
+    result |= run.trained_to(ranks)
+    if discount:
+        result["popularity_discount"] = discount
+    if not run.has_seen_of(config):
+        result["other_seen"] = config.holdout.seen
+    if not run.has_ratings_of(store):
+        result["other_ratings"] = store.ratings_fingerprint
+    return Measured(run, config, store, result, users)
+
+
+def compared(flags: EvalFlags, ranks: Ranks) -> str:
+    """A table of both models of ``--compare``, evaluated on the same users by the first's flags.
+
+    Raises:
+        UserError: their users or items differ.
+    """
+    runs = [TrainedRun(replace(flags, checkpoint=name, compare=())) for name in flags.compare]
+    stores = [_ratings(run, ranks) for run in runs]
+    prints = [(each.catalog_fingerprint, each.ratings_fingerprint) for each in stores]
+    if prints[0] != prints[1]:
+        raise UserError(
+            f"--compare {' '.join(flags.compare)}: they were trained on different ratings, so that "
+            "their users are no pairs: give both the same by --dataset_path, or train one again"
+        )
+    config, _ = with_seen(runs[0].config, stores[0])
+    users = []
+    for run in runs:
+        of_run = replace(run.config, holdout=config.holdout)
+        model, discount = run.model(ranks), flags.popularity_discount
+        users.append(measure(of_run, model, stores[0], flags.split, ranks, discount)[1])
+    holdout = config.holdout
+    found = compare(users[0], users[1], holdout.cutoffs, holdout.eval_negatives_seed)
+    return format_comparison(flags.compare, found, flags.split, len(users[0].users))
+
+
+def _ratings(run: TrainedRun, ranks: Ranks) -> SequenceStore:
+    store = prepared(run.config, ranks)
+    run.check_catalog(store)
+    return store
