@@ -551,7 +551,7 @@ def dates_with_and_without_a_zone(folder: Path) -> str:
     zoned = times.cast(pa.timestamp("s", "Asia/Tokyo"))
     write(folder, {"b.parquet": parquet(user=ONE, item=ONE, timestamp=zoned)})
     return (
-        f"{folder}/b.parquet has the columns user, item, timestamp (as dates of a time zone) where "
+        f"{folder}/b.parquet has the columns user, item, timestamp (with a zone) where "
         f"{folder}/a.parquet has user, item, timestamp (as dates): choose with --columns"
     )
 

@@ -128,7 +128,7 @@ class TypedColumns:
         elif not _is(kind, (*_IS_NUMBER, *_IS_DATE)):
             raise UserError(f"{self.where}: the timestamp column is {kind}, not a number or a date")
         elif pa.types.is_temporal(kind):
-            return _as_naive(column)
+            return _in_utc(column)
         return column
 
     def _explain(self, table: pa.Table, place: Callable[[int], str], error: ValueError) -> str:
@@ -159,7 +159,7 @@ class TypedColumns:
         text = str(time.cast(pa.string())[0])
         if pa.types.is_temporal(time.type):
             try:
-                checked(pa.table({"timestamp": _as_naive(time)}))
+                checked(pa.table({"timestamp": _in_utc(time)}))
                 return ""
             except ValueError:
                 return f"the timestamp {text} {OUT_OF_RANGE}"
@@ -204,10 +204,10 @@ def explode_one(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.list_flatten(column) if pa.types.is_nested(column.type) else column
 
 
-def _as_naive(times: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Times with a zone in UTC, without it: the types of Parquet's parts may differ in it."""
+def _in_utc(times: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Times of any zone in UTC; those without a zone stay without."""
     if pa.types.is_timestamp(times.type) and times.type.tz is not None:
-        return times.cast(pa.timestamp(times.type.unit))
+        return times.cast(pa.timestamp(times.type.unit, "UTC"))
     return times
 
 
