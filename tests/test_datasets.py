@@ -295,3 +295,10 @@ def test_real_movielens_100k(tmp_path: Path) -> None:
     assert (store.num_users, store.num_items, len(store.items)) == (943, 1682, 100_000)
     assert store.catalog.title(1) == "Toy Story (1995)"
     assert store.catalog.users[-1].as_py() == "943"
+
+
+def test_random_skew_reaches_the_ratings() -> None:
+    sizes = {"random_user_count": 4, "random_item_count": 6, "random_size": 100}
+    for skew in (0.0, 1.5):
+        ratings = resolve(DataConfig(dataset_name="random", random_skew=skew, **sizes)).ratings
+        assert isinstance(ratings, RandomRatings) and ratings.skew == skew

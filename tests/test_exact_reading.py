@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.preparation.stages import Densify, EncodeIds, GroupByUser
+from pipeline.preparation.grouping import GroupByUser
+from pipeline.preparation.stages import Densify, EncodeIds
 from pipeline.sources import blocks, readers
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.values import first_failing

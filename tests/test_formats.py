@@ -28,8 +28,9 @@ from torchdata.nodes import IterableWrapper
 from pipeline.errors import UserError
 from pipeline.preparation.__main__ import main
 from pipeline.preparation.checks import time_unit
+from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.prepare import build, describe, prepare
-from pipeline.preparation.stages import GroupByUser, RatingChunk
+from pipeline.preparation.stages import RatingChunk
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve

@@ -12,6 +12,7 @@ from torchdata.nodes import BaseNode, IterableWrapper
 
 import pipeline
 from pipeline.errors import UserError
+from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.prepare import describe, prepare
 from pipeline.preparation.stages import (
     Densify,
@@ -19,7 +20,6 @@ from pipeline.preparation.stages import (
     FilterItems,
     FilterRatings,
     FilterUsers,
-    GroupByUser,
     RatingChunk,
 )
 from pipeline.preparation.store import SequenceStore

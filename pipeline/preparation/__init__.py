@@ -1,7 +1,8 @@
 """From ratings to histories on disk, once per data set and set of filters.
 
 prepare.py   all stages in order
-stages.py    encode ids, filter, densify, group by user
+stages.py    encode ids, filter, densify
+grouping.py  drop duplicates, sort by time, group by user
 store.py     the sequence store: histories, memory-mapped by every rank
 catalog.py   original ids and titles of the dense ids
 items.py     titles and attributes from a table of the items

@@ -14,8 +14,8 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.preparation import checks, stages
 from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
 from pipeline.preparation.items import read_items, read_titles
-from pipeline.preparation.stages import Histories
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
@@ -53,12 +53,12 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
 def build(source: DataSource, config: DataConfig) -> SequenceStore:
     """Run all preparation stages; the store is in memory."""
     encoded = stages.EncodeIds(source.ratings)
-    single = stages.DropDuplicates(encoded) if config.duplicates == "drop" else encoded
+    single = DropDuplicates(encoded) if config.duplicates == "drop" else encoded
     rated = stages.FilterRatings(single, config.min_rating)
     popular = stages.FilterItems(rated, config.min_item_count)
     active = stages.FilterUsers(popular, config.min_user_count)
     dense = stages.Densify(active)
-    grouped = stages.GroupByUser(dense, config.file_order == "newest_first")
+    grouped = GroupByUser(dense, config.file_order == "newest_first")
     histories = next(grouped, None)
     kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
     filters: dict[str, stages.CountingStage] = {
@@ -110,7 +110,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
 
 
 def _keep_times(
-    store: SequenceStore, histories: Histories, grouped: stages.GroupByUser, are_dates: bool
+    store: SequenceStore, histories: Histories, grouped: GroupByUser, are_dates: bool
 ) -> None:
     """The times, their unit, and how many are equal, in the store and its counts."""
     if histories.times is None:

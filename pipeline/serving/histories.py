@@ -20,7 +20,8 @@ from torchdata.nodes import BaseNode, IterableWrapper
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
-from pipeline.preparation.stages import EncodeIds, GroupByUser
+from pipeline.preparation.grouping import GroupByUser
+from pipeline.preparation.stages import EncodeIds
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.parquet import ReadTable
 from pipeline.tables.names import Wanted

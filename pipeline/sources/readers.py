@@ -54,7 +54,7 @@ class ReadRatings(Stage[pa.Table]):
 
     Args:
         columns, separator: --columns and --separator; "": by well-known names.
-        wanted: these and further wishes in one.
+        wanted: in their place, both and the conditions of --where.
 
     Once streamed, ``trimmed`` is the number of ratings whose user or item id in a text file had
     blanks around it, which do not count; ``dates`` tells whether the times are dates;
