@@ -240,3 +240,19 @@ def test_any_bytes_as_log(tmp_path: Path, lines: list[bytes], end: bytes) -> Non
     kept = path.read_bytes().splitlines(keepends=True)
     assert kept[0] == good[0] and good[1] in kept and good[2] not in kept
     assert all(json.loads(line)["step"] <= 2 for line in kept if line.strip())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_byte_of_a_catalog_that_is_no_utf_8(tmp_path: Path, name: str) -> None:
+    store = SequenceStore.from_arrays([1, 2, 3, 3, 2, 1], [0, 3, 6], 3)
+    store.catalog.write_to(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        (tmp_path / name).write_bytes(whole[:place] + bytes([128]) + whole[place + 1 :])
+        try:
+            Catalog.read(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused

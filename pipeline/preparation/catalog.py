@@ -64,7 +64,7 @@ class Catalog:
                 _id_type(users),
                 attributes if attributes.num_columns else None,
             )
-        except (OSError, KeyError, pa.ArrowException) as error:
+        except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"no readable catalog in {folder}: {reason}") from error
         if fingerprint and catalog.fingerprint != fingerprint:
@@ -127,6 +127,7 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         table = pq.read_table(file)
     for name in schema.names:
         column = table[name].cast(schema.field(name).type)
+        column.validate(full=True)  # Parquet may hold text that is no UTF-8
         if column.null_count:
             raise pa.ArrowInvalid(f"{path.name} has empty values")
         table = table.set_column(table.column_names.index(name), name, column)
