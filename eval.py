@@ -16,9 +16,9 @@ eval_<split>-ratings-<fingerprint>.json.
 import sys
 from pathlib import Path
 
-from model.run.config import EvalFlags
-from model.run.flags import FlagParser
 from model.run.script import start_script
+from model.settings.config import EvalFlags
+from model.settings.flags import FlagParser
 
 
 def read_flags() -> EvalFlags:

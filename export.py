@@ -10,9 +10,9 @@ describes the files.
 import sys
 from pathlib import Path
 
-from model.run.config import ExportFlags
-from model.run.flags import FlagParser
 from model.run.script import start_script
+from model.settings.config import ExportFlags
+from model.settings.flags import FlagParser
 from pipeline.errors import UserError
 
 
@@ -26,9 +26,9 @@ def export_model(flags: ExportFlags) -> None:
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.export import export
     from model.distributed import start
-    from model.run.config import EvalFlags
     from model.run.folder import check_export
     from model.run.trained import TrainedRun
+    from model.settings.config import EvalFlags
 
     ranks = start()
     if ranks.world_size > 1:

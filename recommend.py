@@ -12,9 +12,9 @@ Ids are those of the ratings file. Prints a table, or writes one row a user and 
 
 import sys
 
-from model.run.flags import FlagParser
 from model.run.script import start_script
 from model.serving.config import RecommendFlags
+from model.settings.flags import FlagParser
 
 
 def read_flags() -> RecommendFlags:

@@ -6,42 +6,58 @@ tensorboard --logdir runs
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from model.run.config import MAIN_FLAGS, RunConfig
-from model.run.flags import FlagParser, build, flatten
-from model.run.recipes import with_recipe
 from model.run.script import start_script
+from model.settings.config import MAIN_FLAGS, RunConfig
+from model.settings.flags import FlagParser, build, flatten
+from model.settings.recipes import with_recipe
 
 if TYPE_CHECKING:
+    from model.evaluation.evaluate import Result
     from model.training.trainer import Pipeline
 
 
-def read_flags() -> RunConfig:
-    """The config that the command line describes."""
+def read_flags() -> dict[str, Any]:
+    """The flags of the command line, checked as far as they can be without data."""
     given = FlagParser(__doc__, RunConfig, MAIN_FLAGS).given(sys.argv[1:])
-    return build(RunConfig, with_recipe(given))
+    build(RunConfig, with_recipe(given))
+    return given
 
 
-def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = None) -> None:
+def train(
+    given: Mapping[str, Any],
+    on_evaluation: "Callable[[int, Result], None] | None" = None,
+    make_pipeline: "Callable[..., Pipeline] | None" = None,
+) -> "dict[str, Result]":
     """Train, test the best model, export it.
 
     Args:
+        given: flags by name, without the hyphens; the recipe sets others.
+        on_evaluation: called on all ranks after each evaluation, with the epoch, from 1, and the
+            metrics on validation; what it raises ends the training.
         make_pipeline: called with the model, its optimizers, the execution plan and the device;
             None: :func:`model.step.pipelines.train_pipeline`.
+
+    Returns:
+        The best model's metrics on "validation" and "test", as in eval_test.json; none if
+        ``--max_steps`` ended the training before an evaluation.
     """
     with ExitStack() as opened:
-        _train(config, make_pipeline, opened)
+        return _train(given, on_evaluation, make_pipeline, opened)
 
 
 def _train(
-    config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None", opened: ExitStack
-) -> None:
+    given: Mapping[str, Any],
+    on_evaluation: "Callable[[int, Result], None] | None",
+    make_pipeline: "Callable[..., Pipeline] | None",
+    opened: ExitStack,
+) -> "dict[str, Result]":
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import Trained, export, load_checkpoint
@@ -56,11 +72,12 @@ def _train(
         train_loader,
     )
     from model.run.execution import for_device, plan_execution
-    from model.run.folder import RunFolder, check_run_dir, versions
+    from model.run.folder import RunFolder, check_run_dir, recorded, versions
     from model.run.measure import measure
-    from model.run.protocol import with_seen
     from model.run.schedule import changed_rates
     from model.run.trained import load_teachers
+    from model.settings.fitting import Machine, fitted
+    from model.settings.protocol import with_seen
     from model.step.optimizers import Optimizers
     from model.step.pipelines import train_pipeline
     from model.tables.distribute import describe_shards
@@ -70,14 +87,17 @@ def _train(
     from pipeline.errors import warn
     from pipeline.preparation.prepare import describe
 
+    config = build(RunConfig, with_recipe(given))
     ranks = start(timedelta(minutes=config.training.rank_timeout))
     # Before data are prepared, which may take long.
     for_device(config, ranks.device)
-    check_run_dir(config, ranks)
+    given = recorded(given, ranks)
+    check_run_dir(build(RunConfig, with_recipe(given)), ranks)
     store = prepared(config, ranks)
     ranks.say(describe(store))
+    config, reasons = fitted(given, store, Machine.of(ranks))
     config, decided = with_seen(config, store)
-    ranks.say(decided)
+    ranks.say("\n".join([decided, *reasons]))
 
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
@@ -92,8 +112,8 @@ def _train(
     ranks.say(executed)
     ranks.say(f"recipe {config.recipe}; run folder {folder.path}")
 
-    recorded = {"flags": flatten(config), "versions": versions()}
-    checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, recorded)
+    made_by = {"flags": flatten(config), "versions": versions()}
+    checkpoints = Checkpoints(folder.path, ranks, config.checkpoint, made_by)
     position = checkpoints.resume(model, optimizers)
     if position.step and ranks.is_first:
         about = read_manifest(checkpoints.path(position.step))
@@ -127,16 +147,18 @@ def _train(
             position=position,
             after_step=profiler.step,
             examples=board.examples,
+            on_evaluation=on_evaluation,
         )
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
-            return
+            return {}
         checkpoints.load_weights(model, best_step)
         best = {"step": best_step, "epoch": checkpoints.epoch(best_step)}
+        results = {}
         if validator is not None:
-            chosen = measure(config, model, store, "validation", ranks)[0] | best
-            log.keep_result("validation", chosen)
-        result = measure(config, model, store, "test", ranks)[0] | best
+            results["validation"] = measure(config, model, store, "validation", ranks)[0] | best
+            log.keep_result("validation", results["validation"])
+        results["test"] = result = measure(config, model, store, "test", ranks)[0] | best
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
@@ -147,6 +169,7 @@ def _train(
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)
+    return results
 
 
 def main() -> None:

@@ -32,10 +32,10 @@ from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.position import Position
 from model.distributed import Ranks, exit_rank, from_first_rank, start
 from model.run.build import build_model
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import FlagParser
 from model.run.folder import versions
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
 from model.step.optimizers import Optimizers
 
 REPEATS = 5

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.distributed import Ranks, exit_rank, first_rank_first, start
 from model.run.build import build_model, train_loader
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import FlagParser
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
 from pipeline.preparation.prepare import prepare

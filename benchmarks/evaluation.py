@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import commit, processor
 from model.distributed import first_rank_first, start
 from model.run.build import evaluator
-from model.run.config import EvalFlags
-from model.run.flags import FlagParser
 from model.run.folder import versions
 from model.run.script import start_script
 from model.run.trained import TrainedRun
+from model.settings.config import EvalFlags
+from model.settings.flags import FlagParser
 from model.training.profile import covered
 from pipeline.preparation.prepare import prepare
 

@@ -44,4 +44,4 @@ class PlainLoop:
 
 
 if __name__ == "__main__":
-    start_script(train.read_flags, lambda config: train.train(config, PlainLoop))
+    start_script(train.read_flags, lambda given: train.train(given, make_pipeline=PlainLoop))

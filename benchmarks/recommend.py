@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import ROOT, commit, processor
 from model.distributed import Ranks, exit_rank, from_first_rank, start
 from model.run.build import build_model
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import FlagParser
 from model.run.folder import versions
 from model.serving.answer import write_all
 from model.serving.config import Choice
 from model.serving.recommender import Recommender
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
 from pipeline.files import write_json
 from pipeline.jagged import splits
 from pipeline.preparation.catalog import Catalog

@@ -61,6 +61,7 @@ INTERVALS, EVALUATIONS = 12, 4
 def _random(users: int, items: int, size: int, dim: int = 128, length: int = 16) -> tuple[str, ...]:
     """Flags of the command of TorchRec's examples/bert4rec, with other sizes."""
     return (
+        "--recipe=none",
         "--dataset_name=random",
         f"--random_user_count={users}",
         f"--random_item_count={items}",
@@ -79,12 +80,14 @@ _TEN_MILLION = _random(3000, 32_000_000, 12_000_000)
 _HUNDRED_MILLION = _random(30_000, 320_000_000, 120_000_000)
 _MILLION_10K_USERS = _random(10_000, 1_260_000, 2_000_000, length=50)
 _ML_1M = (
+    "--recipe=none",
     "--dataset_name=ml-1m",
-    "--recipe=ml-1m",
     "--max_len=200",
     "--emb_dim=256",
     "--num_layers=2",
     "--nhead=4",
+    "--learned_positions=false",
+    "--embedding_lr=1e-2",
 )
 _SMALL = _random(500, 20_000, 400_000, dim=64)
 

@@ -239,7 +239,7 @@ def _has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
     silence_libraries()
     try:

@@ -19,9 +19,9 @@ from model.checkpoints.export import check_exported, load_exported
 from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.safe_reader import read_index, stored_weights
 from model.checkpoints.weights import check_fit
-from model.run.config import EvalFlags, RunConfig
-from model.run.flags import flatten
 from model.run.trained import TrainedRun
+from model.settings.config import EvalFlags, RunConfig
+from model.settings.flags import flatten
 from model.training.run_log import _keep_lines_up_to
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog

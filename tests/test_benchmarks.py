@@ -15,9 +15,9 @@ from benchmarks import checkpoint, data, evaluation, quality, recommend, rows, t
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.distributed import Ranks
-from model.run.config import RunConfig
-from model.run.flags import FlagParser
-from model.run.recipes import with_recipe
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
+from model.settings.recipes import with_recipe
 from tests.conftest import ROOT, TINY, RunMain, run_process
 from tests.test_profile import event
 

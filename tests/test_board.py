@@ -25,9 +25,9 @@ from model.board.projector import popular_items
 from model.distributed import Ranks
 from model.evaluation.metrics import METRICS
 from model.run.build import build_model
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
 from model.serving.recommender import Recommender
+from model.settings.config import RunConfig
 from model.step.clipping import ClippingOptimizer
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig

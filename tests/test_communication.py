@@ -15,9 +15,9 @@ from benchmarks import communication
 from benchmarks.collectives import WARM_UP, per_step
 from model.distributed import Ranks
 from model.run.build import build_plain_model, train_loader
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import FlagParser
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
 from pipeline.preparation.prepare import prepare
 from tests.conftest import torchrun
 from tests.workers.collectives import FLAGS, STEPS

@@ -10,10 +10,10 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from benchmarks.rows import ROWS, SETS
-from model.run.config import EvalFlags, ExportFlags, RunConfig
-from model.run.flags import FlagParser, build
-from model.run.recipes import with_recipe
 from model.serving.config import RecommendFlags
+from model.settings.config import EvalFlags, ExportFlags, RunConfig
+from model.settings.flags import FlagParser, build
+from model.settings.recipes import with_recipe
 from tests.conftest import ROOT, TINY, run_process
 
 README = ROOT / "README.md"

@@ -10,8 +10,8 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.kernels import varlen_attention
 from model.network.config import EncoderConfig, HeadConfig
-from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
+from model.settings.config import OutputConfig, RunConfig
 from model.tables.config import ShardingConfig
 from pipeline.errors import UserError
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig

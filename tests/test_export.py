@@ -24,10 +24,10 @@ from model.checkpoints.export import Trained, check_target, export, load_checkpo
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from model.distributed import Ranks
 from model.run.build import build_plain_model
-from model.run.config import EvalFlags, RunConfig
-from model.run.flags import build, flatten
 from model.run.folder import write_config
 from model.run.trained import TrainedRun
+from model.settings.config import EvalFlags, RunConfig
+from model.settings.flags import build, flatten
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore

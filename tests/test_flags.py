@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from model.bert4rec import TABLE_PRECISIONS
-from model.run.config import MAIN_FLAGS, EvalFlags, RunConfig
-from model.run.flags import FlagParser, build, current_flags, flags_of, flatten
 from model.run.folder import read_config, write_config
+from model.settings.config import MAIN_FLAGS, EvalFlags, RunConfig
+from model.settings.flags import FlagParser, build, current_flags, flags_of, flatten
 from model.tables.config import EMBEDDING_OPTIMIZERS
 from model.tables.sharding_plan import FUSED_OPTIMIZERS
 from pipeline.config import Config, flag
@@ -172,7 +172,7 @@ def test_flags_are_read_without_slow_imports(script: str, arguments: list[str], 
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == code
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "model.run.config" in imported
+    assert "model.settings.config" in imported
     slow = {"torch", "torchrec", "fbgemm_gpu", "torchdata", "numpy", "pyarrow", "pandas"}
     assert not imported & slow
     if code:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import Module
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.run.build import build_plain_model
-from model.run.config import RunConfig
+from model.settings.config import RunConfig
 from model.training.config import ProfileConfig
 from model.training.profile import STAGES, StepProfiler, covered, summary
 from pipeline.errors import UserError

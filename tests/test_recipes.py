@@ -1,44 +1,43 @@
 """Recipes are valid flags; the data set chooses one, the command line overrides it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from model.run.config import RunConfig
-from model.run.flags import build, flags_of, flatten
-from model.run.recipes import RECIPES, with_recipe
+from model.settings.config import RunConfig
+from model.settings.flags import build, current_flags, flags_of, flatten
+from model.settings.recipes import RECIPES, with_recipe
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_a_valid_config(name: str) -> None:
+def test_recipes_are_flags(name: str) -> None:
     assert RECIPES[name].keys() <= flags_of(RunConfig).keys()
     build(RunConfig, with_recipe({"recipe": name}))
 
 
-def test_the_data_set_chooses_its_recipe() -> None:
-    flags = with_recipe({"dataset_name": "ml-1m", "dataset_path": "x"})
-    assert flags["recipe"] == "ml-1m"
-    assert flags["emb_dim"] == RECIPES["ml-1m"]["emb_dim"]
+def test_flags_given_override_the_recipe() -> None:
+    flags = with_recipe({"recipe": "torchrec-example", "emb_dim": 8})
+    assert flags["emb_dim"] == 8
+    assert flags["dropout"] == RECIPES["torchrec-example"]["dropout"]
 
 
-def test_without_a_data_set_the_default_one_chooses() -> None:
-    assert with_recipe({})["recipe"] == "synthetic"
+@pytest.mark.parametrize("given", [{}, {"dataset_name": "synthetic"}])
+def test_generated_data_have_a_recipe(given: dict[str, str]) -> None:
+    assert with_recipe(given) == RECIPES["synthetic"] | given | {"recipe": "synthetic"}
 
 
 @pytest.mark.parametrize(
-    "given", [{"dataset_name": "random"}, {"dataset_path": "mine.csv"}, {"recipe": "none"}]
+    "given",
+    [
+        {"dataset_name": "ml-1m", "dataset_path": "x"},
+        {"dataset_path": "mine.csv"},
+        {"recipe": "none"},
+    ],
 )
-def test_data_without_a_recipe_gets_the_defaults(given: dict[str, str]) -> None:
-    assert with_recipe(given) == {**given, "recipe": "none"}
-
-
-def test_the_command_line_overrides_the_recipe() -> None:
-    flags = with_recipe({"recipe": "beauty", "emb_dim": 8})
-    assert flags["emb_dim"] == 8
-    assert flags["train_batch_size"] == RECIPES["beauty"]["train_batch_size"]
+def test_other_data_are_fitted_once_they_are_prepared(given: dict[str, str]) -> None:
+    assert with_recipe(given) == {"recipe": "auto", **given}
 
 
 @pytest.mark.parametrize("recipe", ["ml-2m", []])  # argparse reads "--recipe=--" as []
@@ -47,35 +46,11 @@ def test_an_unknown_recipe_is_refused(recipe: object) -> None:
         build(RunConfig, with_recipe({"recipe": recipe}))
 
 
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ({"dataset_name": "ml-1m", "teachers": "a,b"}, "ml-1m-taught"),
-        ({"dataset_name": "ml-1m", "teachers": ""}, "ml-1m"),
-        ({"dataset_name": "ml-1m", "teachers": "a", "recipe": "ml-1m"}, "ml-1m"),
-        ({"dataset_name": "beauty", "teachers": "a"}, "beauty"),
-        ({"dataset_path": "x.csv", "teachers": "a"}, "none"),
-    ],
-)
-def test_taught_models_have_separate_recipes(given: dict[str, str], name: str) -> None:
-    assert with_recipe(given)["recipe"] == name
-
-
-@pytest.mark.parametrize(
-    ("given", "rate"),
-    [
-        ({}, 1e-2),
-        ({"embedding_optimizer": "adam"}, 1e-2),
-        ({"mode": "ddp", "embedding_optimizer": "sgd"}, 1e-2),  # which ddp does not have
-        ({"embedding_optimizer": "rowwise_adagrad"}, None),  # its default rate
-        ({"table_precision": "fp16"}, None),
-        ({"table_precision": "fp16", "embedding_lr": 0.3}, 0.3),
-        ({"embedding_optimizer": "sgd", "embedding_lr": 0.3}, 0.3),
-    ],
-)
-def test_a_recipes_rate_of_the_tables_is_adams(given: dict[str, Any], rate: float | None) -> None:
-    config = build(RunConfig, with_recipe({"recipe": "ml-1m", **given}))
-    assert config.sharding.embedding_lr == rate
+@pytest.mark.parametrize("name", ["ml-1m", "beauty", "ml-20m", "ml-1m-taught", "ml-100k"])
+def test_runs_of_removed_recipes_can_be_read(name: str) -> None:
+    recorded = flatten(RunConfig()) | {"recipe": name, "emb_dim": 32}
+    config = build(RunConfig, current_flags(RunConfig, recorded))
+    assert (config.recipe, config.encoder.emb_dim) == ("none", 32)
 
 
 # Defaults of examples/bert4rec/bert4rec_main.py in TorchRec, and what its code does without a flag.

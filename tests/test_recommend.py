@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from model.checkpoints.export import export
 from model.distributed import Ranks
-from model.run.config import EvalFlags
 from model.run.trained import TrainedRun
 from model.serving.recommender import Recommender
+from model.settings.config import EvalFlags
 from pipeline.preparation.catalog import Catalog
 from tests.conftest import ROOT, TINY, RunMain, assert_one_line, run_process, torchrun
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from model.checkpoints.position import Position
-from model.run.config import RunConfig
-from model.run.flags import build, flatten
 from model.run.schedule import changed_rates
+from model.settings.config import RunConfig
+from model.settings.flags import build, flatten
 from tests.conftest import TINY, RunMain
 
 BEFORE = {"num_epochs": 4, "lr": 0.1, "embedding_lr": 0.2, "warmup_share": 0.0}

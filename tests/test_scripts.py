@@ -20,9 +20,9 @@ from model.board import tags
 from model.board.examples import Examples
 from model.evaluation.metrics import METRICS
 from model.programs.folder import PROGRAM_FILES
-from model.run.config import EvalFlags
 from model.run.trained import TrainedRun
 from model.serving.recommender import Recommender
+from model.settings.config import EvalFlags
 from pipeline.preparation.prepare import prepare
 from tests.conftest import (
     DATA,

@@ -12,27 +12,26 @@ import pytest
 import torch.distributed as dist
 
 import train
-from model.run.config import RunConfig
-from model.run.flags import FlagParser, build
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain
 
 
 @pytest.fixture
-def config(run_dir: Path, cache_dir: Path, no_cuda: None) -> Iterator[Any]:
-    """A function from flags to the config of a tiny run, whose group ends with the test."""
+def given(run_dir: Path, cache_dir: Path, no_cuda: None) -> Iterator[Any]:
+    """A function from more flags to those of a tiny run, whose group ends with the test."""
 
-    def make(*flags: str) -> RunConfig:
+    def make(*flags: str) -> dict[str, Any]:
         folders = f"--cache_dir={cache_dir}", f"--run_dir={run_dir}"
         dots = "--logit_temperature=0"  # a loss of dot products can become infinite
-        given = FlagParser("", RunConfig).given([*TINY, *folders, dots, *flags])
-        return build(RunConfig, given)
+        return FlagParser("", RunConfig).given([*TINY, *folders, dots, *flags])
 
     yield make
     dist.destroy_process_group()
 
 
-def test_trainings_in_one_process_free_their_folder(config: Any, run_dir: Path) -> None:
+def test_trainings_in_one_process_free_their_folder(given: Any, run_dir: Path) -> None:
     kept = []  # an error holds the frames that it passed, and what is in them
     for flags, message in (
         (("--lr=1e30", "--warmup_share=0"), "the loss became"),
@@ -40,10 +39,10 @@ def test_trainings_in_one_process_free_their_folder(config: Any, run_dir: Path) 
         (("--emb_dim=32", "--resume=auto"), "was trained with --emb_dim 16"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            train.train(config(*flags))
+            train.train(given(*flags))
         kept.append(error)
-    train.train(config("--resume=auto"))
-    train.train(config("--resume=auto", "--num_epochs=3"))
+    train.train(given("--resume=auto"))
+    train.train(given("--resume=auto", "--num_epochs=3"))
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert sum('"validation"' in line for line in lines) == 3
 

@@ -16,8 +16,8 @@ from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run import build as run
-from model.run.config import RunConfig
 from model.run.trained import _teacher
+from model.settings.config import RunConfig
 from pipeline.errors import UserError
 from tests.conftest import ROOT, TINY, RunMain, torchrun
 

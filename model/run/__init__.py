@@ -1,13 +1,11 @@
 """The parts that train.py and eval.py connect.
 
-    config, flags, recipes   all flags, the command line made of them, flags to start from
-    script                   runs a script: flags first, then the slow imports
-    folder, trained          the folder of a run; the trained model in one, or an exported model
-    schedule                 learning rates that change when a run is resumed
-    board                    what TensorBoard shows of a run and of a result
-    protocol                 how a run is evaluated: what is decided and recorded
-    execution, build         decides how a run is executed; builds model, loader, evaluator
-    measure                  the final evaluation: all metrics, and every user's ranks
+    script              runs a script: flags first, then the slow imports
+    folder, trained     the folder of a run; the trained model in one, or an exported model
+    schedule            learning rates that change when a run is resumed
+    board               what TensorBoard shows of a run and of a result
+    execution, build    decides how a run is executed; builds model, loader, evaluator
+    measure             the final evaluation: all metrics, and every user's ranks
 
 May import every other room except serving.
 """

@@ -11,10 +11,10 @@ from model.board.projector import ItemVectors, popular_items
 from model.board.result import Measured, write_measured
 from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
-from model.run.config import RunConfig
-from model.run.flags import changed
 from model.run.folder import command, versions
 from model.run.trained import TrainedRun
+from model.settings.config import RunConfig
+from model.settings.flags import changed
 from pipeline.preparation.prepare import describe
 from pipeline.preparation.store import SequenceStore
 

@@ -17,8 +17,8 @@ from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
-from model.run.config import RunConfig
-from model.run.protocol import protocol_of
+from model.settings.config import RunConfig
+from model.settings.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.errors import UserError

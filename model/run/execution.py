@@ -5,7 +5,7 @@ import torch
 from model.distributed import Ranks
 from model.execution import Exchange, ExecutionPlan, Graphs, Lookup, Precision
 from model.kernels import varlen_attention
-from model.run.config import RunConfig
+from model.settings.config import RunConfig
 from model.tables.sharding_plan import fills_all_ranks, table_optimizer
 from model.tables.table_update import UPDATES
 from pipeline.errors import UserError

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,9 +27,11 @@ from model.checkpoints.checkpoints import PORTABLE
 from model.checkpoints.export import WEIGHTS, check_target
 from model.distributed import Ranks, from_first_rank, writing
 from model.programs.folder import check_exporters
-from model.run.config import RunConfig
-from model.run.flags import current_flags, flatten
-from model.run.protocol import protocol_of
+from model.settings.config import RunConfig
+from model.settings.fitting import FITTED
+from model.settings.flags import current_flags, flatten
+from model.settings.protocol import protocol_of
+from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
 from pipeline.errors import UserError
 from pipeline.files import lock, read_json, write_json
@@ -150,6 +153,25 @@ def check_run_dir(config: RunConfig, ranks: Ranks) -> None:
         from_first_rank(ranks, lambda: _check_contents(config, Path(config.output.run_dir), {}))
 
 
+def recorded(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The flags given, and those that were fitted to the data when the run that goes on began."""
+    again = given.get("resume") == "auto" or _is_restarted()
+    if not again or not given.get("run_dir") or with_recipe(given)["recipe"] != "auto":
+        return dict(given)
+
+    def read() -> dict[str, Any]:
+        with suppress(UserError):  # check_run_dir says why
+            flags = current_flags(RunConfig, read_config(Path(given["run_dir"]))["flags"])
+            return {name: flags[name] for name in FITTED if name in flags}
+        return {}
+
+    return {**from_first_rank(ranks, read), **given}
+
+
+def _is_restarted() -> bool:
+    return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+
 def _new_folder(wanted: Path) -> Path:
     """Make a folder, of another name if there is one: two runs may start in one second."""
     path, number = wanted, 1
@@ -192,7 +214,7 @@ def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
 
 
 def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
-    if config.output.resume == "never" and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if config.output.resume == "never" and not _is_restarted():
         raise UserError(
             f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "
             "another folder"

@@ -12,9 +12,9 @@ from model.evaluation.evaluate import Result, rank_users, summed
 from model.evaluation.listed import LONGEST
 from model.evaluation.ranked_users import RankedUsers, gathered
 from model.run.build import eval_loader, prepared
-from model.run.config import EvalFlags, RunConfig
-from model.run.protocol import protocol_of, with_seen
 from model.run.trained import TrainedRun
+from model.settings.config import EvalFlags, RunConfig
+from model.settings.protocol import protocol_of, with_seen
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.checkpoints.position import Position
-from model.run.config import RunConfig
 from model.run.execution import table_lr
-from model.run.flags import build, current_flags, flatten
+from model.settings.config import RunConfig
+from model.settings.flags import build, current_flags, flatten
 from pipeline.errors import UserError
 
 _FLAGS = (

@@ -14,7 +14,7 @@ from pipeline.errors import UserError, exit_with_message, warn
 C = TypeVar("C")
 
 
-def start_script(read_flags: Callable[[], C], main: Callable[[C], None]) -> None:
+def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
     Both functions import torch and TorchRec late, so that errors in flags appear at once.

@@ -25,10 +25,10 @@ from model.run.build import (
     scored_slice,
     weightless_model,
 )
-from model.run.config import EvalFlags, RunConfig
 from model.run.execution import plan_execution
-from model.run.flags import build, current_flags
 from model.run.folder import lasting_flags, read_config
+from model.settings.config import EvalFlags, RunConfig
+from model.settings.flags import build, current_flags
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog

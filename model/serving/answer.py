@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from model.distributed import Ranks, first_rank_first, from_first_rank
-from model.run.config import EvalFlags
 from model.run.trained import TrainedRun
 from model.serving.config import RecommendFlags
 from model.serving.eligible import Eligible
@@ -17,6 +16,7 @@ from model.serving.output import check_output, row_writer
 from model.serving.recommender import Recommender
 from model.serving.rows import ItemRows, Lists, UserRows
 from model.serving.shown import format_history, format_list
+from model.settings.config import EvalFlags
 from pipeline.errors import UserError
 from pipeline.files import open_regular
 from pipeline.preparation.catalog import Catalog

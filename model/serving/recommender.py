@@ -31,11 +31,11 @@ from model.evaluation.evaluate import MAX_SCORES, exact
 from model.evaluation.top_items import CHUNK, SPARE, top_items, whole_chunks
 from model.evaluation.users import EncodedUsers, encode
 from model.losses.sharded_softmax import all_gather_rows
-from model.run.config import EvalFlags
 from model.run.trained import TrainedRun
 from model.serving.config import Choice
 from model.serving.eligible import Eligible
 from model.serving.rows import ItemRows, Lists, UserRows
+from model.settings.config import EvalFlags
 from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError

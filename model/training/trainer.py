@@ -73,6 +73,8 @@ class Trainer:
     after_step: Callable[[], None]
     # Called on all ranks after an evaluation; what rank 0 shows of it, as Markdown.
     examples: Callable[[], str | None] = lambda: None
+    # Called on all ranks after an evaluation, with the epoch, from 1, and the metrics.
+    on_evaluation: Callable[[int, Result], None] | None = None
 
     def __post_init__(self) -> None:
         self._agreement = Agreement(self.ranks)
@@ -259,3 +261,5 @@ class Trainer:
             f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
             f"HR@10 full {full['HR@10']:.4f}, sampled {sampled['HR@10']:.4f}"
         )
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.position.epoch + 1, result)

@@ -12,8 +12,8 @@ import torch
 from model.distributed import Ranks, run_script, start
 from model.network.config import EncoderConfig
 from model.run.build import build_model, train_loader
-from model.run.config import RunConfig
 from model.run.execution import plan_execution
+from model.settings.config import RunConfig
 from model.step.config import OptimizerConfig
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline

@@ -29,9 +29,9 @@ from model.evaluation.users import encode
 from model.execution import ExecutionPlan
 from model.network.config import EncoderConfig, HeadConfig
 from model.run.build import build_model, build_plain_model, evaluator, train_loader
-from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
 from model.run.measure import measure
+from model.settings.config import OutputConfig, RunConfig
 from model.step.averaging import AveragingOptimizer
 from model.step.config import OptimizerConfig
 from model.step.optimizers import Optimizers

@@ -18,8 +18,8 @@ import torch
 from model.distributed import Ranks, exit_rank, start
 from model.network.config import LOSSES, EncoderConfig, HeadConfig
 from model.run.build import build_model, evaluator, train_loader
-from model.run.config import OutputConfig, RunConfig
 from model.run.execution import plan_execution
+from model.settings.config import OutputConfig, RunConfig
 from model.step.config import OptimizerConfig
 from model.step.pipelines import train_pipeline
 from model.tables.config import SHARDINGS, ShardingConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from model.board.config import BoardConfig
 from model.checkpoints.config import CheckpointConfig
 from model.network.config import EncoderConfig, HeadConfig, TeachersConfig
-from model.run.recipes import CHOICES
+from model.settings.recipes import CHOICES
 from model.step.config import OptimizerConfig
 from model.tables.config import ShardingConfig
 from model.training.config import ProfileConfig, TrainingConfig
@@ -59,7 +59,7 @@ class RunConfig(Config):
 
     recipe: str = flag(
         "auto",
-        "defaults to start from; auto: the recipe with the data set's name, if there is one",
+        "flags to start from; auto: flags that fit the data, none: the defaults shown here",
         choices=CHOICES,
     )
     data: DataConfig = field(default_factory=DataConfig)

@@ -23,6 +23,8 @@ _CLOSING_LINE = "--help-all shows all flags, by group; hyphens in names work too
 _RETIRED_FLAGS = {"attention_dropout": 0.0}
 # Values that earlier versions wrote into config.json and this version refuses.
 _RETIRED_VALUES = {"positions": "bias"}
+# Names of recipes of earlier versions, whose flags config.json has.
+_RETIRED_RECIPES = ("ml-100k", "ml-1m", "ml-1m-taught", "ml-20m", "beauty")
 
 
 def flags_of(group_class: Any) -> dict[str, dataclasses.Field]:
@@ -82,6 +84,8 @@ def current_flags(config_class: type, recorded: Mapping[str, Any]) -> dict[str, 
             )
         if name == "acceleration" and value in ("graphs", "compile"):  # it changed only the speed
             value = "auto"
+        if name == "recipe" and value in _RETIRED_RECIPES:
+            value = "none"
         flat[new_names.get(name, name)] = value
     return flat
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from model.run.config import RunConfig
+from model.settings.config import RunConfig
 from pipeline.evaluation.repeats import keeps_seen
 from pipeline.preparation.store import SequenceStore
 
