@@ -1,7 +1,8 @@
-"""Quality of a recipe: several seeds through train.py, mean and deviation on the test split.
+"""Quality on a data set: several seeds through train.py, mean and deviation on the test split.
 
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip
     python benchmarks/quality.py beauty --dataset_path beauty.txt.gz --seeds 3 --jobs 3
+    python benchmarks/quality.py yelp --dataset_path yelp.csv.gz -- --emb_dim 512
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --final
     python benchmarks/quality.py ml-1m --dataset_path ml-1m.zip --teachers 3 --discount 0.3 --jobs 4
 
@@ -9,12 +10,11 @@ train.py chooses each run's model on validation alone (full NDCG@10).
 
     --final        train on the validation items too, as BERT4Rec's paper does; test the last model
     --teachers N   first train N models from other seeds; the measured models learn from them
-                   (``train.py --teachers``, with the recipe <recipe>-taught if there is one).
-                   With --seeds 0, train the teachers only
+                   (``train.py --teachers``). With --seeds 0, train the teachers only
     --discount     test the same models a second time, with ``eval.py --popularity_discount``
 
 Each run is an ordinary run folder below --runs. Results are written to
-results/quality-<recipe>[-final][-taught].json. Flags after ``--`` go to train.py. Jobs are spread
+results/quality-<data>[-final][-taught].json. Flags after ``--`` go to train.py. Jobs are spread
 over the GPUs.
 """
 
@@ -103,7 +103,7 @@ class Scripts:
 
 def train(
     scripts: Scripts,
-    recipe: str,
+    data: str,
     name: str,
     seed: int,
     runs: Path,
@@ -112,7 +112,7 @@ def train(
 ) -> dict[str, Any]:
     """Metrics, config and training seconds of one run of train.py."""
     run_dir, log = runs / f"{name}-seed{seed}", runs / f"{name}-seed{seed}.log"
-    flags = ["--dataset_name", recipe, "--seed", str(seed)]
+    flags = ["--dataset_name", data, "--seed", str(seed)]
     # An interrupted benchmark continues its runs.
     scripts.run("train.py", log, *flags, "--run_dir", str(run_dir), "--resume", "auto", *more)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -143,14 +143,12 @@ def train(
     }
 
 
-def table(
-    recipe: str, results: list[dict[str, Any]], teachers: Sequence[dict[str, Any]] = ()
-) -> str:
+def table(data: str, results: list[dict[str, Any]], teachers: Sequence[dict[str, Any]] = ()) -> str:
     """Markdown: anchors, popularity, and mean ± standard deviation over the seeds."""
     columns = [(protocol, name) for protocol, names in SHOWN.items() for name in names]
     lines = ["| | " + " | ".join(f"{p} {n}" for p, n in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    for label, row in ANCHORS.get(recipe, {}).items():
+    for label, row in ANCHORS.get(data, {}).items():
         cells = ["-" if value is None else f"{value:.4f}" for value in row]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     popularity = results[0]["test"]["popularity"]
@@ -184,7 +182,7 @@ def command(arguments: list[str]) -> str:
 def main() -> None:
     """Run all seeds; print and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
+    parser.add_argument("data", help="name of the data set")
     parser.add_argument("--dataset_path", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--final", action="store_true", help="train on validation items too")
@@ -199,7 +197,7 @@ def main() -> None:
     more = [flag for flag in more if flag != "--"]
     if arguments.dataset_path:
         more += ["--dataset_path", str(Path(arguments.dataset_path).resolve())]
-    name = arguments.recipe
+    name = arguments.data
     if arguments.final:
         name += "-final"
         more += ["--train_on_validation", "true"]
@@ -212,7 +210,7 @@ def main() -> None:
 
         def trained(seeds: range, discount: float) -> list[dict[str, Any]]:
             tasks = [
-                pool.submit(train, scripts, arguments.recipe, name, seed, runs, discount, more)
+                pool.submit(train, scripts, arguments.data, name, seed, runs, discount, more)
                 for seed in seeds
             ]
             return [task.result() for task in tasks]
@@ -225,7 +223,7 @@ def main() -> None:
     if not results:
         return
     record = {
-        "recipe": arguments.recipe,
+        "data": arguments.data,
         "final": arguments.final,
         "teachers": taught_by,
         "command": command(sys.argv[1:]),
@@ -236,7 +234,7 @@ def main() -> None:
     }
     path = arguments.out / f"quality-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(arguments.recipe, results, taught_by))
+    print(table(arguments.data, results, taught_by))
     print(f"{path}: {record['command']}; commit {record['commit']}, {record['versions']}")
 
 
