@@ -119,10 +119,9 @@ def train_loader(
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:
     if config.head.loss == "softmax":
         return None
-    # Every count plus 1, so that an item without training ratings is drawn sometimes.
-    weights = store.train_item_counts[1:-1] + 1 if config.head.loss != "gbce" else None
+    train_counts = store.train_item_counts[1:-1] if config.head.loss != "gbce" else None
     count, seed = config.negatives.train_negatives, config.loader.seed
-    return SharedNegatives(count, store.num_items, seed, weights)
+    return SharedNegatives(count, store.num_items, seed, train_counts)
 
 
 def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:
