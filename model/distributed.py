@@ -75,6 +75,10 @@ class Ranks:
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}"
 
 
+# One process without a process group.
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
+
+
 def seed_dropout(device: torch.device, seed: int) -> None:
     """Seed dropout, faster than ``torch.manual_seed``, which seeds all devices."""
     torch.default_generator.manual_seed(seed)

@@ -54,20 +54,25 @@ def build_plain_model(
     ranks: Ranks,
     plan: ExecutionPlan | None = None,
     teachers: Teachers | None = None,
+    table_device: str = "",
 ) -> BERT4Rec:
-    """An unsharded model with the seed's initial weights, the same on every rank."""
+    """An unsharded model with the seed's initial weights, the same on every rank.
+
+    ``table_device``: by default "meta" if the sharding makes tables of this size, else "cpu".
+    """
     precision = config.sharding.table_precision
     model_config = ModelConfig(
         num_items, config.windows.max_len, config.encoder, config.head, precision
     )
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
+    is_sharded = config.sharding.mode == "dmp"
     return BERT4Rec(
         model_config,
         scored_slice(config, num_items, ranks),
         seed=config.loader.seed,
         plan=plan,
         teachers=teachers,
-        table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
+        table_device=table_device or ("meta" if huge and is_sharded else "cpu"),
         left_only=config.mask.left_context_share == 1,
     )
 
