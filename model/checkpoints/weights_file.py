@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
-_BLOCK = 64 << 20  # bytes of a tensor that are copied at once
+_BLOCK = 16 << 20  # bytes of a tensor that are copied at once
 
 
 class Part(NamedTuple):
