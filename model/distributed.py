@@ -57,6 +57,8 @@ class Ranks:
     local_world_size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)  # for waiting for other ranks
+    node: int = 0  # of this rank, among all hosts
+    local_rank: int = 0  # among the ranks of the node
 
     @property
     def is_first(self) -> bool:
@@ -116,7 +118,8 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             "torchrun, with the same --master_addr and port on every host"
         ) from error
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, local_world_size, device, timeout)
+    node = int(os.environ.get("GROUP_RANK", 0))
+    return Ranks(rank, world_size, local_world_size, device, timeout, node, local_rank)
 
 
 def _join(backend: str, timeout: timedelta) -> tuple[int, int]:
@@ -188,13 +191,6 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
-
-
-def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0, then on the others, which find its result cached on disk."""
-    results: list[T] = []
-    from_first_rank(ranks, lambda: results.append(work()))
-    return results[0] if results else work()
 
 
 def failure_of_another_rank() -> str | None:

@@ -20,7 +20,7 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoints import export as export_module
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
-from model.programs import vectors
+from model.programs import vectors as vectors_module
 from model.programs.exporters import item_table_name
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
@@ -122,8 +122,8 @@ def test_the_table_is_stored_once(exported: Exported) -> None:
 def test_items_written_in_blocks_are_one_text(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "_ROWS", 5)
-    vectors.write_items(exported.catalog, tmp_path)
+    monkeypatch.setattr(vectors_module, "_ROWS", 5)
+    vectors_module.write_items(exported.catalog, tmp_path)
     assert (tmp_path / "items.json").read_bytes() == (exported.folder / "items.json").read_bytes()
     known = json.loads((tmp_path / "items.json").read_text("utf-8"))
     assert known["items"] == exported.catalog.items.to_pylist()

@@ -5,6 +5,7 @@ model = build_model(config, store.num_items, ranks, plan)    sharded, the seed's
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +13,18 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.distributed import Ranks, first_rank_first
+from model.distributed import Ranks
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
+from model.nodes import prepared_data, shared_arrays
 from model.run.config import RunConfig
 from model.run.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
-from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
 from pipeline.training.negatives import SharedNegatives
@@ -34,7 +35,7 @@ WHOLE_TABLE_BYTES = 4 << 30
 
 def prepared(config: RunConfig, ranks: Ranks) -> SequenceStore:
     """The prepared data, read by every rank; UserError if a host has other data than rank 0's."""
-    store = first_rank_first(ranks, lambda: prepare(config.data))
+    store = prepared_data(config.data, ranks)
     sizes = f"{store.num_items} items, {len(store.items)} ratings"
     about = [(store.catalog_fingerprint, sizes)] * ranks.world_size
     if ranks.world_size > 1:
@@ -118,6 +119,7 @@ def train_loader(
         negatives=_negatives(config, store),
         all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
         shard_rows=block if plan.exchange == "all_to_all" else None,
+        shared=partial(shared_arrays, ranks),
     )
 
 
