@@ -1,7 +1,7 @@
 """One seed on 1, 2, 4 and 8 ranks and on two nodes of two: the same losses and evaluation.
 
-Through train.py, over gloo; the global batch is 16 windows everywhere. The nodes are torchrun agents
-of this host, which find each other by a rendezvous; each has its own prepared data.
+Through train.py, over gloo; the global batch is 16 windows everywhere. The nodes are two torchrun
+agents of this host, which find each other by a rendezvous; each has its own prepared data.
 """
 
 import json
