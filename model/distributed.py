@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -57,8 +58,8 @@ class Ranks:
     local_world_size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)  # for waiting for other ranks
-    node: int = 0  # of this rank, among all hosts
-    local_rank: int = 0  # among the ranks of the node
+    node: str = ""  # the name of this rank's host
+    local_rank: int = 0  # among the ranks of the host
 
     @property
     def is_first(self) -> bool:
@@ -118,7 +119,8 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             "torchrun, with the same --master_addr and port on every host"
         ) from error
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    node = int(os.environ.get("GROUP_RANK", 0))
+    # torchrun's number of the node; other launchers set none.
+    node = os.environ.get("GROUP_RANK") or socket.gethostname()
     return Ranks(rank, world_size, local_world_size, device, timeout, node, local_rank)
 
 

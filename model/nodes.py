@@ -24,23 +24,24 @@ def from_first_of_node(ranks: Ranks, work: Callable[[], T]) -> T:
 
     A UserError is raised on all ranks. Called on all ranks.
     """
-    results: list[Any] = [None] * ranks.world_size
+    mine: list[T] = []
     error = None
     if ranks.local_rank == 0:
         try:
-            results[ranks.rank] = work()
+            mine.append(work())
         except UserError as found:
             error = found
     try:
         raise_on_all(ranks, error)
     finally:
         del error  # as in `from_first_rank`
+    results: list[Any] = [None] * ranks.world_size
     if ranks.world_size > 1:
-        mine = ranks.node, ranks.local_rank, results[ranks.rank]
-        dist.all_gather_object(results, mine)
-        (result,) = (each for node, local, each in results if (node, local) == (ranks.node, 0))
-        return result
-    return results[0]
+        dist.all_gather_object(results, (ranks.node, mine))
+    for node, theirs in filter(None, results):
+        if not mine and theirs and node == ranks.node:
+            return theirs[0]
+    return mine[0] if mine else work()  # a launcher may give no rank of a node the local rank 0
 
 
 def prepared_data(config: DataConfig, ranks: Ranks) -> SequenceStore:
@@ -73,13 +74,14 @@ def shared_arrays(ranks: Ranks, make: Callable[[], list[np.ndarray]]) -> list[np
         return _written(made) if ranks.local_world_size > 1 else None
 
     found = from_first_of_node(ranks, folder)
+    arrays = made
     if not made and found:
-        made = [np.load(path, mmap_mode="r") for path in sorted(found.iterdir())]
-    made = made or make()
+        # asarray: np.memmap, a subclass, is slower to index.
+        arrays = [np.asarray(np.load(path, mmap_mode="r")) for path in sorted(found.iterdir())]
     dist.all_gather_object([None] * ranks.world_size, None)  # now all have mapped them
-    if found and ranks.local_rank == 0:
+    if made and found:
         shutil.rmtree(found, ignore_errors=True)
-    return made
+    return arrays or make()
 
 
 def _written(arrays: list[np.ndarray]) -> Path | None:

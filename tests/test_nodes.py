@@ -18,7 +18,7 @@ ARRAYS = [np.arange(5), np.ones((2, 3))]
 
 def rank_of(number: int) -> Ranks:
     """Two nodes of two ranks."""
-    return Ranks(number, 4, 2, torch.device("cpu"), node=number // 2, local_rank=number % 2)
+    return Ranks(number, 4, 2, torch.device("cpu"), node=str(number // 2), local_rank=number % 2)
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
         if not isinstance(mine, tuple):  # errors, or a barrier
             found[:] = [mine] * 4
             return
-        found[:] = [(rank // 2, rank % 2, others.get(rank)) for rank in range(4)]
-        found[2 * mine[0] + mine[1]] = mine
+        given = ([others[rank]] if rank in others else [] for rank in range(4))
+        found[:] = [(str(rank // 2), each) for rank, each in enumerate(given)]
 
     monkeypatch.setattr(nodes.dist, "all_gather_object", gather)
     return others
@@ -47,6 +47,9 @@ def test_the_result_of_the_node_s_first_rank(gathered: dict[int, Any]) -> None:
     assert [from_first_of_node(rank_of(rank), nothing) for rank in (1, 3)] == ["a", "b"]
     assert [from_first_of_node(rank_of(rank), lambda: "c") for rank in (0, 2)] == ["c", "c"]
 
+    gathered.clear()  # of a launcher that knows no first rank of the node
+    assert from_first_of_node(rank_of(3), lambda: "d") == "d"
+
     def fail() -> None:
         raise UserError("no file")
 
@@ -60,7 +63,7 @@ def test_arrays_are_made_once_a_node_and_mapped(
     monkeypatch.setattr(nodes.tempfile, "tempdir", str(tmp_path))
     gathered[2] = nodes._written(ARRAYS)
     found = shared_arrays(rank_of(3), nothing)
-    assert all(isinstance(each, np.memmap) for each in found)
+    assert all(isinstance(each.base, np.memmap) for each in found)
     for each, expected in zip(found, ARRAYS, strict=True):
         np.testing.assert_array_equal(each, expected)
     assert shared_arrays(rank_of(0), lambda: ARRAYS) == ARRAYS
