@@ -1,6 +1,6 @@
 # make train        install into .venv, train on the built-in synthetic data, print the metrics
 # make test         install, lint, run all tests except the slow ones
-# make test-slow    run the slow tests: injected failures, about 6 minutes
+# make test-slow    run the slow tests: injected failures, up to 8 ranks, about 10 minutes
 # make test-newest  run the tests with the newest releases of torch, FBGEMM and TorchRec
 # make lint         ruff, then mypy
 # make clean        remove the environments

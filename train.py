@@ -60,9 +60,9 @@ def _train(
 ) -> "dict[str, Result]":
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-    from model.checkpoints.export import Trained, export, load_checkpoint
+    from model.checkpoints.export import Trained, export
     from model.checkpoints.manifest import read_manifest
-    from model.distributed import Ranks, start
+    from model.distributed import ALONE, start
     from model.run.board import RunBoard
     from model.run.build import (
         build_model,
@@ -162,10 +162,10 @@ def _train(
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
-        plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
-        load_checkpoint(checkpoints.path(best_step), plain)
+        plain = build_plain_model(config, store.num_items, ALONE, table_device="meta")
         output, metrics = config.output, {"test": result}
-        trained = Trained(plain, best_step, metrics, folder.path, folder.path, best["epoch"])
+        known = best_step, metrics, folder.path, folder.path, best["epoch"]
+        trained = Trained(plain, checkpoints.path(best_step), *known)
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

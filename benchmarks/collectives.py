@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.distributed import Ranks, exit_rank, first_rank_first, start
+from model.distributed import Ranks, exit_rank, start
+from model.nodes import prepared_data
 from model.run.build import build_model, train_loader
 from model.run.execution import plan_execution
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
-from pipeline.preparation.prepare import prepare
 
 # Steps before the counted ones, while the pipeline fills and DDP arranges its buckets.
 WARM_UP = 3
@@ -93,7 +93,7 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
         parameters of this rank.
     """
     config = FlagParser("", RunConfig).parse(flags)
-    store = first_rank_first(ranks, lambda: prepare(config.data))
+    store = prepared_data(config.data, ranks)
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
     model = build_model(config, store.num_items, ranks, plan)

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import commit, processor
-from model.distributed import first_rank_first, start
+from model.distributed import start
+from model.nodes import prepared_data
 from model.run.build import evaluator
 from model.run.folder import versions
 from model.run.script import start_script
@@ -27,7 +28,6 @@ from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags
 from model.settings.flags import FlagParser
 from model.training.profile import covered
-from pipeline.preparation.prepare import prepare
 
 SHOWN = 12
 
@@ -71,7 +71,7 @@ def measure(flags: EvalFlags) -> None:
     """Evaluate three times: to warm up, to measure the time, and under the profiler."""
     ranks = start()
     run = TrainedRun(flags)
-    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
     discount = flags.popularity_discount
     evaluate = evaluator(run.config, run.model(ranks), store, flags.split, ranks, discount)

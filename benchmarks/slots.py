@@ -39,7 +39,7 @@ def received(store: SequenceStore, ranks: int, batch: int) -> tuple[int, int, in
         world_size=ranks,
         candidate_range=(1, 1),
         few_shapes=True,
-        negatives=SharedNegatives(4096, store.num_items, 0, store.train_item_counts[1:-1] + 1),
+        negatives=SharedNegatives(4096, store.num_items, 0, store.train_item_counts[1:-1]),
         all_sizes=lambda sizes: sizes[None],
         shard_rows=shard_rows(store.num_items, ranks),
     )

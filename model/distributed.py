@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -57,6 +58,8 @@ class Ranks:
     local_world_size: int
     device: torch.device
     timeout: timedelta = timedelta(minutes=10)  # for waiting for other ranks
+    node: str = ""  # the name of this rank's host
+    local_rank: int = 0  # among the ranks of the host
 
     @property
     def is_first(self) -> bool:
@@ -73,6 +76,10 @@ class Ranks:
 
     def __str__(self) -> str:
         return f"{self.world_size} rank{'s' * (self.world_size > 1)} on {self.device.type}"
+
+
+# One process without a process group.
+ALONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
@@ -112,7 +119,9 @@ def start(timeout: timedelta = timedelta(minutes=10)) -> Ranks:
             "torchrun, with the same --master_addr and port on every host"
         ) from error
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return Ranks(rank, world_size, local_world_size, device, timeout)
+    # torchrun's number of the node; other launchers set none.
+    node = os.environ.get("GROUP_RANK") or socket.gethostname()
+    return Ranks(rank, world_size, local_world_size, device, timeout, node, local_rank)
 
 
 def _join(backend: str, timeout: timedelta) -> tuple[int, int]:
@@ -184,13 +193,6 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
-
-
-def first_rank_first(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0, then on the others, which find its result cached on disk."""
-    results: list[T] = []
-    from_first_rank(ranks, lambda: results.append(work()))
-    return results[0] if results else work()
 
 
 def failure_of_another_rank() -> str | None:

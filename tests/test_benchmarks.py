@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import checkpoint, data, evaluation, quality, recommend, rows, throughput
+from benchmarks import checkpoint, data, evaluation, negatives, quality, recommend, rows, throughput
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.distributed import Ranks
@@ -315,3 +315,14 @@ def test_recommending_is_measured_and_compared_with_a_sort(
     found = recommend.measure("tiny", 0.5, one_rank, tmp_path, batch_size=16)
     assert found["measured_users"] == 40 and found["same_as_sorted"] == 1
     assert found["seconds_for_all"] == pytest.approx(2 * found["seconds"])
+
+
+@pytest.mark.parametrize("kind", ["geometric", "zipf"])
+def test_tables_of_negatives_are_measured(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert negatives.counts("zipf", 3).tolist() == [3, 1, 1]
+    monkeypatch.setattr(sys, "argv", ["negatives.py", "--num_items=1000", f"--counts={kind}"])
+    negatives.main()
+    out = capsys.readouterr().out
+    assert out.startswith("1,000 items: ") and "GiB beside the counts" in out

@@ -86,6 +86,7 @@ def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
 
     # Sizes differ between the two ranks: the larger one counts.
     monkeypatch.setattr("model.run.build.all_sizes", lambda _: lambda sizes: sizes[None])
+    monkeypatch.setattr("model.run.build.shared_arrays", lambda _, make: make())
     config = replace(config, sharding=replace(config.sharding, mode="dmp"))
     store, sizes = prepare(config.data), []
     for rank in (0, 1):

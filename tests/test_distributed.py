@@ -21,7 +21,7 @@ from pipeline.evaluation.holdout import EvalLoader
 from tests.conftest import torchrun
 from tests.reference_metrics import reference
 from tests.workers import sharded
-from tests.workers.sharded import EPOCHS, WAYS, Run
+from tests.workers.sharded import EPOCHS, WAYS, Copied, Run
 
 LOSS, WEIGHT = 1e-5, 2e-5
 
@@ -54,6 +54,7 @@ def answers_of(num_ranks: int, folder: Path) -> Answers:
     with pytest.MonkeyPatch.context() as patch:
         # The file names its classes as the script's own.
         patch.setattr(sys.modules["__main__"], "Run", Run, raising=False)
+        patch.setattr(sys.modules["__main__"], "Copied", Copied, raising=False)
         return torch.load(folder / f"{num_ranks}.pt", weights_only=False)
 
 
@@ -236,6 +237,24 @@ def assert_near(found: Any, expected: Any) -> None:
         return
     for name in expected:
         assert_near(found[name], expected[name])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_export_holds_one_rank_s_part_of_the_table_at_a_time(
+    one: Answers, two: Answers, way: str
+) -> None:
+    untouched = one["at_factor"]["ddp"]["untouched"]
+    for answers in (one, two):
+        copied = answers["exported"][way]
+        assert copied.held == 1
+        assert torch.equal(copied.weights["embeddings.embeddings.item.weight"], untouched["table"])
+        for name in untouched.keys() - {"table"}:
+            assert torch.equal(copied.weights[f"encoder.{name}"], untouched[name])
+    # 23 rows of 16 values.
+    assert one["exported"][way].parts == [((0, 0), [23, 16])]
+    parts = {"row_wise": [((0, 0), [12, 16]), ((12, 0), [11, 16])]}
+    parts["column_wise"] = [((0, 0), [23, 8]), ((0, 8), [23, 8])]
+    assert copied.parts == parts.get(way, [((0, 0), [23, 16])])
 
 
 @pytest.mark.slow

@@ -10,19 +10,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from model.checkpoints import export as exporting
-from model.checkpoints import manifest
-from model.checkpoints.export import Trained, check_target, export, load_checkpoint
-from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
-from model.distributed import Ranks
+from model.checkpoints import manifest, weights_file
+from model.checkpoints.export import Trained, check_target, export
+from model.checkpoints.weights import StoredTensor, check_finite, check_fit
+from model.checkpoints.weights_file import Part, WeightsFile
+from model.distributed import ALONE, Ranks
 from model.run.build import build_plain_model
 from model.run.folder import write_config
 from model.run.trained import TrainedRun
@@ -79,24 +83,22 @@ def killed(at: int, folder: Path) -> Iterator[None]:
 def one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints, of which only the step counts: it is the value of all weights."""
 
+    shapes = build_plain_model(config(1), 3, ALONE).state_dict()
+
     class Reader:
         def __init__(self, checkpoint: Path) -> None:
             self.index = checkpoint
 
-    def load(state: dict[str, Any], storage_reader: Reader, no_dist: bool) -> None:
-        for tensor in state["model"].values():
-            tensor.fill_(float(storage_reader.index.name))
+        def copy_parts(self, put: Callable[[Part], None]) -> None:
+            for name, tensor in shapes.items():
+                value = torch.full_like(tensor, float(self.index.name))
+                put(Part(name, (0,) * tensor.dim(), value))
 
     def stored(_: Any) -> dict[str, StoredTensor]:
-        plain = build_plain_model(config(1), 3, ONE)
-        return {k: StoredTensor([*v.shape], "", True) for k, v in plain.state_dict().items()}
+        return {k: StoredTensor([*v.shape], "", True) for k, v in shapes.items()}
 
     monkeypatch.setattr(exporting, "SafeReader", Reader)
     monkeypatch.setattr(exporting, "stored_weights", stored)
-    monkeypatch.setattr(exporting.dcp, "load", load)
-
-
-ONE = Ranks(0, 1, 1, torch.device("cpu"))
 
 
 def config(seed: int) -> RunConfig:
@@ -111,8 +113,9 @@ def trained(folder: Path, step: int) -> Trained:
         facts = {"num_items": 3, "catalog": STORE.catalog_fingerprint}
         write_config(run_dir, flatten(config(step)), facts)
         STORE.catalog.write_to(run_dir)
-    plain = load_checkpoint(run_dir / str(step), build_plain_model(config(step), 3, ONE))
-    return Trained(plain, step, {"test": {"users": step}}, run_dir, run_dir)
+    plain = build_plain_model(config(step), 3, ALONE, table_device="meta")
+    metrics = {"test": {"users": step}}
+    return Trained(plain, run_dir / str(step), step, metrics, run_dir, run_dir)
 
 
 def export_step(folder: Path, step: int, target: Path, with_users: bool = False) -> None:
@@ -419,7 +422,42 @@ def test_stored_weights_fit_or_are_named() -> None:
             check_fit(good | change, model)
 
 
-def test_a_fingerprint_is_of_names_shapes_types_and_values() -> None:
+def write(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Write a file in parts of one value each; its fingerprint."""
+    with WeightsFile(path, {k: v.to("meta") for k, v in weights.items()}, metadata) as file:
+        for name, tensor in weights.items():
+            for place in np.ndindex(*tensor.shape):
+                file.put(Part(name, place, tensor[tuple(slice(at, at + 1) for at in place)]))
+        return file.fingerprint()
+
+
+@given(
+    st.dictionaries(
+        st.text("ab.é", min_size=1, max_size=3),
+        st.tuples(
+            st.lists(st.integers(1, 4), min_size=1, max_size=2),
+            st.sampled_from([torch.float16, torch.float32, torch.float64]),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from([1, 8, 1 << 20]),
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_written_by_parts_is_that_of_safetensors(
+    tmp_path: Path, shapes: dict[str, tuple[list[int], torch.dtype]], block: int
+) -> None:
+    weights = {name: torch.randn(shape).to(kind) for name, (shape, kind) in shapes.items()}
+    save_file(weights, tmp_path / "theirs", {"a": "b"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights_file, "_BLOCK", block)
+        write(tmp_path / "ours", weights, {"a": "b"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_fingerprint_is_of_names_shapes_types_and_values(tmp_path: Path) -> None:
+    def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+        return write(tmp_path / "file", weights, {})
+
     one = {"a": torch.arange(6.0), "b": torch.ones(1)}
     others = [
         {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1)},
@@ -436,9 +474,10 @@ def test_a_checkpoint_that_is_damaged_after_training(run_dir: Path, one_rank: Ra
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     (checkpoint / "__0_0.distcp").write_bytes(bytes(10**6))
     run = TrainedRun(EvalFlags(checkpoint=str(run_dir)))
-    plain = build_plain_model(run.config, 80, ONE)
+    trained = Trained(run.trained(one_rank).plain, checkpoint, 5, {}, run_dir, run_dir)
     with pytest.raises(UserError, match="step-00000005 cannot be exported: its files are damaged"):
-        load_checkpoint(checkpoint, plain)
+        export(trained, run_dir / "again", with_users=False, with_programs=False)
+    assert not any((run_dir / "again").iterdir())
 
 
 def test_an_export_has_its_metrics(run_dir: Path) -> None:

@@ -309,9 +309,9 @@ def test_two_then_three_then_one_rank(start: Start) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stuck", [0, 1])
-def test_a_stuck_rank_is_named(start: Start, stuck: int) -> None:
-    job = start("stuck", 2, "--rank_timeout=0.05")
+@pytest.mark.parametrize(("num_ranks", "stuck"), [(2, 0), (2, 1), (8, 5)])
+def test_a_stuck_rank_is_named(start: Start, num_ranks: int, stuck: int) -> None:
+    job = start("stuck", num_ranks, "--train_batch_size=2", "--rank_timeout=0.05")
     job.wait_for_steps(10)
     pid = job.ranks()[stuck]
     os.kill(pid, signal.SIGSTOP)

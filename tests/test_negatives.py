@@ -9,37 +9,53 @@ from hypothesis import strategies as st
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
+from pipeline.training import alias_table
+from pipeline.training.alias_table import AliasTable
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
-from pipeline.training.negatives import AliasTable, SharedNegatives
+from pipeline.training.negatives import SharedNegatives
 
 NUM_ITEMS, DRAWS = 9, 5
-WEIGHTS = np.array([1, 5, 1, 1, 20, 2, 1, 1, 3])
+COUNTS = np.array([0, 4, 0, 0, 19, 1, 0, 0, 2])
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40))
 def test_the_alias_table_holds_the_probabilities(weights: list[int]) -> None:
     probabilities = np.array(weights) / sum(weights)
-    table = AliasTable(probabilities)
-    kept = table.keep / 2.0**32
-    found = kept.copy()
-    np.add.at(found, table.other, 1 - kept)
-    # A cell's share is rounded to a multiple of 2^-32.
-    np.testing.assert_allclose(found / len(weights), probabilities, atol=1e-9)
+    for block in (1, 3, alias_table._BLOCK):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(alias_table, "_BLOCK", block)
+            table = AliasTable(len(weights), probabilities.__getitem__)
+        kept = table.keep / 2.0**32
+        found = kept.copy()
+        np.add.at(found, table.other, 1 - kept)
+        # A cell's share is rounded to a multiple of 2^-32.
+        np.testing.assert_allclose(found / len(weights), probabilities, atol=1e-9)
+        if block == 1:
+            alone = table
+        assert table.keep.tolist() == alone.keep.tolist()
+        assert table.other.tolist() == alone.other.tolist()
+
+
+def test_equal_probabilities_that_rounding_puts_below_a_cell() -> None:
+    assert 1 / 49 * 49 < 1
+    table = AliasTable(49, np.full(49, 1 / 49).__getitem__)
+    cells = np.arange(49)
+    assert table(cells, np.full(49, 2**32 - 1, dtype=np.uint32)).tolist() == cells.tolist()
 
 
 def test_a_cell_below_its_share_is_itself_else_its_alias() -> None:
     # Shares of the two cells: 0.5, and 1.5 of which a half fills the first.
-    table = AliasTable(np.array([0.25, 0.75]))
+    table = AliasTable(2, np.array([0.25, 0.75]).__getitem__)
     draws = np.array([2**31 - 1, 2**31, 0, 2**32 - 2], dtype=np.uint32)
     assert table(np.array([0, 0, 1, 1]), draws).tolist() == [0, 1, 1, 1]
 
 
 def test_counts_and_their_expected_logarithms() -> None:
-    sampler = SharedNegatives(20_000, NUM_ITEMS, seed=3, weights=WEIGHTS)
+    sampler = SharedNegatives(20_000, NUM_ITEMS, seed=3, train_counts=COUNTS)
     items, log_counts = sampler(0, [7])
     counts = np.bincount(items[0], minlength=NUM_ITEMS + 1)
-    expected = 20_000 * WEIGHTS / WEIGHTS.sum()
+    expected = 20_000 * (COUNTS + 1) / (COUNTS + 1).sum()
     assert counts[0] == 0 and counts.sum() == 20_000
     # Five standard deviations of a binomial.
     assert (np.abs(counts[1:] - expected) < 5 * np.sqrt(expected)).all()
@@ -55,10 +71,10 @@ def test_uniform_draws() -> None:
 
 def test_draws_are_a_function_of_seed_epoch_and_sample() -> None:
     def drawn(seed: int, epoch: int, sample: int) -> tuple[int, ...]:
-        return tuple(SharedNegatives(DRAWS, 1000, seed, np.ones(1000))(epoch, [sample])[0][0])
+        return tuple(SharedNegatives(DRAWS, 1000, seed, np.zeros(1000, int))(epoch, [sample])[0][0])
 
     assert drawn(1, 2, 3) == drawn(1, 2, 3)
-    several, _ = SharedNegatives(DRAWS, 1000, 1, np.ones(1000))(2, [3, 4])
+    several, _ = SharedNegatives(DRAWS, 1000, 1, np.zeros(1000, int))(2, [3, 4])
     assert list(map(tuple, several)) == [drawn(1, 2, 3), drawn(1, 2, 4)]
     assert len({drawn(1, 2, 3), drawn(2, 2, 3), drawn(1, 3, 3), drawn(1, 2, 4)}) == 4
 
@@ -74,7 +90,7 @@ def loader(rank: int = 0, world_size: int = 1) -> TrainLoader:
         LoaderConfig(train_batch_size=4 // world_size, seed=1),
         rank,
         world_size,
-        negatives=SharedNegatives(DRAWS, NUM_ITEMS, 1, WEIGHTS),
+        negatives=SharedNegatives(DRAWS, NUM_ITEMS, 1, COUNTS),
     )
 
 

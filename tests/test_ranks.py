@@ -2,12 +2,17 @@
 
 import os
 import signal
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from model import distributed
 from model.distributed import Ranks, failure_of_another_rank, run_script, start
 from model.run import script
+from model.training import agreement
 from model.training.agreement import NOTHING, STOP, Agreement
 from pipeline.errors import UserError
 
@@ -97,6 +102,29 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(one_rank: Ranks) -> None:
             assert agreed.exchange() == NOTHING
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "message"),
+    [
+        ("Timed out waiting 3000ms", 0, "no answer from rank 5 for 3 s at step 10: it is stuck"),
+        # Another rank has timed out before this one, and closed its connections.
+        ("Connection closed by peer", 10, "no answer from rank 5 for 3 s at step 10: it is stuck"),
+        ("Connection closed by peer", 1, "another rank ended at step 10"),
+    ],
+)
+def test_a_stuck_rank_is_told_from_one_that_ended(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int, message: str
+) -> None:
+    def barrier(*_: object, **__: object) -> None:
+        raise RuntimeError("[Rank 0]: Ranks 5 failed to pass monitoredBarrier in 10000 ms")
+
+    clock = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(agreement, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(agreement.dist, "monitored_barrier", barrier)
+    agreed = Agreement(replace(one_rank, timeout=timedelta(seconds=3)))
+    agreed._barrier_group = dist.group.WORLD
+    assert str(agreed.explain(RuntimeError(text), 10)).startswith(message)
 
 
 def test_a_rank_without_its_launcher_stops(

@@ -20,6 +20,7 @@ from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoints import export as export_module
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
+from model.programs import vectors as vectors_module
 from model.programs.exporters import item_table_name
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
@@ -111,11 +112,23 @@ def test_every_form_gives_the_vectors_of_the_training_encoder(
 def test_the_table_is_stored_once(exported: Exported) -> None:
     """The programs do not grow with the catalog."""
     bytes_of_row = WIDTH * 4
-    content = (exported.folder / "model.onnx").read_bytes()
+    programs = [(exported.folder / name).read_bytes() for name in ("model.onnx", "model.pt2")]
     row = exported.bert.state_dict()[item_table_name(exported.bert)][3]
     assert row.numpy().tobytes() in (exported.folder / "model.safetensors").read_bytes()
     assert len(row.numpy().tobytes()) in (bytes_of_row, bytes_of_row // 2)
-    assert row.numpy().tobytes() not in content
+    assert not any(row.numpy().tobytes() in program for program in programs)
+
+
+def test_items_written_in_blocks_are_one_text(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors_module, "_ROWS", 5)
+    vectors_module.write_items(exported.catalog, tmp_path)
+    assert (tmp_path / "items.json").read_bytes() == (exported.folder / "items.json").read_bytes()
+    known = json.loads((tmp_path / "items.json").read_text("utf-8"))
+    assert known["items"] == exported.catalog.items.to_pylist()
+    assert known["titles"] == exported.catalog.titles.to_pylist()
+    assert known["train_counts"] == exported.catalog.train_counts.tolist()
 
 
 # Names of modules that cannot be imported, then a program without them.

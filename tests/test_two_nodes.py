@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def agent(node: int, port: int, folder: Path) -> subprocess.Popen[str]:
+def agent(folder: Path, launch: list[str], flags: Sequence[str]) -> subprocess.Popen[str]:
     """Start one node's agent, whose ranks keep prepared data below ``folder``."""
-    folder.mkdir()
-    launch = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
-    where = ["--master_addr=127.0.0.1", f"--master_port={port}", "--local_addr=127.0.0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, *where, ROOT / "train.py"]
-    folders = ["--cache_dir=cache", f"--run_dir={folder.parent / 'runs' / 'two'}"]
+    folder.mkdir(parents=True)
+    launch = ["--nnodes=2", "--local_addr=127.0.0.1", *launch]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / "train.py")]
     return subprocess.Popen(
-        [*map(str, command), *FLAGS, *folders],
+        [*command, *flags, "--cache_dir=cache"],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -41,6 +40,21 @@ def agent(node: int, port: int, folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def train_on_nodes(folder: Path, launches: list[list[str]], flags: Sequence[str]) -> list[str]:
+    """Train with one agent a node to the end; the outputs of the nodes."""
+    nodes = [folder / f"node{number}" for number in range(len(launches))]
+    agents = [agent(*each, flags) for each in zip(nodes, launches, strict=True)]
+    try:
+        outputs = [each.communicate(timeout=SECONDS)[0] for each in agents]
+    finally:
+        for each in agents:
+            each.kill()
+    assert [each.returncode for each in agents] == [0, 0], outputs
+    for node in nodes:
+        assert any((node / "cache").iterdir()), "each node prepares for itself"
+    return outputs
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -57,25 +71,18 @@ def find(config: dict[str, Any], name: str) -> Any:
 
 
 def test_two_nodes_equal_one(tmp_path: Path) -> None:
-    port = free_port()
-    agents = [agent(node, port, tmp_path / f"node{node}") for node in (0, 1)]
-    try:
-        outputs = [each.communicate(timeout=SECONDS)[0] for each in agents]
-    finally:
-        for each in agents:
-            each.kill()
-    assert [each.returncode for each in agents] == [0, 0], outputs
+    where = ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    one, two = (tmp_path / "runs" / name for name in ("one", "two"))
+    launches = [[*where, f"--node_rank={node}"] for node in (0, 1)]
+    outputs = train_on_nodes(tmp_path / "nodes", launches, (*FLAGS, f"--run_dir={two}"))
     assert "2 ranks on cpu" in outputs[0]
-    for node in (0, 1):
-        assert any((tmp_path / f"node{node}" / "cache").iterdir()), "each node prepares for itself"
 
-    one = tmp_path / "runs" / "one"
     done = torchrun(
         2, ROOT / "train.py", *FLAGS, f"--cache_dir={tmp_path / 'cache'}", f"--run_dir={one}"
     )
     assert done.code == 0, done.err
     assert len(losses(one)) == 4
     # Nodes exchange rows by all-to-all, ranks of one node by gather: sums in another order.
-    assert losses(tmp_path / "runs" / "two") == pytest.approx(losses(one), rel=1e-6)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
     plans = [json.loads((one.parent / run / "config.json").read_text()) for run in ("one", "two")]
     assert [find(plan, "exchange") for plan in plans] == ["gather", "all_to_all"]

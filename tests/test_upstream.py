@@ -27,6 +27,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.rendezvous import rendezvous
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
@@ -327,6 +328,12 @@ def test_files_of_a_checkpoint(one_rank: Ranks, tmp_path: Path) -> None:
     has(reader, "load_id", "marks the index as read by this reader")
     with reader.fs.create_stream(path, "rb") as file:
         pickled = file.read()
+    reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    stored = reader.storage_data[MetadataIndex("weight", (0,))]
+    purpose_of_parts = "an export reads a checkpoint part by part"
+    with reader.fs.create_stream(tmp_path / "__0_0.distcp", "rb") as file:
+        part = has(reader, "_slice_file", purpose_of_parts)(file, stored)
+        assert torch.load(part, "cpu", weights_only=True).tolist() == [0, 1, 2], purpose_of_parts
     has(pickle.loads(pickled).storage_meta, "load_id", "marks the index as read by this reader")
     classes = set()
 

@@ -13,24 +13,22 @@ metadata and config.json name the same step and fingerprint of the weights.
 
 import errno
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 from model.bert4rec import BERT4Rec
 from model.checkpoints.manifest import DamagedError
 from model.checkpoints.safe_reader import SafeReader, stored_weights
-from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
+from model.checkpoints.weights import StoredTensor, check_finite, check_fit
+from model.checkpoints.weights_file import Part, WeightsFile, row_blocks
 from model.programs.folder import PROGRAM_FILES, write_programs
 from pipeline.errors import UserError
 from pipeline.files import (
@@ -56,7 +54,8 @@ class Trained:
     """A model to export.
 
     Attributes:
-        plain: an unsharded model on CPU, with its weights.
+        plain: an unsharded model on CPU; only its tables may be on "meta".
+        weights: a checkpoint, or a folder with an exported model.
         metrics: by split.
         epoch: from 1; 0: not known.
         folder: has the model's config.json and catalog.
@@ -64,6 +63,7 @@ class Trained:
     """
 
     plain: BERT4Rec
+    weights: Path
     step: int
     metrics: Mapping[str, Any]
     folder: Path
@@ -71,54 +71,33 @@ class Trained:
     epoch: int = 0
 
 
-def load_checkpoint(checkpoint: Path, plain: BERT4Rec) -> BERT4Rec:
-    """Give ``plain``, an unsharded model, the weights of a checkpoint, on CPU; called on one rank.
-
-    Raises:
-        UserError: the weights are not those of ``plain``, or not finite.
-    """
-    weights = {
-        name: torch.empty_like(each, device="cpu") if each.is_meta else each
-        for name, each in plain.state_dict().items()
-    }
-    try:
-        reader = SafeReader(checkpoint)
-        check_fit(stored_weights(reader.index), weights)
-        dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
-        check_finite(weights)
-    except (DamagedError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
-    except dcp.api.CheckpointException as error:  # a BaseException, with tracebacks in its text
-        raise UserError(f"{checkpoint} cannot be exported: its files are damaged") from error
-    plain.load_state_dict(weights, assign=True)
-    return plain
-
-
 def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool) -> None:
     """Export a model into ``folder``; called on one rank.
 
-    If it is interrupted, the folder holds its old model, the new one or none.
+    If it is interrupted, the folder holds its old model, the new one or none. Weights are copied
+    part by part: a part is what one rank has stored, or a block of an exported file.
 
     Args:
         with_programs: write also what serves the model.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: a file cannot be written, the weights are not those of ``trained.plain``, or not
+            finite.
     """
-    weights = trained.plain.state_dict()
-    tie = {"step": trained.step, "fingerprint": fingerprint(weights)}
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
-            config |= tie | {"metrics": trained.metrics}
+            config |= _copy_weights(trained, aside) | {"metrics": trained.metrics}
             if trained.epoch:
                 config["epoch"] = trained.epoch
             write_json(aside / CONFIG, config)
             Catalog.copy(trained.folder, aside, trained.users if with_users else None)
-            _save(weights, aside, {_TIE: json.dumps(tie)})
-            shutil.copymode(aside / CONFIG, aside / WEIGHTS)  # safetensors' would be 600
             if with_programs:
+                with safe_open(aside / WEIGHTS, framework="pt") as file:
+                    # Tensors that are mapped: the table is read from disk as far as it is used.
+                    mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                trained.plain.load_state_dict(mapped, assign=True)
                 write_programs(trained.plain, catalog, aside, WEIGHTS)
             sync_files(aside)
             _replace(folder, aside)
@@ -132,7 +111,7 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
 def check_target(folder: Path) -> None:
     """Write and remove files as :func:`export` will; OSError if that fails."""
     with _aside(folder) as aside:
-        _save({"probe": torch.zeros(1)}, aside, {})
+        (aside / WEIGHTS).write_bytes(b"probe")
         probe = (aside / WEIGHTS).replace(folder / f"{_ASIDE}.probe")
         probe.unlink()
         sync(folder)
@@ -160,11 +139,44 @@ def _aside(folder: Path) -> Iterator[Path]:
         clear(aside)
 
 
-def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
+def _copy_weights(trained: Trained, folder: Path) -> dict[str, Any]:
+    """Write the weights; what ties config.json to them."""
+    shapes = trained.plain.state_dict()
+    tie = {"step": trained.step, "fingerprint": "0" * 16}
+    with WeightsFile(folder / WEIGHTS, shapes, {_TIE: json.dumps(tie)}) as file:
+        if (trained.weights / WEIGHTS).exists():
+            for part in _exported_parts(trained.weights, shapes):
+                file.put(part)
+        else:
+            _copy_checkpoint(trained.weights, shapes, file.put)
+        tie["fingerprint"] = file.fingerprint()
+        file.replace_metadata({_TIE: json.dumps(tie)})
+    return tie
+
+
+def _copy_checkpoint(
+    checkpoint: Path, shapes: Mapping[str, torch.Tensor], put: Callable[[Part], None]
+) -> None:
+    def checked(part: Part) -> None:
+        check_finite({part.name: part.values})
+        put(part)
+
     try:
-        save_file(weights, folder / WEIGHTS, metadata)
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(errno.EIO, str(error)) from error
+        reader = SafeReader(checkpoint)
+        check_fit(stored_weights(reader.index), shapes)
+        reader.copy_parts(checked)
+    except (DamagedError, ValueError) as error:
+        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
+
+
+def _exported_parts(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Iterator[Part]:
+    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
+        for name, whole in shapes.items():
+            stored = weights.get_slice(name)
+            for rows in row_blocks(whole):
+                values = stored[rows]
+                check_finite({name: values})
+                yield Part(name, (rows.start, 0)[: whole.dim()], values)
 
 
 def _replace(folder: Path, aside: Path) -> None:
@@ -238,9 +250,12 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def _read(stored: Any, tensor: torch.Tensor | ShardedTensor) -> None:
-    if not isinstance(tensor, ShardedTensor):
-        tensor.copy_(stored[...])
-        return
-    for shard in tensor.local_shards():
-        ranges = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-        shard.tensor.copy_(stored[tuple(slice(start, start + size) for start, size in ranges)])
+    parts = [(tensor, [0] * tensor.dim())]
+    if isinstance(tensor, ShardedTensor):
+        parts = [(each.tensor, each.metadata.shard_offsets) for each in tensor.local_shards()]
+    for values, offsets in parts:
+        cut = zip(offsets[1:], values.shape[1:], strict=True)
+        columns = [slice(low, low + width) for low, width in cut]
+        for rows in row_blocks(values):
+            wanted = slice(offsets[0] + rows.start, offsets[0] + rows.stop)
+            values[rows].copy_(stored[(wanted, *columns)])

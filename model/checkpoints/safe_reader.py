@@ -6,18 +6,27 @@ reads the tensors by torch.load(weights_only=True); it would unpickle other valu
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from model.checkpoints.manifest import DATA_FILE, DamagedError
 from model.checkpoints.weights import StoredTensor
+from model.checkpoints.weights_file import Part
 from pipeline.files import open_regular
 
+_MODEL = "model."  # of the names of weights
 # Private: the classes and functions that DCP's pickled index refers to.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -44,12 +53,36 @@ class SafeReader(dcp.FileSystemReader):
         """DamagedError if the checkpoint's index is; dcp.load would print tracebacks."""
         super().__init__(checkpoint)
         self.index = read_index(checkpoint)
+        self.storage_data = self.index.storage_data
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         assert self.index.storage_meta is not None
         # Private: load_id, which the overridden FileSystemReader.read_metadata sets.
         self.index.storage_meta.load_id = self.load_id
         return self.index
+
+    def copy_parts(self, put: Callable[[Part], None]) -> None:
+        """Call ``put`` with each part of the model's tensors: what one rank has stored of one.
+
+        Only one part is in memory at a time. DamagedError if one cannot be read or is missing.
+        """
+        for name, about in _weights(self.index).items():
+            if sum(chunk.sizes.numel() for chunk in about.chunks) != about.size.numel():
+                raise DamagedError(f"it has not all of {name}")
+            for chunk in about.chunks:
+                put(Part(name, tuple(chunk.offsets), self._read(_MODEL + name, chunk)))
+
+    def _read(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        try:
+            stored = self.storage_data[MetadataIndex(name, chunk.offsets)]
+            with open_regular(Path(self.path) / stored.relative_path) as file:
+                # Private: a part of a file as a file.
+                part = torch.load(self._slice_file(file, stored), "cpu", weights_only=True)
+            if part.shape != chunk.sizes:
+                raise ValueError("its shape is another one")
+        except Exception as error:
+            raise DamagedError("its files are damaged") from error
+        return part
 
 
 def read_index(checkpoint: Path) -> Metadata:
@@ -92,12 +125,18 @@ def files_of(index: Metadata) -> set[str]:
 def stored_weights(index: Metadata) -> dict[str, StoredTensor]:
     """The model's tensors in a checkpoint, by name."""
     found = {}
-    for name, about in index.state_dict_metadata.items():
-        if name.startswith("model.") and isinstance(about, TensorStorageMetadata):
-            kind = about.properties.dtype
-            shape = StoredTensor(list(about.size), str(kind), kind.is_floating_point)
-            found[name.removeprefix("model.")] = shape
+    for name, about in _weights(index).items():
+        kind = about.properties.dtype
+        found[name] = StoredTensor(list(about.size), str(kind), kind.is_floating_point)
     return found
+
+
+def _weights(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {
+        name.removeprefix(_MODEL): about
+        for name, about in index.state_dict_metadata.items()
+        if name.startswith(_MODEL) and isinstance(about, TensorStorageMetadata)
+    }
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -3,7 +3,6 @@
 Weights of another model, or that are no numbers, would be evaluated like any others.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -45,12 +44,3 @@ def check_finite(weights: Mapping[str, Tensor | ShardedTensor]) -> None:
             # Unlike isfinite().all(), without a second table in memory.
             if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(part.detach())):
                 raise ValueError(f"{name} has values that are not finite")
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

@@ -55,6 +55,7 @@ def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
     names = {0: "users"} | ({1: "length"} if length else {})
     with torch.no_grad(), _quiet():
         program = torch.export.export(encoder, (histories, table), dynamic_shapes=shapes)
+        program.example_inputs = None  # else the file would hold the table
         torch.export.save(program, folder / TORCH_PROGRAM)
         exported = torch.onnx.export(
             program,

@@ -36,11 +36,18 @@ def write_vectors(bert: BERT4Rec, folder: Path) -> None:
 def write_items(catalog: Catalog, folder: Path) -> None:
     """Write original ids, titles and training counts in the order of the vectors.
 
-    Ids are numbers where they are whole numbers in the source.
+    Ids are numbers where they are whole numbers in the source. One block of rows at a time is text.
     """
     columns = {
-        "items": catalog.items.cast(catalog.item_type).to_pylist(),
-        "titles": catalog.titles.to_pylist(),
-        "train_counts": catalog.train_counts.tolist(),
+        "items": catalog.items.cast(catalog.item_type),
+        "titles": catalog.titles,
+        "train_counts": catalog.train_counts,
     }
-    (folder / ITEMS).write_text(json.dumps(columns, ensure_ascii=False), "utf-8")
+    with (folder / ITEMS).open("w", encoding="utf-8") as file:
+        for number, (name, column) in enumerate(columns.items()):
+            file.write(f'{", " if number else "{"}"{name}": [')
+            for low in range(0, len(column), _ROWS):
+                text = json.dumps(column[low : low + _ROWS].tolist(), ensure_ascii=False)
+                file.write((", " if low else "") + text[1:-1])
+            file.write("]")
+        file.write("}")

@@ -5,6 +5,7 @@ model = build_model(config, store.num_items, ranks, plan)    sharded, the seed's
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +13,18 @@ import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.distributed import Ranks, first_rank_first
+from model.distributed import Ranks
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
+from model.nodes import prepared_data, shared_arrays
 from model.settings.config import RunConfig
 from model.settings.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
-from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
 from pipeline.training.negatives import SharedNegatives
@@ -34,7 +35,7 @@ WHOLE_TABLE_BYTES = 4 << 30
 
 def prepared(config: RunConfig, ranks: Ranks) -> SequenceStore:
     """The prepared data, read by every rank; UserError if a host has other data than rank 0's."""
-    store = first_rank_first(ranks, lambda: prepare(config.data))
+    store = prepared_data(config.data, ranks)
     sizes = f"{store.num_items} items, {len(store.items)} ratings"
     about = [(store.catalog_fingerprint, sizes)] * ranks.world_size
     if ranks.world_size > 1:
@@ -54,20 +55,25 @@ def build_plain_model(
     ranks: Ranks,
     plan: ExecutionPlan | None = None,
     teachers: Teachers | None = None,
+    table_device: str = "",
 ) -> BERT4Rec:
-    """An unsharded model with the seed's initial weights, the same on every rank."""
+    """An unsharded model with the seed's initial weights, the same on every rank.
+
+    ``table_device``: by default "meta" if the sharding makes tables of this size, else "cpu".
+    """
     precision = config.sharding.table_precision
     model_config = ModelConfig(
         num_items, config.windows.max_len, config.encoder, config.head, precision
     )
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
+    is_sharded = config.sharding.mode == "dmp"
     return BERT4Rec(
         model_config,
         scored_slice(config, num_items, ranks),
         seed=config.loader.seed,
         plan=plan,
         teachers=teachers,
-        table_device="meta" if huge and config.sharding.mode == "dmp" else "cpu",
+        table_device=table_device or ("meta" if huge and is_sharded else "cpu"),
         left_only=config.mask.left_context_share == 1,
     )
 
@@ -113,16 +119,16 @@ def train_loader(
         negatives=_negatives(config, store),
         all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
         shard_rows=block if plan.exchange == "all_to_all" else None,
+        shared=partial(shared_arrays, ranks),
     )
 
 
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:
     if config.head.loss == "softmax":
         return None
-    # Every count plus 1, so that an item without training ratings is drawn sometimes.
-    weights = store.train_item_counts[1:-1] + 1 if config.head.loss != "gbce" else None
+    train_counts = store.train_item_counts[1:-1] if config.head.loss != "gbce" else None
     count, seed = config.negatives.train_negatives, config.loader.seed
-    return SharedNegatives(count, store.num_items, seed, weights)
+    return SharedNegatives(count, store.num_items, seed, train_counts)
 
 
 def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:

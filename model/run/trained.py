@@ -12,10 +12,9 @@ from model.checkpoints.export import (
     WEIGHTS,
     Trained,
     check_exported,
-    load_checkpoint,
     load_exported,
 )
-from model.distributed import Ranks, raise_on_all
+from model.distributed import ALONE, Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run.build import (
@@ -133,14 +132,14 @@ class TrainedRun:
         if self._exported:
             recorded = read_config(self._exported)
             step, metrics = recorded.get("step", 0), recorded.get("metrics", {})
-            known = self.plain_model(), step, metrics, self._exported, self.folder
-            return Trained(*known, recorded.get("epoch", 0))
+            self._check_exported(self._exported, self._weightless_model(), ranks)
+            known = step, metrics, self._exported, self.folder, recorded.get("epoch", 0)
+            return Trained(self._tableless_model(), self._exported, *known)
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         checkpoints.check_fit(self._weightless_model(), step)
-        plain = build_plain_model(self.config, self._num_items, ranks)
-        loaded, epoch = load_checkpoint(checkpoints.path(step), plain), checkpoints.epoch(step)
-        return Trained(loaded, step, {}, self.folder, self.folder, epoch)
+        known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
+        return Trained(self._tableless_model(), checkpoints.path(step), *known)
 
     def check_users(self) -> None:
         """UserError unless the folder has the users' original ids."""
@@ -153,9 +152,8 @@ class TrainedRun:
         """The exported model, unsharded on CPU."""
         if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
-        alone = Ranks(0, 1, 1, torch.device("cpu"))
-        self._check_exported(self._exported, self._weightless_model(), alone)
-        model = build_plain_model(self.config, self._num_items, alone)
+        self._check_exported(self._exported, self._weightless_model(), ALONE)
+        model = build_plain_model(self.config, self._num_items, ALONE)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
@@ -163,6 +161,9 @@ class TrainedRun:
             )
         load_exported(self._exported, model)
         return model
+
+    def _tableless_model(self) -> BERT4Rec:
+        return build_plain_model(self.config, self._num_items, ALONE, table_device="meta")
 
     def _weightless_model(self) -> BERT4Rec:
         try:

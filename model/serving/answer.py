@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from model.distributed import Ranks, first_rank_first, from_first_rank
+from model.distributed import Ranks, from_first_rank
+from model.nodes import prepared_data
 from model.run.trained import TrainedRun
 from model.serving.config import RecommendFlags
 from model.serving.eligible import Eligible
@@ -20,7 +21,6 @@ from model.settings.config import EvalFlags
 from pipeline.errors import UserError
 from pipeline.files import open_regular
 from pipeline.preparation.catalog import Catalog
-from pipeline.preparation.prepare import prepare
 from pipeline.serving import histories as known
 from pipeline.serving.histories import KnownHistories, item_number
 from pipeline.sources.config import DataConfig
@@ -79,7 +79,7 @@ def histories_of(
             return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
         except UserError as error:
             raise UserError(str(error).replace("--dataset_path", "--histories")) from error
-    store = first_rank_first(ranks, lambda: prepare(run.config.data))
+    store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
     everyone = known.of_store(store)
     if flags.user is None:

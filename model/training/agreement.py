@@ -13,6 +13,7 @@ shows at which line of code each rank was waiting.
 
 import re
 import signal
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -94,8 +95,12 @@ class Agreement:
         if failed := failure_of_another_rank():
             return LostRankError(f"{failed}; earlier checkpoints are intact")
         when = f"for {self._timeout.total_seconds():g} s at step {step}"
+        started = time.monotonic()
         if silent := self._silent_ranks():
-            if GONE.search(text):
+            # The first rank to time out closes its connections: to the others it seems to have
+            # ended. A rank that has ended fails the barrier at once, a stuck one when time is up.
+            waited = time.monotonic() - started >= _BARRIER_TIMEOUT.total_seconds()
+            if GONE.search(text) and not waited:
                 return LostRankError(f"another rank ended at step {step}; {advice}")
             return LostRankError(f"no answer from {silent} {when}: it is stuck; {advice}")
         # All ranks are alive: the first to time out closed its connections to the others.

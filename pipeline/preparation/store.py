@@ -86,12 +86,15 @@ class SequenceStore:
         return cls(items, offsets, num_items)
 
     @classmethod
-    def open(cls, path: str | Path) -> "SequenceStore":
-        """Memory-map a store's folder, after checking every file against the manifest."""
+    def open(cls, path: str | Path, check: bool = True) -> "SequenceStore":
+        """Memory-map a store's folder, after checking every file against the manifest.
+
+        Without ``check``, another process of this host has just done so.
+        """
         path = Path(path)
         manifest = _read_manifest(path)
         for name, recorded in manifest["files"].items():
-            if name != _TIMES:
+            if check and name != _TIMES:
                 _check(path / name, recorded)
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
         store = cls(items, offsets, **{name: manifest[name] for name in _FIELDS}, path=path)

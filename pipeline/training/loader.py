@@ -52,6 +52,7 @@ class TrainLoader:
             have the same number of positions, rows and masked positions on all ranks.
         shard_rows: rows of a rank's shard of the item table, to count the slots of each step
             (slots.py); needs ``all_sizes``.
+        shared: of arrays that are the same on all ranks; they may be made once for several.
 
     Raises:
         UserError: there is no window to train on.
@@ -70,8 +71,9 @@ class TrainLoader:
         negatives: SharedNegatives | None = None,
         all_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
         shard_rows: int | None = None,
+        shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
-        table = WindowTable.build(store, windows)
+        table = WindowTable(*shared(lambda: WindowTable.build(store, windows).arrays()))
         if len(table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
         self.num_windows = len(table)

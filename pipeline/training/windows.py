@@ -37,6 +37,10 @@ class WindowTable:
     def __len__(self) -> int:
         return len(self.start)
 
+    def arrays(self) -> list[np.ndarray]:
+        """``start`` and ``end``."""
+        return [self.start, self.end]
+
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
         """Cut all users' training parts."""

@@ -56,7 +56,10 @@ def cases(folder: Path) -> Iterator[tuple[str, int, list[str]]]:
     yield "a run folder of each host", 2, [good, "--run_dir=own"]
     Path("ratings.csv").write_text(ONE_USER + f"1,{4 + int(os.environ['RANK'])},4\n")
     caches = f"--cache_dir={Path.cwd()}"
+    here = {name: os.environ[name] for name in ("GROUP_RANK", "LOCAL_RANK")}
+    os.environ |= {"GROUP_RANK": os.environ["RANK"], "LOCAL_RANK": "0"}  # each rank is a host
     yield "other ratings on each host", 2, ["--dataset_path=ratings.csv", caches]
+    os.environ |= here
     yield "more ranks than users", 0, [good]
     yield "more rows than there are", 0, [good, "--train_batch_size=100000"]
 

@@ -7,7 +7,10 @@ global batches of 8 windows, whatever the number of ranks; every epoch's last on
 window, so that one of two ranks gets a filler row.
 """
 
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,11 +21,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
-from model.distributed import Ranks, exit_rank, start
+from model.checkpoints import export as export_module
+from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.export import WEIGHTS, Trained
+from model.checkpoints.position import Position
+from model.checkpoints.safe_reader import SafeReader
+from model.checkpoints.weights_file import Part, WeightsFile
+from model.distributed import ALONE, Ranks, exit_rank, from_first_rank, start
 from model.evaluation import catalog_scores
 from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.users import encode
@@ -329,6 +339,53 @@ def scores(ranks: Ranks) -> torch.Tensor:
         return encode(bert, batch).hidden.double() @ rows.double().T
 
 
+@dataclass
+class Copied:
+    """Weights in an export, offsets and shapes of the table's parts, and parts held at once."""
+
+    weights: dict[str, torch.Tensor]
+    parts: list[tuple[tuple[int, ...], list[int]]]
+    held: int
+
+
+def exported(ranks: Ranks) -> dict[str, Copied]:
+    """The seed's initial weights, saved by all ranks and exported by the first one."""
+    found, folder = {}, Path(from_first_rank(ranks, tempfile.mkdtemp))
+    for name, sharding in WAYS.items():
+        config = config_of(sharding, ranks)
+        built = Built.of(config, ranks)
+        checkpoints = Checkpoints(folder / name, ranks)
+        if ranks.is_first:
+            (folder / name).mkdir()
+        assert checkpoints.save(built.model, built.optimizers(), Position(step=1))
+        if ranks.is_first:
+            plain = build_plain_model(config, NUM_ITEMS, ALONE, table_device="meta")
+            trained = Trained(plain, checkpoints.path(1), 1, {}, folder, folder)
+            found[name] = copied(trained, folder / name)
+    if ranks.is_first:
+        shutil.rmtree(folder)
+    return found
+
+
+def copied(trained: Trained, folder: Path) -> Copied:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    parts, held, read, put = [], [], SafeReader._read, WeightsFile.put
+
+    def reading(*given: Any) -> torch.Tensor:
+        alive.append(weakref.ref(part := read(*given)))
+        held.append(sum(each() is not None for each in alive))
+        return part
+
+    def putting(file: WeightsFile, part: Part) -> None:
+        if part.name.startswith("embeddings."):
+            parts.append((part.offsets, list(part.values.shape)))
+        put(file, part)
+
+    with patch.object(SafeReader, "_read", reading), patch.object(WeightsFile, "put", putting):
+        export_module._copy_weights(trained, folder)
+    return Copied(load_file(folder / WEIGHTS), parts, max(held))
+
+
 # 21 items are few even for these batches.
 @patch("model.run.execution.ITEMS_A_POSITION", 0)
 def answers(ranks: Ranks) -> dict[str, Any]:
@@ -339,6 +396,7 @@ def answers(ranks: Ranks) -> dict[str, Any]:
         "at_factor": at_factor(ranks),
         "evaluation": evaluation(ranks),
         "measured": measured(ranks),
+        "exported": exported(ranks),
         "scores": scores(ranks) if ranks.world_size == 1 else None,
     }
 
