@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from model import distributed
-from model.distributed import Ranks, failure_of_another_rank, run_script, start
+from model.distributed import LostRankError, Ranks, failure_of_another_rank, run_script, start
 from model.run import script
 from model.training.agreement import NOTHING, STOP, Agreement
 from pipeline.errors import UserError
@@ -41,6 +41,36 @@ def test_the_first_failure_is_told_by_the_others(
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
+
+
+@pytest.mark.parametrize("lost", [CLOSED, LostRankError("rank 1 failed: no file")])
+def test_a_line_that_its_rank_has_printed_is_not_repeated(
+    one_rank: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lost: Exception,
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pipeline.errors.time.sleep", lambda _: None)
+    assert ends(UserError("no file"), monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": rank 1: no file\n")
+    monkeypatch.setenv("RANK", "0")
+    assert ends(lost, monkeypatch) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_of_a_rank_on_another_host_is_repeated(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_PRINTED", "printed on another host")
+    assert ends(UserError("no file"), monkeypatch) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    capsys.readouterr()
+    assert ends(CLOSED, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": rank 0 failed: no file\n")
 
 
 @pytest.mark.parametrize("where", [{"WORLD_SIZE": "x"}, {}])

@@ -13,6 +13,8 @@ metadata and config.json name the same step and fingerprint of the weights.
 
 import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,7 +34,7 @@ from model.checkpoints.manifest import DamagedError
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit, fingerprint
 from model.programs.folder import PROGRAM_FILES, write_programs
-from pipeline.errors import UserError
+from pipeline.errors import UserError, remedy
 from pipeline.files import (
     clear,
     open_regular,
@@ -47,6 +49,7 @@ from pipeline.preparation.catalog import FILES, Catalog
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FLOATING = ("F16", "BF16", "F32", "F64")
 _ASIDE = ".export.part"
+_OS_ERROR = re.compile(r"os error (\d+)")
 # Key of the metadata; one, because safetensors writes several in random order.
 _TIE = "trained"
 
@@ -124,8 +127,8 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
             _replace(folder, aside)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}; make room, then: "
-            f"python export.py --checkpoint {trained.users} --output {folder}"
+            f"{folder} cannot be written: {error.strerror or error}; "
+            + remedy(error, f"python export.py --checkpoint {trained.users} --output {folder}")
         ) from error
 
 
@@ -163,7 +166,9 @@ def _aside(folder: Path) -> Iterator[Path]:
 def _save(weights: dict[str, torch.Tensor], folder: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(weights, folder / WEIGHTS, metadata)
-    except SafetensorError as error:  # such as a full disk
+    except SafetensorError as error:  # such as a full disk: "... (os error 28)"
+        if found := _OS_ERROR.search(str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
         raise OSError(errno.EIO, str(error)) from error
 
 

@@ -109,8 +109,8 @@ class Trainer:
             self.log.say(f"ended after step {self.position.step} (--max_steps)")
         elif not self.position.best_step:
             raise UserError(
-                "no checkpoint of an evaluated model could be written: make room, then go on with "
-                "--resume auto"
+                "no checkpoint of an evaluated model could be written: mend what the warnings "
+                "name, then go on with --resume auto"
             )
         return self.position
 
