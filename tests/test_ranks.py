@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import NoReturn
 
 import pytest
 
@@ -107,6 +108,21 @@ def test_a_failure_is_stored_for_the_others(
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     assert ends(error, monkeypatch) == code
     assert failure_of_another_rank() == stored
+
+
+def test_torch_prints_no_stack_traces_about_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its C++ does above the line of the rank that goes on; read when torch is loaded."""
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(script, "_prepare_streams", lambda: None)
+    levels = []
+
+    def read_flags() -> NoReturn:
+        levels.append(os.environ.get("TORCH_CPP_LOG_LEVEL"))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        script.start_script(read_flags, print)
+    assert levels == ["ERROR"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

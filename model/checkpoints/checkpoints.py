@@ -206,6 +206,11 @@ class Checkpoints:
     def best_step(self) -> int:
         """Step of the best checkpoint; called on all ranks; UserError without a good one."""
         best = from_first_rank(self.ranks, self._best_step)
+        self.check_bytes(best)
+        return best
+
+    def check_bytes(self, best: int) -> None:
+        """UserError if the best checkpoint was altered since it was written; on all ranks."""
         try:
             self._verified(self.path(best))
         except DamagedError as error:
@@ -213,7 +218,6 @@ class Checkpoints:
                 f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
                 "training by --resume auto, or restore it"
             ) from error
-        return best
 
     def _best_step(self) -> int:
         best = 0
@@ -223,7 +227,7 @@ class Checkpoints:
                 break
         if not best:
             raise UserError(
-                f"{self.run_dir} has no checkpoint yet: train until the first evaluation"
+                f"{self.run_dir} has no evaluated model yet: train until the first evaluation"
             )
         return best
 

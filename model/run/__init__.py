@@ -3,7 +3,7 @@
     config, flags, recipes   all flags, the command line made of them, flags to start from
     script                   runs a script: flags first, then the slow imports
     folder, trained          the folder of a run; the trained model in one, or an exported model
-    schedule                 learning rates that change when a run is resumed
+    resumed                  learning rates and other flags that change when a run is resumed
     board                    what TensorBoard shows of a run and of a result
     protocol                 how a run is evaluated: what is decided and recorded
     execution, build         decides how a run is executed; builds model, loader, evaluator
