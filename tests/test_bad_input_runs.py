@@ -226,7 +226,7 @@ def test_an_invalid_position(run_main: RunMain, train: Train, run_dir: Path) -> 
     rewrite_manifests(run_dir, lambda content: content["position"].update(steps=1))
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
-    assert_one_line(outcome, "eval", f"{run_dir} has no checkpoint yet")
+    assert_one_line(outcome, "eval", f"{run_dir} has no evaluated model yet")
     assert "its position is invalid" in train(run_dir, "--resume=auto").err
 
 
