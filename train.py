@@ -74,7 +74,7 @@ def _train(
     from model.run.execution import for_device, plan_execution
     from model.run.folder import RunFolder, check_run_dir, recorded, versions
     from model.run.measure import measure
-    from model.run.schedule import changed_rates
+    from model.run.resumed import changed_flags, changed_rates
     from model.run.trained import load_teachers
     from model.settings.fitting import Machine, fitted
     from model.settings.protocol import with_seen
@@ -118,8 +118,8 @@ def _train(
     if position.step and ranks.is_first:
         about = read_manifest(checkpoints.path(position.step))
         rates = changed_rates(about, config, plan.table_optimizer, position, loader.num_samples)
-        if rates:
-            warn(rates)
+        for line in filter(None, (rates, changed_flags(about, config, position))):
+            warn(line)
     folder.record({"shards": shards, **asdict(plan)})
 
     validator = None
@@ -152,6 +152,7 @@ def _train(
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
             return {}
+        checkpoints.check_bytes(best_step)
         checkpoints.load_weights(model, best_step)
         best = {"step": best_step, "epoch": checkpoints.epoch(best_step)}
         results = {}

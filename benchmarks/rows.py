@@ -45,8 +45,8 @@ class Row:
         if self.evaluates:
             # Nothing is learned: only the first evaluation writes a checkpoint.
             return [*flags, "--lr=0", f"--num_epochs={EVALUATIONS}", "--eval_every=1"]
-        # No evaluation before --max_steps ends the run.
-        flags += ["--num_epochs=100000", "--eval_every=100000"]
+        # No evaluation before --max_steps ends the run, whose checkpoint may need too much room.
+        flags += ["--num_epochs=100000", "--eval_every=100000", "--on_save_error=continue"]
         return [*flags, f"--max_steps={self.steps}", f"--log_every={self.log_every}"]
 
     @property

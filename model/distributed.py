@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import UserError, exit_with_message, say, warn
+from pipeline.errors import REMEDIES, UserError, exit_with_message, remedy, say, warn
 
 T = TypeVar("T")
 
 _FAILURE = "failure"  # the store's key of the first failure of a rank
+_PRINTED = f"printed on {socket.gethostname()}"  # its key once this host has shown a failure's line
 _starts = 0  # calls of `start` in this process
 
 # Warnings of libraries about their own code, shown at every start; they would hide ours.
@@ -38,8 +39,8 @@ _WARNINGS = (
     (UserWarning, "Multiple backends are registered with this ProcessGroup"),
     (UserWarning, r"(?s).*\[FBGEMM_GPU\] NOTE: The training optimizer 'adam'"),
 )
-# A full disk, a quota, a read-only disk.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Only a write fails so.
+_OF_WRITING = REMEDIES.keys() - {errno.EACCES, errno.EPERM}
 _NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array is too big", re.I)
 # Messages of gloo and NCCL when another rank has ended, to explain an error to the user.
 GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
@@ -209,6 +210,18 @@ def _tell_other_ranks(reason: str) -> None:
         _store().compare_set(_FAILURE, "", f"rank {dist.get_rank()} failed: {reason}")
 
 
+def _note_printed() -> None:
+    """Ranks that fail as a consequence need not repeat the line of the cause."""
+    with suppress(RuntimeError, ValueError):
+        _store().set(_PRINTED, "")
+
+
+def _is_printed() -> bool:
+    with suppress(RuntimeError, ValueError):
+        return _store().check([_PRINTED])
+    return False
+
+
 def _store() -> dist.Store:
     # Private: the only way to the store of the default group.
     return dist.distributed_c10d._get_default_store()
@@ -253,15 +266,17 @@ def run_script(main: Callable[[], object]) -> None:
         exit_rank(int(end.code or 0))
     except Exception as error:
         message = _users_to_fix(error)
-        if _has_other_ranks() and not isinstance(error, LostRankError):
-            if message is None and GONE.search(str(error)):
-                message = failure_of_another_rank() or "another rank ended: see its error"
-            else:
-                _tell_other_ranks(message or f"{type(error).__name__}: {error}")
+        is_lost = message is None and GONE.search(str(error))
+        if _has_other_ranks() and (is_lost or isinstance(error, LostRankError)):
+            if _is_printed():
+                os._exit(2)
+            message = message or failure_of_another_rank() or "another rank ended: see its error"
+        elif _has_other_ranks():
+            _tell_other_ranks(message or f"{type(error).__name__}: {error}")
         if message is None:
             say(traceback.format_exc().rstrip(), sys.stderr)
             os._exit(1)
-        exit_with_message(message)
+        exit_with_message(message, _note_printed)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -277,9 +292,9 @@ def _users_to_fix(error: Exception) -> str | None:
             f"not enough memory ({reason}): lower --train_batch_size, --max_len, --emb_dim or "
             "--val_batch_size, or use more ranks"
         )
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in _OF_WRITING:
         what = error.filename or "output"
-        return f"{what} cannot be written: {error.strerror}; make room, then try again"
+        return f"{what} cannot be written: {error.strerror}; {remedy(error, 'try again')}"
     return None
 
 

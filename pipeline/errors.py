@@ -4,12 +4,21 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
 # The reader of a pipe, or the terminal, has ended.
 _NO_READER = (errno.EPIPE, errno.EIO)
+# What lets a file be written again; of another failure, such as EIO, the cause alone is told.
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+}
 
 
 class UserError(ValueError):
@@ -39,11 +48,22 @@ def warn(text: str) -> None:
     say(f"warning: {printable(text)}", sys.stderr)
 
 
-def exit_with_message(message: str) -> NoReturn:
+def remedy(error: BaseException | None, then: str) -> str:
+    """``then``, after what to do about the cause: "make room, then <then>"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    first = None if error is None else REMEDIES.get(error.errno or 0)
+    return f"{first}, then {then}" if first else then
+
+
+def exit_with_message(message: str, printed: Callable[[], None] = lambda: None) -> NoReturn:
     """Print one line on stderr and end this process with exit code 2.
 
     Usually all ranks fail in the same way: only rank 0 prints at once. The others wait for torchrun
     to end them, and print if it does not, because then rank 0 did not fail.
+
+    Args:
+        printed: called after the line is printed.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:
@@ -51,4 +71,5 @@ def exit_with_message(message: str) -> NoReturn:
         message = f"rank {rank}: {message}"
     with suppress(OSError):  # the exit code tells it too
         say(f"{Path(sys.argv[0]).name}: {printable(message)}", sys.stderr)
+    printed()
     os._exit(2)

@@ -132,6 +132,11 @@ def remove_folder(folder: Path) -> None:
         clear(_move_away(folder))
 
 
+def remove_old(folder: Path) -> None:
+    """Delete what a writer that was killed after `publish` has left of the previous `folder`."""
+    clear(_old_of(folder))
+
+
 def remove_leftovers(parent: Path) -> None:
     """Delete what killed writers in `parent` did not finish."""
     for leftover in (*parent.glob(".*.part"), *parent.glob(".*.old")):
@@ -139,9 +144,13 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _move_away(folder: Path) -> Path:
-    old = folder.with_name(f".{folder.name}.old")
+    old = _old_of(folder)
     clear(old)
     return folder.rename(old)
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ All ranks of the tests are on CPU, also on a host with GPUs.
 """
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from model.checkpoints.manifest import describe_files
 from model.distributed import Ranks, start
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +159,17 @@ def torchrun(num_ranks: int, *command: str | Path, **more: object) -> Outcome:
     """``torchrun --standalone --nproc_per_node N ...``."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
     return run_process(*launch, *command, **more)
+
+
+def seal(folder: Path) -> None:
+    """Give an export that a test has changed the right checksums, as who knows the format can."""
+    path = folder / "checksums.json"
+    if path.exists():
+        listed = json.loads(path.read_text())
+        found = {
+            name: about for each in listed for name, about in describe_files(folder, each).items()
+        }
+        path.write_text(json.dumps(found))
 
 
 def whole_and_in_parts(

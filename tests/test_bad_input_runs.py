@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from model.checkpoints import manifest
-from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, torchrun
+from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, seal, torchrun
 
 HEAD = "user,item,time\n"
 RATINGS = HEAD + "".join(f"{u},{u + i},{i}\n" for u in range(5) for i in range(4))
@@ -50,6 +50,7 @@ def run_dir(workplace: Path, tmp_path: Path, train: Train) -> Path:
 def rewrite_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(change(config) or config))
+    seal(folder)
 
 
 def rewrite_manifests(run_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -225,7 +226,7 @@ def test_an_invalid_position(run_main: RunMain, train: Train, run_dir: Path) -> 
     rewrite_manifests(run_dir, lambda content: content["position"].update(steps=1))
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
-    assert_one_line(outcome, "eval", f"{run_dir} has no checkpoint yet")
+    assert_one_line(outcome, "eval", f"{run_dir} has no evaluated model yet")
     assert "its position is invalid" in train(run_dir, "--resume=auto").err
 
 

@@ -225,7 +225,7 @@ def test_eval_of_a_run_without_checkpoint(run_main: RunMain, copied: Path, cache
     for name in ("checkpoints", "model"):
         shutil.rmtree(copied / name, ignore_errors=True)
     outcome = run_main("eval", "--checkpoint", copied, f"--cache_dir={cache_dir}")
-    assert_one_line(outcome, "eval", f"{copied} has no checkpoint yet")
+    assert_one_line(outcome, "eval", f"{copied} has no evaluated model yet")
 
 
 def test_eval_reports_a_result_that_cannot_be_written(

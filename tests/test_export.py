@@ -35,7 +35,7 @@ from model.settings.flags import build, flatten
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
-from tests.conftest import TINY, RunMain, assert_one_line
+from tests.conftest import TINY, RunMain, assert_one_line, seal
 
 STORE = SequenceStore.from_arrays([1, 2, 3, 3, 2, 1], [0, 3, 6], 3)
 SMALL = {"emb_dim": 4, "nhead": 1, "num_layers": 1, "max_len": 4}
@@ -97,6 +97,7 @@ def one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     def stored(_: Any) -> dict[str, StoredTensor]:
         return {k: StoredTensor([*v.shape], "", True) for k, v in shapes.items()}
 
+    monkeypatch.setattr(exporting, "verify", lambda checkpoint: None)
     monkeypatch.setattr(exporting, "SafeReader", Reader)
     monkeypatch.setattr(exporting, "stored_weights", stored)
 
@@ -166,7 +167,7 @@ def test_a_kill_leaves_the_old_model_the_new_one_or_none(
         if at % 5 == 0:  # the next export is whole, whatever was left
             export_step(tmp_path, 2, target)
             assert found(target) == (2, 2, 2, 2)
-            names = {"catalog.parquet", "config.json", "model.safetensors"}
+            names = {"catalog.parquet", "config.json", "model.safetensors", "checksums.json"}
             assert {path.name for path in target.iterdir()} == names
         at += 1
     assert at > 20
@@ -297,6 +298,25 @@ def test_a_target_that_cannot_be_written_is_found_before_training(
     assert not run_dir.exists()
 
 
+@pytest.mark.parametrize("target", ["checkpoints", "checkpoints/step-00000005", "results", "."])
+def test_folders_of_a_run_are_no_target(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, cache_dir: Path, target: str
+) -> None:
+    before = sorted(run_dir.rglob("*"))
+    flag = f"{run_dir / target} is {'the folder' if target == '.' else 'a folder'} of a run"
+    arguments = [f"--checkpoint={run_dir}", f"--output={run_dir / target}"]
+    assert_one_line(run_main("export", *arguments), "export", f"--output {flag}: choose another")
+    new = tmp_path / "new"  # of this run, which is not there yet, or of another one
+    for folder in (run_dir, new):
+        root = f"--export_root={folder / target}"
+        flags = [f"--cache_dir={cache_dir}", f"--run_dir={new}", root]
+        message = f"{str(folder / target).rstrip('.').rstrip('/')}"
+        outcome = run_main("train", *TINY, *flags)
+        assert_one_line(outcome, "train", f"--export_root {message}")
+        assert "of a run: choose another one" in outcome.err
+    assert sorted(run_dir.rglob("*")) == before and not new.exists()
+
+
 def test_another_run_s_model_is_no_target(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -359,6 +379,7 @@ def test_exported_weights_that_are_no_numbers(
     with exporting.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(weights, path, metadata)
+    seal(path.parent)
     for folder in (run_dir, run_dir / "model"):
         outcome = run_main("eval", f"--checkpoint={folder}")
         assert_one_line(outcome, "eval", f"{path} cannot be loaded ({name} ")

@@ -137,8 +137,9 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     [
         ("kill", r"another rank ended at step \d+; earlier checkpoints are intact: go on"),
         ("error", r"rank 1 failed: LookupError: a bug\\x1b\[2J; earlier checkpoints are intact$"),
+        ("mistake", r"^lost.py: rank 1: no such file$"),
     ],
-    ids=["killed", "failed"],
+    ids=["killed", "failed", "a UserError"],
 )
 def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(
     start: Start, monkeypatch: pytest.MonkeyPatch, how: str, told: str

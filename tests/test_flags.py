@@ -20,7 +20,7 @@ from pipeline.config import Config, flag
 from pipeline.errors import UserError
 from pipeline.sources.config import MOVIELENS
 from pipeline.sources.download import CHECKSUMS
-from tests.conftest import ROOT, TINY, RunMain, assert_one_line, environment
+from tests.conftest import ROOT, TINY, RunMain, assert_one_line, environment, seal
 
 # Every flag of TorchRec's examples/bert4rec/bert4rec_main.py that is about the model or the data.
 EXAMPLE_FLAGS = """
@@ -306,6 +306,7 @@ def rewrite_flags(folder: Path, **flags: Any) -> None:
         recorded["flags"].pop(name, None)
     recorded["flags"] |= {"num_negatives": 30, "negative_seed": 0, **flags}
     path.write_text(json.dumps(recorded))
+    seal(folder)
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_resumed_exported_and_teaches(

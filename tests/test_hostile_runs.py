@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.checkpoints import manifest
-from tests.conftest import TINY, Outcome, RunMain, assert_one_line
+from tests.conftest import TINY, Outcome, RunMain, assert_one_line, seal
 
 FLAGS = (*TINY, "--num_epochs=2")
 pytestmark = pytest.mark.timeout(60)  # for a hang
@@ -80,7 +80,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "bytes": lambda path: path.write_bytes(bytes(range(256))),
     "huge": sparse,
 }
-EXPORTED = ("config.json", "model.safetensors")
+EXPORTED = ("config.json", "model.safetensors", "checksums.json")
 CHECKPOINT = ("manifest.json", ".metadata", "__0_0.distcp")
 
 
@@ -183,6 +183,7 @@ def test_what_files_hold_reaches_no_device(
 def changed_catalog(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     path = folder / "catalog.parquet"
     pq.write_table(change(pq.read_table(path)), path)
+    seal(folder)
 
 
 CATALOGS: dict[str, Callable[[pa.Table], pa.Table]] = {
@@ -209,6 +210,7 @@ def test_a_model_folder_of_another_run(run_main: RunMain, run_dir: Path) -> None
     shutil.copytree(run_dir.with_name("exported"), run_dir / "model")
     path = run_dir / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ratings": "0123456789abcdef"}))
+    seal(run_dir / "model")
     outcome = run_main("eval", f"--checkpoint={run_dir}")
     refused(outcome, "eval")
     assert "was trained on other data" in outcome.err
@@ -266,6 +268,7 @@ def test_configs_of_an_export(run_main: RunMain, run_dir: Path, case: str) -> No
     config = json.loads(path.read_text())
     IMPOSSIBLE[case](config)
     path.write_text(json.dumps(config).replace("PIPE", str(exported / "pipe")))
+    seal(exported)
     outcome = run_main("eval", f"--checkpoint={exported}")
     if outcome.code:
         refused(outcome, "eval")

@@ -5,12 +5,13 @@ import signal
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch.distributed as dist
 
 from model import distributed
-from model.distributed import Ranks, failure_of_another_rank, run_script, start
+from model.distributed import LostRankError, Ranks, failure_of_another_rank, run_script, start
 from model.run import script
 from model.training import agreement
 from model.training.agreement import NOTHING, STOP, Agreement
@@ -48,6 +49,36 @@ def test_the_first_failure_is_told_by_the_others(
     assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
 
 
+@pytest.mark.parametrize("lost", [CLOSED, LostRankError("rank 1 failed: no file")])
+def test_a_line_that_its_rank_has_printed_is_not_repeated(
+    one_rank: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lost: Exception,
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("pipeline.errors.time.sleep", lambda _: None)
+    assert ends(UserError("no file"), monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": rank 1: no file\n")
+    monkeypatch.setenv("RANK", "0")
+    assert ends(lost, monkeypatch) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_of_a_rank_on_another_host_is_repeated(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_PRINTED", "printed on another host")
+    assert ends(UserError("no file"), monkeypatch) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    capsys.readouterr()
+    assert ends(CLOSED, monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": rank 0 failed: no file\n")
+
+
 @pytest.mark.parametrize("where", [{"WORLD_SIZE": "x"}, {}])
 def test_ranks_that_are_not_started_by_torchrun(
     no_cuda: None, monkeypatch: pytest.MonkeyPatch, where: dict[str, str]
@@ -82,6 +113,21 @@ def test_a_failure_is_stored_for_the_others(
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     assert ends(error, monkeypatch) == code
     assert failure_of_another_rank() == stored
+
+
+def test_torch_prints_no_stack_traces_about_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its C++ does above the line of the rank that goes on; read when torch is loaded."""
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    monkeypatch.setattr(script, "_prepare_streams", lambda: None)
+    levels = []
+
+    def read_flags() -> NoReturn:
+        levels.append(os.environ.get("TORCH_CPP_LOG_LEVEL"))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        script.start_script(read_flags, print)
+    assert levels == ["ERROR"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

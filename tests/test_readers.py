@@ -263,6 +263,39 @@ def test_mistakes_in_flags(tmp_path: Path, flags: dict[str, str], message: str) 
         read(file, **flags)
 
 
+QUOTED = b'u,i\n1,"a\n""b"\n2,"c" \n3,'
+
+
+@pytest.mark.parametrize(
+    ("field", "separator"),
+    [
+        (b'"a"b', b","),
+        (b'"a" b', b","),
+        (b'"a""b"c', b";"),
+        (b'"a"b"c"', b","),
+        (b'"a\nb"c', b","),
+        (b'""b', b";"),
+        (b'"a""b" "', b","),
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n4,x\n"])
+def test_text_after_a_closing_quotation_mark(
+    tmp_path: Path, field: bytes, separator: bytes, end: bytes
+) -> None:
+    """Arrow joins both parts: "a"b and ab would be one item."""
+    content = (QUOTED + field + end).replace(b",", separator)
+    path = write(tmp_path / "x.csv", content)
+    line = 5 + field.count(b"\n")
+    with pytest.raises(UserError, match=rf"x\.csv:{line}: text follows a closing quotation mark"):
+        read(path, columns="u,i", separator=separator.decode())
+
+
+def test_marks_that_close_at_the_end_of_a_field(tmp_path: Path) -> None:
+    rows = b'"a""b",1\n"c" ,3\nd"e"f,4\n"g,\n""h""","5"\n'
+    found = read(write(tmp_path / "x.csv", b"i,u\n" + rows), columns="u,i")
+    assert found == {"user": ["1", "3", "4", "5"], "item": ['a"b', "c", 'd"e"f', 'g,\n"h"']}
+
+
 def test_bad_line_is_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     file = write(tmp_path / "a.csv", HEADER + b"1,2,3,4\n" * 50 + b"1,2,bad,4\n" + b"1,2,3,4\n" * 9)

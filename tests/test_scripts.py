@@ -246,7 +246,8 @@ def test_eval_of_the_exported_model(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     names = {path.name for path in trained["export"].iterdir()}
-    assert names == {"catalog.parquet", "config.json", "model.safetensors", *PROGRAM_FILES}
+    own = {"catalog.parquet", "config.json", "model.safetensors", "checksums.json"}
+    assert names == own | {*PROGRAM_FILES}
     outcome = run_main("eval", "--checkpoint", trained["export"], "--cache_dir", cache_dir)
     assert outcome.code == 0, outcome.err
     assert_equal_results(read_result(trained["export"]), trained)

@@ -29,10 +29,10 @@ from model.evaluation.evaluate import evaluate
 from model.evaluation.users import EncodedUsers
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
-from model.serving import recommender as serving
+from model.serving import vectors as serving
 from model.serving.config import Choice, RecommendFlags
 from model.serving.output import check_output, row_writer
-from model.serving.recommender import Recommender
+from model.serving.recommender import _ONE_CALL, Recommender
 from model.serving.rows import ItemRows, Lists, UserRows
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
@@ -142,7 +142,7 @@ def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checked(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **options: Any) -> Any:
-            free.append(serving._ONE_CALL.acquire(blocking=False))
+            free.append(_ONE_CALL.acquire(blocking=False))
             return call(*args, **options)
 
         return wrapped
@@ -153,8 +153,8 @@ def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     recommender.user_vectors([["a"]])
     recommender.similar_to("a")
     assert free == [False] * 4
-    assert serving._ONE_CALL.acquire(blocking=False)
-    serving._ONE_CALL.release()
+    assert _ONE_CALL.acquire(blocking=False)
+    _ONE_CALL.release()
 
 
 def test_a_text_is_no_list_of_ids() -> None:

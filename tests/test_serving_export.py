@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoints import export as export_module
+from model.checkpoints.export import CHECKSUMS
+from model.checkpoints.manifest import describe_files
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.programs import vectors as vectors_module
@@ -25,6 +27,7 @@ from model.programs.exporters import item_table_name
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
 from model.programs.recommender import Recommender
+from pipeline.files import write_json
 from pipeline.preparation.catalog import Catalog
 from tests.conftest import run_process
 
@@ -66,6 +69,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported
     save_file(bert.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
     write_programs(bert, catalog, folder, "model.safetensors")
+    write_json(folder / CHECKSUMS, describe_files(folder, "*"))
     return Exported(bert, catalog, folder)
 
 
@@ -195,6 +199,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         titles = pa.array([f"The {name}" for name in names])
         catalog = Catalog(pa.array(names), titles, np.arange(len(names)) + 1, pa.array(["u"]))
         write_programs(bert, catalog, folder, "model.safetensors")
+        write_json(folder / CHECKSUMS, describe_files(folder, "*"))
         folders.append(folder)
     return folders[0], folders[1]
 
@@ -271,7 +276,9 @@ def test_an_export_is_replaced_while_it_serves(
     assert Recommender(small).items == ["661", "1193"] and not Recommender(small).outdated()
 
 
-@pytest.mark.parametrize("at", ["items.json", "item_vectors.npy", "config.json", "model.onnx"])
+@pytest.mark.parametrize(
+    "at", ["checksums.json", "items.json", "item_vectors.npy", "config.json", "model.onnx"]
+)
 def test_a_mixture_of_two_exports_is_not_read(
     small: Path, replace_small: Callable[[], None], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:

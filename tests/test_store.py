@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def test_failed_build_leaves_nothing_and_keeps_an_older_store(tmp_path: Path) ->
     with pytest.raises(UserError, match="bad line"):
         open_or_build(tmp_path / "s", {"v": 2}, fail)
     assert SequenceStore.open(tmp_path / "s").fingerprint == {"v": 1}
+
+
+def test_what_a_killed_writer_left_of_an_older_store_is_deleted(tmp_path: Path) -> None:
+    for version in (1, 2):
+        open_or_build(tmp_path / "s", {"v": version}, small_store)
+    shutil.copytree(tmp_path / "s", tmp_path / ".s.old")  # killed after the rename
+    assert open_or_build(tmp_path / "s", {"v": 2}, lambda: pytest.fail("built")).num_items
+    assert {each.name for each in tmp_path.iterdir()} == {"s", ".s.lock"}
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from model.training.agreement import NOTHING, SAVE, TIMED_OUT, Agreement
 from model.training.config import TrainingConfig
 from model.training.progress import HostThrottle
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain
+from tests.conftest import TINY, RunMain, assert_one_line
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,28 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(
         run_dir = tmp_path / str(steps)
         outcome = run_main("train", *flags, f"--max_steps={steps}", f"--run_dir={run_dir}")
         assert outcome.code == 0, outcome.err
-        assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps)"
+        assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps), saved"
         expected = lines_of(tmp_path / "whole")[:steps]
         found = lines_of(run_dir)
         assert [line["step"] for line in found] == list(range(1, steps + 1))
         for name in ("epoch", "loss", "lr"):
             assert [line[name] for line in found] == [line[name] for line in expected]
-        assert not list(run_dir.glob("checkpoints/*")) and not (run_dir / "model").exists()
+        assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step-{steps:08d}"]
+        assert not (run_dir / "model").exists()
+        message = f"{run_dir} has no evaluated model yet: train until the first evaluation"
+        assert_one_line(run_main("eval", f"--checkpoint={run_dir}"), "eval", message)
+        # Nothing is lost: it goes on as if it had not ended, and saves no step twice.
+        again = [*flags, f"--run_dir={run_dir}", "--resume=auto"]
+        outcome = run_main("train", *again, f"--max_steps={steps}")
+        assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps)"
+        assert run_main("train", *again).code == 0
+        curves = [
+            [(each["step"], each.get("loss")) for each in lines_of(folder)]
+            for folder in (run_dir, tmp_path / "whole")
+        ]
+        assert curves[0] == curves[1]
+        weights = [tmp_path / each / "model" / "model.safetensors" for each in ("whole", run_dir)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_max_steps_after_an_evaluation_leaves_its_model(
@@ -177,7 +192,8 @@ def test_max_steps_after_an_evaluation_leaves_its_model(
     flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"]
     outcome = run_main("train", *flags, "--max_steps=6")
     assert outcome.code == 0, outcome.err
-    assert [path.name for path in tmp_path.glob("checkpoints/step-*")] == ["step-00000005"]
+    names = sorted(path.name for path in tmp_path.glob("checkpoints/step-*"))
+    assert names == ["step-00000005", "step-00000006"]
     assert (tmp_path / "eval_test.json").exists() and (tmp_path / "model").exists()
 
 

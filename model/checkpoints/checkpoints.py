@@ -32,7 +32,7 @@ from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
 from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
-from pipeline.errors import UserError
+from pipeline.errors import UserError, remedy
 from pipeline.files import aside_of, clear, remove_folder
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -133,7 +133,8 @@ class Checkpoints:
                 reason = f"{self._final} cannot be written: {_cause(error)}"
             message = f"{reason}; earlier checkpoints are intact"
             if self.config.on_save_error == "stop":
-                raise UserError(f"{message}; make room, then go on with --resume auto") from error
+                then = remedy(_innermost(error), "go on with --resume auto")
+                raise UserError(f"{message}; {then}") from error
             self.ranks.warn(f"{message}, training goes on")
             return False
         return True
@@ -205,6 +206,11 @@ class Checkpoints:
     def best_step(self) -> int:
         """Step of the best checkpoint; called on all ranks; UserError without a good one."""
         best = from_first_rank(self.ranks, self._best_step)
+        self.check_bytes(best)
+        return best
+
+    def check_bytes(self, best: int) -> None:
+        """UserError if the best checkpoint was altered since it was written; on all ranks."""
         try:
             self._verified(self.path(best))
         except DamagedError as error:
@@ -212,7 +218,6 @@ class Checkpoints:
                 f"{self.path(best)}, the best model of this run, is damaged: {error}; go on with "
                 "training by --resume auto, or restore it"
             ) from error
-        return best
 
     def _best_step(self) -> int:
         best = 0
@@ -222,7 +227,7 @@ class Checkpoints:
                 break
         if not best:
             raise UserError(
-                f"{self.run_dir} has no checkpoint yet: train until the first evaluation"
+                f"{self.run_dir} has no evaluated model yet: train until the first evaluation"
             )
         return best
 
@@ -283,10 +288,15 @@ def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str,
     return {"model": model.state_dict(), "optimizer": optimizers.combined.state_dict()}
 
 
+def _innermost(error: BaseException) -> BaseException:
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        return next(iter(error.failures.values()))[0]
+    return error
+
+
 def _cause(error: BaseException) -> str:
     """The first line of the innermost error's message."""
-    if isinstance(error, dcp.api.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    error = _innermost(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, pickle.UnpicklingError):  # torch's message tells how to run its code

@@ -6,6 +6,7 @@ exported/
     catalog.parquet      original id and title of each item
     users.parquet        original ids of the users, only with --with_users
     model.onnx ...       what serves it, if asked for (model/programs)
+    checksums.json       size and CRC-32 of each of these files; whatever reads one checks it
 
 A folder holds a model once it holds model.safetensors, which is removed first and written last. Its
 metadata and config.json name the same step and fingerprint of the weights.
@@ -25,12 +26,17 @@ from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 from model.bert4rec import BERT4Rec
-from model.checkpoints.manifest import DamagedError
+from model.checkpoints.manifest import (
+    DamagedError,
+    check_file,
+    describe_files,
+    verify,
+)
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit
 from model.checkpoints.weights_file import Part, WeightsFile, row_blocks
 from model.programs.folder import PROGRAM_FILES, write_programs
-from pipeline.errors import UserError
+from pipeline.errors import UserError, remedy
 from pipeline.files import (
     clear,
     open_regular,
@@ -42,11 +48,13 @@ from pipeline.files import (
 )
 from pipeline.preparation.catalog import FILES, Catalog
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "checksums.json"
 _FLOATING = ("F16", "BF16", "F32", "F64")
 _ASIDE = ".export.part"
 # Key of the metadata; one, because safetensors writes several in random order.
 _TIE = "trained"
+_TIED = ("step", "fingerprint")
+_SEALED = "sealed"  # in the metadata: there are checksums
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,11 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
+            check_catalog(trained.folder)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
             config |= _copy_weights(trained, aside) | {"metrics": trained.metrics}
             if trained.epoch:
                 config["epoch"] = trained.epoch
-            write_json(aside / CONFIG, config)
             Catalog.copy(trained.folder, aside, trained.users if with_users else None)
             if with_programs:
                 with safe_open(aside / WEIGHTS, framework="pt") as file:
@@ -99,12 +107,14 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
                     mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 trained.plain.load_state_dict(mapped, assign=True)
                 write_programs(trained.plain, catalog, aside, WEIGHTS)
+            write_json(aside / CONFIG, config)
+            write_json(aside / CHECKSUMS, describe_files(aside, "*"))
             sync_files(aside)
             _replace(folder, aside)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}; make room, then: "
-            f"python export.py --checkpoint {trained.users} --output {folder}"
+            f"{folder} cannot be written: {error.strerror or error}; "
+            + remedy(error, f"python export.py --checkpoint {trained.users} --output {folder}")
         ) from error
 
 
@@ -115,7 +125,7 @@ def check_target(folder: Path) -> None:
         probe = (aside / WEIGHTS).replace(folder / f"{_ASIDE}.probe")
         probe.unlink()
         sync(folder)
-    for name in (WEIGHTS, CONFIG, *FILES, *PROGRAM_FILES):
+    for name in (WEIGHTS, CONFIG, CHECKSUMS, *FILES, *PROGRAM_FILES):
         if (folder / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
 
@@ -143,15 +153,19 @@ def _copy_weights(trained: Trained, folder: Path) -> dict[str, Any]:
     """Write the weights; what ties config.json to them."""
     shapes = trained.plain.state_dict()
     tie = {"step": trained.step, "fingerprint": "0" * 16}
-    with WeightsFile(folder / WEIGHTS, shapes, {_TIE: json.dumps(tie)}) as file:
+    with WeightsFile(folder / WEIGHTS, shapes, _metadata(tie)) as file:
         if (trained.weights / WEIGHTS).exists():
             for part in _exported_parts(trained.weights, shapes):
                 file.put(part)
         else:
             _copy_checkpoint(trained.weights, shapes, file.put)
         tie["fingerprint"] = file.fingerprint()
-        file.replace_metadata({_TIE: json.dumps(tie)})
+        file.replace_metadata(_metadata(tie))
     return tie
+
+
+def _metadata(tie: Mapping[str, Any]) -> dict[str, str]:
+    return {_TIE: json.dumps({**tie, _SEALED: True})}
 
 
 def _copy_checkpoint(
@@ -163,6 +177,7 @@ def _copy_checkpoint(
 
     try:
         reader = SafeReader(checkpoint)
+        verify(checkpoint)
         check_fit(stored_weights(reader.index), shapes)
         reader.copy_parts(checked)
     except (DamagedError, ValueError) as error:
@@ -170,6 +185,9 @@ def _copy_checkpoint(
 
 
 def _exported_parts(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Iterator[Part]:
+    if (folder / CHECKSUMS).exists():
+        with _loading(folder):
+            _check_bytes(folder, WEIGHTS)
     with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
         for name, whole in shapes.items():
             stored = weights.get_slice(name)
@@ -205,8 +223,8 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
         config: the content of the folder's config.json.
 
     Returns:
-        The training step of the weights; None if an earlier version exported them, whose
-        metadata do not name it.
+        The training step of the weights; None if an earlier version exported them, without
+        checksums.
     """
     with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
         slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
@@ -216,18 +234,49 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
         }
         check_fit(stored, plain.state_dict())
         tie = json.loads((weights.metadata() or {}).get(_TIE, "{}"))
-        for name in ("step", "fingerprint"):
+        if unknown := tie.keys() - {*_TIED, _SEALED}:
+            raise ValueError(f"its metadata have {min(unknown)!r}")
+        for name in _TIED:
             found, wanted = tie.get(name), config.get(name)
             if found != wanted:
                 raise ValueError(f"its {name} is {found}, that of {CONFIG} {wanted}")
-        return tie["step"] if {"step", "fingerprint"} <= tie.keys() else None
+        if not tie.get(_SEALED):
+            return None
+        _check_bytes(folder, CONFIG)
+        return tie["step"]
 
 
-def load_exported(folder: Path, model: nn.Module) -> None:
+def check_catalog(folder: Path) -> None:
+    """UserError if the catalog of an export was altered; a run folder has no checksums."""
+    if not (folder / CHECKSUMS).exists():
+        return
+    for name in (each for each in FILES if (folder / each).exists()):
+        try:
+            _check_bytes(folder, name)
+        except (DamagedError, OSError, ValueError) as error:
+            raise UserError(f"{folder / name} cannot be used ({error}): export it again") from error
+
+
+def _check_bytes(folder: Path, name: str) -> None:
+    """DamagedError, OSError or ValueError unless a file of an export has its checksum."""
+    checksums = read_json(folder / CHECKSUMS)
+    try:
+        check_file(folder, name, checksums[name])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{CHECKSUMS} does not have {name}") from error
+
+
+def load_exported(folder: Path, model: nn.Module, checks_bytes: bool = True) -> None:
     """Load checked weights into a model, plain or sharded; each rank reads only its own rows.
 
     A UserError may be raised on some ranks only.
+
+    Args:
+        checks_bytes: read the whole file first; one rank of each host does.
     """
+    if checks_bytes and (folder / CHECKSUMS).exists():
+        with _loading(folder):
+            _check_bytes(folder, WEIGHTS)
     with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
         loaded = model.state_dict()
         for name, tensor in loaded.items():

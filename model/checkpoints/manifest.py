@@ -11,6 +11,7 @@ import os
 import re
 import reprlib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,19 @@ def verify(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
     """The manifest, after a check of a part of the other files; raises like ``read_manifest``."""
     content = read_manifest(folder)
     for name, expected in sorted(content["files"].items())[part]:
-        check_size(folder, name, expected["size"])
-        try:
-            found = _describe(folder / name)
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
-        if found != {key: expected[key] for key in _ABOUT}:
-            raise DamagedError(f"{name} was altered: its checksum differs")
+        check_file(folder, name, expected)
     return content
+
+
+def check_file(folder: Path, name: str, expected: Mapping[str, int]) -> None:
+    """DamagedError unless a file of ``folder`` is as :func:`describe_files` found it."""
+    check_size(folder, name, expected["size"])
+    try:
+        found = _describe(folder / name)
+    except OSError as error:
+        raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
+    if found != {key: expected[key] for key in _ABOUT}:
+        raise DamagedError(f"{name} was altered: its checksum differs")
 
 
 def check_size(folder: Path, name: str, expected: int) -> None:

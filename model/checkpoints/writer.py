@@ -76,11 +76,11 @@ class CheckpointWriter:
             if self._ranks.is_first:
                 outcome |= describe_files(aside, ".metadata")
         except OSError as error:
-            outcome = {"error": str(error)}
+            outcome = {"error": (error.errno, error.strerror or str(error))}
         outcomes: list[dict[str, Any]] = [{}] * self._ranks.world_size
         dist.all_gather_object(outcomes, outcome, group=self._group)
         if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise OSError(failures[0])
+            raise OSError(*failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
 
 

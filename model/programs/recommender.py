@@ -3,37 +3,29 @@
     from recommender import Recommender
     Recommender("exported").recommend([["1193", "661"], ["2571"]], k=10)
 
-    python exported/recommender.py --history 1193,661,914 --k 10
-
-Reads model.onnx (with model.safetensors), item_vectors.npy, items.json and config.json.
-Several threads may call it. Item ids are spelled as in items.json, whole numbers as text or int.
-
-Shapes: B users, L items of the longest history, V items, C items of a part, D width.
+Several threads may call it. Ids are spelled as in items.json, whole numbers as text or int.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-_PART, _USERS = 1 << 18, 64  # items and users that are scored at once
-Found = tuple[np.ndarray, np.ndarray]  # rows of the catalog and their scores, best first
+_USERS, _SCORES = 64, 1 << 24  # most users and scores of a block
+Ids = Iterable[object]
+Found = list[tuple[str | int, float]]  # ids and their scores, best first
 
 
 class Recommender:
-    """Top-K items for histories of original item ids.
-
-    Args:
-        folder: the exported model.
-        threads: processor threads of the encoder.
+    """Best items for histories of item ids; ``threads`` are the encoder's.
 
     Raises:
-        OSError: a file is missing, as while a new export replaces an older one.
-        RuntimeError: the export was replaced while it was read; read it again.
+        OSError, RuntimeError, ValueError: a new export is replacing this one, or it is damaged.
     """
 
     def __init__(self, folder: str | Path = Path(__file__).parent, threads: int = 1) -> None:
@@ -41,23 +33,22 @@ class Recommender:
         folder = self._folder.resolve()  # a link may lead to another export a moment later
         self._written = _written(folder)
         try:
-            self._read(folder, threads)
+            sums = json.loads((folder / "checksums.json").read_text("utf-8"))
+            for path in (folder / name for name in sums if (folder / name).exists()):
+                if zlib.crc32(np.memmap(path, mode="r").data) != sums[path.name]["crc32"]:
+                    raise ValueError(f"{path} was altered: export the model again")
+            self.config = json.loads((folder / "config.json").read_text("utf-8"))
+            known = json.loads((folder / "items.json").read_text("utf-8"))
+            self.vectors = np.load(folder / "item_vectors.npy", mmap_mode="r")  # [items, width]
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
         finally:  # also instead of an error that the replacement caused
             if _written(folder) != self._written:
                 raise RuntimeError(f"{folder} was replaced while it was read: read it again")
-
-    def _read(self, folder: Path, threads: int) -> None:
-        known = json.loads((folder / "items.json").read_text("utf-8"))
-        self.items: list[str | int] = known["items"]
-        self.titles: list[str] = known["titles"]  # "" if there is none
+        self.items, self.titles = known["items"], known["titles"]  # title "": there is none
         self.train_counts = np.array(known["train_counts"])
         self._rows = {str(item): row for row, item in enumerate(self.items)}
-        self.vectors = np.load(folder / "item_vectors.npy", mmap_mode="r")  # float32 [V, D]
-        self.config = json.loads((folder / "config.json").read_text("utf-8"))
-        self._longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
 
     def outdated(self) -> bool:
         """Whether the folder holds another export by now; False while one is being written."""
@@ -68,22 +59,20 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[Iterable[object]],
+        histories: Sequence[Ids],
         k: int = 10,
         seen: str = "drop",
-        allow: Iterable[object] | None = None,
-        deny: Iterable[object] = (),
-    ) -> list[list[tuple[str | int, float]]]:
-        """The best items of each history with their scores, best first.
+        allow: Ids | None = None,
+        deny: Ids = (),
+    ) -> list[Found]:
+        """The best items of each history (oldest first), without those that were never trained.
 
         Unknown items of a history do not count. A history without known items gets the most popular
-        ones, with their training counts as scores. Items that were never trained are left out.
+        ones, with their training counts as scores.
 
         Args:
-            histories: item ids, oldest first.
             seen: "drop": no item of the history; "keep".
-            allow: the only items to choose from; None: all.
-            deny: items to leave out.
+            allow, deny: the only items to choose from (None: all), and items to leave out.
         """
         if seen not in ("drop", "keep") or k < 1:
             raise ValueError("seen is drop or keep, and k at least 1")
@@ -91,85 +80,59 @@ class Recommender:
         if allow is not None:
             usable &= np.isin(np.arange(len(usable)), self.rows(allow))
         usable[self.rows(deny)] = False
-        known = [self.rows(history) for history in histories]
-        found: list[Found] = []
-        for start in range(0, len(known), _USERS):
-            block = known[start : start + _USERS]
-            found += self._best(self._encoded(block), block, usable, k, seen == "drop")
-        for user, rows in enumerate(known):
-            if not len(rows):
-                found[user] = _top(np.where(usable, self.train_counts, -np.inf), k)
-        return [self._named(each) for each in found]
+        best = []
+        for block, vectors in self._encoded(histories):
+            for rows, scores in zip(block, vectors @ self.vectors.T, strict=True):
+                if seen == "drop":
+                    scores[rows] = -np.inf
+                ranked = scores if len(rows) else self.train_counts.astype(float)
+                best.append(self._best(ranked, usable, k))
+        return best
 
-    def similar(self, item: object, k: int = 10) -> list[tuple[str | int, float]]:
+    def similar(self, item: object, k: int = 10) -> Found:
         """The items with the highest cosine to an item; KeyError if it is unknown."""
-        mine = self.vectors[row := self._rows[str(item).strip()]]
-        scores = self.vectors @ mine / np.maximum(np.linalg.norm(self.vectors, axis=1), 1e-12)
-        scores /= max(np.linalg.norm(mine), 1e-12)
-        scores[row] = -np.inf
-        scores[self.train_counts == 0] = -np.inf
-        return self._named(_top(scores, k))
+        row, usable = self._rows[str(item).strip()], self.train_counts > 0
+        lengths = np.maximum(np.linalg.norm(self.vectors, axis=1), 1e-12)
+        usable[row] = False
+        return self._best(self.vectors @ (self.vectors[row] / lengths[row]) / lengths, usable, k)
 
-    def user_vectors(self, histories: Sequence[Iterable[object]]) -> np.ndarray:
-        """float32 [B, D]; the product with an item's vector is its score."""
-        known = [self.rows(history) for history in histories]
-        blocks = [known[at : at + _USERS] for at in range(0, len(known), _USERS)]
-        none = np.empty((0, self.vectors.shape[1]), np.float32)
-        return np.concatenate([none, *map(self._encoded, blocks)])
+    def user_vectors(self, histories: Sequence[Ids]) -> np.ndarray:
+        """float32 [users, width]; the product with an item's vector is its score."""
+        blocks = (vectors for _, vectors in self._encoded(histories))
+        return np.concatenate([np.empty((0, self.vectors.shape[1]), np.float32), *blocks])
 
-    def rows(self, items: Iterable[object]) -> np.ndarray:
+    def rows(self, items: Ids) -> np.ndarray:
         """int64 places in ``self.items`` of the known ones of these items, in their order."""
         if isinstance(items, (str, bytes)):
             raise TypeError(f"item ids must be a list, not the text {items!r}")
         found = (self._rows.get(str(item).strip()) for item in items)
         return np.array([row for row in found if row is not None], np.int64)
 
-    def _encoded(self, block: list[np.ndarray]) -> np.ndarray:
-        recent = [rows[-self._longest :] if self._longest else rows[:0] for rows in block]
-        longest = max(1, *map(len, recent))
-        histories = np.zeros((len(block), longest), np.int64)
-        for user, rows in enumerate(recent):
-            histories[user, longest - len(rows) :] = rows + 1  # 0 is padding
-        return self._session.run(None, {"histories": histories})[0]
+    def _encoded(self, histories: Sequence[Ids]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+        """Blocks of users: rows of their known items, and the users' vectors."""
+        known = [self.rows(history) for history in histories]
+        longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
+        users = max(1, min(_USERS, _SCORES // len(self.items)))
+        for block in (known[low : low + users] for low in range(0, len(known), users)):
+            recent = [rows[max(0, len(rows) - longest) :] for rows in block]
+            padded = np.zeros((len(block), max(1, *map(len, recent))), np.int64)
+            for line, rows in zip(padded, recent, strict=True):
+                line[len(line) - len(rows) :] = rows + 1  # 0 is padding
+            yield block, self._session.run(None, {"histories": padded})[0]
 
-    def _best(
-        self, users: np.ndarray, block: list[np.ndarray], usable: np.ndarray, k: int, drop: bool
-    ) -> list[Found]:
-        """The best items of each user, from the best of each part of the catalog."""
-        parts: list[list[Found]] = [[] for _ in block]
-        for low in range(0, len(self.vectors), _PART):
-            part = self.vectors[low : low + _PART]
-            scores = users @ part.T  # [B, C]
-            scores[:, ~usable[low : low + _PART]] = -np.inf
-            for row, mine, best in zip(scores, block, parts, strict=True):
-                if drop:
-                    row[mine[(mine >= low) & (mine < low + len(part))] - low] = -np.inf
-                columns, values = _top(row, k)
-                best.append((columns + low, values))
-        return [_best_of(best, k) for best in parts]
-
-    def _named(self, found: Found) -> list[tuple[str | int, float]]:
-        return [(self.items[row], float(score)) for row, score in zip(*found, strict=True)]
+    def _best(self, scores: np.ndarray, usable: np.ndarray, k: int) -> Found:
+        """The highest finite scores of usable items; equal ones in the catalog's order."""
+        scores[~usable] = -np.inf
+        kth = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
+        rows = np.flatnonzero((scores >= kth) & (scores > -np.inf))
+        rows = rows[np.argsort(-scores[rows], kind="stable")[:k]]
+        return [(self.items[row], float(scores[row])) for row in rows]
 
 
 def _written(folder: Path) -> tuple[int, int]:
     """Identifies an export: its weights are removed before another is written, and written last."""
     weights = (folder / "model.safetensors").stat()
     return weights.st_ino, weights.st_mtime_ns
-
-
-def _top(scores: np.ndarray, k: int) -> Found:
-    """The K highest finite scores, best first; equal ones in the catalog's order."""
-    kth = np.partition(scores, len(scores) - k)[len(scores) - k] if k < len(scores) else -np.inf
-    rows = np.flatnonzero(scores >= kth)
-    rows = rows[scores[rows] > -np.inf]
-    return _best_of([(rows, scores[rows])], k)
-
-
-def _best_of(found: list[Found], k: int) -> Found:
-    rows, scores = (np.concatenate(each) for each in zip(*found, strict=True))
-    order = np.argsort(-scores, kind="stable")[:k]
-    return rows[order], scores[order]
 
 
 if __name__ == "__main__":

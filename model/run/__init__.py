@@ -2,7 +2,7 @@
 
     script              runs a script: flags first, then the slow imports
     folder, trained     the folder of a run; the trained model in one, or an exported model
-    schedule            learning rates that change when a run is resumed
+    resumed             learning rates and other flags that change when a run is resumed
     board               what TensorBoard shows of a run and of a result
     execution, build    decides how a run is executed; builds model, loader, evaluator
     measure             the final evaluation: all metrics, and every user's ranks

@@ -193,9 +193,17 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         real, run = folder.resolve(), run_dir.resolve()
         if real == run or (real / "checkpoints").exists():
             raise UserError(f"{flag} {folder} is the folder of a run: choose another one")
+        if any(_is_of_run(each, run) for each in (real, *real.parents)):
+            raise UserError(f"{flag} {folder} is a folder of a run: choose another one")
         if real.name == PORTABLE and (real.parent / "checkpoints").exists() and real.parent != run:
             raise UserError(f"{flag} {folder} is the model of a run: choose another folder")
         check_target(folder)
+
+
+def _is_of_run(folder: Path, run: Path) -> bool:
+    """Whether a folder is what a run, perhaps this one, fills with other files than a model's."""
+    is_named = folder.name in ("checkpoints", "results")
+    return is_named and (folder.parent == run or (folder.parent / "config.json").exists())
 
 
 def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
     Both functions import torch and TorchRec late, so that errors in flags appear at once.
     """
     _prepare_streams()
+    # Else a lost rank makes torch's C++ print stack traces above our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:

@@ -1,7 +1,9 @@
 """A trained model on disk, to evaluate or to learn from."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec.distributed import DistributedModelParallel
@@ -11,9 +13,11 @@ from model.checkpoints.checkpoints import PORTABLE, Checkpoints
 from model.checkpoints.export import (
     WEIGHTS,
     Trained,
+    check_catalog,
     check_exported,
     load_exported,
 )
+from model.checkpoints.manifest import read_manifest
 from model.distributed import ALONE, Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
@@ -26,6 +30,7 @@ from model.run.build import (
 )
 from model.run.execution import plan_execution
 from model.run.folder import lasting_flags, read_config
+from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags
 from pipeline.batches.features import CANDIDATE, ITEM
@@ -83,6 +88,7 @@ class TrainedRun:
 
     def catalog(self) -> Catalog:
         """The items that the model was trained on."""
+        check_catalog(self.folder)
         return Catalog.read(self.folder, self._recorded["catalog"])
 
     def has_seen_of(self, config: RunConfig) -> bool:
@@ -107,6 +113,7 @@ class TrainedRun:
             checkpoints = Checkpoints(self.folder, ranks)
             step = checkpoints.best_step()
             checkpoints.check_fit(weightless, step)
+            self._check_recorded(checkpoints.path(step))
         plan = plan_execution(config, self._num_items, ranks)
         model = build_model(config, self._num_items, ranks, plan)
         if not self._exported:
@@ -114,7 +121,8 @@ class TrainedRun:
             return model
         unusable = None
         try:
-            load_exported(self._exported, model)
+            is_first_of_host = ranks.rank % ranks.local_world_size == 0
+            load_exported(self._exported, model, is_first_of_host)
         except UserError as error:
             unusable = error
         raise_on_all(ranks, unusable)
@@ -138,6 +146,7 @@ class TrainedRun:
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step()
         checkpoints.check_fit(self._weightless_model(), step)
+        self._check_recorded(checkpoints.path(step))
         known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
         return Trained(self._tableless_model(), checkpoints.path(step), *known)
 
@@ -186,17 +195,27 @@ class TrainedRun:
                 "belong to its config.json"
             )
         ended = f"delete {folder}, and --resume auto exports it again"
-        exported = recorded["flags"]
-        for name, value in lasting_flags(self.config).items():
-            if exported.get(name, value) != value:
-                raise UserError(
-                    f"{folder} was trained with --{name} {exported[name]}, {self.folder} with "
-                    f"{value}: {ended}"
-                )
+        self._check_lasting_flags(folder, recorded["flags"], ended)
         for name in ("catalog", "ratings"):
             mine, its = self._recorded.get(name), recorded.get(name)
             if None not in (mine, its) and mine != its:  # None: of an earlier version
                 raise UserError(f"{folder} was trained on other data than {self.folder}: {ended}")
+
+    def _check_recorded(self, checkpoint: Path) -> None:
+        """UserError if config.json describes another model than its checkpoint was written with."""
+        before = recorded_config(read_manifest(checkpoint))
+        if before is not None:
+            restore = f"restore {self.folder / 'config.json'}"
+            self._check_lasting_flags(checkpoint, lasting_flags(before), restore)
+
+    def _check_lasting_flags(self, path: Path, flags: Mapping[str, Any], remedy: str) -> None:
+        """UserError unless the flags, recorded in ``path``, describe the run's model and data."""
+        for name, value in lasting_flags(self.config).items():
+            if flags.get(name, value) != value:
+                raise UserError(
+                    f"{path} was trained with --{name} {flags[name]}, {self.folder} with {value}: "
+                    f"{remedy}"
+                )
 
 
 def load_teachers(

@@ -14,7 +14,6 @@ Shapes: U users, k items of each, D width, V items.
 import atexit
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from model.distributed import Ranks, silence_libraries
-from model.evaluation.catalog_scores import CatalogScores
-from model.evaluation.evaluate import MAX_SCORES, exact
-from model.evaluation.top_items import CHUNK, SPARE, top_items, whole_chunks
-from model.evaluation.users import EncodedUsers, encode
-from model.losses.sharded_softmax import all_gather_rows
 from model.run.trained import TrainedRun
 from model.serving.config import Choice
 from model.serving.eligible import Eligible
 from model.serving.rows import ItemRows, Lists, UserRows
+from model.serving.vectors import Vectors
 from model.settings.config import EvalFlags
-from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
@@ -82,11 +75,11 @@ class Recommender:
         self.max_len, self.min_rating = max_len, min_rating
         positions = BATCH_POSITIONS[ranks.device.type]
         self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
-        self._bert = unwrap(model)
-        if len(catalog.items) != self._bert.head.num_items:
+        self._vectors = Vectors(model, ranks)
+        if len(catalog.items) != self._vectors.num_items:
             raise UserError(
                 f"the catalog has {len(catalog.items)} items, the model "
-                f"{self._bert.head.num_items}: they belong to different runs"
+                f"{self._vectors.num_items}: they belong to different runs"
             )
 
     @classmethod
@@ -165,17 +158,15 @@ class Recommender:
     def item_vectors(self) -> np.ndarray:
         """float32 [V, D] in the catalog's order; their products with user vectors are scores."""
         with _ONE_CALL:
-            assert not self._scored.shared
-            parts = self._scored.rows_of_parts()
-            return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
+            return self._vectors.of_items()
 
     def user_vectors(self, histories: Histories) -> np.ndarray:
         """float32 [U, D], in the order of :meth:`recommend`."""
         given = self.histories_of(histories, without="their vectors are one and the same")
         batches = self._batches(given, keep_seen=True)
         with _ONE_CALL:
-            vectors = [users.hidden.cpu() for users in self._encoded(batches, iter)]
-            return torch.cat([torch.empty(0, self._width), *vectors])[: len(given)].numpy()
+            vectors = [users.hidden.cpu() for users in self._vectors.of_users(batches)]
+            return torch.cat([torch.empty(0, self._vectors.width), *vectors])[: len(given)].numpy()
 
     def histories_of(
         self, given: Histories, without: str = "ranked by popularity"
@@ -232,12 +223,12 @@ class Recommender:
         Args:
             around: wraps the batches, for a progress bar.
         """
-        added = eligible.added(self._bert.head.scale, self.ranks.device)
+        added = eligible.added(self._vectors.scale, self.ranks.device)
         popular, counts = eligible.popular()
         empty, first = histories.empty(), 0
         batches = self._batches(histories, eligible.choice.seen == "keep")
-        for users in self._encoded(batches, around):
-            found = self._best(users, added, eligible.k)
+        for users in self._vectors.of_users(batches, around):
+            found = self._vectors.best(users, added, eligible.k)
             rows = min(len(found[0]), len(histories) - first)
             items, scores = (each[:rows].cpu().numpy() for each in found)
             without = empty[first : first + rows]
@@ -249,75 +240,14 @@ class Recommender:
         """The items with the largest cosine to the vector of a dense id, without itself."""
         if not self.catalog.train_counts[item - 1]:
             self.ranks.warn("the item has no training rating: its vector is a random one")
-        added = eligible.added(self._bert.head.scale, self.ranks.device)
-        with torch.no_grad(), exact(self.model):
-            vector = torch.zeros(1, self._width, device=self.ranks.device)
-            for part, rows in self._scored.rows_of_parts():
-                if part.low <= item < part.high:
-                    vector = rows[item - part.low][None].clone()
-            if self._scored.shared:
-                dist.all_reduce(vector)
-            seen = torch.tensor([item], device=self.ranks.device)
-            row = torch.zeros_like(seen)
-            users = EncodedUsers(
-                F.normalize(vector, dim=-1), row, row[:, None], row == 0, seen, row
-            )
-            parts = ((part, F.normalize(r, dim=-1)) for part, r in self._scored.rows_of_parts())
-            found = top_items(users, parts, added, eligible.k, self._scored.shared)
-        items, scores = (each.cpu().numpy() for each in found)
-        return Lists(0, items, scores)
-
-    @property
-    def _width(self) -> int:
-        _, rows = next(iter(self._scored.rows_of_parts()))
-        return rows.shape[1]
-
-    @cached_property
-    def _scored(self) -> CatalogScores:
-        """The rows of this rank's slice of the catalog."""
-        with torch.no_grad(), exact(self.model):
-            scored = CatalogScores(self._bert, self.ranks.device, laid_out=whole_chunks)
-            for _, rows in scored.rows_of_parts():
-                _check_finite(rows)
-        return scored
+        added = eligible.added(self._vectors.scale, self.ranks.device)
+        items, scores = self._vectors.similar(item, added, eligible.k)
+        return Lists(0, items.cpu().numpy(), scores.cpu().numpy())
 
     def _batches(self, histories: KnownHistories, keep_seen: bool) -> HistoryBatches:
         sizes = len(self.catalog.items), self.max_len, self.batch_size
         ranks = self.ranks.rank, self.ranks.world_size
         return HistoryBatches(histories, *sizes, keep_seen, *ranks)
-
-    def _encoded(
-        self, batches: HistoryBatches, around: Callable[..., Iterable[EvalBatch]]
-    ) -> Iterator[EncodedUsers]:
-        for batch in around(batches):
-            with torch.no_grad(), exact(self.model):
-                users = encode(self._bert, batch.to(self.ranks.device, non_blocking=True))
-            _check_finite(users.hidden)
-            yield users
-
-    def _best(self, users: EncodedUsers, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Items and scores of a batch of every rank, in the users' order: [U, k]."""
-        scored = self._scored
-        # Rows in float64, or the numbers of chunks, of each item found.
-        found_each = 4 * (k + SPARE) * max(CHUNK, users.hidden.shape[1])
-        block = max(1, MAX_SCORES // max(scored.part_items, found_each))
-        with torch.no_grad(), exact(self.model):
-            found = [
-                top_items(each, scored.rows_of_parts(), added, k, scored.shared)
-                for each in users.blocks(block)
-            ]
-            items, scores = (torch.cat(part) for part in zip(*found, strict=True))
-            if not scored.shared and self.ranks.world_size > 1:
-                items, scores = all_gather_rows(items)[0], all_gather_rows(scores)[0]
-        return items, scores
-
-
-def _check_finite(vectors: Tensor) -> None:
-    if not bool(torch.isfinite(vectors).all()):
-        raise UserError(
-            "the model gives vectors that are not finite numbers: it diverged in training, take "
-            "another checkpoint"
-        )
 
 
 def _alone(device: str | torch.device | None) -> Ranks:

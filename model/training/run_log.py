@@ -28,7 +28,7 @@ from model.board.projector import ItemVectors
 from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_report, write_result
-from pipeline.errors import UserError, say, warn
+from pipeline.errors import UserError, remedy, say, warn
 from pipeline.files import open_regular, whole_file
 
 _LINE_BYTES, _LOG_BYTES = 1 << 16, 1 << 32  # more than any line and log of a run
@@ -178,7 +178,7 @@ class RunLog:
         message = f"{self.run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
         if self.on_error == "stop":
             raise UserError(
-                f"{message}; checkpoints are intact: make room, then go on with --resume auto"
+                f"{message}; checkpoints are intact: {remedy(error, 'go on with --resume auto')}"
             ) from error
         if not self._has_failed:
             self._has_failed = True

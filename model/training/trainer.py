@@ -89,11 +89,13 @@ class Trainer:
         Its ``best_step`` is 0 if ``--max_steps`` precedes any evaluation. A signal, after a
         checkpoint, raises SystemExit with 128 + its number.
         """
+        began, saved = self.position, False
         try:
             with self._agreement:
                 while not self._is_over():
                     self._train_epochs()
                     if self._is_cut():
+                        saved = self.position != began and self._save()
                         break
                     self._end_epochs()
                 self.checkpoints.finish()
@@ -108,11 +110,11 @@ class Trainer:
         # Not after a failure: the GPU may still wait for another GPU inside its graph.
         self.pipeline.release()
         if self._is_cut():
-            self.log.say(f"ended after step {self.position.step} (--max_steps)")
+            self.log.say(f"ended after step {self.position.step} (--max_steps){', saved' * saved}")
         elif not self.position.best_step:
             raise UserError(
-                "no checkpoint of an evaluated model could be written: make room, then go on with "
-                "--resume auto"
+                "no checkpoint of an evaluated model could be written: mend what the warnings "
+                "name, then go on with --resume auto"
             )
         return self.position
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError, warn
-from pipeline.files import lock, size_and_crc32, whole_folder, write_json
+from pipeline.files import lock, remove_old, size_and_crc32, whole_folder, write_json
 from pipeline.preparation.catalog import Catalog
 
 FORMAT_VERSION = 1
@@ -199,6 +199,7 @@ def open_or_build(
     try:
         store = _open_if_current(path, fingerprint)
         if store is not None:
+            remove_old(path)
             return store
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.parent / f".{path.name}.lock"):

@@ -15,6 +15,8 @@ from pipeline.sources.source_file import SourceFile
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BOM = b"\xef\xbb\xbf"
+_LINE_FEED = b"\n"
+_FIELD_BYTES = 1 << 10  # looked at behind a mark
 
 
 def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]:
@@ -36,12 +38,29 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
                 raise UserError(f"{file}:{line}: a line of more than {BLOCK_BYTES:,} bytes{hint}")
             block, tail = block[:end], block[end:]
             if block:
+                _check_closing(file, line, block, separator)
                 yield line, block
                 line += block.count(b"\n")
         if is_open(block, separator):
             raise UserError(f"{file}:{line}: a quotation mark is opened and not closed")
         if block:
+            _check_closing(file, line, block, separator)
             yield line, block
+
+
+def _check_closing(file: SourceFile, line: int, block: bytes, separator: str) -> None:
+    """UserError if text follows a closing quotation mark: Arrow would join both."""
+    if not encloses(separator) or b'"' not in block:
+        return
+    closing = _enclosing_marks(block, separator)[1::2]
+    after = np.frombuffer(block + b"\n", np.uint8)[closing + 1]
+    for at in closing[~np.isin(after, bytearray(f'{separator}\r\n"'.encode()))].tolist():
+        rest = block[at + 1 : at + 1 + _FIELD_BYTES].split(b"\n")[0].split(separator.encode())[0]
+        if rest.strip():
+            raise UserError(
+                f"{file}:{line + block.count(_LINE_FEED, 0, at)}: text follows a closing quotation "
+                'mark: a mark inside of a quoted value is written as ""'
+            )
 
 
 def _last_end(block: bytes, separator: str) -> int:

@@ -1,6 +1,6 @@
 """Worker: train.py; rank 1 is killed, or fails, at its first checkpoint; rank 0 reports it late.
 
-LOST_BY=kill, or LOST_BY=error:
+LOST_BY=kill, LOST_BY=error or, by a UserError, LOST_BY=mistake:
 
 torchrun --nproc_per_node 2 tests/workers/lost.py [train.py's flags]
 """
@@ -27,6 +27,8 @@ def main() -> None:
     def lost(self: Checkpoints, *arguments: object) -> bool:
         if self.ranks.rank == 1 and os.environ["LOST_BY"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.ranks.rank == 1 and os.environ["LOST_BY"] == "mistake":
+            raise UserError("no such file")
         if self.ranks.rank == 1:
             raise LookupError("a bug\x1b[2J")
         return save(self, *arguments)

@@ -1,11 +1,11 @@
-"""A resume that changes the learning rates says so, with the rates by hand."""
+"""A resume that changes the learning rates, or other flags, says so, with the rates by hand."""
 
 from pathlib import Path
 
 import pytest
 
 from model.checkpoints.position import Position
-from model.run.schedule import changed_rates
+from model.run.resumed import changed_flags, changed_rates
 from model.settings.config import RunConfig
 from model.settings.flags import build, flatten
 from tests.conftest import TINY, RunMain
@@ -71,13 +71,47 @@ def test_flags_of_another_version_are_not_compared(recorded: object) -> None:
     assert changed_rates(manifest, build(RunConfig, BEFORE), "adam", POSITION, 100) is None
 
 
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        (
+            {"teachers": "a,b", "beta2": 0.9},
+            "--teachers is a,b, not none, --beta2 is 0.9, not 0.98",
+        ),
+        ({"weight_decay": 0.0}, "--weight_decay is 0.0, not 0.01"),
+        (
+            {"train_batch_size": 7, "patience": 2},
+            "--train_batch_size is 7, not 128, --patience is 2",
+        ),
+        ({"precision": "bf16"}, "--precision is bf16, not auto"),
+        ({"eval_negatives": 7}, "--eval_negatives is 7, not 100"),
+        ({"run_dir": "a", "resume": "auto", "keep_last": 4, "log_every": 1, "max_steps": 9}, None),
+        ({"lr": 1.0, "num_epochs": 12, "gamma": 0.1, "val_batch_size": 3, "profile": 1}, None),
+    ],
+)
+def test_other_flags_are_told(now: dict[str, object], told: str | None) -> None:
+    flags = flatten(build(RunConfig, BEFORE))
+    config = build(RunConfig, {**BEFORE, **now})
+    line = changed_flags({"recorded": {"flags": flags}}, config, POSITION)
+    if told is None:
+        assert line is None
+    else:
+        assert line is not None
+        assert line.startswith(f"--resume auto: training goes on otherwise than before: {told}")
+    over = Position(step=40, epoch=config.training.num_epochs)
+    assert changed_flags({"recorded": {"flags": flags}}, config, over) is None
+    assert changed_flags({"recorded": {"flags": 3}}, config, POSITION) is None
+
+
 def test_train_warns_once(run_main: RunMain, run_dir: Path, cache_dir: Path) -> None:
     flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", "--resume=auto"]
     for epochs, warned in ((2, False), (2, False), (4, True)):
-        outcome = run_main("train", *flags, f"--num_epochs={epochs}", "--warmup_share=0", "--lr=1")
+        more = f"--num_epochs={epochs}", f"--beta2={0.9 if warned else 0.8}"
+        outcome = run_main("train", *flags, *more, "--warmup_share=0", "--lr=1")
         assert outcome.code == 0, outcome.err
         lines = [line for line in outcome.err.splitlines() if "learning rate" in line]
         assert len(lines) == warned, outcome.err
+        assert ("than before: --beta2 is 0.9, not 0.8\n" in outcome.err) == warned
     assert lines[0].startswith(
         "warning: --resume auto: the learning rate after step 10 is 0.5, not 0 (tables: "
     )

@@ -1,0 +1,110 @@
+"""Vectors of items and users by a trained model, and the items whose vectors fit best.
+
+In dmp each rank scores its shard of the catalog for all ranks' users, in ddp each scores its own;
+what is returned is the same on every rank.
+
+Shapes: U users, k items of each, D width, V items.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.distributed import Ranks
+from model.evaluation.catalog_scores import CatalogScores
+from model.evaluation.evaluate import MAX_SCORES, exact
+from model.evaluation.top_items import CHUNK, SPARE, top_items, whole_chunks
+from model.evaluation.users import EncodedUsers, encode
+from model.losses.sharded_softmax import all_gather_rows
+from model.tables.distribute import unwrap
+from pipeline.batches.eval_batch import EvalBatch
+from pipeline.errors import UserError
+
+
+class Vectors:
+    """Of a BERT4Rec that may be sharded over the ranks; a UserError if one is not finite.
+
+    ``added`` of methods: float32 [V + 2], to add to scores.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self._model, self._ranks = model, ranks
+        self._bert = unwrap(model)
+        self.num_items: int = self._bert.head.num_items
+        self.scale: float = self._bert.head.scale
+
+    @property
+    def width(self) -> int:
+        _, rows = next(iter(self._scored.rows_of_parts()))
+        return rows.shape[1]
+
+    def of_items(self) -> np.ndarray:
+        """float32 [V, D], on one rank."""
+        assert not self._scored.shared
+        parts = self._scored.rows_of_parts()
+        return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
+
+    def of_users(
+        self, batches: Iterable[EvalBatch], around: Callable[..., Iterable[EvalBatch]] = iter
+    ) -> Iterator[EncodedUsers]:
+        """The users of each batch; ``around`` wraps the batches, for a progress bar."""
+        for batch in around(batches):
+            with torch.no_grad(), exact(self._model):
+                users = encode(self._bert, batch.to(self._ranks.device, non_blocking=True))
+            _check_finite(users.hidden)
+            yield users
+
+    def best(self, users: EncodedUsers, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Items and scores of a batch of every rank, in the users' order: [U, k]."""
+        scored = self._scored
+        # Rows in float64, or the numbers of chunks, of each item found.
+        found_each = 4 * (k + SPARE) * max(CHUNK, users.hidden.shape[1])
+        block = max(1, MAX_SCORES // max(scored.part_items, found_each))
+        with torch.no_grad(), exact(self._model):
+            found = [
+                top_items(each, scored.rows_of_parts(), added, k, scored.shared)
+                for each in users.blocks(block)
+            ]
+            items, scores = (torch.cat(part) for part in zip(*found, strict=True))
+            if not scored.shared and self._ranks.world_size > 1:
+                items, scores = all_gather_rows(items)[0], all_gather_rows(scores)[0]
+        return items, scores
+
+    def similar(self, item: int, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The items, without itself, of largest cosine to a dense id's, and cosines: [1, k]."""
+        with torch.no_grad(), exact(self._model):
+            vector = torch.zeros(1, self.width, device=self._ranks.device)
+            for part, rows in self._scored.rows_of_parts():
+                if part.low <= item < part.high:
+                    vector = rows[item - part.low][None].clone()
+            if self._scored.shared:
+                dist.all_reduce(vector)
+            seen = torch.tensor([item], device=self._ranks.device)
+            row = torch.zeros_like(seen)
+            users = EncodedUsers(
+                F.normalize(vector, dim=-1), row, row[:, None], row == 0, seen, row
+            )
+            parts = ((part, F.normalize(r, dim=-1)) for part, r in self._scored.rows_of_parts())
+            return top_items(users, parts, added, k, self._scored.shared)
+
+    @cached_property
+    def _scored(self) -> CatalogScores:
+        """The rows of this rank's slice of the catalog."""
+        with torch.no_grad(), exact(self._model):
+            scored = CatalogScores(self._bert, self._ranks.device, laid_out=whole_chunks)
+            for _, rows in scored.rows_of_parts():
+                _check_finite(rows)
+        return scored
+
+
+def _check_finite(vectors: Tensor) -> None:
+    if not bool(torch.isfinite(vectors).all()):
+        raise UserError(
+            "the model gives vectors that are not finite numbers: it diverged in training, take "
+            "another checkpoint"
+        )

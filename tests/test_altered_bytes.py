@@ -1,0 +1,158 @@
+"""One altered byte anywhere in a checkpoint or an export: refused, or nothing that is read differs.
+
+A weight with another finite value would be evaluated, learnt from and served like any other.
+"""
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.manifest import DamagedError
+from model.checkpoints.weights import fingerprint
+from model.distributed import Ranks
+from model.programs.recommender import Recommender
+from model.run.folder import lasting_flags
+from model.run.trained import TrainedRun
+from model.settings.config import EvalFlags
+from pipeline.errors import UserError
+from tests.conftest import TINY, RunMain, assert_one_line
+
+ONE = Ranks(0, 1, 1, torch.device("cpu"))
+HISTORIES = [["1"], ["5", "2", "3"], ["unknown"]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("altered")
+
+
+@pytest.fixture
+def run_dir(run_main: RunMain, made: Path, cache_dir: Path) -> Path:
+    """A finished run, its exported model beside it; tests put back what they change."""
+    if not (made / "run").exists():
+        flags = f"--run_dir={made / 'run'}", f"--export_root={made / 'exported'}"
+        outcome = run_main("train", *TINY, "--num_epochs=1", f"--cache_dir={cache_dir}", *flags)
+        assert outcome.code == 0, outcome.err
+    return made / "run"
+
+
+def of_export(folder: Path) -> Any:
+    """What eval.py, recommend.py, --teachers and export.py read of an export."""
+    run = TrainedRun(EvalFlags(checkpoint=str(folder)))
+    trained, catalog = run.trained(ONE), run.catalog()
+    names = catalog.items.to_pylist(), catalog.titles.to_pylist(), catalog.train_counts.tolist()
+    weights = fingerprint(trained.plain.state_dict())
+    return weights, names, trained.step, trained.metrics, lasting_flags(run.config)
+
+
+def of_run(folder: Path) -> Any:
+    """What they read of a run that has not ended."""
+    run = TrainedRun(EvalFlags(checkpoint=str(folder)))
+    trained = run.trained(ONE)
+    return fingerprint(trained.plain.state_dict()), trained.step, lasting_flags(run.config)
+
+
+def served(folder: Path) -> Any:
+    """What an exported recommender.py answers."""
+    serving = Recommender(folder)
+    return serving.recommend(HISTORIES), serving.similar("1"), serving.titles, serving.config
+
+
+def check_every_byte(
+    folder: Path, names: list[str], read: Callable[[], Any], refusals: Any, examples: int = 150
+) -> None:
+    whole = {name: (folder / name).read_bytes() for name in names}
+    expected = read()
+
+    @settings(
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(name=st.sampled_from(names), place=st.floats(0, 1), change=st.integers(1, 255))
+    def examples_of(name: str, place: float, change: int) -> None:
+        content = bytearray(whole[name])
+        content[int(place * (len(content) - 1))] ^= change
+        (folder / name).write_bytes(content)
+        try:
+            with suppress(*refusals):
+                assert read() == expected
+        finally:
+            (folder / name).write_bytes(whole[name])
+
+    examples_of()
+    assert read() == expected
+
+
+def test_files_of_an_export(run_dir: Path) -> None:
+    exported = run_dir.with_name("exported")
+    names = ["config.json", "catalog.parquet", "model.safetensors", "checksums.json"]
+    check_every_byte(exported, names, lambda: of_export(exported), [UserError])
+
+
+def test_files_that_serve(run_dir: Path) -> None:
+    exported = run_dir.with_name("exported")
+    names = ["config.json", "items.json", "item_vectors.npy", "model.onnx", "model.safetensors"]
+    # Any error but an assertion's.
+    refusals = [ValueError, LookupError, TypeError, OSError, RuntimeError]
+    read = lambda: served(exported)  # noqa: E731
+    check_every_byte(exported, [*names, "checksums.json"], read, refusals, 60)
+
+
+def test_files_of_a_checkpoint(run_dir: Path, one_rank: Ranks, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    shutil.rmtree(copied / "model")
+    (checkpoint,) = (copied / "checkpoints").iterdir()
+    names = [f"checkpoints/{checkpoint.name}/{each.name}" for each in checkpoint.iterdir()]
+    assert len(names) == 3
+    check_every_byte(copied, [*names, "config.json"], lambda: of_run(copied), [UserError])
+    checkpoints = Checkpoints(copied, one_rank)
+    read = lambda: checkpoints._verified(checkpoint)  # noqa: E731  what --resume auto takes
+    check_every_byte(copied, names, read, [DamagedError, UserError])
+
+
+def test_a_checkpoint_that_is_altered_before_training_ends(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Checkpoints.finish
+
+    def alter(self: Checkpoints) -> None:
+        finish(self)
+        for path in self.folder.glob("step-*/__0_0.distcp"):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    monkeypatch.setattr(Checkpoints, "finish", alter)
+    flags = f"--run_dir={tmp_path / 'run'}", f"--cache_dir={cache_dir}", "--num_epochs=1"
+    outcome = run_main("train", *TINY, *flags)
+    assert_one_line(outcome, "train", "the best model of this run, is damaged: __0_0.distcp was al")
+    assert "test, 60 users" not in outcome.out
+
+
+@pytest.mark.parametrize("script", ["eval", "recommend", "export", "train"])
+def test_one_altered_weight_is_refused_in_one_line(
+    run_main: RunMain, run_dir: Path, cache_dir: Path, tmp_path: Path, script: str
+) -> None:
+    exported = Path(shutil.copytree(run_dir.with_name("exported"), tmp_path / "exported"))
+    content = bytearray((exported / "model.safetensors").read_bytes())
+    content[-2] ^= 1  # of the last weight's mantissa
+    (exported / "model.safetensors").write_bytes(content)
+    flags = {
+        "eval": [f"--checkpoint={exported}"],
+        "recommend": [f"--checkpoint={exported}", "--history=1"],
+        "export": [f"--checkpoint={exported}", f"--output={tmp_path / 'again'}"],
+        "train": [*TINY, f"--run_dir={tmp_path / 'taught'}", f"--teachers={exported}"],
+    }[script]
+    if script != "export":
+        flags = [*flags, f"--cache_dir={cache_dir}"] if script != "recommend" else flags
+    message = "model.safetensors cannot be loaded (model.safetensors was altered: its checksum"
+    assert_one_line(run_main(script, *flags), script, message)
