@@ -21,13 +21,15 @@ Both results are added to ``--out``.
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -57,6 +60,8 @@ CASES = (
     (16, 4096, None),
 )
 _CHUNK_USERS = 4096
+_FIRST_TIME, _LAST_TIME = 789_652_009, 1_427_784_002
+COLUMNS = ("userId", "movieId", "rating", "timestamp")
 _PREPARE = """
 import resource, sys
 from pipeline.sources.config import DataConfig
@@ -69,33 +74,58 @@ print("peak_kib", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 # Preparation ----------------------------------------------------------------------------------
 
 
-def make_ratings(path: Path, num_ratings: int, seed: int = 0) -> None:
-    """Write a seeded ratings.csv: log-normal history lengths, Zipf-like items, ML-20M's dates."""
+def make_ratings(path: Path, num_ratings: int, shuffled: bool = False, seed: int = 0) -> None:
+    """Write seeded ratings: log-normal history lengths, Zipf-like items, ML-20M's dates.
+
+    The path ends in .csv or .parquet. Above ML-20M's number of ratings there are proportionally
+    more users, and with ten times as many four times as many items. The order is GroupLens', by
+    user and item, or if `shuffled` that of the random times, about as a log's.
+    """
     generator = np.random.default_rng(seed)
     num_users = max(1, NUM_USERS * num_ratings // NUM_RATINGS)
+    num_items = round(NUM_ITEMS * max(1.0, num_ratings / NUM_RATINGS) ** math.log10(4))
     spare = num_ratings - MIN_LENGTH * num_users
     share = generator.lognormal(0, 1.2, num_users)
     edges = np.round(np.cumsum(share) / share.sum() * spare).astype(np.int64)
     lengths = MIN_LENGTH + np.diff(edges, prepend=0)
-    weights = np.arange(1, NUM_ITEMS + 1) ** -0.9
+    weights = np.arange(1, num_items + 1) ** -0.9
     popularity = np.cumsum(weights) / weights.sum()
-    item_ids = np.sort(generator.choice(131_262, NUM_ITEMS, replace=False)) + 1
+    item_ids = np.sort(generator.choice(5 * num_items, num_items, replace=False)) + 1
     generator.shuffle(item_ids)
-    options = pacsv.WriteOptions(include_header=False)
-    with path.open("wb") as file:
-        file.write(b"userId,movieId,rating,timestamp\n")
-        for start in range(0, num_users, _CHUNK_USERS):
-            users = np.arange(start, min(start + _CHUNK_USERS, num_users))
-            user = np.repeat(users, lengths[users])
+    whole = np.repeat(np.arange(num_users, dtype=np.int32), lengths) if shuffled else None
+    if whole is not None:
+        generator.shuffle(whole)
+    rows = max(1, _CHUNK_USERS * num_ratings // num_users)
+    with _writer(path) as write:
+        for start in range(
+            0, num_ratings if shuffled else num_users, rows if shuffled else _CHUNK_USERS
+        ):
+            if whole is not None:
+                user = whole[start : start + rows].astype(np.int64)
+            else:
+                users = np.arange(start, min(start + _CHUNK_USERS, num_users))
+                user = np.repeat(users, lengths[users])
             item = item_ids[np.searchsorted(popularity, generator.random(len(user)))]
-            order = np.lexsort((item, user))
-            table = {
-                "user": user + 1,
-                "item": item[order],
-                "rating": generator.integers(1, 11, len(user)) / 2,
-                "time": generator.integers(789_652_009, 1_427_784_002, len(user)),
-            }
-            pacsv.write_csv(pa.table(table), file, options)
+            time = generator.integers(_FIRST_TIME, _LAST_TIME, len(user))
+            if whole is None:
+                item = item[np.lexsort((item, user))]
+            else:
+                time = (
+                    _FIRST_TIME
+                    + (start + np.arange(len(user))) * (_LAST_TIME - _FIRST_TIME) // num_ratings
+                )
+            rating = generator.integers(1, 11, len(user)) / 2
+            write(dict(zip(COLUMNS, (user + 1, item, rating, time), strict=True)))
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
+    """A function that writes columns to the end of a new CSV or Parquet file."""
+    kinds = [pa.int64(), pa.int64(), pa.float64(), pa.int64()]
+    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+    make = pq.ParquetWriter if path.suffix == ".parquet" else pacsv.CSVWriter
+    with make(path, schema) as writer:
+        yield lambda columns: writer.write_table(pa.table(columns, schema))
 
 
 def preparation(folder: Path, num_ratings: int) -> dict[str, Any]:

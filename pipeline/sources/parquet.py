@@ -66,7 +66,10 @@ def _magic(file: SourceFile) -> bytes:
 
 
 def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(seekable(file.path), page_checksum_verification=True) as parquet:
+    # With pre_buffer what is read of the file stays in memory until it is closed.
+    with pq.ParquetFile(
+        seekable(file.path), pre_buffer=False, page_checksum_verification=True
+    ) as parquet:
         typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
         notes.append(typed.described("Parquet"))
         time = typed.roles.get("timestamp")
@@ -143,7 +146,9 @@ def _check_int96(file: SourceFile, parquet: pq.ParquetFile, name: str, typed: Ty
     columns = [parquet.schema.column(at) for at in range(len(parquet.schema))]
     if not any(each.path == name and each.physical_type == "INT96" for each in columns):
         return
-    with pq.ParquetFile(seekable(file.path), coerce_int96_timestamp_unit="us") as coarse:
+    with pq.ParquetFile(
+        seekable(file.path), pre_buffer=False, coerce_int96_timestamp_unit="us"
+    ) as coarse:
         row = 0
         for batch in coarse.iter_batches(_BLOCK_ROWS, columns=[name]):
             times = pa.table({name: batch.column(0).fill_null(0)})
