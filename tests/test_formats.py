@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -95,6 +96,12 @@ def arrow(content: pa.Table, stream: bool = False) -> bytes:
 def feather(content: pa.Table, version: int = 2) -> bytes:
     stream = io.BytesIO()
     pyarrow.feather.write_feather(content, stream, version=version)
+    return stream.getvalue()
+
+
+def orc(content: pa.Table) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.orc.write_table(content, stream)
     return stream.getvalue()
 
 
@@ -201,6 +208,11 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
             .decode()
             .encode("cp1252")
         },
+        {},
+    ),
+    "UTF-16": ({"r.csv": CSV.decode().encode("utf-16")}, {}),
+    "UTF-16 in gzip": (
+        {"r.tsv.gz": gzip.compress(CSV.replace(b",", b"\t").decode().encode("utf-16"))},
         {},
     ),
     "ratings missing": ({"r.csv": CSV.replace(b"cup,4,", b"cup,,")}, {}),
@@ -327,6 +339,11 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
     "Feather": ({"r.feather": feather(table())}, {}),
     "Feather of version 1": ({"r.feather": feather(table(), version=1)}, {}),
     "dictionaries": ({"r.arrow": arrow(columns(item=table()["item"].dictionary_encode()))}, {}),
+    "ORC": ({"r.orc": orc(table())}, {}),
+    "ORC times": (
+        {"r.orc": orc(columns(timestamp=pa.array(NANO, pa.timestamp("ns", "UTC"))))},
+        {},
+    ),
     # a row a user
     "Parquet sequences": ({"sequences.parquet": parquet(LISTS)}, {}),
     "Parquet sequences with times": (
@@ -379,6 +396,8 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
         {"path": "out"},
     ),
     "Spark's Parquet": (uuid_parts("parquet", lambda rows: parquet(table(rows))), {"path": "out"}),
+    "Spark's ORC": (uuid_parts("orc", lambda rows: orc(table(rows))), {"path": "out"}),
+    "ORC sequences": ({"sequences.orc": orc(pa.Table.from_pylist(SHUFFLED))}, {}),
     "Arrow parts": (uuid_parts("arrow", lambda rows: arrow(table(rows))), {"path": "out"}),
     "text parts in the order of their numbers": (
         {

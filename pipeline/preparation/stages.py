@@ -31,7 +31,7 @@ class RatingChunk:
     item: np.ndarray  # int32 [N], codes from 0; once densified, ids from 1
     rating: np.ndarray | None = None  # float64 [N]
     timestamp: np.ndarray | None = None  # int64 [N]; None: file order is time order
-    # float64 [N], the rest of times that are not whole (pipeline/sources/values.py); None: 0.
+    # float64 [N], the rest of times that are not whole (pipeline/tables/values.py); None: 0.
     fraction: np.ndarray | None = None
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
