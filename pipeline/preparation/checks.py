@@ -1,5 +1,8 @@
 """What in the ratings may mean something else: warnings, and an error for mixed units of time."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,6 +11,8 @@ from pipeline.errors import UserError, warn
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.held import Joined
 from pipeline.preparation.memory import Memory, blocks
+from pipeline.preparation.store import SequenceStore
+from pipeline.remote import is_url
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -102,3 +107,21 @@ def warn_of_look_alikes(ids: pa.StringArray, role: str, name: str) -> None:
         f"blanks, for example {examples}: they are different {role}s; if they are not, write them "
         "in one way"
     )
+
+
+def warn_of_change(store: SequenceStore) -> None:
+    """Warn if a large source file changed after the store was made, but kept its size and time.
+
+    Files up to 64 MiB have a checksum, by which another store is made; of others the system knows
+    when they were last changed or renamed.
+    """
+    if store.path is None or int(os.environ.get("RANK", 0)):
+        return
+    made = (store.path / "manifest.json").stat().st_mtime_ns
+    stamps = store.fingerprint["source"]
+    for path, *_, checksum in (each for each in stamps if isinstance(each, list)):
+        if checksum is None and not is_url(path) and Path(path).stat().st_ctime_ns > made:
+            warn(
+                f"{path} was changed or renamed after {store.path} was prepared from it, but has "
+                "the size and time of before: if its content is another one, delete that folder"
+            )

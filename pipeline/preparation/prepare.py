@@ -38,7 +38,9 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
     if isinstance(data, DataConfig):
         config = replace(data, **flags)
         source = resolve(config)
-        return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+        store = open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+        checks.warn_of_change(store)
+        return store
     if not hasattr(data, "__arrow_c_stream__"):
         raise UserError(
             f"prepare takes a DataConfig or a table with an Arrow stream, not {type(data).__name__}"
