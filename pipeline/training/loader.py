@@ -97,7 +97,7 @@ class TrainLoader:
         has_cuda = torch.cuda.is_available()
         few = has_cuda if few_shapes is None else few_shapes
         if few or all_sizes is not None:
-            mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
+            mean_items = config.train_batch_size * table.mean_length()
             second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
             masked_share = second + (1 - second) * mask.mask_prob
             chunks = PadToBuckets(
