@@ -15,6 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.run.board import compared_flags
+from model.run.config import RunConfig
+from model.run.folder import lasting_flags
 from pipeline.errors import UserError
 from pipeline.files import lock
 from pipeline.preparation import memory as memory_room
@@ -255,3 +258,9 @@ def test_memory_of_the_machine_or_its_group(
     assert machine_bytes() == 1 << 20
     assert Memory.of(None, tmp_path).limit == (1 << 19) / 10
     assert Memory.of(2, tmp_path).limit == (2 << 30) / 10
+
+
+def test_a_run_may_go_on_with_other_memory() -> None:
+    one, other = (RunConfig(data=DataConfig(memory_gb=gb)) for gb in (1, 2))
+    assert lasting_flags(one) == lasting_flags(other)
+    assert compared_flags(one) == compared_flags(other)
