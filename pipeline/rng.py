@@ -20,6 +20,7 @@ _GOLDEN64 = 0x9E3779B97F4A7C15
 _GOLDEN32 = np.uint32(0x9E3779B9)
 _MASK64 = (1 << 64) - 1
 _LOWBIAS32 = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
+_TURNS = 6  # of a Feistel network; even, so that both halves end with as many bits as before
 # Values mixed at a time, so that all passes over them stay in the processor's cache.
 _BLOCK = 1 << 14
 
@@ -56,6 +57,27 @@ def position_draws(row_keys: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     draws = np.repeat(bases, np.diff(offsets))
     draws += _golden_ramp(len(draws).bit_length())[: len(draws)]
     return mix32(draws)
+
+
+def permuted(places: np.ndarray, size: int, key: int) -> np.ndarray:
+    """int64 [N]: where a permutation of 0..size-1 takes these places (int64 [N]).
+
+    A Feistel network on the bits of size - 1, applied again where its result is not below the size:
+    nothing of the permutation is held in memory.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    values, outside = places.astype(np.uint64), np.arange(len(places))
+    while len(outside):
+        left_bits, right_bits = bits - bits // 2, bits // 2
+        left, right = values[outside] >> np.uint64(right_bits), values[outside]
+        right = right & np.uint64((1 << right_bits) - 1)
+        for turn in range(_TURNS):
+            mixed = child_keys(key64(key, turn), right) & np.uint64((1 << left_bits) - 1)
+            left, right = right, left ^ mixed
+            left_bits, right_bits = right_bits, left_bits
+        values[outside] = (left << np.uint64(right_bits)) | right
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)
 
 
 def unit_floats(keys: np.ndarray) -> np.ndarray:

@@ -391,7 +391,18 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         CSV.replace(b",10,", ",ü,".encode()) + "1,é,3,4\n".encode("latin-1"),
         "FILE:8: not UTF-8 text: b'1,\\xe9,3,4'",
     ),
-    "utf-16": ("r.csv", CSV.decode().encode("utf-16"), "FILE is not a text file"),
+    "UTF-16 without a mark": (
+        "r.csv",
+        CSV.decode().encode("utf-16-be"),
+        "FILE looks like UTF-16 without a byte order mark: convert it to UTF-8",
+    ),
+    "UTF-16 cut off": (
+        "r.csv",
+        CSV.decode().encode("utf-16")[:-1],
+        "cannot read FILE: it is no utf-16 text, as which it begins; is it complete?",
+    ),
+    "text called ORC": ("r.orc", CSV, "FILE is no ORC file in spite of its name"),
+    "half an ORC file": ("r.orc", b"ORC" + b"0" * 80, "cannot read FILE: "),
     "unknown format": ("r.json", CSV, "FILE: cannot tell the format from the name 'r.json'"),
     "gzip cut off": ("r.csv.gz", GZIP[:-20], "cannot read FILE: Compressed file ended before"),
     "gzip with a flipped byte": (

@@ -211,16 +211,21 @@ def test_data_measures_and_keeps_both_tables(
     out = tmp_path / "data.json"
     for only in ("preparation", "loader"):
         arguments = ["--ratings", "3000", "--folder", tmp_path, "--out", out, "--only", only]
+        arguments += ["--format", "parquet", "--order", "time", "--memory_gb", "1e-4"]
+        arguments += ["--ways", "memory", "spilled"]
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
         data.main()
     found = json.loads(out.read_text())
     assert found["loader"]["rows"] == [{"ratings": 3000}]
-    prepared = found["preparation"]
-    assert prepared["ratings"] == 3000 and prepared["seconds"] > 0
-    assert 0.05 < prepared["peak_gib"] < 10
+    prepared = found["preparation"]["ratings-3000-by-time.parquet"]
+    assert prepared["ratings"] == 3000
+    of_memory, spilled = prepared["rows"]
+    assert (of_memory["way"], spilled["way"]) == ("memory", "spilled")
+    assert of_memory["kept"] == spilled["kept"]
     # 138,493 users of 20 million ratings are 20 of 3,000.
-    assert "3,000 ratings            20 users" in prepared["kept"]
-    assert f"peak memory {prepared['peak_gib']:.2f} GiB" in capsys.readouterr().out
+    assert "3,000 ratings            20 users" in of_memory["kept"]
+    assert 0.05 < of_memory["peak_gib"] < 10 and of_memory["cpu_seconds"] > 0
+    assert f"| spilled | {spilled['seconds']:.1f} | " in capsys.readouterr().out
 
     row = data.loading(length=8, batch=16, num_ratings=1000, seconds=0.05)
     assert row["sequences_per_second"] > 0 and row["sequences_per_cpu_second"] > 0

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.stages import Densify, EncodeIds
-from pipeline.sources import blocks, readers
+from pipeline.sources import blocks
+from pipeline.sources import text as text_reader
 from pipeline.sources.readers import ReadRatings
-from pipeline.sources.values import first_failing
+from pipeline.tables.values import first_failing
 
 # Times that float64 merges with their neighbours, and times that it does not hold.
 WHOLE = st.builds(
@@ -183,7 +184,7 @@ def test_ids_in_text_are_kept_apart_except_for_blanks_which_are_counted(
         path = Path(folder) / "r.csv"
         path.write_bytes(content.encode())
         patch.setattr(blocks, "BLOCK_BYTES", max(block, len(max(ids, key=len)) * 9))
-        patch.setattr(readers, "_PARSED_BYTES", 50)
+        patch.setattr(text_reader, "_PARSED_BYTES", 50)
         source = ReadRatings(path, columns="user,item", separator=separator)
         encoded = EncodeIds(source)
         chunks = list(encoded)

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -34,6 +36,9 @@ from pipeline.preparation.stages import RatingChunk
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
+from tests.conftest import ROOT
+
+DOCUMENT = ROOT / "docs" / "data.md"
 
 HISTORIES = {
     "ann": ["cup", "hat", "pen"],
@@ -95,6 +100,12 @@ def arrow(content: pa.Table, stream: bool = False) -> bytes:
 def feather(content: pa.Table, version: int = 2) -> bytes:
     stream = io.BytesIO()
     pyarrow.feather.write_feather(content, stream, version=version)
+    return stream.getvalue()
+
+
+def orc(content: pa.Table) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.orc.write_table(content, stream)
     return stream.getvalue()
 
 
@@ -201,6 +212,11 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
             .decode()
             .encode("cp1252")
         },
+        {},
+    ),
+    "UTF-16": ({"r.csv": CSV.decode().encode("utf-16")}, {}),
+    "UTF-16 in gzip": (
+        {"r.tsv.gz": gzip.compress(CSV.replace(b",", b"\t").decode().encode("utf-16"))},
         {},
     ),
     "ratings missing": ({"r.csv": CSV.replace(b"cup,4,", b"cup,,")}, {}),
@@ -327,6 +343,11 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
     "Feather": ({"r.feather": feather(table())}, {}),
     "Feather of version 1": ({"r.feather": feather(table(), version=1)}, {}),
     "dictionaries": ({"r.arrow": arrow(columns(item=table()["item"].dictionary_encode()))}, {}),
+    "ORC": ({"r.orc": orc(table())}, {}),
+    "ORC times": (
+        {"r.orc": orc(columns(timestamp=pa.array(NANO, pa.timestamp("ns", "UTC"))))},
+        {},
+    ),
     # a row a user
     "Parquet sequences": ({"sequences.parquet": parquet(LISTS)}, {}),
     "Parquet sequences with times": (
@@ -379,6 +400,8 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
         {"path": "out"},
     ),
     "Spark's Parquet": (uuid_parts("parquet", lambda rows: parquet(table(rows))), {"path": "out"}),
+    "Spark's ORC": (uuid_parts("orc", lambda rows: orc(table(rows))), {"path": "out"}),
+    "ORC sequences": ({"sequences.orc": orc(pa.Table.from_pylist(SHUFFLED))}, {}),
     "Arrow parts": (uuid_parts("arrow", lambda rows: arrow(table(rows))), {"path": "out"}),
     "text parts in the order of their numbers": (
         {
@@ -444,18 +467,23 @@ FORMATS: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {
 }
 
 
+def written(folder: Path, files: dict[str, bytes], path: str = "") -> Path:
+    """Write the files; the path of the first one, or of `path`."""
+    for name, content in files.items():
+        file = folder / "data" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return folder / "data" / (path or next(iter(files)))
+
+
 def prepared(
-    folder: Path, files: dict[str, bytes], written: bool = True, **flags: Any
+    folder: Path, files: dict[str, bytes], in_cache: bool = True, **flags: Any
 ) -> SequenceStore:
     """The store of the first file, or of the one called `path`."""
-    for name, content in files.items():
-        path = folder / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    path = folder / "data" / (flags.pop("path", "") or next(iter(files)))
+    path = written(folder, files, flags.pop("path", ""))
     flags = {"min_user_count": 0} | flags
     config = DataConfig(dataset_path=str(path), cache_dir=str(folder / "cache"), **flags)
-    return prepare(config) if written else build(resolve(config), config)
+    return prepare(config) if in_cache else build(resolve(config), config)
 
 
 def histories(store: SequenceStore) -> dict[str, list[str]]:
@@ -468,12 +496,28 @@ def histories(store: SequenceStore) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("case", FORMATS)
 def test_formats(tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the command line, which shows up to eight items of three users."""
     files, flags = FORMATS[case]
-    expected = HISTORIES
+    path = written(tmp_path, files, flags.get("path", ""))
+    flags = {"dataset_path": path, "cache_dir": tmp_path / "cache", "min_user_count": 0} | flags
+    flags.pop("path", None)
+    main(
+        [
+            "--dry_run",
+            *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+        ]
+    )
+    output, warnings = capfd.readouterr()
+    shown = re.sub(r" \([^)]*\)", "", output.partition("first histories")[2]).splitlines()[1:]
     if case == "rows of items":
-        expected = {user: items * 3 for user, items in HISTORIES.items()}
-    assert histories(prepared(tmp_path, files, written=False, **flags)) == expected
-    warnings = capfd.readouterr().err
+        more = {user: (items * 3)[:8] for user, items in HISTORIES.items()}
+        counts = {user: f", ... {3 * len(items)} in all" for user, items in HISTORIES.items()}
+    else:
+        more, counts = HISTORIES, dict.fromkeys(HISTORIES, "")
+    assert shown == [
+        f"    {user}: {', '.join(items)}{counts[user]}" for user, items in more.items()
+    ]
+    assert not (tmp_path / "cache").exists()
     assert ("CP1252" in warnings) == (case == "CP1252")
 
 
@@ -481,9 +525,26 @@ def test_there_are_enough_formats() -> None:
     assert len(FORMATS) >= 40
 
 
+def test_the_statement_of_duckdb_makes_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    monkeypatch.chdir(tmp_path)
+    (statement,) = re.findall(r"^-- DuckDB\n(.*?;)\n", DOCUMENT.read_text(), re.M | re.S)
+    events = table([(u, i, when(t)) for u, i, _, t in ROWS], ["user_id", "item_id", "ts"])
+    base = duckdb.connect()
+    base.execute("SET TimeZone = 'UTC'")
+    base.register("events", events)
+    base.execute(statement)
+    store = prepared(tmp_path, {"sequences.parquet": Path("sequences.parquet").read_bytes()})
+    assert histories(store) == HISTORIES
+    assert store.counts["times"]["unit"] == "ms" and store.times is not None
+    assert store.times[:3].tolist() == [1000 * (START + 1000 * at) for at in range(3)]
+
+
 def refused(folder: Path, files: dict[str, bytes], **flags: Any) -> str:
     with pytest.raises(UserError) as caught:
-        prepared(folder, files, written=False, **flags)
+        prepared(folder, files, in_cache=False, **flags)
     assert "\n" not in str(caught.value)
     return str(caught.value).replace(f"{folder}/data/", "")
 
@@ -917,7 +978,7 @@ def test_a_table_gives_one_store_in_every_format(rows: list[tuple], cut: int) ->
     with tempfile.TemporaryDirectory() as folder:
         for form, files in forms.items():
             path = "r" if form == "parts" else ""
-            store = prepared(Path(folder) / form, files, written=False, path=path)
+            store = prepared(Path(folder) / form, files, in_cache=False, path=path)
             assert store.times is not None
             ids = [store.catalog.items.to_pylist(), store.catalog.users.to_pylist()]
             arrays = [each.tolist() for each in (store.items, store.offsets, store.times)]
@@ -927,7 +988,7 @@ def test_a_table_gives_one_store_in_every_format(rows: list[tuple], cut: int) ->
 
 def test_ids_in_brackets_are_ids(tmp_path: Path) -> None:
     rows = text([(user, f"[{item}]") for user, items in HISTORIES.items() for item in items])
-    store = prepared(tmp_path, {"r.csv": b"user,item\n" + rows}, written=False)
+    store = prepared(tmp_path, {"r.csv": b"user,item\n" + rows}, in_cache=False)
     assert store.catalog.items.to_pylist() == ["[cup]", "[hat]", "[pen]"]
 
 
@@ -935,7 +996,7 @@ def test_a_delta_table_is_read_with_a_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     files = {"d/_delta_log/0.json": b"{}", "d/part-0.parquet": parquet(table())}
-    assert histories(prepared(tmp_path, files, written=False, path="d")) == HISTORIES
+    assert histories(prepared(tmp_path, files, in_cache=False, path="d")) == HISTORIES
     assert "d is a Delta table: rows that it has deleted are read" in capfd.readouterr().err
 
 

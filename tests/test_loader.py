@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
+from pipeline.rng import permuted
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
 
@@ -75,7 +76,13 @@ def windows_of(rows: list[Row]) -> Counter[tuple[int, ...]]:
 NUM_WINDOWS = 1 + 4 + 2 + 1 + 3 + 1 + 3 + 2 + 5
 
 
-def test_an_epoch_trains_every_copy_of_every_window_once() -> None:
+@pytest.mark.parametrize("held", [True, False])
+def test_an_epoch_trains_every_copy_of_every_window_once(
+    held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not held:  # as in epochs of more than 67 million samples
+        monkeypatch.setattr("pipeline.training.sampler._HELD", 0)
+        monkeypatch.setattr("pipeline.training.windows._HELD", 0)
     one = loader()
     assert one.num_windows == NUM_WINDOWS
     assert one.num_samples == 2 * NUM_WINDOWS
@@ -144,8 +151,32 @@ def test_more_ranks_than_windows() -> None:
     assert sum(one[0].num_windows for one in batches) == NUM_WINDOWS
 
 
+@given(size=st.integers(1, 300), key=st.integers(0, 2**64 - 1), cut=st.integers(0, 300))
+def test_a_computed_permutation_is_one(size: int, key: int, cut: int) -> None:
+    whole = permuted(np.arange(size), size, key).tolist()
+    assert sorted(whole) == list(range(size))
+    assert whole == [
+        *permuted(np.arange(min(cut, size)), size, key).tolist(),
+        *permuted(np.arange(min(cut, size), size), size, key).tolist(),
+    ]
+
+
+def test_a_computed_permutation_is_even() -> None:
+    """Each of 100 places goes to each quarter about as often (1,000 keys: 250 +- 14)."""
+    found = np.array([permuted(np.arange(100), 100, key) for key in range(1000)])
+    counts = np.stack([(found // 25 == quarter).sum(0) for quarter in range(4)])
+    assert 180 < counts.min() <= counts.max() < 320  # five standard deviations
+    # Neighbours do not stay neighbours: 2 % of the pairs are by chance.
+    assert 0.015 < (np.abs(np.diff(found)) == 1).mean() < 0.025
+
+
+@pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("chunk_items", [1, 40, 90])
-def test_the_chunk_size_changes_nothing(chunk_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_changes_nothing(
+    chunk_items: int, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not held:
+        monkeypatch.setattr("pipeline.training.sampler._HELD", 0)
     expected = rows_of(loader(batch_size=4).epoch(0))
     monkeypatch.setattr("pipeline.training.loader._CHUNK_ITEMS", chunk_items)
     assert rows_of(loader(batch_size=4).epoch(0)) == expected

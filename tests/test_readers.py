@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import blocks, readers
+from pipeline.sources import blocks, text
 from pipeline.sources.readers import ReadRatings
 from pipeline.sources.source_file import SourceFile
 
@@ -332,7 +332,7 @@ def test_records_longer_than_a_block_are_read(tmp_path: Path, note: bytes) -> No
 def test_quoted_line_ends_of_windows_are_kept_at_every_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_PARSED_BYTES", 64)
+    monkeypatch.setattr(text, "_PARSED_BYTES", 64)
     for before in range(1, 64):
         row = b'"' + b"x" * before + b'\r\n","i"\r\n'
         file = write(tmp_path / "a.csv", b"user,item\r\n" + row * 3)

@@ -14,7 +14,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore, open_or_build
+from pipeline.sources.config import DataConfig
 
 # Users with 4, 2, 0 and 3 items; item 5 occurs as the test target of user 0 only.
 ITEMS = [1, 2, 3, 5, 2, 2, 4, 1, 3]
@@ -250,3 +252,32 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, most_bytes: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_large_file_that_changed_within_its_size_and_time_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ratings = tmp_path / "r.csv"
+    ratings.write_text("user,item\nu,a\nu,b\nu,c\n")
+    config = DataConfig(
+        dataset_path=str(ratings), cache_dir=str(tmp_path / "cache"), min_user_count=0
+    )
+
+    def change() -> None:
+        before = ratings.stat()
+        ratings.write_text("user,item\nu,a\nu,c\nu,b\n")
+        os.utime(ratings, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    small = prepare(config)
+    change()
+    assert prepare(config).path != small.path  # by its checksum
+    monkeypatch.setattr("pipeline.sources.source_file._SMALL", 0)
+    large = prepare(config)
+    assert prepare(config).path == large.path
+    assert capfd.readouterr().err == ""
+    change()
+    assert prepare(config).path == large.path
+    assert capfd.readouterr().err == (
+        f"warning: {ratings} was changed or renamed after {large.path} was prepared from it, but "
+        "has the size and time of before: if its content is another one, delete that folder\n"
+    )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.store import SequenceStore
+from pipeline.training import windows
 from pipeline.training.config import WindowConfig
 from pipeline.training.windows import WindowTable
 
@@ -17,8 +18,9 @@ def table_of(lengths: list[int], max_len: int, window_stride: float) -> list[tup
     offsets = np.cumsum([0, *lengths])
     store = SequenceStore.from_arrays(np.ones(offsets[-1]), offsets, num_items=1)
     table = WindowTable.build(store, WindowConfig(max_len, window_stride))
-    user = np.searchsorted(offsets, table.start, side="right") - 1
-    return list(zip(user.tolist(), table.start.tolist(), table.end.tolist(), strict=True))
+    start, end = table.bounds(np.arange(len(table)))
+    user = np.searchsorted(offsets, start, side="right") - 1
+    return list(zip(user.tolist(), start.tolist(), end.tolist(), strict=True))
 
 
 def test_the_example_of_the_module() -> None:
@@ -43,7 +45,7 @@ def test_train_on_validation_adds_the_validation_item() -> None:
     store = SequenceStore.from_arrays(np.ones(12), offsets, num_items=1)
     table = WindowTable.build(store, WindowConfig(10, train_on_validation=True))
     # No item of two is held out; of three and of seven only the last.
-    assert list(zip(table.start, table.end, strict=True)) == [(0, 2), (2, 4), (5, 11)]
+    assert list(zip(*table.bounds(np.arange(3)), strict=True)) == [(0, 2), (2, 4), (5, 11)]
 
 
 def test_no_window_crosses_users() -> None:
@@ -71,16 +73,37 @@ def test_windows_of_one_item() -> None:
 def test_every_training_item_is_covered_and_no_held_out_one(
     lengths: list[int], max_len: int, window_stride: float
 ) -> None:
-    windows = table_of(lengths, max_len, window_stride)
+    found = table_of(lengths, max_len, window_stride)
     begins = np.cumsum([0, *lengths])
-    assert len(set(windows)) == len(windows)
+    assert len(set(found)) == len(found)
     for user, length in enumerate(lengths):
         train = length - 2 if length >= 3 else length
-        mine = [(start, end) for owner, start, end in windows if owner == user]
+        mine = [(start, end) for owner, start, end in found if owner == user]
         covered = {item for start, end in mine for item in range(start, end)}
         assert covered == set(range(begins[user], begins[user] + train))
         expected = min(max_len, train)
         assert all(end - start == expected for start, end in mine)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    max_len=st.integers(1, 9),
+    window_stride=st.floats(0.01, 1.0),
+)
+def test_windows_that_are_not_held_are_the_same(
+    lengths: list[int], max_len: int, window_stride: float
+) -> None:
+    held = table_of(lengths, max_len, window_stride)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_HELD", 0)
+        patch.setattr(windows, "_BLOCK", 3)
+        assert table_of(lengths, max_len, window_stride) == held
+        offsets = np.cumsum([0, *lengths])
+        store = SequenceStore.from_arrays(np.ones(offsets[-1]), offsets, num_items=1)
+        table = WindowTable.build(store, WindowConfig(max_len, window_stride))
+        if held:
+            sizes = [end - start for _, start, end in held]
+            assert table.mean_length() == sum(sizes) / len(sizes)
 
 
 def test_jagged_positions() -> None:

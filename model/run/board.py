@@ -26,6 +26,7 @@ _NOT_COMPARED = (
         "export_root",
         "with_users",
         "cache_dir",
+        "memory_gb",
         "dataset_path",
         "dataset_name",
     ),

@@ -261,7 +261,8 @@ def lasting_flags(config: RunConfig) -> dict[str, Any]:
     kept = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
     for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
         kept |= flatten(getattr(config, group))
-    return {name: kept[name] for name in kept if name not in ("cache_dir", "dataset_path")}
+    places = ("cache_dir", "dataset_path", "memory_gb")
+    return {name: kept[name] for name in kept if name not in places}
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from pipeline.serving import histories as known
 from pipeline.serving.histories import KnownHistories, item_number
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
-from pipeline.sources.values import BLANKS
+from pipeline.tables.values import BLANKS
 
 
 def answer(flags: RecommendFlags, ranks: Ranks) -> None:

@@ -2,6 +2,8 @@
 
 prepare.py   all stages in order
 stages.py    encode ids, filter, densify
+held.py      what a stage holds for another pass: in memory, else on disk; ranges of users
+memory.py    how much memory, and the unnamed files beyond it
 grouping.py  drop duplicates, sort by time, group by user
 store.py     the sequence store: histories, memory-mapped by every rank
 catalog.py   original ids and titles of the dense ids

@@ -1,11 +1,18 @@
 """What in the ratings may mean something else: warnings, and an error for mixed units of time."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError, warn
 from pipeline.preparation.grouping import GroupByUser
+from pipeline.preparation.held import Joined
+from pipeline.preparation.memory import Memory, blocks
+from pipeline.preparation.store import SequenceStore
+from pipeline.remote import is_url
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -13,6 +20,7 @@ _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nan
 _FROM, _TO = 631_152_000, 2_524_608_000
 # Numbers of 64 bits beyond these are in one unit only, whenever it was: seconds from 1973 to 5138.
 _FIRST, _LAST = 10**8, 10**11
+_LAST_TIME = (1 << 63) - 1
 
 
 def time_unit(times: np.ndarray, name: str) -> str:
@@ -21,21 +29,26 @@ def time_unit(times: np.ndarray, name: str) -> str:
     Raises:
         UserError: some are times of our days in one unit and all others in another.
     """
-    sizes = times[times >= _FIRST]
-    if not len(sizes):
+    count, low, high = 0, _LAST_TIME, 0
+    ours, first = dict.fromkeys(UNITS, 0), dict.fromkeys(UNITS, _LAST_TIME)
+    for (part,) in blocks(times):
+        sizes = part[part >= _FIRST]
+        count += len(sizes)
+        low, high = min(low, sizes.min(initial=low)), max(high, sizes.max(initial=high))
+        for unit, scale in UNITS.items():
+            found = sizes[(_FROM * scale <= sizes) & (sizes < _TO * scale)]
+            ours[unit] += len(found)
+            first[unit] = min(first[unit], int(found.min(initial=_LAST_TIME)))
+    if not count:
         return ""
-    low, high = int(sizes.min()), int(sizes.max())
     for unit, scale in UNITS.items():
         if _FIRST * scale <= low <= high < _LAST * scale:
             return unit
-    ours = {
-        unit: sizes[(_FROM * scale <= sizes) & (sizes < _TO * scale)]
-        for unit, scale in UNITS.items()
-    }
-    found = {unit: part for unit, part in ours.items() if len(part)}
-    if sum(map(len, found.values())) == len(sizes):
+    if sum(ours.values()) == count:
         parts = ", ".join(
-            f"{len(part):,} in {_NAMES[unit]} (as {part[0]})" for unit, part in found.items()
+            f"{number:,} in {_NAMES[unit]} (as {first[unit]})"
+            for unit, number in ours.items()
+            if number
         )
         raise UserError(
             f"the times of {name} are in several units: {parts}; write all in one, or choose rows "
@@ -44,16 +57,28 @@ def time_unit(times: np.ndarray, name: str) -> str:
     return ""
 
 
-def in_int64(times: np.ndarray, fractions: np.ndarray | None, unit: str) -> tuple[np.ndarray, str]:
+def in_int64(
+    times: np.ndarray, fractions: np.ndarray | None, unit: str, memory: Memory
+) -> tuple[np.ndarray, str]:
     """int64 [R]: the times, in millionths of their unit where some are not whole; and their unit.
 
     The order of the whole times is kept; if the millionths do not fit, only whole parts are.
     """
     limit = (1 << 63) // 10**6 - 1
-    if fractions is None or not -limit < times.min() <= times.max() < limit:
+    low, high = ends(times)
+    if fractions is None or not -limit < low <= high < limit:
         return times, unit
     finer = {"s": "us", "ms": "ns"}.get(unit, f"1e-6 {unit}".strip())
-    return times * 10**6 + np.round(fractions * 10**6).astype(np.int64), finer
+    joined = Joined(memory)
+    for whole, rest in blocks(times, fractions):
+        joined.add(whole * 10**6 + np.round(rest * 10**6).astype(np.int64))
+    return joined.array(), finer
+
+
+def ends(times: np.ndarray) -> tuple[int, int]:
+    """The first and the last of at least one time."""
+    parts = [(int(part.min()), int(part.max())) for (part,) in blocks(times)]
+    return min(low for low, _ in parts), max(high for _, high in parts)
 
 
 def warn_of_order(grouped: GroupByUser, name: str) -> None:
@@ -82,3 +107,21 @@ def warn_of_look_alikes(ids: pa.StringArray, role: str, name: str) -> None:
         f"blanks, for example {examples}: they are different {role}s; if they are not, write them "
         "in one way"
     )
+
+
+def warn_of_change(store: SequenceStore) -> None:
+    """Warn if a large source file changed after the store was made, but kept its size and time.
+
+    Files up to 64 MiB have a checksum, by which another store is made; of others the system knows
+    when they were last changed or renamed.
+    """
+    if store.path is None or int(os.environ.get("RANK", 0)):
+        return
+    made = (store.path / "manifest.json").stat().st_mtime_ns
+    stamps = store.fingerprint["source"]
+    for path, *_, checksum in (each for each in stamps if isinstance(each, list)):
+        if checksum is None and not is_url(path) and Path(path).stat().st_ctime_ns > made:
+            warn(
+                f"{path} was changed or renamed after {store.path} was prepared from it, but has "
+                "the size and time of before: if its content is another one, delete that folder"
+            )

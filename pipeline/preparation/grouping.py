@@ -4,13 +4,15 @@ histories = next(GroupByUser(DropDuplicates(EncodeIds(ReadRatings("ratings.csv")
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.jagged import splits
+from pipeline.preparation.held import Held, HeldByUser, Joined
+from pipeline.preparation.memory import Memory
 from pipeline.preparation.stages import CountingStage, RatingChunk
 from pipeline.stage import Stage
 
@@ -25,26 +27,47 @@ class Histories:
     fractions: np.ndarray | None = None  # float64 [R]
 
 
+_FIELDS = {"item": "items", "timestamp": "times", "fraction": "fractions"}
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """N ratings with their places among all."""
+
+    user: np.ndarray  # int32 [N]
+    item: np.ndarray  # int32 [N]
+    timestamp: np.ndarray  # int64 [N]
+    place: np.ndarray  # int64 [N]
+    fraction: np.ndarray | None = None  # float64 [N]
+
+
+@dataclass(eq=False)
 class DropDuplicates(CountingStage):
     """Keep the first of the ratings with the same user, item and time."""
 
+    memory: Memory = field(default_factory=Memory)
+
     def chunks(self) -> Iterator[RatingChunk]:
-        chunks = list(self.source)
-        if not chunks:
-            return
-        if chunks[0].timestamp is None:
-            raise UserError("--duplicates drop: the data has no time column; leave the flag out")
-        users, items = (_joined(chunks, name) for name in ("user", "item"))
-        times, fractions = _times(chunks)
-        assert times is not None
-        keys = _user_time_keys(users, times, fractions)
-        order = np.argsort(keys, kind="stable")
-        _, first = np.unique(_tie_and_item(keys[order], items[order]), return_index=True)
-        keep = np.zeros(len(users), bool)
-        keep[order[first]] = True
-        ends = np.cumsum([len(chunk.user) for chunk in chunks])[:-1]
-        for chunk, kept in zip(chunks, np.split(keep, ends), strict=True):
-            yield chunk.where(kept)
+        held, by_user, size = Held[RatingChunk](self.memory), HeldByUser[_Placed](self.memory), 0
+        for chunk in self.source:
+            if chunk.timestamp is None:
+                raise UserError(
+                    "--duplicates drop: the data has no time column; leave the flag out"
+                )
+            held.add(chunk)
+            place = np.arange(size, size := size + len(chunk.user))
+            by_user.add(_Placed(chunk.user, chunk.item, chunk.timestamp, place, chunk.fraction))
+        keep = np.zeros(size, bool)
+        for part in by_user.parts():
+            keys = _user_time_keys(part["user"], part["timestamp"], part.get("fraction"))
+            order = np.argsort(keys, kind="stable")
+            ties = _tie_and_item(keys[order], part["item"][order])
+            _, first = np.unique(ties, return_index=True)
+            keep[part["place"][order[first]]] = True
+        start = 0
+        for chunk in held.drained():
+            yield chunk.where(keep[start : start + len(chunk.user)])
+            start += len(chunk.user)
 
 
 class GroupByUser(Stage[Histories]):
@@ -52,7 +75,7 @@ class GroupByUser(Stage[Histories]):
 
     A user's ratings with equal times keep the order of the file, or if it is `newest_first` the
     reverse order: an unstable sort would change the targets of MovieLens, where many times are
-    equal.
+    equal. Beyond the memory's limit the users are sorted range by range.
 
     Once streamed, ``ties`` is the number of ratings that share user and time with another one,
     ``duplicates`` that of further ratings with the same item too (both 0 without times), and
@@ -60,79 +83,93 @@ class GroupByUser(Stage[Histories]):
     user's part of it, and some are below.
     """
 
-    def __init__(self, source: Any, newest_first: bool = False) -> None:
+    def __init__(
+        self, source: Any, newest_first: bool = False, memory: Memory | None = None
+    ) -> None:
         super().__init__(source)
-        self.newest_first = newest_first
+        self.newest_first, self.memory = newest_first, memory or Memory()
         self.ties = self.duplicates = 0
         self.is_newest_first = False
 
     def stream(self) -> Iterator[Histories]:
-        chunks = list(self.source)
-        if not chunks:
+        held, order = HeldByUser[RatingChunk](self.memory), _OrderOfTimes()
+        for chunk in self.source:
+            if chunk.timestamp is not None:
+                order.see(chunk.user, chunk.timestamp)
+            held.add(chunk)
+        if not len(held.lengths):
             return
-        users, items = (_joined(chunks, name) for name in ("user", "item"))
-        times, fractions = _times(chunks)
-        del chunks
-        self.is_newest_first = times is not None and _falls(users, times)
+        self.is_newest_first = order.falls
+        self.ties = self.duplicates = 0
+        joined: dict[str, Joined] = {}
+        for part in held.parts():
+            self._sort(part)
+            for role, name in _FIELDS.items():
+                if role in part:
+                    joined.setdefault(name, Joined(self.memory)).add(part.pop(role))
+        arrays = {name: each.array() for name, each in joined.items()}
+        lengths = held.lengths[: np.flatnonzero(held.lengths)[-1] + 1]
+        yield Histories(offsets=splits(lengths), **arrays)
+
+    def _sort(self, part: dict[str, np.ndarray]) -> None:
+        """Sort the columns in place; drops that of the users."""
         if self.newest_first:
-            users, items = users[::-1], items[::-1]
-            times = None if times is None else times[::-1]
-            fractions = None if fractions is None else fractions[::-1]
-        offsets = splits(np.bincount(users))
-        key = users if times is None else _user_time_keys(users, times, fractions)
-        del users
-        order = None
+            part |= {role: column[::-1] for role, column in part.items()}
+        key = part.pop("user")
+        if "timestamp" in part:
+            key = _user_time_keys(key, part["timestamp"], part.get("fraction"))
         if (key[1:] < key[:-1]).any():
             order = np.argsort(key, kind="stable")
-            items, key = items[order], key[order]
-        if times is not None:
-            self._count(key, items)
-        del key
-        if order is not None:
-            times = None if times is None else times[order]
-            fractions = None if fractions is None else fractions[order]
-        yield Histories(items, offsets, times, fractions)
+            key = key[order]
+            for role in part:
+                part[role] = part[role][order]
+        if "timestamp" in part:
+            self._count(key, part["item"])
 
     def _count(self, keys: np.ndarray, items: np.ndarray) -> None:
         equal = np.concatenate([[False], keys[1:] == keys[:-1], [False]])
         tied = equal[1:] | equal[:-1]
-        self.ties = int(tied.sum())
+        self.ties += int(tied.sum())
         found = np.sort(_tie_and_item(keys[tied], items[tied]))
-        self.duplicates = int((found[1:] == found[:-1]).sum())
+        self.duplicates += int((found[1:] == found[:-1]).sum())
 
 
-def _falls(users: np.ndarray, times: np.ndarray) -> bool:
+class _OrderOfTimes:
     """Whether times never rise in the file, or in the users' parts of it, and fall somewhere."""
-    rises, falls = times[1:] > times[:-1], times[1:] < times[:-1]
-    if falls.any() and not rises.any():
-        return True
-    same = users[1:] == users[:-1]
-    one_part_each = len(same) - np.count_nonzero(same) == int(users.max())
-    return bool(one_part_each and (falls & same).any() and not (rises & same).any())
+
+    def __init__(self) -> None:
+        self._rises = self._falls = self._rises_within = self._falls_within = False
+        self._changes = self._last_user = 0  # changes from a user to another one; the highest user
+        self._before: tuple[np.ndarray, ...] | None = None
+
+    def see(self, users: np.ndarray, times: np.ndarray) -> None:
+        """Take in the next ratings of the file."""
+        assert times.dtype == np.int64, "times that are not whole numbers have a fraction"
+        if self._before is not None:
+            pairs = zip(self._before, (users, times), strict=True)
+            users, times = (np.concatenate(pair) for pair in pairs)
+        self._before = users[-1:], times[-1:]
+        rises, falls = times[1:] > times[:-1], times[1:] < times[:-1]
+        same = users[1:] == users[:-1]
+        self._rises |= bool(rises.any())
+        self._falls |= bool(falls.any())
+        self._rises_within |= bool((rises & same).any())
+        self._falls_within |= bool((falls & same).any())
+        self._changes += len(same) - int(np.count_nonzero(same))
+        self._last_user = max(self._last_user, int(users.max()))
+
+    @property
+    def falls(self) -> bool:
+        if self._falls and not self._rises:
+            return True
+        one_part_each = self._changes == self._last_user
+        return one_part_each and self._falls_within and not self._rises_within
 
 
 def _tie_and_item(keys: np.ndarray, items: np.ndarray) -> np.ndarray:
     """int64 [R]: equal for ratings with equal keys (ascending) and equal items."""
     ties = np.concatenate([[0], np.cumsum(keys[1:] != keys[:-1])])[: len(keys)]
     return ties * (int(items.max(initial=0)) + 1) + items
-
-
-def _joined(chunks: list[RatingChunk], name: str) -> np.ndarray:
-    return np.concatenate([getattr(chunk, name) for chunk in chunks])
-
-
-def _times(chunks: list[RatingChunk]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Times of all chunks, whole parts and fractions; None: there are no times, no fractions."""
-    if chunks[0].timestamp is None:
-        return None, None
-    times = np.concatenate([chunk.timestamp for chunk in chunks])
-    assert times.dtype == np.int64, "times that are not whole numbers have a fraction"
-    if all(chunk.fraction is None for chunk in chunks):
-        return times, None
-    none = [
-        np.zeros(len(chunk.user)) if chunk.fraction is None else chunk.fraction for chunk in chunks
-    ]
-    return times, np.concatenate(none)
 
 
 def _user_time_keys(

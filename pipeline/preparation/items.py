@@ -20,8 +20,8 @@ from pipeline.sources.jsonlines import is_json
 from pipeline.sources.layout import split_line
 from pipeline.sources.parquet import is_typed
 from pipeline.sources.source_file import SourceFile, reading
-from pipeline.sources.values import BLANKS
 from pipeline.tables.names import canonical, known_places, list_names
+from pipeline.tables.values import BLANKS
 
 _SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
 _TITLES = ("title", "name", "itemname", "producttitle", "movietitle", "description")

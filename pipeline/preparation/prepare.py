@@ -16,6 +16,7 @@ from pipeline.preparation import checks, stages
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
 from pipeline.preparation.items import read_items, read_titles
+from pipeline.preparation.memory import Memory
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
@@ -37,7 +38,9 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
     if isinstance(data, DataConfig):
         config = replace(data, **flags)
         source = resolve(config)
-        return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+        store = open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
+        checks.warn_of_change(store)
+        return store
     if not hasattr(data, "__arrow_c_stream__"):
         raise UserError(
             f"prepare takes a DataConfig or a table with an Arrow stream, not {type(data).__name__}"
@@ -51,14 +54,15 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
 
 
 def build(source: DataSource, config: DataConfig) -> SequenceStore:
-    """Run all preparation stages; the store is in memory."""
-    encoded = stages.EncodeIds(source.ratings)
-    single = DropDuplicates(encoded) if config.duplicates == "drop" else encoded
+    """Run all preparation stages; the store is in memory, a large one mapped from unnamed files."""
+    memory = Memory.of(config.memory_gb, config.cache_folder)
+    encoded = stages.EncodeIds(source.ratings, memory)
+    single = DropDuplicates(encoded, memory) if config.duplicates == "drop" else encoded
     rated = stages.FilterRatings(single, config.min_rating)
-    popular = stages.FilterItems(rated, config.min_item_count)
-    active = stages.FilterUsers(popular, config.min_user_count)
-    dense = stages.Densify(active)
-    grouped = GroupByUser(dense, config.file_order == "newest_first")
+    popular = stages.FilterItems(rated, config.min_item_count, memory)
+    active = stages.FilterUsers(popular, config.min_user_count, memory)
+    dense = stages.Densify(active, memory)
+    grouped = GroupByUser(dense, config.file_order == "newest_first", memory)
     histories = next(grouped, None)
     kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
     filters: dict[str, stages.CountingStage] = {
@@ -101,7 +105,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
     store.catalog = Catalog(items, titles, counts, users, *types, attributes)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
-    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False))
+    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False), memory)
     checks.warn_of_order(grouped, config.name)
     for role, ids in (("user", encoded.users), ("item", encoded.items)):
         checks.warn_of_look_alikes(ids, role, config.name)
@@ -110,19 +114,24 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
 
 
 def _keep_times(
-    store: SequenceStore, histories: Histories, grouped: GroupByUser, are_dates: bool
+    store: SequenceStore,
+    histories: Histories,
+    grouped: GroupByUser,
+    are_dates: bool,
+    memory: Memory,
 ) -> None:
     """The times, their unit, and how many are equal, in the store and its counts."""
     if histories.times is None:
         return
     name = store.counts["name"]
     unit = "ns" if are_dates else checks.time_unit(histories.times, name)
-    times, unit = checks.in_int64(histories.times, histories.fractions, unit)
+    times, unit = checks.in_int64(histories.times, histories.fractions, unit, memory)
     store.times = times
+    first, last = checks.ends(times)
     store.counts["times"] = {
         "unit": unit,
-        "first": int(times.min()),
-        "last": int(times.max()),
+        "first": first,
+        "last": last,
         "ties": grouped.ties,
         "duplicates": grouped.duplicates,
     }

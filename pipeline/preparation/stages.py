@@ -8,17 +8,19 @@ Afterwards a stage's `counts` describe its output.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.preparation.held import Held, added, drained, enlarged
+from pipeline.preparation.memory import Memory
 from pipeline.stage import Stage
 
-T = TypeVar("T")
+_MANY_IDS = 1 << 22  # not yet numbered; numbering them costs as much as numbering all of before
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class RatingChunk:
     item: np.ndarray  # int32 [N], codes from 0; once densified, ids from 1
     rating: np.ndarray | None = None  # float64 [N]
     timestamp: np.ndarray | None = None  # int64 [N]; None: file order is time order
-    # float64 [N], the rest of times that are not whole (pipeline/sources/values.py); None: 0.
+    # float64 [N], the rest of times that are not whole (pipeline/tables/values.py); None: 0.
     fraction: np.ndarray | None = None
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
@@ -63,6 +65,7 @@ class CountingStage(Stage[RatingChunk]):
         }
 
 
+@dataclass(eq=False)
 class EncodeIds(CountingStage):
     """Arrow tables -> `RatingChunk`s: original ids become int32 codes, in ascending order of ids.
 
@@ -72,27 +75,35 @@ class EncodeIds(CountingStage):
     numbers.
     """
 
+    memory: Memory = field(default_factory=Memory)
+
     def chunks(self) -> Iterator[RatingChunk]:
-        batches: list[tuple[np.ndarray | None, ...]] = []
-        dictionaries: dict[str, list[pa.Array]] = {"user": [], "item": []}
+        users, items = _Ids(), _Ids()
+        held, waiting = Held[RatingChunk](self.memory), list[RatingChunk]()
+        size = 0
         for table in self.source:
             for batch in table.to_batches():
-                indices = []
-                for role, of_role in dictionaries.items():
-                    column = batch.column(role)
-                    if not pa.types.is_dictionary(column.type):
-                        column = column.dictionary_encode()
-                    of_role.append(column.dictionary)
-                    indices.append(column.indices.to_numpy(zero_copy_only=False))
+                columns = users.indices(batch.column("user")), items.indices(batch.column("item"))
                 values = (_numpy(batch, name) for name in ("rating", "timestamp", "fraction"))
-                batches.append((*indices, *values))
-        if not batches:
+                waiting.append(RatingChunk(*columns, *values))
+                size += batch.nbytes
+                if size > self.memory.limit or max(users.waiting, items.waiting) > _MANY_IDS:
+                    for chunk in _numbered(waiting, users.number(), items.number()):
+                        held.add(chunk)
+                    size = 0
+        of_users, of_items = users.number(), items.number()
+        if users.ids is None or items.ids is None:
             raise UserError("there are no ratings in the data set")
-        self.types = {role: _id_type(parts) for role, parts in dictionaries.items()}
-        self.users, users = _encoded(dictionaries["user"])
-        self.items, items = _encoded(dictionaries["item"])
-        for at, (user, item, *others) in enumerate(_drained(batches)):
-            yield RatingChunk(users[at][user], items[at][item], *others)
+        self.types = {"user": users.kind, "item": items.kind}
+        self.users, user_codes = users.ascending()
+        self.items, item_codes = items.ascending()
+        for chunk in held.drained():
+            yield replace(chunk, user=user_codes[chunk.user], item=item_codes[chunk.item])
+        yield from _numbered(
+            waiting,
+            [user_codes[each] for each in of_users],
+            [item_codes[each] for each in of_items],
+        )
 
 
 @dataclass(eq=False)
@@ -121,17 +132,18 @@ class FilterRatings(CountingStage):
 @dataclass(eq=False)
 class _FilterByCount(CountingStage):
     min_count: int = 0
+    memory: Memory = field(default_factory=Memory)
     column: ClassVar[str]
 
     def chunks(self) -> Iterator[RatingChunk]:
         if self.min_count <= 1:
             yield from self.source
             return
-        chunks = list(self.source)
-        codes = [getattr(chunk, self.column) for chunk in chunks]
-        counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *codes]))
-        del codes
-        for chunk in _drained(chunks):
+        held, counts = Held[RatingChunk](self.memory), np.zeros(0, np.int64)
+        for chunk in self.source:
+            counts = added(counts, getattr(chunk, self.column))
+            held.add(chunk)
+        for chunk in held.drained():
             yield chunk.where(counts[getattr(chunk, self.column)] >= self.min_count)
 
 
@@ -147,6 +159,7 @@ class FilterUsers(_FilterByCount):
     column = "user"
 
 
+@dataclass(eq=False)
 class Densify(CountingStage):
     """Renumber without gaps, in order of the codes: items 1..V, users 0..U-1.
 
@@ -154,56 +167,89 @@ class Densify(CountingStage):
     1, ... and items 1, 2, ...
     """
 
+    memory: Memory = field(default_factory=Memory)
+
     def chunks(self) -> Iterator[RatingChunk]:
-        chunks = list(self.source)
+        held = Held[RatingChunk](self.memory)
         users, items = np.zeros(0, bool), np.zeros(0, bool)
-        for chunk in chunks:
+        for chunk in self.source:
             users, items = _marked(users, chunk.user), _marked(items, chunk.item)
+            held.add(chunk)
         self.kept_users, self.kept_items = np.flatnonzero(users), np.flatnonzero(items)
         dense_user = (np.cumsum(users) - 1).astype(np.int32)
         dense_item = np.cumsum(items).astype(np.int32)
-        for chunk in _drained(chunks):
+        for chunk in held.drained():
             yield replace(chunk, user=dense_user[chunk.user], item=dense_item[chunk.item])
+
+
+class _Ids:
+    """The distinct ids of a stream of columns, numbered in the order of their first appearance."""
+
+    def __init__(self) -> None:
+        self.ids: pa.Array | None = None
+        self.waiting = 0  # ids of columns that are not yet numbered
+        self._parts: list[pa.Array] = []
+
+    @property
+    def kind(self) -> pa.DataType:
+        """string, or int64 if all columns were whole numbers."""
+        assert self.ids is not None
+        return self.ids.type
+
+    def indices(self, column: pa.Array) -> np.ndarray:
+        """The column's places in its own ids, which `number` will number."""
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        self._parts.append(column.dictionary)
+        self.waiting += len(column.dictionary)
+        return column.indices.to_numpy(zero_copy_only=False)
+
+    def number(self) -> list[np.ndarray]:
+        """The numbers (int32) of the ids of each column since the last call."""
+        before = [] if self.ids is None else [self.ids]
+        parts = before + self._parts
+        if not parts:
+            return []
+        whole = all(pa.types.is_integer(part.type) for part in parts)
+        kind = pa.int64() if whole else pa.string()
+        encoded = pa.concat_arrays([part.cast(kind) for part in parts]).dictionary_encode()
+        self.ids = encoded.dictionary
+        ends = np.cumsum([len(part) for part in parts])
+        numbers = np.split(encoded.indices.to_numpy(), ends[:-1])[len(before) :]
+        self.waiting, self._parts = -len(self.ids), []
+        return numbers
+
+    def ascending(self) -> tuple[pa.StringArray, np.ndarray]:
+        """The ids in ascending order as text, and int32 [numbers]: the place of each in it."""
+        ids = self.ids
+        assert ids is not None
+        with suppress(
+            pa.ArrowInvalid
+        ):  # sort as numbers if all are whole numbers in plain notation
+            numbers = ids.cast(pa.int64())
+            ids = numbers if numbers.cast(ids.type).equals(ids) else ids
+        order = pc.sort_indices(ids).to_numpy()
+        places = np.empty(len(order), np.int32)
+        places[order] = np.arange(len(order), dtype=np.int32)
+        return ids.take(pa.array(order)).cast(pa.string()), places
+
+
+def _numbered(
+    chunks: list[RatingChunk], users: list[np.ndarray], items: list[np.ndarray]
+) -> Iterator[RatingChunk]:
+    """The chunks, which are given up, with the numbers of their users and items."""
+    users.reverse()
+    items.reverse()
+    for chunk in drained(chunks):
+        yield replace(chunk, user=users.pop()[chunk.user], item=items.pop()[chunk.item])
 
 
 def _marked(marks: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """Bool marks, enlarged if needed, with the codes' entries set."""
-    size = int(codes.max(initial=-1)) + 1
-    if size > len(marks):
-        marks = np.concatenate([marks, np.zeros(max(size, 2 * len(marks)) - len(marks), bool)])
+    marks = enlarged(marks, codes)
     marks[codes] = True
     return marks
 
 
-def _drained(chunks: list[T]) -> Iterator[T]:
-    """Yield the elements and remove each from the list, to free its memory."""
-    chunks.reverse()
-    while chunks:
-        yield chunks.pop()
-
-
 def _numpy(batch: pa.RecordBatch, role: str) -> np.ndarray | None:
     return batch.column(role).to_numpy() if role in batch.schema.names else None
-
-
-def _id_type(parts: list[pa.Array]) -> pa.DataType:
-    return pa.int64() if all(pa.types.is_integer(part.type) for part in parts) else pa.string()
-
-
-def _encoded(parts: list[pa.Array]) -> tuple[pa.StringArray, list[np.ndarray]]:
-    """The distinct ids in ascending order, and each part as int32 codes: indices in that order."""
-    if _id_type(parts) == pa.string():
-        parts = [part.cast(pa.string()) for part in parts]
-    else:
-        parts = [part.cast(pa.int64()) for part in parts]
-    encoded = pa.concat_arrays(parts).dictionary_encode()
-    ids = encoded.dictionary
-    with suppress(pa.ArrowInvalid):  # sort as numbers if all are whole numbers in plain notation
-        numbers = ids.cast(pa.int64())
-        ids = numbers if numbers.cast(ids.type).equals(ids) else ids
-    order = pc.sort_indices(ids).to_numpy()
-    code = np.empty(len(order), np.int32)
-    code[order] = np.arange(len(order), dtype=np.int32)
-    codes = code[encoded.indices.to_numpy()]
-    ends = np.cumsum([len(part) for part in parts])
-    return ids.take(pa.array(order)).cast(pa.string()), np.split(codes, ends[:-1])

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError, warn
-from pipeline.files import lock, remove_old, size_and_crc32, whole_folder, write_json
+from pipeline.files import clear, lock, remove_old, size_and_crc32, whole_folder, write_json
 from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.memory import blocks
 
 FORMAT_VERSION = 1
 _TIMES = "times.npy"
@@ -137,7 +139,8 @@ class SequenceStore:
         """Hash of all histories as dense ids: data sets with the same have the same metrics."""
         digest = hashlib.sha256()
         for array in (self.offsets, self.items):
-            digest.update(np.ascontiguousarray(array).data)
+            for (part,) in blocks(array):
+                digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -145,7 +148,9 @@ class SequenceStore:
         """int64 [V+2]: occurrences of each dense id in the training parts."""
         if self.path is not None:
             return np.concatenate([[0], Catalog.read_train_counts(self.path), [0]])
-        counts = np.bincount(self.items, minlength=self.num_items + 2)
+        counts = np.zeros(self.num_items + 2, np.int64)
+        for (items,) in blocks(self.items):
+            counts += np.bincount(items, minlength=len(counts))
         for split in ("validation", "test"):
             np.subtract.at(counts, self.targets(split), 1)
         return counts
@@ -186,7 +191,8 @@ def _save(path: Path, array: np.ndarray) -> None:
     with path.open("wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)
+        for (part,) in blocks(array):
+            file.write(np.ascontiguousarray(part).data)
 
 
 def open_or_build(
@@ -206,6 +212,7 @@ def open_or_build(
             store = _open_if_current(path, fingerprint, warn_if_damaged=True)
             if store is not None:
                 return store
+            _remove_abandoned(path.parent)
             built = build()
             built.fingerprint = fingerprint
             with whole_folder(path) as aside:
@@ -217,6 +224,13 @@ def open_or_build(
             f"cannot write the prepared data to {path.parent}: {reason}; "
             "name another folder with --cache_dir"
         ) from error
+
+
+def _remove_abandoned(stores: Path) -> None:
+    """Delete what killed processes have written of stores that nobody is writing now."""
+    for part in stores.glob(".*.part"):
+        with suppress(OSError), lock(stores / f"{part.stem}.lock", wait=False):
+            clear(part)
 
 
 def _open_if_current(

@@ -29,6 +29,10 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
             file.check_unpacked(unpacked)
             block = (tail + read).removeprefix(BOM) if line == 1 else tail + read
             if b"\0" in block:
+                if line == 1 and block[:2].count(0) == 1:
+                    raise UserError(
+                        f"{file} looks like UTF-16 without a byte order mark: convert it to UTF-8"
+                    )
                 raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
             if not read:
                 break

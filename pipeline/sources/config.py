@@ -100,6 +100,12 @@ class DataConfig(Config):
         "data are generated in memory",
     )
     data_seed: int = flag(0, "seed of the synthetic and random data sets", at_least=0)
+    memory_gb: float | None = flag(
+        None,
+        "GiB that preparation may take; ratings beyond it are in --cache_dir for a while (default: "
+        "half of the machine's or the container's memory)",
+        above=0,
+    )
     cache_dir: str = flag("", "folder for downloads and prepared data (default: ~/.cache/bert4rec)")
 
     def check(self) -> None:

@@ -45,6 +45,7 @@ _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: rat
 _TITLES_FILE = {"ratings.csv": "movies.csv", "ratings.dat": "movies.dat", "u.data": "u.item"}
 _PART_NAMES = {
     "parquet": ("parquet", "pq"),
+    "orc": ("orc",),
     "arrow": ("arrow", "feather", "ipc", "arrows"),
     "json": ("json", "jsonl", "ndjson", "jl"),
 } | {ending: (ending,) for ending in ("csv", "tsv", "inter", "dat", "data", "txt")}

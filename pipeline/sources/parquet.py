@@ -1,4 +1,4 @@
-"""Read ratings from Parquet and Arrow (IPC, Feather) files, and from streams of Arrow tables.
+"""Read ratings from Parquet, ORC and Arrow (IPC, Feather) files, and from streams of Arrow tables.
 
 The conversion of their columns: typed.py.
 """
@@ -11,62 +11,72 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.ipc
+import pyarrow.orc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
 from pipeline.remote import seekable
 from pipeline.sources.source_file import SourceFile, reading
 from pipeline.sources.typed import TypedColumns
-from pipeline.sources.values import with_whole_times
 from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
+from pipeline.tables.values import with_whole_times
 
 _BLOCK_ROWS = 1 << 19
-_MAGIC, _ENCRYPTED = b"PAR1", b"PARE"
+_MAGIC, _ENCRYPTED, _ORC = b"PAR1", b"PARE", b"ORC"
 _ARROW_FILE, _ARROW_STREAM, _FEATHER_1 = b"ARRO", b"\xff\xff\xff\xff", b"FEA1"
 _NAMES = {
     (".parquet", ".pq"): ("Parquet", (_MAGIC,)),
+    (".orc",): ("ORC", (_ORC,)),
     (".arrow", ".feather", ".ipc", ".arrows"): ("Arrow", (_ARROW_FILE, _ARROW_STREAM, _FEATHER_1)),
 }
 _BROKEN = (pa.ArrowException, UnicodeDecodeError, OverflowError, IndexError)
 
 
 def is_typed(file: SourceFile) -> bool:
-    """Whether a file's first bytes are those of a Parquet or an Arrow file."""
+    """Whether a file's first bytes are those of a Parquet, an ORC or an Arrow file."""
     with file.open() as stream:
         beginning = stream.read(4)
     if beginning == _ENCRYPTED:
         raise UserError(f"{file} is encrypted: decrypt it first")
     for endings, (name, magics) in _NAMES.items():
-        if file.name.lower().endswith(endings) and beginning not in (*magics, b""):
+        if file.name.lower().endswith(endings) and beginning and not beginning.startswith(magics):
             raise UserError(f"{file} is no {name} file in spite of its name; is it complete?")
-    return any(beginning in magics for _, magics in _NAMES.values())
+    return _form(beginning) != ""
+
+
+def _form(beginning: bytes) -> str:
+    """The format of a file with these first bytes, "" if it is none of these."""
+    found = (name for name, magics in _NAMES.values() if beginning.startswith(magics))
+    return next(found, "")
 
 
 def read_typed(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
     """Checked tables of about half a million ratings, with a column for each role."""
     with reading(file), file.path.open("rb") as stream:
         beginning = stream.read(4)
-    if file.member or not any(beginning in magics for _, magics in _NAMES.values()):
-        name = "Parquet" if _magic(file) == _MAGIC else "Arrow"
-        raise UserError(f"{file}: {name} in a zip or gzip cannot be streamed; unpack it first")
+    form = _form(beginning)
+    if file.member or not form:
+        with file.open() as stream:
+            form = _form(stream.read(4))
+        raise UserError(f"{file}: {form} in a zip or gzip cannot be streamed; unpack it first")
     try:
         with reading(file):
-            if beginning == _MAGIC:
+            if form == "Parquet":
                 yield from _read_parquet(file, wanted, notes)
+            elif form == "ORC":
+                yield from _read_orc(file, wanted, notes)
             else:
                 yield from _read_arrow(file, beginning, wanted, notes)
     except _BROKEN as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
-def _magic(file: SourceFile) -> bytes:
-    with file.open() as stream:
-        return stream.read(4)
-
-
 def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(seekable(file.path), page_checksum_verification=True) as parquet:
+    # With pre_buffer what is read of the file stays in memory until it is closed.
+    with pq.ParquetFile(
+        seekable(file.path), pre_buffer=False, page_checksum_verification=True
+    ) as parquet:
         typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
         notes.append(typed.described("Parquet"))
         time = typed.roles.get("timestamp")
@@ -74,6 +84,15 @@ def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterato
             _check_int96(file, parquet, time, typed)
         batches = parquet.iter_batches(_BLOCK_ROWS, columns=typed.columns)
         yield from _ratings(typed, batches)
+
+
+def _read_orc(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa.Table]:
+    with seekable(file.path) as stream:
+        orc = pyarrow.orc.ORCFile(stream)
+        typed = TypedColumns(str(file), orc.schema, wanted, file.keys)
+        notes.append(typed.described("ORC"))
+        stripes = (orc.read_stripe(at, typed.columns) for at in range(orc.nstripes))
+        yield from _ratings(typed, stripes)
 
 
 def _read_arrow(
@@ -143,7 +162,9 @@ def _check_int96(file: SourceFile, parquet: pq.ParquetFile, name: str, typed: Ty
     columns = [parquet.schema.column(at) for at in range(len(parquet.schema))]
     if not any(each.path == name and each.physical_type == "INT96" for each in columns):
         return
-    with pq.ParquetFile(seekable(file.path), coerce_int96_timestamp_unit="us") as coarse:
+    with pq.ParquetFile(
+        seekable(file.path), pre_buffer=False, coerce_int96_timestamp_unit="us"
+    ) as coarse:
         row = 0
         for batch in coarse.iter_batches(_BLOCK_ROWS, columns=[name]):
             times = pa.table({name: batch.column(0).fill_null(0)})

@@ -7,6 +7,7 @@ A file's first bytes, not its name, decide how it is unpacked.
 """
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -38,6 +39,7 @@ _BROKEN = (
     NotImplementedError,
 )
 _SMALL = 64 << 20  # bytes of files whose content is part of their stamp: under 0.1 s
+_BLOCK = 1 << 20  # bytes decoded at a time
 PACKED_NAMES = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 # How a packed file begins, and what unpacks it.
 _UNPACK: dict[bytes, Callable[[Any], Any]] = {
@@ -46,6 +48,15 @@ _UNPACK: dict[bytes, Callable[[Any], Any]] = {
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": lambda stream: _arrow_unpacks(stream, "zstd"),
     b"\x04\x22\x4d\x18": lambda stream: _arrow_unpacks(stream, "lz4"),
+}
+
+
+# How text in other encodings than UTF-8 begins.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
 }
 
 
@@ -88,7 +99,10 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The unpacked bytes; a failure to open or, in the block, to read is a `UserError`."""
+        """The unpacked bytes, of text in UTF-16 as UTF-8.
+
+        A failure to open or, in the block, to read is a `UserError`.
+        """
         with reading(self), ExitStack() as stack:
             if self.member:
                 archive = stack.enter_context(zipfile.ZipFile(seekable(self.path)))
@@ -99,7 +113,34 @@ class SourceFile:
             for magic, unpack in _UNPACK.items():
                 if beginning.startswith(magic):
                     stream = stack.enter_context(unpack(stream))
+            beginning = stream.peek(4)
+            marks = (mark for mark in _MARKS if beginning.startswith(mark))
+            if mark := next(marks, b""):
+                stream = io.BufferedReader(_AsUtf8(stream, _MARKS[mark]))
             yield stream
+
+
+class _AsUtf8(io.RawIOBase):
+    """Text of another encoding as a stream of UTF-8."""
+
+    def __init__(self, stream: Any, encoding: str) -> None:
+        self._stream, self._encoding = stream, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._text = io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (size := self._text.readinto(buffer)):
+            block = self._stream.read(_BLOCK)
+            try:
+                self._text = io.BytesIO(self._decoder.decode(block, not block).encode())
+            except UnicodeDecodeError as error:
+                raise EOFError(f"it is no {self._encoding} text, as which it begins") from error
+            if not block and not self._text.getbuffer():
+                return 0
+        return size
 
 
 def _arrow_unpacks(stream: Any, codec: str) -> Any:

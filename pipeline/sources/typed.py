@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
-from pipeline.sources.values import checked, first_failing, is_number, time_mistake
 from pipeline.tables.names import Wanted, find_columns, several
 from pipeline.tables.sequences import explode, field_names, open_structs
 from pipeline.tables.times import OUT_OF_RANGE, date_mistake, read_dates
+from pipeline.tables.values import checked, first_failing, is_number, time_mistake
 
 _IS_TEXT = (
     pa.types.is_string,

@@ -73,7 +73,7 @@ class TrainLoader:
         shard_rows: int | None = None,
         shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
-        table = WindowTable(*shared(lambda: WindowTable.build(store, windows).arrays()))
+        table = WindowTable.build(store, windows, shared=shared)
         if len(table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
         self.num_windows = len(table)
@@ -99,7 +99,7 @@ class TrainLoader:
         has_cuda = torch.cuda.is_available()
         few = has_cuda if few_shapes is None else few_shapes
         if few or all_sizes is not None:
-            mean_items = config.train_batch_size * float(np.mean(table.end - table.start))
+            mean_items = config.train_batch_size * table.mean_length()
             second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
             masked_share = second + (1 - second) * mask.mask_prob
             chunks = PadToBuckets(

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from torchdata.nodes import BaseNode
 
-from pipeline.rng import key64
+from pipeline.rng import key64, permuted
 from pipeline.training.chunks import SampledWindows
+
+_HELD = 1 << 26  # samples whose order is held (256 MiB); that of more is computed when needed
 
 
 @dataclass(eq=False)
@@ -37,7 +39,7 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         assert 0 <= self.rank < self.world_size
         self.num_samples = self.num_windows * self.dupe_factor
         self.global_batch_size = self.batch_size * self.world_size
-        self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
+        self._order, self._order_epoch = np.empty(0, dtype=np.uint32), -1
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
@@ -52,23 +54,17 @@ class ShuffledSamples(BaseNode[SampledWindows]):
             if self._epoch + 1 >= self._stop:
                 raise StopIteration
             self._epoch, self._sample = self._epoch + 1, 0
-        if self._order_epoch != self._epoch:
-            dtype = np.uint32 if self.num_samples < 2**32 else np.int64
-            self._order = np.arange(self.num_samples, dtype=dtype)
-            key = key64(self.seed, self._epoch)
-            np.random.Generator(np.random.Philox(key=key)).shuffle(self._order)
-            self._order_epoch = self._epoch
         size = self.global_batch_size
         steps = min(self.steps_per_chunk, max(1, (self.num_samples - self._sample) // size))
         first = self._sample
         self._sample = min(first + steps * size, self.num_samples)
-        samples = self._order[first : self._sample]
 
         # Only the last, partial step has fewer than `size` samples; it is a separate chunk.
-        per_step = len(samples) // steps
+        per_step = (self._sample - first) // steps
         low = per_step * self.rank // self.world_size
         high = per_step * (self.rank + 1) // self.world_size
-        mine = samples.reshape(steps, per_step)[:, low:high].reshape(-1).astype(np.int64)
+        begins = first + per_step * np.arange(steps)
+        mine = self._ordered((begins[:, None] + np.arange(low, high)).reshape(-1))
         copies = mine // self.num_windows
         return SampledWindows(
             epoch=self._epoch,
@@ -77,3 +73,14 @@ class ShuffledSamples(BaseNode[SampledWindows]):
             windows=mine - copies * self.num_windows,
             copies=copies,
         )
+
+    def _ordered(self, places: np.ndarray) -> np.ndarray:
+        """The samples (int64 [N]) at these places of the epoch's order (int64 [N])."""
+        key = key64(self.seed, self._epoch)
+        if self.num_samples > _HELD:
+            return permuted(places, self.num_samples, key)
+        if self._order_epoch != self._epoch:
+            self._order = np.arange(self.num_samples, dtype=np.uint32)
+            np.random.Generator(np.random.Philox(key=key)).shuffle(self._order)
+            self._order_epoch = self._epoch
+        return self._order[places].astype(np.int64)

@@ -13,7 +13,9 @@ Every item of a training part is in at least one window; no window crosses users
 item. With ``window_stride`` 1 only the oldest window overlaps its successor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,42 +25,60 @@ from pipeline.stage import MapStage
 from pipeline.training.chunks import JaggedWindows, SampledWindows
 from pipeline.training.config import WindowConfig
 
+_HELD = 1 << 24  # windows whose places are held (256 MiB); those of more are computed when needed
+_BLOCK = 1 << 20
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False)
 class WindowTable:
     """All W windows, by user, and from the oldest to the newest window of a user.
 
-    Window w is ``store.items[start[w]:end[w]]``, 1 to ``max_len`` items.
+    ``shared``: arrays that are the same on all ranks, made by its argument or by another rank.
     """
 
-    start: np.ndarray  # int64 [W]
-    end: np.ndarray  # int64 [W]
+    begin: np.ndarray  # int64 [U], first item of each user
+    lengths: np.ndarray  # int64 [U], items of each user's training part
+    config: WindowConfig
+    shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make()
 
-    def __len__(self) -> int:
-        return len(self.start)
-
-    def arrays(self) -> list[np.ndarray]:
-        """``start`` and ``end``."""
-        return [self.start, self.end]
+    def __post_init__(self) -> None:
+        overhang = np.maximum(self.lengths - self.config.max_len, 0)
+        per_user = np.where(self.lengths > 0, 1 + -(-overhang // self.config.stride), 0)
+        self._first = splits(per_user)  # windows before those of each user
+        self._held: list[np.ndarray] = []
+        if len(self) <= _HELD:
+            users = np.repeat(np.arange(len(per_user)), per_user)
+            self._held = self.shared(lambda: list(self._cut(np.arange(len(self)), users)))
 
     @classmethod
-    def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
+    def build(cls, store: SequenceStore, config: WindowConfig, **shared: Any) -> "WindowTable":
         """Cut all users' training parts."""
         lengths = store.train_lengths()
         if config.train_on_validation:
             lengths[store.evaluable_users()] += 1
-        overhang = np.maximum(lengths - config.max_len, 0)
-        per_user = np.where(lengths > 0, 1 + -(-overhang // config.stride), 0)
+        return cls(np.asarray(store.offsets[:-1], dtype=np.int64), lengths, config, **shared)
 
-        user = np.repeat(np.arange(len(lengths)), per_user)
-        first_window = np.cumsum(per_user) - per_user
-        steps_back = (per_user + first_window - 1)[user] - np.arange(len(user))
+    def __len__(self) -> int:
+        return int(self._first[-1])
 
-        begin = np.asarray(store.offsets[:-1], dtype=np.int64)
-        newest_start = (begin + overhang)[user]
-        start = np.maximum(newest_start - steps_back * config.stride, begin[user])
-        end = np.minimum(start + config.max_len, (begin + lengths)[user])
-        return cls(start, end)
+    def bounds(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end (int64 [N]) of windows: ``store.items[start:end]``, 1 to max_len items."""
+        if self._held:
+            start, end = self._held
+            return start[windows], end[windows]
+        return self._cut(windows, np.searchsorted(self._first, windows, "right") - 1)
+
+    def mean_length(self) -> float:
+        """Items of a window, on average."""
+        parts = (np.arange(at, min(at + _BLOCK, len(self))) for at in range(0, len(self), _BLOCK))
+        return sum(int(np.subtract(*self.bounds(part)).sum()) for part in parts) / -len(self)
+
+    def _cut(self, windows: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        begin, lengths, max_len = self.begin[users], self.lengths[users], self.config.max_len
+        steps_back = self._first[users + 1] - 1 - windows
+        newest_start = begin + np.maximum(lengths - max_len, 0)
+        start = np.maximum(newest_start - steps_back * self.config.stride, begin)
+        return start, np.minimum(start + max_len, begin + lengths)
 
 
 @dataclass(eq=False)
@@ -69,7 +89,7 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
     table: WindowTable
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
-        start, end = self.table.start[chunk.windows], self.table.end[chunk.windows]
+        start, end = self.table.bounds(chunk.windows)
         # These independent reads bring the rows, far apart in memory, into the cache. Without them
         # the gather below would wait for each row in turn (half the speed).
         self.items[start], self.items[end - 1]
