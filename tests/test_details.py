@@ -52,7 +52,8 @@ def test_groups_by_hand() -> None:
     # Training parts 1 2 3 | 2 | 4 2 | 2 5: counts 1 4 1 1 1 0. Test targets 5, 3, 2 and 2.
     store = store_of([*HISTORIES, [2, 5, 5, 2]], 6)
     ranks = {"model": np.array([[1, 2, 3, 4], [2, 4, 6, 8]])}
-    users = RankedUsers(np.arange(4), np.zeros(4, np.float32), ranks)
+    places = store.offsets[1:] - 1
+    users = RankedUsers(np.arange(4), places, np.zeros(4, np.float32), ranks)
     found = details(users, store, "test", (10,), seed=0)
 
     def named(*ranks: int) -> dict[str, float]:

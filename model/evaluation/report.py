@@ -48,7 +48,10 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
     if best_possible and _seen(result) == "drop":  # it never repeats an item
         rows.append(("full, best possible on this data", best_possible))
     notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
-    table = f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
+    users = f"{result['users']:,} users"
+    if "targets" in result:
+        users += f" with {result['targets']:,} targets"
+    table = f"{split}, {users}{notes}\n{format_table(rows)}"
     return "\n".join([table, *_about_lists_and_groups(result), *remarks(result)])
 
 
@@ -86,10 +89,10 @@ def remarks(result: Result) -> list[str]:
     """A line for each reason not to trust the figures or the model."""
     found = []
     if left_out := result.get("users_left_out"):
-        found.append(
-            f"{left_out:,} of {left_out + result['users']:,} users have fewer than 3 items: they "
-            "are trained on and not evaluated"
-        )
+        lack = "have fewer than 3 items: they are trained on and not evaluated"
+        if result.get("protocol", {}).get("split", "leave_one_out") != "leave_one_out":
+            lack = "have no item of this part, or none before it: they are not evaluated"
+        found.append(f"{left_out:,} of {left_out + result['users']:,} users {lack}")
     if fewer := result.get("fewer_negatives"):
         unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(

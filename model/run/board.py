@@ -27,6 +27,7 @@ _NOT_COMPARED = (
         "with_users",
         "cache_dir",
         "dataset_path",
+        "split_path",
         "dataset_name",
     ),
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),

@@ -86,6 +86,8 @@ class RunConfig(Config):
                 f"--max_len x --train_batch_size must be below {MAX_POSITIONS:,} positions, not "
                 f"{positions:,}: lower one of them"
             )
+        if self.holdout.targets == "all" and self.data.split_by == "leave_one_out":
+            raise UserError("--targets all needs --split_time or --split_path: else there is one")
         if self.windows.train_on_validation and self.training.patience is not None:
             raise UserError(
                 "--patience needs validation items that are not trained on: leave it out, or "

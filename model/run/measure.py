@@ -91,8 +91,9 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
     prints = [(each.catalog_fingerprint, each.ratings_fingerprint) for each in stores]
     if prints[0] != prints[1]:
         raise UserError(
-            f"--compare {' '.join(flags.compare)}: they were trained on different ratings, so that "
-            "their users are no pairs: give both the same by --dataset_path, or train one again"
+            f"--compare {' '.join(flags.compare)}: they were trained on different ratings or "
+            "splits, so that their users are no pairs: give both the same by --dataset_path, or "
+            "train one again"
         )
     config, _ = with_seen(runs[0].config, stores[0])
     users = []

@@ -63,7 +63,8 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags given on a command line on top of their recipe's; ``recipe`` is its name."""
     name = given.get("recipe", "auto")
     if name == "auto":
-        own_file = "dataset_path" in given and "dataset_name" not in given
+        has_path = "dataset_path" in given or "split_path" in given
+        own_file = has_path and "dataset_name" not in given
         dataset = given.get("dataset_name", DataConfig.dataset_name)
         name = dataset if dataset in RECIPES and not own_file else "none"
         if given.get("teachers") and f"{name}-taught" in RECIPES:

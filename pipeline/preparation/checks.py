@@ -8,6 +8,7 @@ from pipeline.errors import UserError, warn
 from pipeline.preparation.grouping import GroupByUser
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+FINER = 10**6  # parts of a unit, where times are not whole
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 # Times between 1990 and 2050, in seconds.
 _FROM, _TO = 631_152_000, 2_524_608_000
@@ -49,11 +50,16 @@ def in_int64(times: np.ndarray, fractions: np.ndarray | None, unit: str) -> tupl
 
     The order of the whole times is kept; if the millionths do not fit, only whole parts are.
     """
-    limit = (1 << 63) // 10**6 - 1
+    limit = (1 << 63) // FINER - 1
     if fractions is None or not -limit < times.min() <= times.max() < limit:
         return times, unit
     finer = {"s": "us", "ms": "ns"}.get(unit, f"1e-6 {unit}".strip())
-    return times * 10**6 + np.round(fractions * 10**6).astype(np.int64), finer
+    return times * FINER + np.round(fractions * FINER).astype(np.int64), finer
+
+
+def shown_time(time: int, unit: str) -> str:
+    """A time as a date, or as a number if the unit is unknown."""
+    return str(np.datetime64(time // UNITS[unit], "s")) if unit in UNITS else f"{time:,}"
 
 
 def warn_of_order(grouped: GroupByUser, name: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.jagged import splits
+from pipeline.preparation.parts import PARTS
 from pipeline.preparation.stages import CountingStage, RatingChunk
 from pipeline.stage import Stage
 
@@ -23,6 +24,7 @@ class Histories:
     offsets: np.ndarray  # int64 [U+1]
     times: np.ndarray | None = None  # int64 [R], whole parts
     fractions: np.ndarray | None = None  # float64 [R]
+    ends: np.ndarray | None = None  # int64 [2, U], of the training and validation parts
 
 
 class DropDuplicates(CountingStage):
@@ -48,7 +50,7 @@ class DropDuplicates(CountingStage):
 
 
 class GroupByUser(Stage[Histories]):
-    """All chunks -> one `Histories`, by a stable sort by user and time.
+    """All chunks -> one `Histories`, by a stable sort by user, part and time.
 
     A user's ratings with equal times keep the order of the file, or if it is `newest_first` the
     reverse order: an unstable sort would change the targets of MovieLens, where many times are
@@ -72,15 +74,22 @@ class GroupByUser(Stage[Histories]):
             return
         users, items = (_joined(chunks, name) for name in ("user", "item"))
         times, fractions = _times(chunks)
+        owners, has_parts = users, chunks[0].part is not None
+        if has_parts:
+            owners = users.astype(np.int64) * PARTS + _joined(chunks, "part")
         del chunks
         self.is_newest_first = times is not None and _falls(users, times)
         if self.newest_first:
-            users, items = users[::-1], items[::-1]
+            users, items, owners = users[::-1], items[::-1], owners[::-1]
             times = None if times is None else times[::-1]
             fractions = None if fractions is None else fractions[::-1]
         offsets = splits(np.bincount(users))
-        key = users if times is None else _user_time_keys(users, times, fractions)
-        del users
+        ends = None
+        if has_parts:
+            sizes = np.bincount(owners, minlength=PARTS * (len(offsets) - 1)).reshape(-1, PARTS)
+            ends = offsets[:-1] + np.cumsum(sizes, axis=1).T[: PARTS - 1]
+        key = owners if times is None else _user_time_keys(owners, times, fractions)
+        del users, owners
         order = None
         if (key[1:] < key[:-1]).any():
             order = np.argsort(key, kind="stable")
@@ -91,7 +100,7 @@ class GroupByUser(Stage[Histories]):
         if order is not None:
             times = None if times is None else times[order]
             fractions = None if fractions is None else fractions[order]
-        yield Histories(items, offsets, times, fractions)
+        yield Histories(items, offsets, times, fractions, ends)
 
     def _count(self, keys: np.ndarray, items: np.ndarray) -> None:
         equal = np.concatenate([[False], keys[1:] == keys[:-1], [False]])

@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
+from pipeline.preparation.parts import TRAINING
 from pipeline.stage import Stage
 
 T = TypeVar("T")
+_VALUES = ("rating", "timestamp", "fraction", "part")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class RatingChunk:
     timestamp: np.ndarray | None = None  # int64 [N]; None: file order is time order
     # float64 [N], the rest of times that are not whole (pipeline/sources/values.py); None: 0.
     fraction: np.ndarray | None = None
+    part: np.ndarray | None = None  # int8 [N], codes of parts.py; None: leave-one-out
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
         if keep.all():
@@ -84,7 +87,7 @@ class EncodeIds(CountingStage):
                         column = column.dictionary_encode()
                     of_role.append(column.dictionary)
                     indices.append(column.indices.to_numpy(zero_copy_only=False))
-                values = (_numpy(batch, name) for name in ("rating", "timestamp", "fraction"))
+                values = (_numpy(batch, name) for name in _VALUES)
                 batches.append((*indices, *values))
         if not batches:
             raise UserError("there are no ratings in the data set")
@@ -120,6 +123,8 @@ class FilterRatings(CountingStage):
 
 @dataclass(eq=False)
 class _FilterByCount(CountingStage):
+    """Ratings of the training part count, all are kept or dropped."""
+
     min_count: int = 0
     column: ClassVar[str]
 
@@ -129,7 +134,12 @@ class _FilterByCount(CountingStage):
             return
         chunks = list(self.source)
         codes = [getattr(chunk, self.column) for chunk in chunks]
-        counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *codes]))
+        size = max((int(part.max()) + 1 for part in codes), default=0)
+        codes = [
+            part if chunk.part is None else part[chunk.part == TRAINING]
+            for part, chunk in zip(codes, chunks, strict=True)
+        ]
+        counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *codes]), minlength=size)
         del codes
         for chunk in _drained(chunks):
             yield chunk.where(counts[getattr(chunk, self.column)] >= self.min_count)

@@ -31,7 +31,7 @@ from pipeline.sources.values import (
 )
 from pipeline.stage import Stage
 from pipeline.tables.encoding import Encoding
-from pipeline.tables.names import ROLES, Wanted
+from pipeline.tables.names import ROLES, NoRatings, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
 from pipeline.tables.times import MIXED, NANOSECONDS, ZONED, date_mistake, read_dates
 
@@ -103,7 +103,7 @@ class ReadRatings(Stage[pa.Table]):
                 raise UserError(f"{file}: no ratings in it")
         if not any_rows:
             where = f" for which --where {self.wanted.rows.text!r}" if self.wanted.rows else ""
-            raise UserError(f"{self.files[0].path}: no ratings in it{where}")
+            raise NoRatings(f"{self.files[0].path}: no ratings in it{where}")
 
 
 def _files_line(files: list[SourceFile]) -> str:

@@ -40,9 +40,9 @@ class WindowTable:
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig) -> "WindowTable":
         """Cut all users' training parts."""
-        lengths = store.train_lengths()
-        if config.train_on_validation:
-            lengths[store.evaluable_users()] += 1
+        parts = store.parts
+        trained = parts.validation_end if config.train_on_validation else parts.training_end
+        lengths = trained - parts.begin
         overhang = np.maximum(lengths - config.max_len, 0)
         per_user = np.where(lengths > 0, 1 + -(-overhang // config.stride), 0)
 
