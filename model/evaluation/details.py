@@ -19,6 +19,7 @@ from model.evaluation.ranked_users import (
     MODEL,
     MOST_FREQUENT,
     PROTOCOLS,
+    RECENT,
     REPEAT_LAST,
     RankedUsers,
 )
@@ -39,7 +40,8 @@ def details(
 
     Returns:
         ``intervals``: of the metrics, [low, high] at 95 %, by protocol;
-        ``baselines``: metrics of the rankings that repeat a user's items, if users have them;
+        ``baselines``: metrics of the rankings that repeat a user's items, and of recent
+            popularity, if users have them;
         ``debiased``: full HR and NDCG of each target alone, weighted by 1 / its training count;
         ``cold_targets``: share of targets without training counts;
         ``groups``: metrics by history length, by the target's popularity, of repeated targets.
@@ -56,7 +58,7 @@ def details(
     }
     baselines = {
         name: users.means(name, cutoffs)
-        for name in (REPEAT_LAST, MOST_FREQUENT)
+        for name in (REPEAT_LAST, MOST_FREQUENT, RECENT)
         if name in users.ranks
     }
     if baselines:

@@ -29,11 +29,12 @@ from pipeline.files import check_writable, whole_file
 from pipeline.preparation.store import SequenceStore
 
 PROTOCOLS = ("sampled", "full")
-MODEL, POPULARITY, REPEAT_LAST, MOST_FREQUENT = (
+MODEL, POPULARITY, REPEAT_LAST, MOST_FREQUENT, RECENT = (
     "model",
     "popularity",
     "repeat_last",
     "most_frequent",
+    "popular_recently",
 )
 
 
@@ -79,18 +80,26 @@ class RankedUsers:
         return found
 
 
-def gathered(ranking: Ranking, loader: EvalLoader) -> RankedUsers:
+def gathered(ranking: Ranking, loader: EvalLoader, recent: np.ndarray | None = None) -> RankedUsers:
     """The users of all ranks; called on all of them.
 
     With seen items kept, also their ranks by both rankings that repeat a user's items.
+
+    Args:
+        recent: int64 [2, T], ranks of this rank's targets by recent popularity.
     """
     several = ranking.users is not None
     names = [MODEL, POPULARITY][: len(ranking.ranks) // 2]
     rows = [ranking.ranks.cpu().numpy()]
     if loader.keep_seen:
         names += [REPEAT_LAST, MOST_FREQUENT]
-        repeated = repeat_ranks(loader)
-        rows.append(one_list(repeated, loader.users[loader.users >= 0]) if several else repeated)
+        rows.append(repeat_ranks(loader))
+    if recent is not None:
+        names.append(RECENT)
+        rows.append(recent)
+    if several:
+        owners = loader.users[loader.users >= 0]
+        rows[1:] = [one_list(each, owners) for each in rows[1:]]
     is_user = loader.users >= 0
     users, places = loader.users[is_user], loader.places[is_user]
     scores = ranking.scores.cpu().numpy()

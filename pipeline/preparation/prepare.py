@@ -185,12 +185,12 @@ def _measure(store: SequenceStore) -> dict[str, Any]:
 def _split_line(store: SequenceStore) -> str:
     split, counts = store.split, store.counts
     training = int((store.parts.training_end - store.parts.begin).sum())
-    how = f"at {' and '.join(split['points'])}" if "points" in split else "of the ratings' own"
+    how = f" at {' and '.join(split['points'])}" if "points" in split else ""
     parts = ", ".join(
         f"{name} {counts[name]['ratings']:,} ratings, {counts[name]['users']:,} users evaluated"
         for name in SPLITS
     )
-    return f"split by {split['by']}, {how}: training {training:,} ratings; {parts}"
+    return f"split by {split['by']}{how}: training {training:,} ratings; {parts}"
 
 
 def _times_line(times: dict[str, Any]) -> str:

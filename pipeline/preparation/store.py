@@ -194,10 +194,11 @@ def _check(path: Path, recorded: list[int] | None) -> None:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """`np.save`, whose error on a full disk does not say so."""
+    array = np.ascontiguousarray(array)
     with path.open("wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)
-        file.write(np.ascontiguousarray(array).data)
+        file.write(array.data)
 
 
 def open_or_build(
