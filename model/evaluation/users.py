@@ -41,8 +41,9 @@ class EncodedUsers:
             block = slice(start, start + size)
             inside = (self.seen_row >= start) & (self.seen_row < start + size)
             each = self.hidden, self.targets, self.negatives, self.own, self.first
+            hidden, targets, negatives, own, first = (part[block] for part in each)
             seen = self.seen[inside], self.seen_row[inside] - start
-            yield EncodedUsers(*(part[block] for part in each), *seen)
+            yield EncodedUsers(hidden, targets, negatives, own, first, *seen)
 
 
 def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
