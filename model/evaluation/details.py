@@ -44,6 +44,8 @@ def details(
             popularity, if users have them;
         ``debiased``: full HR and NDCG of each target alone, weighted by 1 / its training count;
         ``cold_targets``: share of targets without training counts;
+        ``rank_histogram``: ``limits``, and by protocol the number of targets whose rank is at most
+            each limit and above the one before it;
         ``groups``: metrics by history length, by the target's popularity, of repeated targets.
     """
     ranks = users.ranks[MODEL]
@@ -65,6 +67,7 @@ def details(
         found["baselines"] = baselines
     found["debiased"] = _debiased(ranks[PROTOCOLS.index("full")], counts, cutoffs)
     found["cold_targets"] = float((counts == 0).mean())
+    found["rank_histogram"] = histogram(ranks, store.num_items)
     groups: dict[str, dict[str, Any]] = {}
     for kind, name, inside in _groups(users, counts, store, split):
         if inside.any():
@@ -72,6 +75,17 @@ def details(
             members = len(np.unique(users.users[inside]))
             groups.setdefault(kind, {})[name] = {"users": members, **of_group}
     return found | {"groups": groups}
+
+
+def histogram(ranks: np.ndarray, num_items: int) -> dict[str, list[int]]:
+    """How many of int64 [2, T] ranks are in each interval, by protocol."""
+    steps = (step * 10**power for power in range(len(str(num_items))) for step in (1, 2, 5))
+    limits = [limit for limit in steps if limit < num_items] + [num_items]
+    found = {"limits": limits}
+    for name, of_all in zip(PROTOCOLS, ranks, strict=True):
+        places = np.searchsorted(limits, of_all, side="left")
+        found[name] = np.bincount(places, minlength=len(limits)).tolist()
+    return found
 
 
 def intervals(ranks: np.ndarray, cutoffs: Sequence[int], seed: int) -> dict[str, list[float]]:
