@@ -19,6 +19,7 @@ from model.run.recipes import with_recipe
 from model.run.script import start_script
 
 if TYPE_CHECKING:
+    from model.evaluation.evaluate import Result
     from model.training.trainer import Pipeline
 
 
@@ -29,19 +30,46 @@ def read_flags() -> RunConfig:
 
 
 def train(config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None" = None) -> None:
-    """Train, test the best model, export it.
+    """Train, test the best model, export it; once for each window of --split_time.
 
     Args:
         make_pipeline: called with the model, its optimizers, the execution plan and the device;
             None: :func:`model.step.pipelines.train_pipeline`.
     """
-    with ExitStack() as opened:
-        _train(config, make_pipeline, opened)
+    windows, tested = config.of_each_window(), []
+    if len(windows) > 1:
+        from pipeline.tables.points import read_points
+
+        read_points(",".join(filter(None, (config.data.split_time, config.data.split_until))))
+    for window in windows:
+        with ExitStack() as opened:
+            tested.append((window, _train(window, make_pipeline, opened)))
+    if len(windows) > 1:
+        _print_windows([(window, result) for window, result in tested if result is not None])
+
+
+def _print_windows(tested: "list[tuple[RunConfig, Result]]") -> None:
+    """A row of full metrics for each window, and their mean."""
+    from model.evaluation.report import format_table
+    from pipeline.errors import say
+
+    rows = []
+    for window, result in tested:
+        data = window.data
+        until = f" until {data.split_until}" if data.split_until else ""
+        label = f"{data.split_time}{until}, {result['users']:,} users"
+        rows.append((label, result["full"]))
+    if rows:
+        names = rows[0][1]
+        means = {name: sum(row[name] for _, row in rows) / len(rows) for name in names}
+        table = format_table([*rows, ("mean of the windows", means)])
+        say(f"test, all windows, full\n{table}")
 
 
 def _train(
     config: RunConfig, make_pipeline: "Callable[..., Pipeline] | None", opened: ExitStack
-) -> None:
+) -> "Result | None":
+    """The result of the test on rank 0; None on others, and where no model was tested."""
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import Trained, export, load_checkpoint
@@ -130,7 +158,7 @@ def _train(
         )
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
-            return
+            return None
         checkpoints.load_weights(model, best_step)
         best = {"step": best_step, "epoch": checkpoints.epoch(best_step)}
         if validator is not None:
@@ -139,14 +167,16 @@ def _train(
         result = measure(config, model, store, "test", ranks)[0] | best
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
-    if ranks.is_first:
-        plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
-        load_checkpoint(checkpoints.path(best_step), plain)
-        output, metrics = config.output, {"test": result}
-        trained = Trained(plain, best_step, metrics, folder.path, folder.path, best["epoch"])
-        export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
-        if output.export_root:
-            export(trained, Path(output.export_root), output.with_users, with_programs=True)
+    if not ranks.is_first:
+        return None
+    plain = build_plain_model(config, store.num_items, Ranks(0, 1, 1, ranks.device))
+    load_checkpoint(checkpoints.path(best_step), plain)
+    output, metrics = config.output, {"test": result}
+    trained = Trained(plain, best_step, metrics, folder.path, folder.path, best["epoch"])
+    export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
+    if output.export_root:
+        export(trained, Path(output.export_root), output.with_users, with_programs=True)
+    return result
 
 
 def main() -> None:

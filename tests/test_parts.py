@@ -122,6 +122,19 @@ def test_points_divide_times_that_are_not_whole() -> None:
     assert store.times is not None and store.times.tolist()[1] == 1_500_000
 
 
+def test_ratings_from_a_last_point_on_are_left_out() -> None:
+    store = split(ROWS, "30,40", split_until="46")
+    assert targets_of(store, "test", every=True) == {"a": ["4", "9"], "b": ["5"]}
+    assert len(store.items) == 9
+    store = split(ROWS, "30,40", split_until="42")
+    assert targets_of(store, "test", every=True) == {"a": ["4"], "b": ["5"]}
+    assert store.catalog.items.to_pylist() == ["1", "2", "3", "4", "5"]
+    assert store.split["until"] == "42"
+    assert "at 30 and 40, until 42: training 3 ratings" in describe(store)
+    with pytest.raises(UserError, match="35 is not after 40"):
+        split(ROWS, "30,40", split_until="35")
+
+
 DAY = 86_400
 START = 1_300_060_800  # 2011-03-14
 
@@ -239,7 +252,7 @@ def test_leave_one_out_is_the_last_two_items() -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ("1,2,3", "one point or two, not more"),
+        ("11,12,13", "one point or two; only train.py takes more"),
         ("5,5", "5 is not after 5"),
         ("7,2011-01-01", "give dates or numbers, not both"),
         ("soon", "'soon' is neither a number nor a date"),
@@ -381,7 +394,7 @@ def test_flags_that_do_not_fit(run_main: RunMain, tmp_path: Path) -> None:
         (["--split=leave_one_out", "--split_time=5"], "--split_time is for --split time"),
         ([f"--split_path={path}", "--split_time=5"], "leave --split_time out"),
         ([of_file, "--targets=all"], "--targets all needs --split_time or --split_path"),
-        ([of_file, "--split_time=1,2,3"], "one point or two, not more"),
+        (["--split_until=5"], "--split_until needs --split_time"),
         ([f"--split_path={tmp_path / 'none.csv'}"], "no such file"),
     ):
         assert_refused(run_main, tmp_path, flags, message)

@@ -278,6 +278,40 @@ def ratings(folder: Path, days: int = 60) -> Path:
     return path
 
 
+def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
+    run, path = tmp_path / "run", ratings(tmp_path)
+    flags = (*TINY, f"--dataset_path={path}", f"--cache_dir={tmp_path / 'c'}", "--num_epochs=1")
+    rolling = (*flags, "--split_time=2011-04-03,2011-04-13,2011-04-23,2011-05-03")
+    outcome = run_main("train", *rolling)
+    assert_one_line(outcome, "train", "trains 3 times: give --run_dir")
+    outcome = run_main(
+        "train", *flags, "--split_time=2011-04-03,2011-04-13,2011-04-01", "--run_dir=x"
+    )
+    assert_one_line(outcome, "train", "2011-04-01 is not after 2011-04-13")
+    outcome = run_main("train", *rolling, f"--run_dir={run}", "--split_until=2011-05-08")
+    assert outcome.code == 0, outcome.err
+    results = [
+        json.loads((run / f"window-{number}" / "eval_test.json").read_text())
+        for number in (1, 2, 3)
+    ]
+    points = ["2011-04-03", "2011-04-13", "2011-04-23", "2011-05-03", "2011-05-08"]
+    for at, result in enumerate(results):
+        assert result["protocol"]["points"] == points[at : at + 2]
+        assert result["protocol"]["until"] == points[at + 2]
+    *_, header, first, second, third, mean = outcome.out.strip().splitlines()
+    assert header.split()[:2] == ["HR@1", "HR@5"]
+    for row, at in ((first, 0), (second, 1), (third, 2)):
+        assert row.startswith(f"{points[at]},{points[at + 1]} until {points[at + 2]}, 40 users ")
+        assert row.split()[-1] == f"{results[at]['full']['MRR']:.4f}"
+    expected = np.mean([result["full"]["MRR"] for result in results])
+    assert mean.split()[-1] == f"{expected:.4f}"
+    # Each window is a run like any other.
+    assert run_main("eval", f"--checkpoint={run / 'window-2'}").code == 0
+    assert (
+        json.loads((run / "window-2" / "eval_test.json").read_text())["full"] == results[1]["full"]
+    )
+
+
 def test_a_run_by_time(run_main: RunMain, tmp_path: Path) -> None:
     """Training, evaluation, comparison and resume keep to the split."""
     run, path = tmp_path / "run", ratings(tmp_path)

@@ -1,6 +1,6 @@
 """All flags of train.py and eval.py, in the groups of their rooms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.board.config import BoardConfig
 from model.checkpoints.config import CheckpointConfig
@@ -98,6 +98,27 @@ class RunConfig(Config):
                 f"--teachers needs --loss softmax, not {self.head.loss}: teachers give "
                 "probabilities of all items"
             )
+
+    def of_each_window(self) -> list["RunConfig"]:
+        """A config for each two neighbours of --split_time, tested until the next one; or itself.
+
+        Raises:
+            UserError: there are several, and no folder for their runs or one for their export.
+        """
+        points = self.data.split_time.split(",")
+        if len(points) <= 2:
+            return [self]
+        flag, output, found = f"--split_time {self.data.split_time}", self.output, []
+        if not output.run_dir:
+            raise UserError(f"{flag} trains {len(points) - 1} times: give --run_dir")
+        if output.export_root:
+            raise UserError(f"{flag} trains several models: leave --export_root out")
+        ends = [*points[2:], self.data.split_until]
+        for number, (first, second, end) in enumerate(zip(points, points[1:], ends, strict=False)):
+            data = replace(self.data, split_time=f"{first},{second}", split_until=end)
+            folder = f"{output.run_dir}/window-{number + 1}"
+            found.append(replace(self, data=data, output=replace(output, run_dir=folder)))
+        return found
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def protocol_of(config: RunConfig, store: SequenceStore) -> dict[str, Any]:
     kept, share = keeps_seen(config.holdout.seen, store)
     return {
         "split": store.parts.by,
-        **({"points": store.split["points"]} if "points" in store.split else {}),
+        **{name: store.split[name] for name in ("points", "until") if name in store.split},
         "targets": config.holdout.targets,
         "seen": "keep" if kept else "drop",
         "repeated_validation_targets": share,

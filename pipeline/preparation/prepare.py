@@ -24,7 +24,7 @@ from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
 from pipeline.sources.parquet import ReadTable
 from pipeline.sources.source_file import SourceFile
-from pipeline.tables.points import read_points
+from pipeline.tables.points import Point, read_points
 
 
 def prepare(data: Any, **flags: Any) -> SequenceStore:
@@ -41,7 +41,7 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
     if isinstance(data, DataConfig):
         config = replace(data, **flags)
         if config.split_time:
-            read_points(config.split_time)  # before data are looked for
+            _points(config)  # before data are looked for
         source = resolve(config)
         return open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
     if not hasattr(data, "__arrow_c_stream__"):
@@ -64,8 +64,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     marked = None
     if config.split_by == BY_TIME:
         are_dates = partial(getattr, source.ratings, "dates", False)
-        points = read_points(config.split_time)
-        marked = MarkParts(rated, points, are_dates, config.name)
+        marked = MarkParts(rated, *_points(config), are_dates, config.name)
     popular = stages.FilterItems(marked or rated, config.min_item_count)
     active = stages.FilterUsers(popular, config.min_user_count)
     dense = stages.Densify(active)
@@ -125,6 +124,24 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     return store
 
 
+def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
+    """The points of --split_time, and that of --split_until.
+
+    Raises:
+        UserError: they are no points, or do not ascend; there are more than two.
+    """
+    points = read_points(config.split_time)
+    if len(points) > 2:
+        raise UserError(
+            f"--split_time {config.split_time}: one point or two; only train.py takes more, and "
+            "trains once for each two"
+        )
+    if not config.split_until:
+        return points, None
+    *points, until = read_points(f"{config.split_time},{config.split_until}")
+    return points, until
+
+
 def _hold_out(
     store: SequenceStore, ends: np.ndarray, config: DataConfig, marked: MarkParts | None
 ) -> None:
@@ -140,6 +157,8 @@ def _hold_out(
     if marked is not None:
         flag = f"--split_time {config.split_time}"
         store.split["points"] = [point.text for point in marked.points]
+        if marked.until is not None:
+            store.split["until"] = marked.until.text
     for split in SPLITS:
         if not len(store.evaluable_users(split)):
             raise UserError(
@@ -186,6 +205,7 @@ def _split_line(store: SequenceStore) -> str:
     split, counts = store.split, store.counts
     training = int((store.parts.training_end - store.parts.begin).sum())
     how = f" at {' and '.join(split['points'])}" if "points" in split else ""
+    how += f", until {split['until']}" if "until" in split else ""
     parts = ", ".join(
         f"{name} {counts[name]['ratings']:,} ratings, {counts[name]['users']:,} users evaluated"
         for name in SPLITS

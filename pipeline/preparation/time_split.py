@@ -25,6 +25,7 @@ class MarkParts(CountingStage):
 
     Args:
         points: one or two, ascending.
+        until: ratings at it or after it are left out; None: none are.
         are_dates: whether the times are dates; asked when all ratings have been read.
         name: of the data set, for errors.
 
@@ -37,11 +38,12 @@ class MarkParts(CountingStage):
         self,
         source: CountingStage,
         points: list[Point],
+        until: Point | None,
         are_dates: Callable[[], bool],
         name: str,
     ) -> None:
         super().__init__(source)
-        self.points, self.are_dates, self.name = points, are_dates, name
+        self.points, self.until, self.are_dates, self.name = points, until, are_dates, name
 
     def chunks(self) -> Iterator[RatingChunk]:
         chunks = list(self.source)
@@ -58,6 +60,9 @@ class MarkParts(CountingStage):
         self.unit = unit = "ns" if dates else checks.time_unit(times, self.name)
         self.times = [point.in_unit(unit, dates) for point in self.points]
         marked = [replace(chunk, part=self._parts(chunk)) for chunk in chunks]
+        if self.until is not None:
+            end = self.until.in_unit(unit, dates)
+            marked = [chunk.where(~_is_late(chunk, end)) for chunk in marked]
         kinds = np.bincount(np.concatenate([chunk.part for chunk in marked]), minlength=3)
         for part, where, point in ((TRAINING, "before", 0), (TEST, "at or after", -1)):
             if not kinds[part]:
@@ -70,15 +75,19 @@ class MarkParts(CountingStage):
 
     def _parts(self, chunk: RatingChunk) -> np.ndarray:
         """The part of each rating: int8 [N]."""
-        assert chunk.timestamp is not None
         parts = np.full(len(chunk.user), TRAINING, np.int8)
         for point, part in zip(self.times, (VALIDATION, TEST)[-len(self.times) :], strict=True):
-            whole = math.trunc(point)
-            rest = float(point - whole)
-            fraction = 0.0 if chunk.fraction is None else chunk.fraction
-            late = (chunk.timestamp > whole) | ((chunk.timestamp == whole) & (fraction >= rest))
-            parts[late] = part
+            parts[_is_late(chunk, point)] = part
         return parts
+
+
+def _is_late(chunk: RatingChunk, point: Fraction) -> np.ndarray:
+    """Which ratings are at the point or after it: bool [N]."""
+    assert chunk.timestamp is not None
+    whole = math.trunc(point)
+    rest = float(point - whole)
+    fraction = 0.0 if chunk.fraction is None else chunk.fraction
+    return (chunk.timestamp > whole) | ((chunk.timestamp == whole) & (fraction >= rest))
 
 
 def stored_points(times: list[Fraction], scale: int) -> list[int]:

@@ -79,7 +79,10 @@ class DataConfig(Config):
     split_time: str = flag(
         "",
         "dates, or numbers in the data's unit: all before the first trains, all from the second on "
-        "tests (no default)",
+        "tests; of more, train.py trains once for each two neighbours (no default)",
+    )
+    split_until: str = flag(
+        "", "a point after those of --split_time: ratings from it on are left out (no default)"
     )
     split_path: str = flag(
         "",
@@ -153,11 +156,8 @@ class DataConfig(Config):
                 raise UserError(f"--split {kind} needs --{flag_name}")
         if self.split_time and self.split_path:
             raise UserError("--split_path has its own split: leave --split_time out")
-        if self.split_time.count(",") > 1:
-            raise UserError(
-                f"--split_time {self.split_time}: one point or two, not more; train once for each "
-                "window"
-            )
+        if self.split_until and not self.split_time:
+            raise UserError("--split_until needs --split_time")
 
     @property
     def split_by(self) -> str:

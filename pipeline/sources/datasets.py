@@ -110,7 +110,7 @@ def resolve(config: DataConfig) -> DataSource:
         if config.split_path:
             ratings = SplitRatings(_readers(parts, files, config), ratings)
     if config.split_by != "leave_one_out":  # stores of earlier versions have no such key
-        flags["split"] = [config.split_by, config.split_time]
+        flags["split"] = [config.split_by, config.split_time, config.split_until]
     fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     store_path = config.cache_folder / "stores" / f"{config.name}-{digest}"
