@@ -101,10 +101,15 @@ def _add_histograms(events: SummaryWriter, result: Result, step: int) -> None:
     for protocol in ("full", "sampled") if limits else ():
         counts = histogram[protocol]
         # The sums are those of the intervals' ends: no view of TensorBoard shows them.
-        sums = [
-            sum(c * limit**power for c, limit in zip(counts, limits, strict=True))
-            for power in (1, 2)
-        ]
+        pairs = [*zip(counts, limits, strict=True)]
         events.add_histogram_raw(
-            f"ranks/{protocol}", 1, limits[-1], sum(counts), *sums, limits, counts, step
+            f"ranks/{protocol}",
+            min=1,
+            max=limits[-1],
+            num=sum(counts),
+            sum=sum(count * limit for count, limit in pairs),
+            sum_squares=sum(count * limit**2 for count, limit in pairs),
+            bucket_limits=limits,
+            bucket_counts=counts,
+            global_step=step,
         )
