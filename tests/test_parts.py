@@ -135,6 +135,16 @@ def test_ratings_from_a_last_point_on_are_left_out() -> None:
         split(ROWS, "30,40", split_until="35")
 
 
+def test_points_keep_their_unit_if_a_filter_drops_other_times() -> None:
+    """The time of a user who is dropped makes the unit unknown, which numbers do not need."""
+    start = 1_300_000_000
+    rows = [("a", str(at), start + at) for at in range(5)] + [("z", "1", 5 * 10**14)]
+    store = split(rows, f"{start + 2},{start + 4}", min_user_count=2)
+    assert store.catalog.users.to_pylist() == ["a"]
+    assert store.split["times"] == [start + 2, start + 4]
+    assert store.counts["times"]["unit"] == "s"
+
+
 DAY = 86_400
 START = 1_300_060_800  # 2011-03-14
 

@@ -65,7 +65,8 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     if config.split_by == BY_TIME:
         are_dates = partial(getattr, source.ratings, "dates", False)
         marked = MarkParts(rated, *_points(config), are_dates, config.name)
-    popular = stages.FilterItems(marked or rated, config.min_item_count)
+    parted = rated if marked is None else marked
+    popular = stages.FilterItems(parted, config.min_item_count)
     active = stages.FilterUsers(popular, config.min_user_count)
     dense = stages.Densify(active)
     grouped = GroupByUser(dense, config.file_order == "newest_first")
@@ -113,10 +114,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
     store.catalog = Catalog(items, titles, counts, users, *types, attributes)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
-    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False))
-    if marked is not None:
-        scale = 1 if store.counts["times"]["unit"] == marked.unit else checks.FINER
-        store.split["times"] = stored_points(marked.times, scale)
+    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False), marked)
     checks.warn_of_order(grouped, config.name)
     for role, ids in (("user", encoded.users), ("item", encoded.items)):
         checks.warn_of_look_alikes(ids, role, config.name)
@@ -150,7 +148,8 @@ def _hold_out(
     Raises:
         UserError: no user has a target of validation or test and a history before it.
     """
-    if len(marked.points) == 1 if marked else not (ends[1] > ends[0]).any():
+    has_validation = (ends[1] > ends[0]).any() if marked is None else len(marked.points) == 2
+    if not has_validation:
         ends = validation_from_training(ends, store.offsets[:-1])
     store.ends, store.split = ends, {"by": config.split_by}
     flag = f"--split_path {config.split_path}"
@@ -168,15 +167,22 @@ def _hold_out(
 
 
 def _keep_times(
-    store: SequenceStore, histories: Histories, grouped: GroupByUser, are_dates: bool
+    store: SequenceStore,
+    histories: Histories,
+    grouped: GroupByUser,
+    are_dates: bool,
+    marked: MarkParts | None,
 ) -> None:
-    """The times, their unit, and how many are equal, in the store and its counts."""
+    """The times, their unit, how many are equal, and points, in the store and its counts."""
     if histories.times is None:
         return
     name = store.counts["name"]
     unit = "ns" if are_dates else checks.time_unit(histories.times, name)
     times, unit = checks.in_int64(histories.times, histories.fractions, unit)
     store.times = times
+    if marked is not None:
+        scale = 1 if times is histories.times else checks.FINER
+        store.split["times"] = stored_points(marked.times, scale)
     store.counts["times"] = {
         "unit": unit,
         "first": int(times.min()),
