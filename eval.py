@@ -48,7 +48,7 @@ def evaluate(flags: EvalFlags) -> None:
         name = write_result(Path(flags.checkpoint), split, found.result).stem
         write_evaluated(found.run, name, found.result, best_possible, ranks)
         if flags.per_user:
-            write_ranks(per_user, found.users, found.store, split)
+            write_ranks(per_user, found.users, found.store)
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def train(
     on_evaluation: "Callable[[int, Result], None] | None" = None,
     make_pipeline: "Callable[..., Pipeline] | None" = None,
 ) -> "dict[str, Result]":
-    """Train, test the best model, export it.
+    """Train, test the best model, export it; once for each window of ``split_time``.
 
     Args:
         given: flags by name, without the hyphens; the recipe sets others.
@@ -45,11 +45,21 @@ def train(
             None: :func:`model.step.pipelines.train_pipeline`.
 
     Returns:
-        The best model's metrics on "validation" and "test", as in eval_test.json; none if
-        ``--max_steps`` ended the training before an evaluation.
+        The best model's metrics on "validation" and "test", as in eval_test.json, of the last
+        window; none if ``--max_steps`` ended the training before an evaluation.
     """
-    with ExitStack() as opened:
-        return _train(given, on_evaluation, make_pipeline, opened)
+    from model.run.rolling import each_window, print_windows
+
+    windows = each_window(given)
+    results: dict[str, Result] = {}
+    tested = []
+    for window in windows:
+        with ExitStack() as opened:
+            results = _train(window, on_evaluation, make_pipeline, opened)
+        tested.append(results)
+    if len(windows) > 1:
+        print_windows(windows, tested)
+    return results
 
 
 def _train(

@@ -29,6 +29,7 @@ def eval_batch() -> EvalBatch:
         masked=torch.tensor([1, 2]),
         targets=torch.tensor([3, 1]),
         users=torch.tensor([5, -1]),
+        is_first=torch.tensor([True, False]),
         negatives=torch.tensor([[4, 2], [0, 0]]),
         seen=torch.tensor([7]),
         seen_offsets=torch.tensor([0, 1, 1]),

@@ -178,6 +178,12 @@ def test_what_a_run_shows(run_main: RunMain, run_dir: Path, cache_dir: Path) -> 
         assert part in about
     (result,) = texts(run_dir / "results" / "eval_test", "result").values()
     assert "| full, best possible |" in result
+    assert re.search(r"\| history: 20-49, [0-9]+ users \| [0-9.]+ \|", result)
+    for protocol in ("full", "sampled"):
+        (ranks,) = events_of(run_dir / "results" / "eval_test").Histograms(f"ranks/{protocol}")
+        counts = json.loads((run_dir / "eval_test.json").read_text())["rank_histogram"]
+        assert ranks.histogram_value.bucket == counts[protocol] and sum(counts[protocol]) == 60
+        assert ranks.histogram_value.bucket_limit == counts["limits"] and ranks.step == test.step
     (layout,) = main.Tensors("custom_scalars__config__")
     parsed = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     assert [each.title for each in parsed.category] == ["full and sampled", "learning rates"]
@@ -192,6 +198,7 @@ def test_minimal_is_curves_alone(run_main: RunMain, run_dir: Path, cache_dir: Pa
     for folder in folders:
         found = events_of(folder)
         assert found.Tags()["scalars"] and not found.Tags()["tensors"]
+        assert not found.Tags()["histograms"]
     assert not list(run_dir.rglob("*.tsv"))
 
 

@@ -13,7 +13,8 @@ from tests.test_evaluation import of_ranks
 
 def users_of(full: list[int], sampled: list[int] | None = None) -> RankedUsers:
     ranks = {"model": np.array([sampled or full, full])}
-    return RankedUsers(np.arange(len(full)), np.zeros(len(full), np.float32), ranks)
+    users = np.arange(len(full))
+    return RankedUsers(users, users, np.zeros(len(full), np.float32), ranks)
 
 
 @pytest.mark.parametrize(

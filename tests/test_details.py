@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from model.evaluation.details import details, intervals
+from model.evaluation.details import details, histogram, intervals
 from model.evaluation.metrics import mean_metrics, metric_names, user_metrics
 from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.report import format_report
@@ -48,11 +48,20 @@ def test_intervals_are_those_of_a_bootstrap_over_users() -> None:
     assert [low, high] == pytest.approx([0.5 - half, 0.5 + half], abs=0.15 * half)
 
 
+def test_ranks_are_counted_in_growing_intervals() -> None:
+    found = histogram(np.array([[1, 2, 3, 5, 6, 80], [50, 51, 1, 1, 1, 1]]), num_items=80)
+    assert found["limits"] == [1, 2, 5, 10, 20, 50, 80]
+    assert found["sampled"] == [1, 1, 2, 1, 0, 0, 1]
+    assert found["full"] == [4, 0, 0, 0, 0, 1, 1]
+    assert histogram(np.ones((2, 1), int), num_items=1)["limits"] == [1]
+
+
 def test_groups_by_hand() -> None:
     # Training parts 1 2 3 | 2 | 4 2 | 2 5: counts 1 4 1 1 1 0. Test targets 5, 3, 2 and 2.
     store = store_of([*HISTORIES, [2, 5, 5, 2]], 6)
     ranks = {"model": np.array([[1, 2, 3, 4], [2, 4, 6, 8]])}
-    users = RankedUsers(np.arange(4), np.zeros(4, np.float32), ranks)
+    places = store.offsets[1:] - 1
+    users = RankedUsers(np.arange(4), places, np.zeros(4, np.float32), ranks)
     found = details(users, store, "test", (10,), seed=0)
 
     def named(*ranks: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from tests.reference_metrics import reference
 from tests.workers import sharded
 from tests.workers.sharded import EPOCHS, WAYS, Copied, Run
 
+METRICS = ("users", "sampled", "full", "popularity", "baselines", "debiased", "cold_targets")
 LOSS, WEIGHT = 1e-5, 2e-5
 
 Answers = dict[str, Any]
@@ -228,6 +229,23 @@ def test_all_metrics_equal_an_independent_implementation(
         targets = store.items[store.offsets[1:] - 1]
         own = one["scores"].numpy()[np.arange(len(users)), targets - 1]
         np.testing.assert_allclose(ranked.scores, own, atol=1e-6)
+
+
+@pytest.mark.parametrize("seen", ["drop", "keep"])
+def test_several_targets_are_the_same_on_two_ranks(one: Answers, two: Answers, seen: str) -> None:
+    expected, known = one["measured_by_time"][f"row_wise, {seen}"]
+    users, places = sharded.by_time().parts.targets("test", sharded.histories().items, every=True)
+    assert expected["targets"] == len(users) > expected["users"] == len(set(users.tolist()))
+    for answers, way in product((one, two), ("row_wise", "ddp")):
+        result, ranked = answers["measured_by_time"][f"{way}, {seen}"]
+        assert_near(result, {name: expected[name] for name in METRICS})
+        for key in ("intervals", "groups", "lists", "recent_days", "targets", "protocol"):
+            assert result[key] == expected[key]
+        assert ranked.users.tolist() == users.tolist()
+        assert ranked.places.tolist() == places.tolist()
+        assert ranked.ranks.keys() == known.ranks.keys() >= {"model", "popular_recently"}
+        for name, ranks in known.ranks.items():
+            assert ranked.ranks[name].tolist() == ranks.tolist()
 
 
 def assert_near(found: Any, expected: Any) -> None:

@@ -205,7 +205,8 @@ def test_random_scores_hit_10_of_101() -> None:
     negatives = torch.arange(2, 102).repeat(count, 1)
     nothing = torch.zeros(0, dtype=torch.int64)
     ones = torch.ones(count, dtype=torch.int64)
-    users = EncodedUsers(torch.zeros(count, 0), ones, negatives, ones > 0, nothing, nothing)
+    own = ones > 0
+    users = EncodedUsers(torch.zeros(count, 0), ones, negatives, own, own, nothing, nothing)
     scores = torch.rand(count, 101, generator=draws)
     scored = [(CatalogSlice(1, 102, shared=False), scores)]
     for ranks in target_ranks(users, lambda: scored, shared=False)[:2]:

@@ -74,6 +74,13 @@ def test_seen_items_are_kept_where_targets_repeat(
         assert run_main(*evaluate, *flags).code == 0
         assert read_result(run)["full"] == pytest.approx(result["full"])
 
+    # recommend.py ranks as the run did: every item is in the history.
+    for flags, rows in (([], 12), (["--seen=keep"], 12), (["--seen=drop"], 0)):
+        table = tmp_path / "lists.csv"
+        recommend = ("recommend", f"--checkpoint={run}", "--user=u1", "--k=12")
+        assert run_main(*recommend, f"--output={table}", *flags).code == 0
+        assert len(table.read_text().splitlines()) == 1 + rows
+
     more = (*ratings, "--resume=auto", "--num_epochs=2")
     message = f"{run} was trained with --seen keep, not drop: give the same value"
     assert_one_line(run_main("train", *more, "--seen=drop"), "train", message)

@@ -98,6 +98,22 @@ def test_the_store_is_the_same(table: pa.Table, memory_gb: float, **flags: Any) 
     assert written(table, memory_gb=memory_gb, **flags) == written(table, **flags)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    logs(),
+    st.sampled_from(["1", "1,2", "1500000001,1500000002", "0.25", "0,5"]),
+    st.integers(1, 2),
+    st.sampled_from(["oldest_first", "newest_first"]),
+)
+def test_the_parts_of_a_split_by_time_are_the_same(
+    table: pa.Table, points: str, min_item_count: int, file_order: str
+) -> None:
+    flags = {"split_time": points, "min_item_count": min_item_count, "min_user_count": 1}
+    flags |= {"file_order": file_order}
+    in_memory = written(table, **flags)
+    assert written(table, memory_gb=TINY, **flags) == in_memory
+
+
 def test_held_chunks_come_back_in_order(tmp_path: Path) -> None:
     held = Held[RatingChunk](Memory(limit=30, folder=tmp_path))
     for each in ([3, 1], [2], [0, 5, 4], [7]):  # 8 bytes a rating: written after 24 more

@@ -96,7 +96,7 @@ def test_rankings_of_own_items_equal_a_plain_sort(
         loader = kept(store, split, rank=rank, world_size=world_size, negatives=negatives)
         rows = [
             (user, drawn)
-            for users, all_of in loader.users_and_negatives()
+            for users, _, all_of in loader.targets_and_negatives()
             for user, drawn in zip(users.tolist(), all_of.tolist(), strict=True)
         ]
         found = repeat_ranks(loader)

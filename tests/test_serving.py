@@ -262,7 +262,8 @@ def test_top_items_are_those_of_a_stable_sort(data: st.DataObject) -> None:
     added[list(out)] = -torch.inf
     number = torch.tensor(sorted(seen), dtype=torch.int64)
     none, one = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1)
-    users = EncodedUsers(one, none, none[:, None], none == 0, number, torch.zeros_like(number))
+    own, row = none == 0, torch.zeros_like(number)
+    users = EncodedUsers(one, none, none[:, None], own, own, number, row)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(top, "CHUNK", 2)
         patch.setattr(top, "SPARE", 0)

@@ -39,7 +39,7 @@ def test_leave_one_out_parts() -> None:
     store = small_store()
     assert (store.num_users, store.num_items, store.path) == (4, 5, None)
     assert store.lengths().tolist() == [4, 2, 0, 3]
-    assert store.train_lengths().tolist() == [2, 2, 0, 1]
+    assert (store.parts.training_end - store.parts.begin).tolist() == [2, 2, 0, 1]
     assert store.evaluable_users().tolist() == [0, 3]
     assert store.targets("validation").tolist() == [3, 1]
     assert store.targets("test").tolist() == [5, 3]

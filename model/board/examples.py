@@ -45,10 +45,10 @@ class Examples:
         keep_seen: bool = False,
     ) -> None:
         self._model, self._store, self._ranks = model, store, ranks
-        evaluable = store.evaluable_users()
+        evaluable = store.evaluable_users("validation")
         places = np.linspace(0, len(evaluable) - 1, min(_USERS, len(evaluable)))
         self._users = evaluable[places.astype(np.int64)]
-        begin, end = store.offsets[self._users], store.offsets[self._users + 1] - 2
+        begin, end = store.offsets[self._users], store.parts.history_end("validation")[self._users]
         self._targets = store.items[end]
         items = store.items[jagged_positions(begin, end)]
         self._histories = KnownHistories(pa.nulls(len(begin)), items, splits(end - begin))

@@ -20,6 +20,7 @@ from model.evaluation.evaluate import Result
 from model.evaluation.report import remarks
 
 RESULTS = "results"
+_OF_GROUPS = ("HR@10", "NDCG@10", "MRR")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def write_measured(run_dir: Path, measured: Measured, full: bool) -> Path:
             run = {"run": f"{run_dir.resolve().name}/{measured.name}"}
             add_flags(events, run | dict(measured.flags))
             events.add_text("result", _text(measured), measured.step)
+            _add_histograms(events, result, measured.step)
         events.flush()  # raises the error of the thread that writes them
     return folder
 
@@ -78,4 +80,36 @@ def _text(measured: Measured) -> str:
         rows["full, best possible"] = measured.best_possible
     users, step = f"{result['users']:,} users", f"step {measured.step:,}"
     title = f"**{markdown.escaped(measured.name)}**, {users}, {step}"
-    return "\n\n".join([title, markdown.metrics_table(rows), *remarks(result)])
+    parts = [title, markdown.metrics_table(rows), *_groups(result), *remarks(result)]
+    return "\n\n".join(parts)
+
+
+def _groups(result: Result) -> list[str]:
+    """Metrics by history length, popularity of the target and its kind, as one table."""
+    rows: dict[str, Mapping[str, float]] = {}
+    for kind, groups in result.get("groups", {}).items():
+        for name, group in groups.items():
+            label = f"{kind.replace('_', ' ')}: {name}, {group['users']:,} users"
+            rows[label] = {metric: group["full"][metric] for metric in _OF_GROUPS}
+    return [markdown.metrics_table(rows)] if rows else []
+
+
+def _add_histograms(events: SummaryWriter, result: Result, step: int) -> None:
+    """Ranks of the targets, from 1, in intervals that grow with the rank."""
+    histogram = result.get("rank_histogram", {"limits": []})
+    limits = histogram["limits"]
+    for protocol in ("full", "sampled") if limits else ():
+        counts = histogram[protocol]
+        # The sums are those of the intervals' ends: no view of TensorBoard shows them.
+        pairs = [*zip(counts, limits, strict=True)]
+        events.add_histogram_raw(
+            f"ranks/{protocol}",
+            min=1,
+            max=limits[-1],
+            num=sum(counts),
+            sum=sum(count * limit for count, limit in pairs),
+            sum_squares=sum(count * limit**2 for count, limit in pairs),
+            bucket_limits=limits,
+            bucket_counts=counts,
+            global_step=step,
+        )

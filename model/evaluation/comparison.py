@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.evaluation.metrics import metric_names, user_metrics
 from model.evaluation.ranked_users import MODEL, PROTOCOLS, RankedUsers
 from model.evaluation.report import format_table
 
@@ -39,10 +38,10 @@ def compare(
     one: RankedUsers, other: RankedUsers, cutoffs: Sequence[int], seed: int
 ) -> dict[str, dict[str, Difference]]:
     """Differences by protocol and metric."""
-    assert np.array_equal(one.users, other.users)
+    assert np.array_equal(one.users, other.users) and np.array_equal(one.places, other.places)
     generator, found = np.random.default_rng(seed), {}
     for at, protocol in enumerate(PROTOCOLS):
-        values = [user_metrics(each.ranks[MODEL][at], cutoffs) for each in (one, other)]
+        values = [each.values(each.ranks[MODEL][at], cutoffs) for each in (one, other)]
         found[protocol] = {
             name: Difference(
                 float(of_one.mean()),
@@ -50,7 +49,7 @@ def compare(
                 1.96 * float((of_other - of_one).std()) / math.sqrt(len(of_one)),
                 p_value(of_other - of_one, generator),
             )
-            for name, of_one, of_other in zip(metric_names(cutoffs), *values, strict=True)
+            for name, of_one, of_other in zip(one.names(cutoffs), *values, strict=True)
         }
     return found
 

@@ -3,7 +3,10 @@
 All are computed from the ranks of all users in their order, so that they are the same to the last
 bit on any number of ranks.
 
-Shapes: U users, M metrics.
+With several targets of a user, a metric is of the user's targets together, and in a group of
+targets only those of the group are relevant.
+
+Shapes: U users, T targets, M metrics.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.metrics import mean_metrics, metric_names, user_metrics
+from model.evaluation.metrics import metric_names, user_metrics
 from model.evaluation.ranked_users import (
     MODEL,
     MOST_FREQUENT,
     PROTOCOLS,
+    RECENT,
     REPEAT_LAST,
     RankedUsers,
 )
@@ -36,35 +40,52 @@ def details(
 
     Returns:
         ``intervals``: of the metrics, [low, high] at 95 %, by protocol;
-        ``baselines``: metrics of the rankings that repeat a user's items, if users have them;
-        ``debiased``: full HR and NDCG, each user weighted by 1 / training count of the target;
+        ``baselines``: metrics of the rankings that repeat a user's items, and of recent
+            popularity, if users have them;
+        ``debiased``: full HR and NDCG of each target alone, weighted by 1 / its training count;
         ``cold_targets``: share of targets without training counts;
+        ``rank_histogram``: ``limits``, and by protocol the number of targets whose rank is at most
+            each limit and above the one before it;
         ``groups``: metrics by history length, by the target's popularity, of repeated targets.
     """
     ranks = users.ranks[MODEL]
-    targets = store.items[history_bounds(store, users.users, split)[1]]
-    counts = store.train_item_counts[targets]
+    counts = store.train_item_counts[store.items[users.places]]
     found: dict[str, Any] = {
         "intervals": {
-            name: intervals(of_users, cutoffs, seed)
-            for name, of_users in zip(PROTOCOLS, ranks, strict=True)
+            name: intervals_of_several(users, of_all, cutoffs, seed)
+            if users.several
+            else intervals(of_all, cutoffs, seed)
+            for name, of_all in zip(PROTOCOLS, ranks, strict=True)
         }
     }
     baselines = {
-        name: _of_protocols(users.ranks[name], cutoffs)
-        for name in (REPEAT_LAST, MOST_FREQUENT)
+        name: users.means(name, cutoffs)
+        for name in (REPEAT_LAST, MOST_FREQUENT, RECENT)
         if name in users.ranks
     }
     if baselines:
         found["baselines"] = baselines
     found["debiased"] = _debiased(ranks[PROTOCOLS.index("full")], counts, cutoffs)
     found["cold_targets"] = float((counts == 0).mean())
+    found["rank_histogram"] = histogram(ranks, store.num_items)
     groups: dict[str, dict[str, Any]] = {}
-    for kind, name, inside in _groups(users.users, counts, store, split):
+    for kind, name, inside in _groups(users, counts, store, split):
         if inside.any():
-            of_group = _of_protocols(ranks[:, inside], cutoffs)
-            groups.setdefault(kind, {})[name] = {"users": int(inside.sum()), **of_group}
+            of_group = users.means(MODEL, cutoffs, inside)
+            members = len(np.unique(users.users[inside]))
+            groups.setdefault(kind, {})[name] = {"users": members, **of_group}
     return found | {"groups": groups}
+
+
+def histogram(ranks: np.ndarray, num_items: int) -> dict[str, list[int]]:
+    """How many of int64 [2, T] ranks are in each interval, by protocol."""
+    steps = (step * 10**power for power in range(len(str(num_items))) for step in (1, 2, 5))
+    limits = [limit for limit in steps if limit < num_items] + [num_items]
+    found = {"limits": limits}
+    for name, of_all in zip(PROTOCOLS, ranks, strict=True):
+        places = np.searchsorted(limits, of_all, side="left")
+        found[name] = np.bincount(places, minlength=len(limits)).tolist()
+    return found
 
 
 def intervals(ranks: np.ndarray, cutoffs: Sequence[int], seed: int) -> dict[str, list[float]]:
@@ -86,9 +107,19 @@ def intervals(ranks: np.ndarray, cutoffs: Sequence[int], seed: int) -> dict[str,
     return dict(zip(metric_names(cutoffs), bounds.T.tolist(), strict=True))
 
 
-def _of_protocols(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, dict[str, float]]:
-    pairs = zip(PROTOCOLS, ranks, strict=True)
-    return {name: mean_metrics(of_users, cutoffs) for name, of_users in pairs}
+def intervals_of_several(
+    users: RankedUsers, ranks: np.ndarray, cutoffs: Sequence[int], seed: int
+) -> dict[str, list[float]]:
+    """The same for users with several targets, drawn user by user."""
+    values, generator = users.values(ranks, cutoffs), np.random.default_rng(seed)
+    size = values.shape[1]
+    means = np.empty((_RESAMPLES, len(values)))
+    for draw in range(_RESAMPLES):
+        counts = np.bincount(generator.integers(size, size=size), minlength=size)
+        means[draw] = values @ counts / size
+    outside = (1 - _CONFIDENCE) / 2
+    bounds = np.quantile(means, (outside, 1 - outside), axis=0)
+    return dict(zip(users.names(cutoffs), bounds.T.tolist(), strict=True))
 
 
 def _debiased(ranks: np.ndarray, counts: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:
@@ -100,10 +131,10 @@ def _debiased(ranks: np.ndarray, counts: np.ndarray, cutoffs: Sequence[int]) -> 
 
 
 def _groups(
-    users: np.ndarray, counts: np.ndarray, store: SequenceStore, split: str
+    users: RankedUsers, counts: np.ndarray, store: SequenceStore, split: str
 ) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Kind, name and members, bool [U], of each group."""
-    begin, end = history_bounds(store, users, split)
+    """Kind, name and members, bool [T], of each group."""
+    begin, end = history_bounds(store, users.users, split)
     for low, high in zip((1, *_LENGTHS), (*_LENGTHS, 0), strict=True):
         name = f"{low}-{high - 1}" if high else f"{low} or more"
         length = end - begin
@@ -112,7 +143,7 @@ def _groups(
     edges = (("head", 0, 1 / 3), ("middle", 1 / 3, 2 / 3), ("tail", 2 / 3, 2))
     for name, from_share, to_share in edges:
         yield "target_popularity", name, (more_popular >= from_share) & (more_popular < to_share)
-    repeated = is_repeated(store, users, split)
+    repeated = is_repeated(store, users.users, split, users.places)
     yield "target", "repeated", repeated
     yield "target", "new", ~repeated
 

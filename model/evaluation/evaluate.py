@@ -1,10 +1,11 @@
-"""Leave-one-out evaluation, exact on any number of ranks.
+"""Evaluation of held-out items, exact on any number of ranks.
 
 Both protocols are computed:
     sampled  the target against 100 items the user never rated, drawn by popularity (the paper's)
     full     the target against the whole catalog without the items the user rated before
 
-If seen items are kept (``EvalLoader``), both protocols rank them like all other items.
+If seen items are kept (``EvalLoader``), both protocols rank them like all other items. Several
+targets of a user are ranked like other users, and settled to ranks in one list at the end.
 
 Each rank scores the users of all ranks against its own slice of the catalog, part by part
 (``catalog_scores.py``), in two passes: the first finds the scores of targets and negatives, the
@@ -12,8 +13,8 @@ second counts the items that score at least as high as the target:
 
     hidden [U, D] x slice [C, D] -> scores [U, C] -> items ahead, summed over slices -> ranks [U]
 
-Shapes: U users of a block, of all ranks; C items of a part of this rank's slice; D width; N
-negatives; S seen items of all U users; V items.
+Shapes: U users of a block, of all ranks, each as often as it has targets; C items of a part of this
+rank's slice; D width; N negatives; S seen items of all U users; V items.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,15 @@ from torch import Tensor, nn
 
 from model.evaluation.catalog_scores import CatalogScores, Scored
 from model.evaluation.listed import ListedItems
-from model.evaluation.metrics import CUTOFFS, means, metric_sums
+from model.evaluation.metrics import (
+    CUTOFFS,
+    metric_names,
+    metric_sums,
+    named_means,
+    names_of_several,
+    one_list,
+    sums_of_several,
+)
 from model.evaluation.users import EncodedUsers, encode
 from model.network.head import CatalogSlice
 from model.tables.distribute import unwrap
@@ -41,11 +50,12 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ranking:
-    """What this rank found of its own U users, in the order of its batches."""
+    """What this rank found of the T targets of its own users, in the order of its batches."""
 
-    # int64 [2 or 4, U]: the target's rank in both protocols, then popularity's; 1 = best.
+    # int64 [2 or 4, T]: the target's rank in both protocols, then popularity's; 1 = best.
     ranks: Tensor
-    scores: Tensor  # float32 [U], of the targets
+    scores: Tensor  # float32 [T], of the targets
+    users: Tensor | None  # int64 [T], whose targets; None: each of another user
     fewer: Tensor  # number of users with fewer negatives than demanded
     listed: ListedItems | None  # what the users' best items are
 
@@ -120,8 +130,12 @@ def rank_users(
         ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
         scores: list[Tensor] = []
         own: list[Tensor] = []
+        owners: list[Tensor] = []
+        several = False
         fewer = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
+            owners.append(batch.users[batch.users >= 0])
+            several |= batch.encoded_row is not None
             users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, max_scores // catalog.part_items)):
                 *each, score = target_ranks(block, catalog.scored(block.hidden), catalog.shared)
@@ -131,11 +145,15 @@ def rank_users(
                 ranks.append(torch.stack(each))
                 scores.append(score)
                 own.append(block.own)
-                fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.own).sum()
+                fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.first).sum()
                 if listed is not None:
                     listed.add(block, catalog)
         is_own = torch.cat(own)
-        return Ranking(torch.cat(ranks, dim=1)[:, is_own], torch.cat(scores)[is_own], fewer, listed)
+        of_own, whose = torch.cat(ranks, dim=1)[:, is_own], torch.cat(owners) if several else None
+        if whose is not None:
+            settled = one_list(of_own.cpu().numpy(), whose.numpy())
+            of_own = torch.from_numpy(settled).to(device)
+        return Ranking(of_own, torch.cat(scores)[is_own], whose, fewer, listed)
 
 
 def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
@@ -143,15 +161,24 @@ def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
 
     Returns:
         ``{"users": n, "sampled": {"HR@10": ...}, "full": ..., "popularity": ...}``;
-        "fewer_negatives": number of users, if there are any.
+        "fewer_negatives": number of users, if there are any; "targets": their number, if a user
+        may have several.
     """
-    sums = torch.stack([metric_sums(each, cutoffs) for each in ranking.ranks])
-    fewer = ranking.fewer
+    fewer, owners = ranking.fewer, ranking.users
+    if owners is None:
+        sums = torch.stack([metric_sums(each, cutoffs) for each in ranking.ranks])
+    else:
+        sums = torch.stack([sums_of_several(each, owners, cutoffs) for each in ranking.ranks])
     if dist.is_initialized():
         dist.all_reduce(sums)
         dist.all_reduce(fewer)
-    sampled, full, *others = (means(each, cutoffs) for each in sums)
+    names, targets = metric_names(cutoffs), None
+    if owners is not None:
+        names, targets, sums = names_of_several(cutoffs), int(sums[0, -1]), sums[:, :-1]
+    sampled, full, *others = (named_means(each, names) for each in sums)
     result: Result = {"users": int(sums[0, -1]), "sampled": sampled, "full": full}
+    if targets is not None:
+        result["targets"] = targets
     if others:
         result["popularity"] = dict(zip(("sampled", "full"), others, strict=True))
     if fewer:

@@ -48,7 +48,7 @@ class ListedItems:
         parts = ((part, whole_chunks(rows)) for part, rows in catalog.rows_of_parts())
         items, _ = top_items(users, parts, self._added, self._lengths[-1], catalog.shared)
         for row, (low, high) in enumerate(pairwise([0, *self._lengths])):
-            places = items[users.own, low:high].flatten()
+            places = items[users.first, low:high].flatten()
             self._counts[row].index_add_(0, places, torch.ones_like(places))
 
     def metrics(self, train_item_counts: np.ndarray) -> dict[str, float]:

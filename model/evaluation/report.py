@@ -17,7 +17,11 @@ _PROTOCOLS = {
     },
 }
 _HALF_WIDTH = "  ± (95 %)"
-_BASELINES = {"repeat_last": "repeat last", "most_frequent": "most frequent of the user"}
+_BASELINES = {
+    "repeat_last": "repeat last",
+    "most_frequent": "most frequent of the user",
+    "popular_recently": "popular in the last {recent_days} days",
+}
 _KINDS = {
     "history": "history length (users)",
     "target_popularity": "popularity of the target (users)",
@@ -44,11 +48,15 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
         if "popularity" in result:
             rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
         for name, metrics in result.get("baselines", {}).items():
-            rows.append((f"{protocol}, {_BASELINES[name]}", metrics[protocol]))
+            label = _BASELINES[name].format_map(result)
+            rows.append((f"{protocol}, {label}", metrics[protocol]))
     if best_possible and _seen(result) == "drop":  # it never repeats an item
         rows.append(("full, best possible on this data", best_possible))
     notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
-    table = f"{split}, {result['users']:,} users{notes}\n{format_table(rows)}"
+    users = f"{result['users']:,} users"
+    if "targets" in result:
+        users += f" with {result['targets']:,} targets"
+    table = f"{split}, {users}{notes}\n{format_table(rows)}"
     return "\n".join([table, *_about_lists_and_groups(result), *remarks(result)])
 
 
@@ -86,10 +94,10 @@ def remarks(result: Result) -> list[str]:
     """A line for each reason not to trust the figures or the model."""
     found = []
     if left_out := result.get("users_left_out"):
-        found.append(
-            f"{left_out:,} of {left_out + result['users']:,} users have fewer than 3 items: they "
-            "are trained on and not evaluated"
-        )
+        lack = "have fewer than 3 items: they are trained on and not evaluated"
+        if result.get("protocol", {}).get("split", "leave_one_out") != "leave_one_out":
+            lack = "have no item of this part, or none before it: they are not evaluated"
+        found.append(f"{left_out:,} of {left_out + result['users']:,} users {lack}")
     if fewer := result.get("fewer_negatives"):
         unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(
@@ -106,7 +114,14 @@ def remarks(result: Result) -> list[str]:
         if "popularity_discount" in result:
             remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
         found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")
-    baselines = result.get("baselines", {})
+    baselines = dict(result.get("baselines", {}))
+    recent = baselines.pop("popular_recently", None)
+    if recent and result["full"]["NDCG@10"] < recent["full"]["NDCG@10"]:
+        found.append(
+            f"the model is below what was popular in the last {result['recent_days']} days "
+            f"(NDCG@10 full {result['full']['NDCG@10']:.4f} against "
+            f"{recent['full']['NDCG@10']:.4f}): train longer, or on later data"
+        )
     if baselines:
         best = max(baselines.values(), key=lambda rows: rows["full"]["NDCG@10"])["full"]["NDCG@10"]
         if (value := result["full"]["NDCG@10"]) < best:

@@ -1,5 +1,7 @@
 """Users of a batch, encoded; of all ranks if the catalog is sharded.
 
+A user with several targets is here as often.
+
 Shapes: U users, D width, N negatives, S seen items of all users.
 """
 
@@ -25,6 +27,7 @@ class EncodedUsers:
     targets: Tensor  # int64 [U]
     negatives: Tensor  # int64 [U, N], 0 = none
     own: Tensor  # bool [U], this rank's real users
+    first: Tensor  # bool [U], those of them with their first target
     seen: Tensor  # int64 [S], 0 = none
     seen_row: Tensor  # int64 [S], the user of each seen item; any user for 0
 
@@ -37,10 +40,10 @@ class EncodedUsers:
         for start in range(0, users, size):
             block = slice(start, start + size)
             inside = (self.seen_row >= start) & (self.seen_row < start + size)
-            each = self.hidden, self.targets, self.negatives, self.own
-            hidden, targets, negatives, own = (part[block] for part in each)
+            each = self.hidden, self.targets, self.negatives, self.own, self.first
+            hidden, targets, negatives, own, first = (part[block] for part in each)
             seen = self.seen[inside], self.seen_row[inside] - start
-            yield EncodedUsers(hidden, targets, negatives, own, *seen)
+            yield EncodedUsers(hidden, targets, negatives, own, first, *seen)
 
 
 def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
@@ -52,13 +55,17 @@ def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
         layout = offsets, batch.masked, left_only
         hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
     hidden = bert.head.project(hidden)
+    if batch.encoded_row is not None:
+        hidden = hidden[batch.encoded_row]
     counts = batch.seen_offsets.diff()
     seen_row = torch.repeat_interleave(counts, output_size=batch.seen.numel())
-    targets, negatives, seen, own = batch.targets, batch.negatives, batch.seen, batch.users >= 0
+    targets, negatives, seen = batch.targets, batch.negatives, batch.seen
+    own, is_first = batch.users >= 0, batch.is_first
     if bert.head.catalog.shared:
         hidden, sizes = all_gather_rows(hidden)
         targets, negatives, seen = (all_gather_rows(t)[0] for t in (targets, negatives, seen))
         first = dist.get_rank() * max(sizes)
         seen_row, _ = all_gather_rows(seen_row + first)
-        own = F.pad(own, (first, len(hidden) - first - len(own)))
-    return EncodedUsers(hidden, targets, negatives, own, seen, seen_row)
+        places = (first, len(hidden) - first - len(own))
+        own, is_first = F.pad(own, places), F.pad(is_first, places)
+    return EncodedUsers(hidden, targets, negatives, own, is_first, seen, seen_row)

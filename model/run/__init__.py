@@ -5,6 +5,7 @@
     resumed             learning rates and other flags that change when a run is resumed
     board               what TensorBoard shows of a run and of a result
     execution, build    decides how a run is executed; builds model, loader, evaluator
+    rolling             a training for each window of --split_time
     measure             the final evaluation: all metrics, and every user's ranks
 
 May import every other room except serving.

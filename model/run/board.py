@@ -28,6 +28,7 @@ _NOT_COMPARED = (
         "cache_dir",
         "memory_gb",
         "dataset_path",
+        "split_path",
         "dataset_name",
     ),
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),

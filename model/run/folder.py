@@ -39,6 +39,8 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
 LOCK = ".lock"
+# Flags that say where the data are, or how they are read, not which.
+_PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -242,6 +244,8 @@ def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> Non
     if config.holdout.seen != "auto":  # else the data decide, as before
         now["seen"] = config.holdout.seen
         before.setdefault("seen", "drop")  # the only way of earlier versions
+    now["targets"] = config.holdout.targets
+    before.setdefault("targets", "next")
     for name in now:
         if before.get(name, now[name]) != now[name]:
             raise UserError(
@@ -261,8 +265,7 @@ def lasting_flags(config: RunConfig) -> dict[str, Any]:
     kept = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
     for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
         kept |= flatten(getattr(config, group))
-    places = ("cache_dir", "dataset_path", "memory_gb")
-    return {name: kept[name] for name in kept if name not in places}
+    return {name: kept[name] for name in kept if name not in _PLACES}
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
 from model.distributed import Ranks
@@ -10,12 +12,15 @@ from model.evaluation.comparison import compare, format_comparison
 from model.evaluation.details import details
 from model.evaluation.evaluate import Result, rank_users, summed
 from model.evaluation.listed import LONGEST
+from model.evaluation.metrics import names_of_several, one_list, sums_of_several
 from model.evaluation.ranked_users import RankedUsers, gathered
 from model.run.build import eval_loader, prepared
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.protocol import protocol_of, with_seen
 from pipeline.errors import UserError
+from pipeline.evaluation.config import SELECTING_CUTOFF
+from pipeline.evaluation.recent import DAYS, ranks_by, recent_scores
 from pipeline.preparation.store import SequenceStore
 
 
@@ -41,7 +46,12 @@ def measure(
         negatives=holdout.eval_negatives,
         list_lengths=[length for length in holdout.cutoffs if length <= LONGEST],
     )
-    result, users = summed(ranking, holdout.cutoffs), gathered(ranking, loader)
+    result, recent = summed(ranking, holdout.cutoffs), None
+    days = recent_days(config, store, ranks)
+    if days is not None:
+        result["recent_days"] = days
+        recent = ranks_by(loader, _recent(store, split, days))
+    users = gathered(ranking, loader, recent)
     result |= details(users, store, split, holdout.cutoffs, holdout.eval_negatives_seed)
     assert ranking.listed is not None
     result["lists"] = ranking.listed.metrics(store.train_item_counts)
@@ -50,6 +60,32 @@ def measure(
     result["protocol"] = protocol_of(config, store)
     result |= {"ratings": store.ratings_fingerprint, "catalog": store.catalog_fingerprint}
     return result, users
+
+
+def recent_days(config: RunConfig, store: SequenceStore, ranks: Ranks) -> int | None:
+    """In how many days popularity ranks validation best, by full NDCG@10; called on all ranks.
+
+    None if the split is not by time, or the unit of the times is unknown.
+    """
+    if recent_scores(store, "validation", DAYS[0]) is None:
+        return None
+    loader, found = eval_loader(config, store, "validation", ranks), []
+    owners = loader.users[loader.users >= 0]
+    for days in DAYS:
+        of_days = ranks_by(loader, _recent(store, "validation", days))
+        full = torch.from_numpy(one_list(of_days, owners)[1])
+        found.append(sums_of_several(full, torch.from_numpy(owners), (SELECTING_CUTOFF,)))
+    sums = torch.stack(found).to(ranks.device)
+    if ranks.world_size > 1:
+        dist.all_reduce(sums)
+    place = names_of_several((SELECTING_CUTOFF,)).index(f"NDCG@{SELECTING_CUTOFF}")
+    return DAYS[int(sums[:, place].argmax())]
+
+
+def _recent(store: SequenceStore, split: str, days: int) -> np.ndarray:
+    scores = recent_scores(store, split, days)
+    assert scores is not None
+    return scores
 
 
 @dataclass(frozen=True)
@@ -91,8 +127,9 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
     prints = [(each.catalog_fingerprint, each.ratings_fingerprint) for each in stores]
     if prints[0] != prints[1]:
         raise UserError(
-            f"--compare {' '.join(flags.compare)}: they were trained on different ratings, so that "
-            "their users are no pairs: give both the same by --dataset_path, or train one again"
+            f"--compare {' '.join(flags.compare)}: they were trained on different ratings or "
+            "splits, so that their users are no pairs: give both the same by --dataset_path, or "
+            "train one again"
         )
     config, _ = with_seen(runs[0].config, stores[0])
     users = []

@@ -54,6 +54,8 @@ class TrainedRun:
         settings = dict(self._recorded["flags"])
         given = ("dataset_path", "cache_dir", "metrics_at")
         settings |= {name: value for name in given if (value := getattr(flags, name))}
+        if settings.get("split_path") and flags.dataset_path:  # the same ratings elsewhere
+            settings |= {"split_path": flags.dataset_path, "dataset_path": ""}
         if flags.seen != "trained":
             settings["seen"] = flags.seen
         if flags.batch_size:
@@ -232,8 +234,8 @@ def load_teachers(
         run.check_catalog(store)
         if not run.has_ratings_of(store):
             ranks.warn(
-                f"--teachers {folder} was trained on other ratings of these items: it may know the "
-                "held-out ones, and metrics would be too good"
+                f"--teachers {folder} was trained on other ratings of these items, or with another "
+                "split: it may know the held-out ones, and metrics would be too good"
             )
         if run.config.windows.max_len < config.windows.max_len:
             raise UserError(

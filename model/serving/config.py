@@ -14,7 +14,11 @@ class Choice(Config):
     """Which items may be recommended, and how many."""
 
     k: int = flag(10, "items to recommend to each user", at_least=1)
-    seen: str = flag("drop", "items of the user's own history", choices=("drop", "keep"))
+    seen: str = flag(
+        "trained",
+        "items of the user's own history; trained: as the run ranked them",
+        choices=("trained", "drop", "keep"),
+    )
     cold: str = flag("drop", "items without a training rating", choices=("drop", "keep"))
     popularity_discount: float = flag(
         0.0,

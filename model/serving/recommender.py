@@ -14,6 +14,7 @@ Shapes: U users, k items of each, D width, V items.
 import atexit
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Recommender:
         max_len: most items of a history, mask token included.
         batch_size: users per batch and rank; None: by the number of positions.
         min_rating: ratings below it do not belong to a history; None: all do.
+        seen: what ``seen="trained"`` stands for, "drop" or "keep".
 
     Raises:
         UserError: catalog and model do not fit, or the model's vectors are not finite.
@@ -70,9 +72,10 @@ class Recommender:
         ranks: Ranks,
         batch_size: int | None = None,
         min_rating: float | None = None,
+        seen: str = "drop",
     ) -> None:
         self.model, self.catalog, self.ranks = model, catalog, ranks
-        self.max_len, self.min_rating = max_len, min_rating
+        self.max_len, self.min_rating, self.seen = max_len, min_rating, seen
         positions = BATCH_POSITIONS[ranks.device.type]
         self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
         self._vectors = Vectors(model, ranks)
@@ -99,7 +102,9 @@ class Recommender:
         """The model of a run, sharded over the ranks, with the run's catalog."""
         config = run.config
         sizes = config.windows.max_len, ranks, batch_size
-        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating)
+        # An earlier version recorded no choice: it dropped them.
+        seen = "keep" if config.holdout.seen == "keep" else "drop"
+        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating, seen)
 
     def recommend(self, histories: Histories, k: int = 10, **options: Any) -> Any:
         """:meth:`recommended` as a pandas DataFrame."""
@@ -113,7 +118,7 @@ class Recommender:
         self,
         histories: Histories,
         k: int = 10,
-        seen: str = "drop",
+        seen: str = "trained",
         allow: Iterable[object] | None = None,
         deny: Iterable[object] = (),
         cold: str = "drop",
@@ -128,7 +133,8 @@ class Recommender:
             histories: lists of item ids, oldest first (the users are numbered from 0), or a table
                 of ratings with columns such as user, item, timestamp, a pandas DataFrame or a
                 pyarrow Table (the users come in ascending order).
-            seen: "keep" recommends items of the history too.
+            seen: "keep" recommends items of the history too, "drop" does not; "trained" is as the
+                run ranked them.
             allow: recommend only these items.
             deny: never recommend these items.
             cold: "keep" recommends items without a training rating too.
@@ -205,6 +211,8 @@ class Recommender:
         self, choice: Choice, allow: Iterable[object] | None, deny: Iterable[object]
     ) -> Eligible:
         """The items that may be recommended; warns of unknown ones in the lists."""
+        if choice.seen == "trained":
+            choice = replace(choice, seen=self.seen)
         found = Eligible(self.catalog, choice, allow, deny)
         if found.unknown:
             self.ranks.warn(

@@ -87,7 +87,7 @@ class Vectors:
             seen = torch.tensor([item], device=self._ranks.device)
             row = torch.zeros_like(seen)
             users = EncodedUsers(
-                F.normalize(vector, dim=-1), row, row[:, None], row == 0, seen, row
+                F.normalize(vector, dim=-1), row, row[:, None], row == 0, row == 0, seen, row
             )
             parts = ((part, F.normalize(r, dim=-1)) for part, r in self._scored.rows_of_parts())
             return top_items(users, parts, added, k, self._scored.shared)

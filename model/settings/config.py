@@ -1,6 +1,6 @@
 """All flags of train.py and eval.py, in the groups of their rooms."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.board.config import BoardConfig
 from model.checkpoints.config import CheckpointConfig
@@ -86,6 +86,8 @@ class RunConfig(Config):
                 f"--max_len x --train_batch_size must be below {MAX_POSITIONS:,} positions, not "
                 f"{positions:,}: lower one of them"
             )
+        if self.holdout.targets == "all" and self.data.split_by == "leave_one_out":
+            raise UserError("--targets all needs --split_time or --split_path: else there is one")
         if self.windows.train_on_validation and self.training.patience is not None:
             raise UserError(
                 "--patience needs validation items that are not trained on: leave it out, or "
@@ -96,6 +98,27 @@ class RunConfig(Config):
                 f"--teachers needs --loss softmax, not {self.head.loss}: teachers give "
                 "probabilities of all items"
             )
+
+    def of_each_window(self) -> list["RunConfig"]:
+        """A config for each two neighbours of --split_time, tested until the next one; or itself.
+
+        Raises:
+            UserError: there are several, and no folder for their runs or one for their export.
+        """
+        points = self.data.split_time.split(",")
+        if len(points) <= 2:
+            return [self]
+        flag, output, found = f"--split_time {self.data.split_time}", self.output, []
+        if not output.run_dir:
+            raise UserError(f"{flag} trains {len(points) - 1} times: give --run_dir")
+        if output.export_root:
+            raise UserError(f"{flag} trains several models: leave --export_root out")
+        ends = [*points[2:], self.data.split_until]
+        for number, (first, second, end) in enumerate(zip(points, points[1:], ends, strict=False)):
+            data = replace(self.data, split_time=f"{first},{second}", split_until=end)
+            folder = f"{output.run_dir}/window-{number + 1}"
+            found.append(replace(self, data=data, output=replace(output, run_dir=folder)))
+        return found
 
 
 @dataclass(frozen=True)

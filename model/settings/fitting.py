@@ -58,7 +58,7 @@ def fitted(
     flags = with_recipe(given)
     if flags["recipe"] != "auto":
         return build(RunConfig, flags), []
-    lengths = store.train_lengths()
+    lengths = store.parts.training_end - store.parts.begin
     mean = float(lengths[lengths > 0].mean()) if lengths.any() else 0.0
     short = mean < SHORT
     for_lengths = _for_lengths(short, given)

@@ -29,7 +29,9 @@ def protocol_of(config: RunConfig, store: SequenceStore) -> dict[str, Any]:
     """What a result was measured by, JSON-able."""
     kept, share = keeps_seen(config.holdout.seen, store)
     return {
-        "split": "leave_one_out",
+        "split": store.parts.by,
+        **{name: store.split[name] for name in ("points", "until") if name in store.split},
+        "targets": config.holdout.targets,
         "seen": "keep" if kept else "drop",
         "repeated_validation_targets": share,
         "negatives": config.holdout.eval_negatives,

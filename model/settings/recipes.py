@@ -37,7 +37,8 @@ CHOICES = ("auto", "none", *RECIPES)
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags given on a command line on top of their recipe's; ``recipe`` is its name."""
     name = given.get("recipe", "auto")
-    dataset = given.get("dataset_name", "" if "dataset_path" in given else DataConfig.dataset_name)
+    has_path = "dataset_path" in given or "split_path" in given
+    dataset = given.get("dataset_name", "" if has_path else DataConfig.dataset_name)
     if name == "auto" and dataset == "synthetic":
         name = "synthetic"
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}  # RunConfig refuses others

@@ -14,22 +14,27 @@ from pipeline.batches.features import tensors_of, with_candidates
 
 @dataclass(eq=False)
 class EvalBatch:
-    """One rank's B users to evaluate; each row ends with the mask token in the target's place.
+    """One rank's B targets to rank; each row ends with the mask token in the target's place.
+
+    A user with several targets has as many rows, one after the other. Only the first in a batch has
+    the history, the others the mask token alone.
 
     ``num_rows``, ``longest`` and ``candidate_range`` are as in
-    :class:`~pipeline.batches.train_batch.TrainBatch`; tensors are int64.
+    :class:`~pipeline.batches.train_batch.TrainBatch`; tensors are int64 unless said.
     """
 
     features: KeyedJaggedTensor  # key "item"; a row is a user's last known items and the mask token
     masked: Tensor  # [B], the flat position of each row's mask token
     targets: Tensor  # [B], the held-out item
     users: Tensor  # [B], number in the sequence store; -1: a filler row, not counted
+    is_first: Tensor  # bool [B], whether it is the first target of its user
     negatives: Tensor  # [B, N], distinct items the user never rated; 0 where there are too few
-    seen: Tensor  # [S], distinct items of the whole history before the target, without the target
+    seen: Tensor  # [S], distinct items of the whole history before the targets, without these
     seen_offsets: Tensor  # [B + 1]; row b has seen[seen_offsets[b]:seen_offsets[b + 1]]
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
+    encoded_row: Tensor | None = None  # [B], the row that has the history; None: each its own
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""

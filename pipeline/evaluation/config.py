@@ -24,6 +24,11 @@ class HoldoutConfig(Config):
         "a user's earlier items in the ranking; auto: keep them where validation targets repeat",
         choices=("drop", "keep", "auto"),
     )
+    targets: str = flag(
+        "next",
+        "a user's held-out items: the next one, or all of the part (several relevant items)",
+        choices=("next", "all"),
+    )
     metrics_at: str = flag(
         DEFAULT_METRICS_AT, "lengths k of HR@k and NDCG@k, with commas; 10 is always among them"
     )

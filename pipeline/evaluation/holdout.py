@@ -1,18 +1,21 @@
 """Evaluation batches: held-out items, the histories before them, and the items to rank them with.
 
-The history of one user, leave-one-out::
+The history of one user, leave-one-out; other splits cut it elsewhere (``preparation/parts.py``)::
 
     items            a b c d e f                train    validation   test
     validation       a b c d [mask]             a..d     e
     test             a b c d  e  [mask]         a..d     e            f
 
+With several targets of a user, each has a row; the history is the same, none of them is in it.
+
 Inputs are cut to the newest ``max_len - 1`` items and the mask token. Seen items, which a full
 ranking leaves out, are those of the whole history before the target; none if they are kept.
 
 Negatives are items outside the user's whole history, drawn without replacement by popularity in the
-training parts (BERT4Rec, arXiv 1904.06690, section 4.2). They depend only on (seed, split, user),
-not on the batch size or the number of ranks. If seen items are kept, all items but the target are
-drawn from.
+training parts (BERT4Rec, arXiv 1904.06690, section 4.2); unless the split is leave-one-out, nothing
+after the evaluated part is looked at. They depend only on (seed, split, user), not on the batch
+size or the number of ranks: all targets of a user have the same. If seen items are kept, all items
+but the targets are drawn from.
 
 Shapes: B users, N negatives of each, V items.
 """
@@ -29,11 +32,11 @@ from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
 from pipeline.evaluation.config import HoldoutConfig
 from pipeline.jagged import jagged_positions, row_item_keys
+from pipeline.preparation.parts import SPLITS
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import child_keys, key64, unit_floats
 from pipeline.stage import Prefetch
 
-SPLITS = ("validation", "test")
 # Draws per user in each round; users that still lack distinct unseen items get an exact draw.
 _DRAWS = (192, 768, 3072)
 _BATCHES_AHEAD = 4
@@ -112,20 +115,23 @@ class NegativeSampler:
 class EvalLoader:
     """One rank's evaluation batches; may be iterated many times.
 
-    Rank r evaluates the evaluable users r, r + world size, ... All ranks have the same number of
-    batches and rows: missing users are filler rows (user -1, one mask token, target 1, no
-    negatives, nothing seen). A thread makes batches ahead; negatives are drawn in the first pass
-    and kept (4 bytes each).
+    Rank r evaluates the evaluable users r, r + world size, ... with all of their targets. All ranks
+    have the same number of batches and rows: missing targets are filler rows (user -1, one mask
+    token, target 1, no negatives, nothing seen). A thread makes batches ahead; negatives are drawn
+    in the first pass and kept (4 bytes each).
+
+    ``users`` and ``places``, int64 [T], are the user of each row, -1 of filler rows, and the place
+    of its target in the store's items.
 
     Args:
         split: "validation" or "test".
         max_len: most items of a row, mask token included.
-        batch_size: users per batch.
+        batch_size: targets per batch.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         keep_seen: rank a user's seen items like all others.
 
     Raises:
-        UserError: no user has 3 items, or ``batch_size`` is below 1.
+        UserError: no user has a target, or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -144,16 +150,24 @@ class EvalLoader:
         if batch_size < 1:
             flag = "val_batch_size" if split == "validation" else "test_batch_size"
             raise UserError(f"--{flag} must be at least 1, not {batch_size}")
-        users = store.evaluable_users()
+        self._holdout = config or HoldoutConfig()
+        self._every = self._holdout.targets == "all"
+        users, places = store.parts.targets(split, store.items, self._every)
         if len(users) == 0:
-            raise UserError("no user has the 3 items that evaluation needs: nothing to evaluate")
+            needed = "the 3 items that evaluation needs"
+            if store.split:
+                needed = f"a rating of the {split} part and one before it"
+            raise UserError(f"no user has {needed}: nothing to evaluate")
         self.store, self.split = store, split
         self.max_len, self.batch_size = max_len, batch_size
         self.candidate_range, self.keep_seen = candidate_range, keep_seen
-        per_rank = -(-len(users) // world_size)
-        padded = np.append(users, np.full(per_rank * world_size - len(users), -1))
-        self.users = padded[rank::world_size]
-        self._holdout = config or HoldoutConfig()
+        is_first = np.diff(users, prepend=-1) > 0
+        of_rank = (np.cumsum(is_first) - 1) % world_size
+        fillers = np.bincount(of_rank, minlength=world_size).max() - (of_rank == rank).sum()
+        self.users, self.places = (
+            np.append(each[of_rank == rank], np.full(fillers, filler))
+            for each, filler in ((users, -1), (places, 0))
+        )
         self._negatives: dict[int, np.ndarray] = {}
 
     @cached_property
@@ -165,44 +179,62 @@ class EvalLoader:
         """Batches, the same on every rank."""
         return -(-len(self.users) // self.batch_size)
 
-    def users_and_negatives(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """This rank's users of each batch, int64 [B], and their negatives, int64 [B, N].
+    def targets_and_negatives(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """This rank's users and target places of each batch, int64 [B], and negatives [B, N].
 
-        Only after the batches were iterated, which draws the negatives.
+        Without filler rows. Only after the batches were iterated, which draws the negatives.
         """
         for index in range(len(self)):
-            users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
-            yield users[users >= 0], self._negatives[index]
+            block = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            is_user = self.users[block] >= 0
+            yield self.users[block][is_user], self.places[block][is_user], self._negatives[index]
 
     def __iter__(self) -> Iterator[EvalBatch]:
         return Prefetch(map(self._batch, range(len(self))), _BATCHES_AHEAD)
 
     def _batch(self, index: int) -> EvalBatch:
-        users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
-        is_user, back = users >= 0, 2 if self.split == "validation" else 1
+        block = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        users, places = self.users[block], self.places[block]
+        items, parts, split = self.store.items, self.store.parts, self.split
+        is_user = users >= 0
         num_users, num_fillers = is_user.sum(), (~is_user).sum()  # the fillers come last
-        begin = np.where(is_user, self.store.offsets[users], 0)
-        end = np.where(is_user, self.store.offsets[users + 1], back)
-        target_at = end - back  # 0 of a filler row: its only item becomes the mask token
+        begin, known_end, excluded_end, targets_end = (
+            np.where(is_user, bounds[users], 0)  # 0 of a filler row: it has the mask token alone
+            for bounds in (
+                parts.begin,
+                parts.history_end(split),
+                parts.excluded_end(split),
+                parts.targets_end(split),
+            )
+        )
+        before = self.users[block.start - 1] if index else -1
+        is_first = np.diff(users, prepend=before) != 0
+        has_history = is_first.copy()
+        has_history[0] = True
 
-        start = np.maximum(begin, target_at - (self.max_len - 1))
-        values = self.store.items[jagged_positions(start, target_at + 1)]
-        lengths = target_at + 1 - start
+        start = np.maximum(begin, known_end - (self.max_len - 1))
+        start = np.where(has_history, start, known_end)
+        values = items[jagged_positions(start, known_end + 1)]
+        lengths = known_end + 1 - start
         masked = np.cumsum(lengths) - 1
-        targets = np.where(is_user, values[masked], 1)
         values[masked] = self.store.num_items + 1
+        targets = np.where(is_user, items[places], 1)
 
         id_bound = self.store.num_items + 2
         rows = np.arange(len(users))
+        # Of each row: its target, or all targets of its user.
         target_keys = rows * id_bound + targets
+        if self._every:
+            of_users = row_item_keys(items, known_end, targets_end, id_bound)
+            target_keys = np.union1d(target_keys, of_users)
         seen = np.empty(0, np.int64)
         if not self.keep_seen:
-            known = row_item_keys(self.store.items, begin, target_at, id_bound)
+            known = row_item_keys(items, begin, known_end, id_bound)
             seen = np.setdiff1d(known, target_keys, assume_unique=True)
         if index not in self._negatives:
             excluded = target_keys
             if not self.keep_seen:
-                excluded = row_item_keys(self.store.items, begin, end, id_bound)
+                excluded = row_item_keys(items, begin, excluded_end, id_bound)
             drawn = self._sampler(users[:num_users], excluded)
             self._negatives[index] = drawn.astype(np.int32)
 
@@ -211,12 +243,14 @@ class EvalLoader:
             masked=_int64(masked),
             targets=_int64(targets),
             users=_int64(users),
+            is_first=torch.from_numpy(is_first & is_user),
             negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
             seen=_int64(seen % id_bound),
             seen_offsets=_int64(np.searchsorted(seen, np.arange(len(users) + 1) * id_bound)),
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
             candidate_range=self.candidate_range,
+            encoded_row=_int64(np.maximum.accumulate(has_history * rows)) if self._every else None,
         ).pin_memory()
 
 

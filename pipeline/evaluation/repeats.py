@@ -6,7 +6,8 @@
 Repeat last: the latest item first. Most frequent: of equally frequent items, the later one first.
 Other items with the target's popularity are ahead of it: a tie counts against a ranking.
 
-Shapes: B users, N negatives of each, E distinct (user, item) pairs of their histories.
+Shapes: B users, each as often as it has targets, N negatives of each, E distinct (user, item) pairs
+of their histories.
 """
 
 from functools import lru_cache
@@ -23,13 +24,21 @@ REPEATED_SHARE = 0.01
 _USERS_AT_ONCE = 1 << 16
 
 
-def is_repeated(store: SequenceStore, users: np.ndarray, split: str) -> np.ndarray:
-    """Whether each user's target is in the history before it: bool [B] of int64 [B]."""
+def is_repeated(
+    store: SequenceStore, users: np.ndarray, split: str, places: np.ndarray | None = None
+) -> np.ndarray:
+    """Whether each user's target is in the history before it: bool [B] of int64 [B].
+
+    Args:
+        places: of the targets in the store's items; None: right after the histories.
+    """
     found = [np.zeros(0, bool)]
     for at in range(0, len(users), _USERS_AT_ONCE):
-        begin, end = history_bounds(store, users[at : at + _USERS_AT_ONCE], split)
+        block = slice(at, at + _USERS_AT_ONCE)
+        begin, end = history_bounds(store, users[block], split)
+        targets = store.items[end if places is None else places[block]]
         rows = np.repeat(np.arange(len(begin)), end - begin)
-        same = store.items[jagged_positions(begin, end)] == store.items[end][rows]
+        same = store.items[jagged_positions(begin, end)] == targets[rows]
         found.append(np.bincount(rows[same], minlength=len(begin)) > 0)
     return np.concatenate(found)
 
@@ -37,8 +46,8 @@ def is_repeated(store: SequenceStore, users: np.ndarray, split: str) -> np.ndarr
 def history_bounds(
     store: SequenceStore, users: np.ndarray, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each user's history begins, int64 [B], and where the target is that ends it."""
-    return store.offsets[users], store.offsets[users + 1] - {"validation": 2, "test": 1}[split]
+    """Where each user's history begins, int64 [B], and where it ends and the targets begin."""
+    return store.offsets[users], store.parts.history_end(split)[users]
 
 
 def keeps_seen(choice: str, store: SequenceStore) -> tuple[bool, float]:
@@ -52,23 +61,27 @@ def keeps_seen(choice: str, store: SequenceStore) -> tuple[bool, float]:
 
 @lru_cache(maxsize=1)  # asked for by every evaluation of a run, and reads all histories
 def _repeated_share(store: SequenceStore) -> float:
-    users = store.evaluable_users()
+    users = store.evaluable_users("validation")
     return float(is_repeated(store, users, "validation").mean()) if len(users) else 0.0
 
 
 def repeat_ranks(loader: EvalLoader) -> np.ndarray:
-    """The targets' ranks by both rankings: int64 [4, B] of this rank's B users.
+    """The targets' ranks by both rankings: int64 [4, B] of this rank's B targets.
 
     Rows: repeat last, among the negatives and among all items; most frequent, the same.
     """
     found = [np.empty((4, 0), np.int64)]
-    for users, negatives in loader.users_and_negatives():
-        found.append(_ranks(loader.store, loader.split, users, negatives))
+    for users, places, negatives in loader.targets_and_negatives():
+        found.append(_ranks(loader.store, loader.split, users, places, negatives))
     return np.concatenate(found, axis=1)
 
 
 def _ranks(
-    store: SequenceStore, split: str, users: np.ndarray, negatives: np.ndarray
+    store: SequenceStore,
+    split: str,
+    users: np.ndarray,
+    places: np.ndarray,
+    negatives: np.ndarray,
 ) -> np.ndarray:
     begin, end = history_bounds(store, users, split)
     popularity, id_bound = store.train_item_counts, store.num_items + 2
@@ -80,7 +93,7 @@ def _ranks(
     latest, row = order[first + counts - 1], pairs // id_bound
     size = np.bincount(row, minlength=len(users))
 
-    targets = store.items[end]
+    targets = store.items[places]
     wanted = np.concatenate([targets[:, None], negatives], axis=1).astype(np.int64)  # [B, 1 + N]
     wanted_keys = np.arange(len(users))[:, None] * id_bound + wanted
     at = np.minimum(np.searchsorted(pairs, wanted_keys), len(pairs) - 1)

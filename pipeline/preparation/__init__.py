@@ -5,6 +5,8 @@ stages.py    encode ids, filter, densify
 held.py      what a stage holds for another pass: in memory, else on disk; ranges of users
 memory.py    how much memory, and the unnamed files beyond it
 grouping.py  drop duplicates, sort by time, group by user
+parts.py     training, validation and test part of each history
+time_split.py marks the parts by points in time
 store.py     the sequence store: histories, memory-mapped by every rank
 catalog.py   original ids and titles of the dense ids
 items.py     titles and attributes from a table of the items

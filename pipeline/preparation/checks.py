@@ -15,6 +15,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.remote import is_url
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+FINER = 10**6  # parts of a unit, where times are not whole
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 # Times between 1990 and 2050, in seconds.
 _FROM, _TO = 631_152_000, 2_524_608_000
@@ -64,14 +65,14 @@ def in_int64(
 
     The order of the whole times is kept; if the millionths do not fit, only whole parts are.
     """
-    limit = (1 << 63) // 10**6 - 1
+    limit = (1 << 63) // FINER - 1
     low, high = ends(times)
     if fractions is None or not -limit < low <= high < limit:
         return times, unit
     finer = {"s": "us", "ms": "ns"}.get(unit, f"1e-6 {unit}".strip())
     joined = Joined(memory)
     for whole, rest in blocks(times, fractions):
-        joined.add(whole * 10**6 + np.round(rest * 10**6).astype(np.int64))
+        joined.add(whole * FINER + np.round(rest * FINER).astype(np.int64))
     return joined.array(), finer
 
 
@@ -79,6 +80,11 @@ def ends(times: np.ndarray) -> tuple[int, int]:
     """The first and the last of at least one time."""
     parts = [(int(part.min()), int(part.max())) for (part,) in blocks(times)]
     return min(low for low, _ in parts), max(high for _, high in parts)
+
+
+def shown_time(time: int, unit: str) -> str:
+    """A time as a date, or as a number if the unit is unknown."""
+    return str(np.datetime64(time // UNITS[unit], "s")) if unit in UNITS else f"{time:,}"
 
 
 def warn_of_order(grouped: GroupByUser, name: str) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.jagged import splits
-from pipeline.preparation.held import Held, HeldByUser, Joined
+from pipeline.preparation.held import Held, HeldByUser, Joined, added
 from pipeline.preparation.memory import Memory
+from pipeline.preparation.parts import PARTS
 from pipeline.preparation.stages import CountingStage, RatingChunk
 from pipeline.stage import Stage
 
@@ -25,6 +26,7 @@ class Histories:
     offsets: np.ndarray  # int64 [U+1]
     times: np.ndarray | None = None  # int64 [R], whole parts
     fractions: np.ndarray | None = None  # float64 [R]
+    ends: np.ndarray | None = None  # int64 [2, U], of the training and validation parts
 
 
 _FIELDS = {"item": "items", "timestamp": "times", "fraction": "fractions"}
@@ -71,7 +73,7 @@ class DropDuplicates(CountingStage):
 
 
 class GroupByUser(Stage[Histories]):
-    """All chunks -> one `Histories`, by a stable sort by user and time.
+    """All chunks -> one `Histories`, by a stable sort by user, part and time.
 
     A user's ratings with equal times keep the order of the file, or if it is `newest_first` the
     reverse order: an unstable sort would change the targets of MovieLens, where many times are
@@ -101,6 +103,7 @@ class GroupByUser(Stage[Histories]):
             return
         self.is_newest_first = order.falls
         self.ties = self.duplicates = 0
+        self._sizes = np.zeros(0, np.int64)  # ratings of each part of each user
         joined: dict[str, Joined] = {}
         for part in held.parts():
             self._sort(part)
@@ -108,14 +111,22 @@ class GroupByUser(Stage[Histories]):
                 if role in part:
                     joined.setdefault(name, Joined(self.memory)).add(part.pop(role))
         arrays = {name: each.array() for name, each in joined.items()}
-        lengths = held.lengths[: np.flatnonzero(held.lengths)[-1] + 1]
-        yield Histories(offsets=splits(lengths), **arrays)
+        offsets = splits(held.lengths[: np.flatnonzero(held.lengths)[-1] + 1])
+        if len(self._sizes):
+            sizes = np.zeros((len(offsets) - 1, PARTS), np.int64)
+            flat = sizes.reshape(-1)
+            flat[: len(self._sizes)] = self._sizes[: len(flat)]
+            arrays["ends"] = offsets[:-1] + np.cumsum(sizes, axis=1).T[: PARTS - 1]
+        yield Histories(offsets=offsets, **arrays)
 
     def _sort(self, part: dict[str, np.ndarray]) -> None:
-        """Sort the columns in place; drops that of the users."""
+        """Sort the columns in place; drops those of the users and parts."""
         if self.newest_first:
             part |= {role: column[::-1] for role, column in part.items()}
         key = part.pop("user")
+        if "part" in part:
+            key = key.astype(np.int64) * PARTS + part.pop("part")
+            self._sizes = added(self._sizes, key)
         if "timestamp" in part:
             key = _user_time_keys(key, part["timestamp"], part.get("fraction"))
         if (key[1:] < key[:-1]).any():

@@ -5,6 +5,7 @@ items with fewer than --min_item_count ratings.
 """
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +18,14 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
 from pipeline.preparation.items import read_items, read_titles
 from pipeline.preparation.memory import Memory
+from pipeline.preparation.parts import BY_TIME, SPLITS, validation_from_training
 from pipeline.preparation.store import SequenceStore, open_or_build
+from pipeline.preparation.time_split import MarkParts, stored_points
 from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
 from pipeline.sources.parquet import ReadTable
 from pipeline.sources.source_file import SourceFile
+from pipeline.tables.points import Point, read_points
 
 
 def prepare(data: Any, **flags: Any) -> SequenceStore:
@@ -37,6 +41,8 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
     """
     if isinstance(data, DataConfig):
         config = replace(data, **flags)
+        if config.split_time:
+            _points(config)  # before data are looked for
         source = resolve(config)
         store = open_or_build(source.store_path, source.fingerprint, lambda: build(source, config))
         checks.warn_of_change(store)
@@ -59,7 +65,12 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     encoded = stages.EncodeIds(source.ratings, memory)
     single = DropDuplicates(encoded, memory) if config.duplicates == "drop" else encoded
     rated = stages.FilterRatings(single, config.min_rating)
-    popular = stages.FilterItems(rated, config.min_item_count, memory)
+    marked = None
+    if config.split_by == BY_TIME:
+        are_dates = partial(getattr, source.ratings, "dates", False)
+        marked = MarkParts(rated, *_points(config), are_dates, config.name, memory)
+    parted = rated if marked is None else marked
+    popular = stages.FilterItems(parted, config.min_item_count, memory)
     active = stages.FilterUsers(popular, config.min_user_count, memory)
     dense = stages.Densify(active, memory)
     grouped = GroupByUser(dense, config.file_order == "newest_first", memory)
@@ -82,7 +93,9 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
         kept.append({"stage": flag} | stage.counts)
     assert histories is not None
     store = SequenceStore(histories.items, histories.offsets, len(dense.kept_items))
-    if kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
+    if histories.ends is not None:
+        _hold_out(store, histories.ends, config, marked)
+    elif kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
         store.best_possible = getattr(source.ratings, "best_possible", None)
     if not len(store.evaluable_users()):
         dropping = [
@@ -105,7 +118,8 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
     store.catalog = Catalog(items, titles, counts, users, *types, attributes)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
-    _keep_times(store, histories, grouped, getattr(source.ratings, "dates", False), memory)
+    dates = getattr(source.ratings, "dates", False)
+    _keep_times(store, histories, grouped, dates, marked, memory)
     checks.warn_of_order(grouped, config.name)
     for role, ids in (("user", encoded.users), ("item", encoded.items)):
         checks.warn_of_look_alikes(ids, role, config.name)
@@ -113,20 +127,68 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     return store
 
 
+def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
+    """The points of --split_time, and that of --split_until.
+
+    Raises:
+        UserError: they are no points, or do not ascend; there are more than two.
+    """
+    points = read_points(config.split_time)
+    if len(points) > 2:
+        raise UserError(
+            f"--split_time {config.split_time}: one point or two; only train.py takes more, and "
+            "trains once for each two"
+        )
+    if not config.split_until:
+        return points, None
+    *points, until = read_points(f"{config.split_time},{config.split_until}")
+    return points, until
+
+
+def _hold_out(
+    store: SequenceStore, ends: np.ndarray, config: DataConfig, marked: MarkParts | None
+) -> None:
+    """Give the store the parts that time or a file made.
+
+    Raises:
+        UserError: no user has a target of validation or test and a history before it.
+    """
+    has_validation = (ends[1] > ends[0]).any() if marked is None else len(marked.points) == 2
+    if not has_validation:
+        ends = validation_from_training(ends, store.offsets[:-1])
+    store.ends, store.split = ends, {"by": config.split_by}
+    flag = f"--split_path {config.split_path}"
+    if marked is not None:
+        flag = f"--split_time {config.split_time}"
+        store.split["points"] = [point.text for point in marked.points]
+        if marked.until is not None:
+            store.split["until"] = marked.until.text
+    for split in SPLITS:
+        if not len(store.evaluable_users(split)):
+            raise UserError(
+                f"{flag}: no user of {config.name} has ratings of the {split} part and some before "
+                "it: choose another split, or lower --min_user_count"
+            )
+
+
 def _keep_times(
     store: SequenceStore,
     histories: Histories,
     grouped: GroupByUser,
     are_dates: bool,
+    marked: MarkParts | None,
     memory: Memory,
 ) -> None:
-    """The times, their unit, and how many are equal, in the store and its counts."""
+    """The times, their unit, how many are equal, and points, in the store and its counts."""
     if histories.times is None:
         return
     name = store.counts["name"]
     unit = "ns" if are_dates else checks.time_unit(histories.times, name)
     times, unit = checks.in_int64(histories.times, histories.fractions, unit, memory)
     store.times = times
+    if marked is not None:
+        scale = 1 if times is histories.times else checks.FINER
+        store.split["times"] = stored_points(marked.times, scale)
     first, last = checks.ends(times)
     store.counts["times"] = {
         "unit": unit,
@@ -141,18 +203,32 @@ def _measure(store: SequenceStore) -> dict[str, Any]:
     shortest, median, longest = np.quantile(store.lengths(), [0, 0.5, 1]).tolist()
     history = {"min": int(shortest), "median": median, "max": int(longest)}
     counts: dict[str, Any] = {"history": history, "evaluable_users": len(store.evaluable_users())}
-    for split in ("validation", "test"):
+    for split in SPLITS:
         targets = store.targets(split)
         cold = targets[store.train_item_counts[targets] == 0]
         counts[split] = {"cold_targets": len(cold), "cold_items": len(np.unique(cold))}
+        if store.split:
+            begin, end = store.parts.history_end(split), store.parts.targets_end(split)
+            users = len(store.evaluable_users(split))
+            counts[split] |= {"ratings": int((end - begin).sum()), "users": users}
     return counts
 
 
+def _split_line(store: SequenceStore) -> str:
+    split, counts = store.split, store.counts
+    training = int((store.parts.training_end - store.parts.begin).sum())
+    how = f" at {' and '.join(split['points'])}" if "points" in split else ""
+    how += f", until {split['until']}" if "until" in split else ""
+    parts = ", ".join(
+        f"{name} {counts[name]['ratings']:,} ratings, {counts[name]['users']:,} users evaluated"
+        for name in SPLITS
+    )
+    return f"split by {split['by']}{how}: training {training:,} ratings; {parts}"
+
+
 def _times_line(times: dict[str, Any]) -> str:
-    unit, ends = times["unit"], [times["first"], times["last"]]
-    shown = [f"{end:,}" for end in ends]
-    if unit in checks.UNITS:
-        shown = [str(np.datetime64(end // checks.UNITS[unit], "s")) for end in ends]
+    unit = times["unit"]
+    shown = [checks.shown_time(times[end], unit) for end in ("first", "last")]
     line = f"times ({unit or 'of unknown unit'}): {shown[0]} to {shown[1]}"
     if times["ties"]:
         line += f"; ratings at the same time as another of the user: {times['ties']:,}"
@@ -173,6 +249,8 @@ def describe(store: SequenceStore) -> str:
         f"  history lengths: min {history['min']:,}, median {history['median']:,g}, "
         f"max {history['max']:,}; users evaluated: {users:,} of {store.num_users:,}"
     )
+    if store.split:
+        lines.append(f"  {_split_line(store)}")
     if times := counts.get("times"):  # not in stores of earlier versions
         lines.append(f"  {_times_line(times)}")
     cold = "; ".join(

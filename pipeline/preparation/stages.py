@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.preparation.held import Held, added, drained, enlarged
 from pipeline.preparation.memory import Memory
+from pipeline.preparation.parts import TRAINING
 from pipeline.stage import Stage
 
 _MANY_IDS = 1 << 22  # not yet numbered; numbering them costs as much as numbering all of before
+_VALUES = ("rating", "timestamp", "fraction", "part")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RatingChunk:
     timestamp: np.ndarray | None = None  # int64 [N]; None: file order is time order
     # float64 [N], the rest of times that are not whole (pipeline/tables/values.py); None: 0.
     fraction: np.ndarray | None = None
+    part: np.ndarray | None = None  # int8 [N], codes of parts.py; None: leave-one-out
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
         if keep.all():
@@ -84,7 +87,7 @@ class EncodeIds(CountingStage):
         for table in self.source:
             for batch in table.to_batches():
                 columns = users.indices(batch.column("user")), items.indices(batch.column("item"))
-                values = (_numpy(batch, name) for name in ("rating", "timestamp", "fraction"))
+                values = (_numpy(batch, name) for name in _VALUES)
                 waiting.append(RatingChunk(*columns, *values))
                 size += batch.nbytes
                 if size > self.memory.limit or max(users.waiting, items.waiting) > _MANY_IDS:
@@ -131,6 +134,8 @@ class FilterRatings(CountingStage):
 
 @dataclass(eq=False)
 class _FilterByCount(CountingStage):
+    """Ratings of the training part count, all are kept or dropped."""
+
     min_count: int = 0
     memory: Memory = field(default_factory=Memory)
     column: ClassVar[str]
@@ -141,7 +146,9 @@ class _FilterByCount(CountingStage):
             return
         held, counts = Held[RatingChunk](self.memory), np.zeros(0, np.int64)
         for chunk in self.source:
-            counts = added(counts, getattr(chunk, self.column))
+            codes = getattr(chunk, self.column)
+            counted = codes if chunk.part is None else codes[chunk.part == TRAINING]
+            counts = added(enlarged(counts, codes), counted)
             held.add(chunk)
         for chunk in held.drained():
             yield chunk.where(counts[getattr(chunk, self.column)] >= self.min_count)

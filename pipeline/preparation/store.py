@@ -5,6 +5,8 @@
         items.npy         int32 [R]    dense item ids, user by user, in time order
         offsets.npy       int64 [U+1]  user u's history is items[offsets[u]:offsets[u+1]]
         times.npy         int64 [R]    times of the items, if the data have times
+        parts.npy         int64 [2, U] where training and validation parts end; no file: the last
+                                       two items of a user are held out
         catalog.parquet   original id, title and training count of item 1, 2, ..., V
         users.parquet     original id of user 0, 1, ..., U-1
 
@@ -26,11 +28,13 @@ import pyarrow as pa
 
 from pipeline.errors import UserError, warn
 from pipeline.files import clear, lock, remove_old, size_and_crc32, whole_folder, write_json
+from pipeline.jagged import jagged_positions
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.memory import blocks
+from pipeline.preparation.parts import Parts
 
 FORMAT_VERSION = 1
-_TIMES = "times.npy"
+_TIMES, _PARTS = "times.npy", "parts.npy"
 _ARRAYS = ("items.npy", "offsets.npy")
 _FIELDS = ("num_items", "counts", "best_possible", "fingerprint")
 
@@ -40,8 +44,7 @@ class SequenceStore:
     """Histories of all users: memory-mapped, read-only.
 
     R ratings, U users, V items. Items are dense ids 1..V; 0 (padding) and V+1 (the mask token) do
-    not occur. Leave-one-out: the last item of a user with at least 3 items is the test target, the
-    one before it the validation target, the rest the training part. Other users only train.
+    not occur. ``parts`` says which items train and which are held out.
     """
 
     items: np.ndarray  # int32 [R], user by user, in time order
@@ -54,6 +57,15 @@ class SequenceStore:
     # The source and the flags that the store was made from.
     fingerprint: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None  # the store's folder; None: in memory
+    ends: np.ndarray | None = None  # int64 [2, U], of `Parts`; None: leave-one-out
+    # What made the parts: {"by", "points" as given, "times" of them}; empty: leave-one-out.
+    split: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> Parts:
+        if self.ends is None:
+            return Parts.leave_one_out(self.offsets)
+        return Parts.of_ends(self.offsets, self.ends, self.split["by"])
 
     @cached_property
     def times(self) -> np.ndarray | None:
@@ -100,6 +112,8 @@ class SequenceStore:
                 _check(path / name, recorded)
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
         store = cls(items, offsets, **{name: manifest[name] for name in _FIELDS}, path=path)
+        if "split" in manifest:
+            store.split, store.ends = manifest["split"], np.load(path / _PARTS, mmap_mode="r")
         if "catalog" in manifest:  # not in stores of earlier versions
             store.catalog_fingerprint = manifest["catalog"]
         return store
@@ -116,19 +130,13 @@ class SequenceStore:
         """int64 [U]: items of each user."""
         return np.diff(self.offsets)
 
-    def train_lengths(self) -> np.ndarray:
-        """int64 [U]: items of each user's training part."""
-        lengths = self.lengths()
-        return np.where(lengths >= 3, lengths - 2, lengths)
-
-    def evaluable_users(self) -> np.ndarray:
-        """int64 [E]: users with at least 3 items, ascending."""
-        return np.flatnonzero(self.lengths() >= 3)
+    def evaluable_users(self, split: str = "test") -> np.ndarray:
+        """int64 [E]: users with a target in ``split``, "validation" or "test", ascending."""
+        return self.parts.users(split)
 
     def targets(self, split: str) -> np.ndarray:
-        """int32 [E]: the evaluable users' targets; split is "validation" or "test"."""
-        last = self.offsets[self.evaluable_users() + 1]
-        return self.items[last - {"validation": 2, "test": 1}[split]]
+        """int32 [E]: the evaluable users' targets, of several the first."""
+        return self.items[self.parts.targets(split, self.items)[1]]
 
     @cached_property
     def catalog_fingerprint(self) -> str:
@@ -136,9 +144,12 @@ class SequenceStore:
 
     @cached_property
     def ratings_fingerprint(self) -> str:
-        """Hash of all histories as dense ids: data sets with the same have the same metrics."""
+        """Hash of all histories as dense ids, and of their parts if they are not leave-one-out.
+
+        Data sets with the same have the same metrics.
+        """
         digest = hashlib.sha256()
-        for array in (self.offsets, self.items):
+        for array in (self.offsets, self.items, *(() if self.ends is None else self.ends)):
             for (part,) in blocks(array):
                 digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()[:16]
@@ -151,9 +162,8 @@ class SequenceStore:
         counts = np.zeros(self.num_items + 2, np.int64)
         for (items,) in blocks(self.items):
             counts += np.bincount(items, minlength=len(counts))
-        for split in ("validation", "test"):
-            np.subtract.at(counts, self.targets(split), 1)
-        return counts
+        held_out = self.items[jagged_positions(self.parts.training_end, self.parts.end)]
+        return counts - np.bincount(held_out, minlength=len(counts))
 
     def write(self, path: Path) -> None:
         """Write the store's files into an existing, empty folder."""
@@ -161,6 +171,8 @@ class SequenceStore:
             _save(path / name, array)
         if self.times is not None:
             _save(path / _TIMES, self.times)
+        if self.ends is not None:
+            _save(path / _PARTS, self.ends)
         self.catalog.write_to(path)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -173,6 +185,8 @@ class SequenceStore:
             "catalog": self.catalog_fingerprint,
             "files": {file.name: size_and_crc32(file) for file in sorted(path.iterdir())},
         }
+        if self.ends is not None:
+            manifest["split"] = self.split
         write_json(path / "manifest.json", manifest)
 
 
@@ -188,6 +202,7 @@ def _check(path: Path, recorded: list[int] | None) -> None:
 
 def _save(path: Path, array: np.ndarray) -> None:
     """`np.save`, whose error on a full disk does not say so."""
+    array = np.ascontiguousarray(array)
     with path.open("wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
         np.lib.format.write_array_header_1_0(file, header)

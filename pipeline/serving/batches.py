@@ -82,6 +82,7 @@ class HistoryBatches:
             masked=torch.from_numpy(masked),
             targets=torch.ones(len(users), dtype=torch.int64),
             users=torch.from_numpy(users),
+            is_first=torch.from_numpy(users >= 0),
             negatives=torch.from_numpy(none),
             seen=torch.from_numpy(seen % id_bound),
             seen_offsets=torch.from_numpy(

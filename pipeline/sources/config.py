@@ -70,6 +70,25 @@ class DataConfig(Config):
         "order in the file of a user's ratings with equal times, or without times",
         choices=("oldest_first", "newest_first"),
     )
+    split: str = flag(
+        "auto",
+        "which ratings are held out; auto: time or file with --split_time or --split_path, else "
+        "leave_one_out",
+        choices=("auto", "leave_one_out", "time", "file"),
+    )
+    split_time: str = flag(
+        "",
+        "dates, or numbers in the data's unit: all before the first trains, all from the second on "
+        "tests; of more, train.py trains once for each two neighbours (no default)",
+    )
+    split_until: str = flag(
+        "", "a point after those of --split_time: ratings from it on are left out (no default)"
+    )
+    split_path: str = flag(
+        "",
+        "ratings with a column split (train, validation, test), or a folder or zip of files with "
+        "these words in their names; in place of --dataset_path (no default)",
+    )
     min_rating: float | None = flag(
         None, "filter 1: drop ratings below this value (default: keep all)"
     )
@@ -116,27 +135,53 @@ class DataConfig(Config):
                 f"--dataset_name must be made of letters, digits, '.', '_' and '-', not "
                 f"{self.dataset_name!r}; a file goes into --dataset_path"
             )
-        for flag_name in ("dataset_path", "items_path", "cache_dir"):
+        for flag_name in ("dataset_path", "split_path", "items_path", "cache_dir"):
             if "\0" in getattr(self, flag_name):
                 raise UserError(f"--{flag_name} holds a null character, as no path may")
-        if self.dataset_name == "random" and self.dataset_path:
+        if self.dataset_name == "random" and self.ratings_path:
             raise UserError("--dataset_name random is generated: leave --dataset_path out")
-        if self.dataset_name not in DATASET_NAMES and not self.dataset_path:
+        if self.dataset_name not in DATASET_NAMES and not self.ratings_path:
             raise UserError(
                 f"--dataset_name {self.dataset_name!r} is none of {', '.join(DATASET_NAMES)}: for "
                 "data of your own give the file with --dataset_path"
             )
 
-        generated = self.dataset_name in ("synthetic", "random") and not self.dataset_path
+        generated = self.dataset_name in ("synthetic", "random") and not self.ratings_path
         for flag_name in ("where", "items_path") if generated else ():
             if getattr(self, flag_name):
                 raise UserError(f"--{flag_name} is for --dataset_path, not for generated data")
+        self._check_split()
+
+    def _check_split(self) -> None:
+        if self.split_path and self.dataset_path:
+            raise UserError("--split_path names the ratings, too: leave --dataset_path out")
+        for flag_name, kind in (("split_time", "time"), ("split_path", "file")):
+            if getattr(self, flag_name) and self.split not in ("auto", kind):
+                raise UserError(f"--{flag_name} is for --split {kind}, not {self.split}")
+            if self.split == kind and not getattr(self, flag_name):
+                raise UserError(f"--split {kind} needs --{flag_name}")
+        if self.split_time and self.split_path:
+            raise UserError("--split_path has its own split: leave --split_time out")
+        if self.split_until and not self.split_time:
+            raise UserError("--split_until needs --split_time")
+
+    @property
+    def split_by(self) -> str:
+        """What splits the ratings: "leave_one_out", "time" or "file"."""
+        if self.split != "auto":
+            return self.split
+        return "time" if self.split_time else "file" if self.split_path else "leave_one_out"
+
+    @property
+    def ratings_path(self) -> str:
+        """Where the ratings are, "" if they are generated or downloaded."""
+        return self.split_path or self.dataset_path
 
     @property
     def name(self) -> str:
         """The data set's name, or the file's if only --dataset_path was given."""
-        if self.dataset_path and self.dataset_name == "synthetic":
-            name = Path(self.dataset_path).name.split(".")[0][:_NAME_LENGTH]
+        if self.ratings_path and self.dataset_name == "synthetic":
+            name = Path(self.ratings_path).name.split(".")[0][:_NAME_LENGTH]
             return re.sub(r"[^\w.-]", "_", name) or "ratings"
         return self.dataset_name
 

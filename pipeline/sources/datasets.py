@@ -14,8 +14,9 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -37,7 +38,7 @@ from pipeline.sources.source_file import (
 )
 from pipeline.sources.synthetic import SyntheticRatings
 from pipeline.stage import Stage
-from pipeline.tables.names import Wanted
+from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.where import Where
 
 _RATINGS_FILE = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}  # the others: ratings.csv
@@ -50,6 +51,12 @@ _PART_NAMES = {
     "json": ("json", "jsonl", "ndjson", "jl"),
 } | {ending: (ending,) for ending in ("csv", "tsv", "inter", "dat", "data", "txt")}
 _NUMBERS = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]+|[0-9]+"  # Spark's part-00000-UUID-c000.csv
+# Words in the names of files, or in the column split, that say which part ratings are of.
+PART_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
 _DEEPEST = 8  # folders in folders, also where a link leads back
 _RANDOM_CHUNK = 1 << 19
 _READING = 3  # raised when the same file gives other ratings, so that no store of before is reused
@@ -83,20 +90,28 @@ def resolve(config: DataConfig) -> DataSource:
             rating=config.min_rating or 0.0,  # so that none is dropped
             seed=config.data_seed,
         )
-    elif config.dataset_name == "synthetic" and not config.dataset_path:
+    elif config.dataset_name == "synthetic" and not config.ratings_path:
         origin = ["synthetic ring", vars(config.synthetic())]
         ratings = SyntheticRatings(config.synthetic())
     else:
-        path = expanded_place("dataset_path", config.dataset_path)
-        if not config.dataset_path:
+        flag = "split_path" if config.split_path else "dataset_path"
+        path = expanded_place(flag, config.ratings_path)
+        if not config.ratings_path:
             path = download(config.dataset_name, config.cache_folder)
-        files, titles = find_ratings(path, config.dataset_name)
+        parts, titles = find_parts(path) if config.split_path else ({}, None)
+        files = [file for part in parts.values() for file in part]
+        if not files:
+            files, titles = find_ratings(path, config.dataset_name)
         if config.items_path:
             titles = SourceFile(expanded_place("items_path", config.items_path))
         origin = [file.stamp() for file in (*files, titles) if file]
         read = ("columns", "separator", "where", "duplicates", "file_order")
         flags |= {flag: getattr(config, flag) for flag in read} | {"reading": _READING}
         ratings = ReadRatings(*files, wanted=wanted(config))
+        if config.split_path:
+            ratings = SplitRatings(_readers(parts, files, config), ratings)
+    if config.split_by != "leave_one_out":  # stores of earlier versions have no such key
+        flags["split"] = [config.split_by, config.split_time, config.split_until]
     fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     store_path = config.cache_folder / "stores" / f"{config.name}-{digest}"
@@ -157,6 +172,100 @@ def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], 
     folder, _, file = found[0].rpartition("/")
     titles = f"{folder}/{_titles_file(file)}".lstrip("/")
     return [_inside(path, found[0])], _inside(path, titles) if titles in names else None
+
+
+def find_parts(
+    path: Path | RemotePath,
+) -> tuple[dict[str, list[SourceFile]], SourceFile | None]:
+    """The files of each part by the words in their names, and the titles beside RecBole's.
+
+    No files: the path is one file, or no names tell a training and a test part.
+    """
+    with reading(path):
+        path.stat()
+    if not path.is_dir() and not is_zip(path):
+        return {}, None
+    names = _files_below(path) if path.is_dir() else zip_members(path)
+    found: dict[str, list[SourceFile]] = {part: [] for part in PART_WORDS}
+    for name in sorted(filter(_format, names), key=_numbers_in_order):
+        words = set(re.split(r"[/._-]+", name.lower()))
+        parts = [part for part, known in PART_WORDS.items() if words & {*known}]
+        if len(parts) == 1:
+            found[parts[0]].append(_inside(path, name))
+    if not found["train"] or not found["test"]:
+        return {}, None
+    titles = [name for name in names if unpacked_name(name).endswith(".item")]
+    return found, _inside(path, titles[0]) if len(titles) == 1 else None
+
+
+def _readers(
+    parts: dict[str, list[SourceFile]], files: list[SourceFile], config: DataConfig
+) -> list[ReadRatings]:
+    """Readers of the training, validation and test part: of its files, or of its rows."""
+    if parts:
+        return [ReadRatings(*part, wanted=wanted(config)) for part in parts.values()]
+    readers = []
+    for words in PART_WORDS.values():
+        spelled = ", ".join(
+            f"{form!r}" for word in words for form in (word, word.title(), word.upper())
+        )
+        chosen = f"split in ({spelled})"
+        rows = Where(f"({config.where}) and {chosen}" if config.where else chosen)
+        of_part = replace(wanted(config), rows=rows, of_split=True)
+        readers.append(ReadRatings(*files, wanted=of_part))
+    return readers
+
+
+class SplitRatings(Stage[pa.Table]):
+    """Source stage: the ratings of a split of the user's own, with a column ``part``.
+
+    It is int8: 0 for training, 1 for validation, 2 for test. Other attributes are as those of
+    :class:`ReadRatings`.
+
+    Args:
+        readers: of the three parts; that of validation may be without files or ratings.
+        whole: of all ratings, to find those that no part has.
+    """
+
+    def __init__(self, readers: list[ReadRatings], whole: ReadRatings) -> None:
+        super().__init__()
+        self.readers, self.whole = readers, whole
+        self.dates = False
+        self.recognised: list[str] = []
+        self.trimmed: Counter[str] = Counter()
+
+    def stream(self) -> Iterator[pa.Table]:
+        count, columns = 0, None
+        self.recognised, self.trimmed = [], Counter()
+        for part, reader in enumerate(self.readers):
+            if not reader.files:
+                continue
+            try:
+                for table in reader:
+                    count += len(table)
+                    found = [name for name in table.column_names if name != "fraction"]
+                    columns = columns or (found, reader.dates)
+                    if columns != (found, reader.dates):
+                        raise UserError(
+                            f"{reader.files[0]} has not the columns of {self.readers[0].files[0]}, "
+                            "or times written in another way: choose with --columns"
+                        )
+                    yield table.append_column("part", pa.array(np.full(len(table), part, np.int8)))
+            except NoRatings as error:
+                names = list(PART_WORDS)
+                if names[part] != "validation":
+                    file = reader.files[0].path
+                    raise UserError(f"--split_path {file}: no ratings for {names[part]}") from error
+            self.recognised += reader.recognised
+            self.trimmed += reader.trimmed
+            self.dates |= reader.dates
+        if self.readers[0].wanted.of_split:
+            others = sum(map(len, self.whole)) - count
+            if others:
+                raise UserError(
+                    f"--split_path {self.whole.files[0]}: {others:,} ratings have a split that is "
+                    f"none of {', '.join(word for words in PART_WORDS.values() for word in words)}"
+                )
 
 
 class RandomRatings(Stage[pa.Table]):

@@ -15,7 +15,7 @@ from pipeline.sources.parquet import is_typed, read_typed
 from pipeline.sources.source_file import SourceFile
 from pipeline.sources.text import read_text
 from pipeline.stage import Stage
-from pipeline.tables.names import Wanted
+from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.values import with_whole_times
 
 
@@ -78,7 +78,7 @@ class ReadRatings(Stage[pa.Table]):
                 raise UserError(f"{file}: no ratings in it")
         if not any_rows:
             where = f" for which --where {self.wanted.rows.text!r}" if self.wanted.rows else ""
-            raise UserError(f"{self.files[0].path}: no ratings in it{where}")
+            raise NoRatings(f"{self.files[0].path}: no ratings in it{where}")
 
 
 def _files_line(files: list[SourceFile]) -> str:

@@ -42,9 +42,15 @@ class Wanted:
     separator: str = ""  # --separator
     rows: "Where | None" = None  # --where
     needs_rating: bool = True  # False: a rating may be missing
+    of_split: bool = False  # the rows of one part of --split_path, by its column split
 
     def no_column(self, where: str, name: str, names: Sequence[str]) -> str:
-        return f"{where}: no column {name!r} (--where); there are {list_names(names)}"
+        flag = "--split_path" if self.of_split and name == "split" else "--where"
+        return f"{where}: no column {name!r} ({flag}); there are {list_names(names)}"
+
+
+class NoRatings(UserError):
+    """There are no ratings in the files, or none that are wanted."""
 
 
 def check_columns(columns: str) -> dict[str, str]:

@@ -53,10 +53,9 @@ class WindowTable:
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig, **shared: Any) -> "WindowTable":
         """Cut all users' training parts."""
-        lengths = store.train_lengths()
-        if config.train_on_validation:
-            lengths[store.evaluable_users()] += 1
-        return cls(np.asarray(store.offsets[:-1], dtype=np.int64), lengths, config, **shared)
+        parts = store.parts
+        trained = parts.validation_end if config.train_on_validation else parts.training_end
+        return cls(parts.begin, trained - parts.begin, config, **shared)
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -52,6 +52,7 @@ from pipeline.batches.features import CANDIDATE, ITEM, Ids, jagged_items, with_c
 from pipeline.evaluation.config import HoldoutConfig
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
+from pipeline.sources.config import DataConfig
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 from pipeline.training.loader import TrainLoader
 from tests.workers.replayed import as_on_cuda
@@ -311,6 +312,7 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 
 MEASURED_AT = "1,3,10"
+DAY = 86_400
 
 
 def measured(ranks: Ranks) -> dict[str, tuple[dict[str, Any], RankedUsers]]:
@@ -325,6 +327,29 @@ def measured(ranks: Ranks) -> dict[str, tuple[dict[str, Any], RankedUsers]]:
             with patch.object(catalog_scores, "PART_ITEMS", size):
                 answer = measure(config, model, histories(), "test", ranks)
                 found[f"{way}, {seen}{parts}"] = answer
+    return found
+
+
+def by_time() -> SequenceStore:
+    """The same histories, each cut at random; a user may have several targets, or none."""
+    store, generator = histories(), np.random.default_rng(6)
+    parts = [np.sort(generator.integers(0, length + 1, 2)) for length in store.lengths()]
+    store.ends = store.offsets[:-1] + np.stack(parts, axis=1)
+    store.split = {"by": "time", "points": ["1", "2"], "times": [100 * DAY, 200 * DAY]}
+    store.counts["times"] = {"unit": "s"}
+    store.times = generator.integers(0, 300, len(store.items)) * DAY
+    return store
+
+
+def measured_by_time(ranks: Ranks) -> dict[str, tuple[dict[str, Any], RankedUsers]]:
+    """The same with several targets of a user."""
+    found = {}
+    for way, seen in product(("row_wise", "ddp"), ("drop", "keep")):
+        holdout = HoldoutConfig(eval_negatives=5, seen=seen, targets="all")
+        data = DataConfig(split_time="1,2")
+        config = replace(config_of(WAYS[way], ranks), holdout=holdout, data=data)
+        model = Built.of(config, ranks).model
+        found[f"{way}, {seen}"] = measure(config, model, by_time(), "test", ranks)
     return found
 
 
@@ -397,6 +422,7 @@ def answers(ranks: Ranks) -> dict[str, Any]:
         "evaluation": evaluation(ranks),
         "measured": measured(ranks),
         "exported": exported(ranks),
+        "measured_by_time": measured_by_time(ranks),
         "scores": scores(ranks) if ranks.world_size == 1 else None,
     }
 

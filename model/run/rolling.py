@@ -1,0 +1,55 @@
+"""Rolling windows: a training for each two neighbours of --split_time, and a table of all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from model.evaluation.evaluate import Result
+from model.evaluation.report import format_table
+from model.settings.config import RunConfig
+from model.settings.flags import build
+from model.settings.recipes import with_recipe
+from pipeline.errors import say
+from pipeline.tables.points import read_points
+
+
+def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The flags of each training; those given, if there is one.
+
+    Raises:
+        UserError: the points are none or do not ascend, or flags do not fit several trainings.
+    """
+    config = build(RunConfig, with_recipe(given))
+    windows = config.of_each_window()
+    if len(windows) == 1:
+        return [dict(given)]
+    read_points(",".join(filter(None, (config.data.split_time, config.data.split_until))))
+    return [
+        {
+            **given,
+            "split_time": window.data.split_time,
+            "split_until": window.data.split_until,
+            "run_dir": window.output.run_dir,
+        }
+        for window in windows
+    ]
+
+
+def print_windows(
+    windows: Sequence[Mapping[str, Any]], tested: Sequence[Mapping[str, Result]]
+) -> None:
+    """A row of full metrics for each window that was tested, and their mean; on rank 0."""
+    if dist.get_rank():
+        return
+    rows = []
+    for window, results in zip(windows, tested, strict=True):
+        if "test" in results:
+            until = f" until {window['split_until']}" if window["split_until"] else ""
+            label = f"{window['split_time']}{until}, {results['test']['users']:,} users"
+            rows.append((label, results["test"]["full"]))
+    if rows:
+        names = rows[0][1]
+        means = {name: sum(row[name] for _, row in rows) / len(rows) for name in names}
+        table = format_table([*rows, ("mean of the windows", means)])
+        say(f"test, all windows, full\n{table}")
