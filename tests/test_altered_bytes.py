@@ -4,20 +4,21 @@ A weight with another finite value would be evaluated, learnt from and served li
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.export import WEIGHTS, Trained, export
 from model.checkpoints.manifest import DamagedError
-from model.checkpoints.weights import fingerprint
-from model.distributed import Ranks
+from model.distributed import ALONE, Ranks
 from model.programs.recommender import Recommender
 from model.run.folder import lasting_flags
 from model.run.trained import TrainedRun
@@ -25,7 +26,6 @@ from model.settings.config import EvalFlags
 from pipeline.errors import UserError
 from tests.conftest import TINY, RunMain, assert_one_line
 
-ONE = Ranks(0, 1, 1, torch.device("cpu"))
 HISTORIES = [["1"], ["5", "2", "3"], ["unknown"]]
 
 
@@ -47,17 +47,23 @@ def run_dir(run_main: RunMain, made: Path, cache_dir: Path) -> Path:
 def of_export(folder: Path) -> Any:
     """What eval.py, recommend.py, --teachers and export.py read of an export."""
     run = TrainedRun(EvalFlags(checkpoint=str(folder)))
-    trained, catalog = run.trained(ONE), run.catalog()
+    trained, catalog = run.trained(ALONE), run.catalog()
     names = catalog.items.to_pylist(), catalog.titles.to_pylist(), catalog.train_counts.tolist()
-    weights = fingerprint(trained.plain.state_dict())
-    return weights, names, trained.step, trained.metrics, lasting_flags(run.config)
+    return copied_weights(trained), names, trained.step, trained.metrics, lasting_flags(run.config)
 
 
 def of_run(folder: Path) -> Any:
     """What they read of a run that has not ended."""
     run = TrainedRun(EvalFlags(checkpoint=str(folder)))
-    trained = run.trained(ONE)
-    return fingerprint(trained.plain.state_dict()), trained.step, lasting_flags(run.config)
+    trained = run.trained(ALONE)
+    return copied_weights(trained), trained.step, lasting_flags(run.config)
+
+
+def copied_weights(trained: Trained) -> dict[str, list[Any]]:
+    """The weights that an export has."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(trained, Path(folder), with_users=False, with_programs=False)
+        return {name: each.tolist() for name, each in load_file(f"{folder}/{WEIGHTS}").items()}
 
 
 def served(folder: Path) -> Any:
