@@ -14,8 +14,9 @@ LENGTHS = st.lists(st.sampled_from([0, 1, 2, 7, 8, 9, 16, 17, 40]), min_size=1, 
 
 
 def layout_of(lengths: list[int], two_streams: bool, left: list[bool], fillers: int) -> RowLayout:
-    """Rows, their second streams, and fillers of three positions; some with left context only."""
-    rows = lengths + [length + 1 for length in lengths] * two_streams + [3] * fillers
+    """Rows, second streams of those with left context only, and fillers of three positions."""
+    streams = [length + 1 if one else 0 for length, one in zip(lengths, left, strict=False)]
+    rows = lengths + streams * two_streams + [3] * fillers
     offsets = torch.tensor([0, *rows]).cumsum(0)
     steps_ago = None
     if two_streams:
@@ -53,7 +54,7 @@ def test_similar_rows_are_padded_together(monkeypatch: pytest.MonkeyPatch) -> No
         return attend_padded(layout, projected)
 
     monkeypatch.setattr(padded, "attend_padded", attend)
-    layout = layout_of([3, 40, 7, 30], True, [True] * 4, 2)
+    layout = layout_of([3, 40, 7, 30, 60], True, [True] * 4 + [False], 2)
     outcome(attend_padded_by_length, layout)
-    # Windows of 3 and 7 with their second streams, of 30, of 40, and the fillers.
-    assert seen == [(4, 8, 2), (2, 31, 1), (2, 41, 1), (2, 3, 0)]
+    # Windows of 3 and 7 with their second streams, of 30, of 40 and 60, and the fillers.
+    assert seen == [(4, 8, 2), (2, 31, 1), (4, 60, 2), (2, 3, 0)]

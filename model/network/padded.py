@@ -21,9 +21,10 @@ _SHORTEST = 8  # rows up to this length are one group
 def attend_padded_by_length(layout: RowLayout, projected: Tensor) -> Tensor:
     """As :func:`attend_padded`, with less padding: rows of similar length go together. On CPU."""
     lengths = layout.offsets.diff()
-    # A second stream goes with its window, and is one longer.
     sizes = lengths.clone()
-    sizes[: layout.windows] = sizes[layout.windows : 2 * layout.windows]
+    if layout.windows:  # which stay with their second streams, one longer or empty
+        first, second = sizes[: 2 * layout.windows].view(2, -1)
+        sizes[: 2 * layout.windows] = torch.maximum(first, second).repeat(2)
     groups = torch.log2(sizes.clamp(min=_SHORTEST).double()).ceil()
     groups[2 * layout.windows :] += 64 * bool(layout.windows)  # these have no second streams
     found = groups.unique()
