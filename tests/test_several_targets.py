@@ -307,6 +307,12 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
     assert mean.split()[-1] == f"{expected:.4f}"
     # Each window is a run like any other.
     assert run_main("eval", f"--checkpoint={run / 'window-2'}").code == 0
+    # A folder holds windows or a run, not both.
+    single = (*flags, "--split_time=2011-04-03,2011-04-13")
+    outcome = run_main("train", *single, f"--run_dir={run}", "--resume=auto")
+    assert_one_line(outcome, "train", "run holds the runs of several windows: choose another")
+    outcome = run_main("train", *rolling, f"--run_dir={run / 'window-1'}", "--resume=auto")
+    assert_one_line(outcome, "train", "window-1 holds a run: choose another folder for those of s")
     assert (
         json.loads((run / "window-2" / "eval_test.json").read_text())["full"] == results[1]["full"]
     )

@@ -1,6 +1,7 @@
 """The network after the table lookup, in plain torch (no TorchRec).
 
 encoder       transformer layers        attention     within rows of a jagged batch
+padded        the same on padded rows
 head          scores and loss           distillation  teachers' logits
 dense_step    encoder and head of a training step, through CUDA graphs
 config        flags

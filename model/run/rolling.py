@@ -1,16 +1,17 @@
 """Rolling windows: a training for each two neighbours of --split_time, and a table of all."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_table
-from model.settings.config import RunConfig
+from model.settings.config import WINDOW, RunConfig
 from model.settings.flags import build
 from model.settings.recipes import with_recipe
-from pipeline.errors import say
+from pipeline.errors import UserError, say
 from pipeline.tables.points import read_points
 
 
@@ -18,12 +19,22 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The flags of each training; those given, if there is one.
 
     Raises:
-        UserError: the points are none or do not ascend, or flags do not fit several trainings.
+        UserError: the points are none or do not ascend, flags do not fit several trainings, or
+            --run_dir holds a run of the other kind.
     """
     config = build(RunConfig, with_recipe(given))
-    windows = config.of_each_window()
+    windows, folder = config.of_each_window(), Path(config.output.run_dir)
     if len(windows) == 1:
+        if config.output.run_dir and (folder / WINDOW.format(1)).is_dir():
+            raise UserError(
+                f"--run_dir {folder} holds the runs of several windows: choose another folder, or "
+                "go on with theirs by --resume auto and their --split_time"
+            )
         return [dict(given)]
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"--run_dir {folder} holds a run: choose another folder for those of several windows"
+        )
     read_points(",".join(filter(None, (config.data.split_time, config.data.split_until))))
     return [
         {

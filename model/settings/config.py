@@ -17,6 +17,7 @@ from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, 
 
 # Positions of a step, which kernels count in 32 bits, two for each item of two streams.
 MAX_POSITIONS = 1 << 30
+WINDOW = "window-{}"  # the folder of one of several windows of --split_time, from 1
 # Flags that `train.py --help` shows, in this order; `--help-all` shows all.
 MAIN_FLAGS = (
     *("dataset_path", "dataset_name", "columns", "run_dir", "resume", "export_root", "recipe"),
@@ -116,7 +117,7 @@ class RunConfig(Config):
         ends = [*points[2:], self.data.split_until]
         for number, (first, second, end) in enumerate(zip(points, points[1:], ends, strict=False)):
             data = replace(self.data, split_time=f"{first},{second}", split_until=end)
-            folder = f"{output.run_dir}/window-{number + 1}"
+            folder = f"{output.run_dir}/{WINDOW.format(number + 1)}"
             found.append(replace(self, data=data, output=replace(output, run_dir=folder)))
         return found
 
