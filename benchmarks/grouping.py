@@ -11,6 +11,7 @@
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,7 +50,7 @@ def _by_polars(path: str, folder: str) -> None:
 def _by_duckdb(path: str, folder: str, memory_gb: float) -> None:
     import duckdb
 
-    config = {"memory_limit": f"{memory_gb}GiB", "temp_directory": folder}
+    config: dict[str, Any] = {"memory_limit": f"{memory_gb}GiB", "temp_directory": folder}
     lists = (
         "SELECT userId, list(movieId ORDER BY timestamp) AS movieId, "
         f"list(timestamp ORDER BY timestamp) AS timestamp FROM '{path}' GROUP BY userId"
