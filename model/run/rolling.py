@@ -23,15 +23,15 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
             --run_dir holds a run of the other kind.
     """
     config = build(RunConfig, with_recipe(given))
-    windows, folder = config.of_each_window(), Path(config.output.run_dir)
+    windows, folder = config.of_each_window(), config.output.run_dir
     if len(windows) == 1:
-        if config.output.run_dir and (folder / WINDOW.format(1)).is_dir():
+        if folder and _holds(folder, WINDOW.format(1)):
             raise UserError(
                 f"--run_dir {folder} holds the runs of several windows: choose another folder, or "
                 "go on with theirs by --resume auto and their --split_time"
             )
         return [dict(given)]
-    if (folder / "config.json").exists():
+    if _holds(folder, "config.json"):
         raise UserError(
             f"--run_dir {folder} holds a run: choose another folder for those of several windows"
         )
@@ -45,6 +45,13 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for window in windows
     ]
+
+
+def _holds(folder: str, name: str) -> bool:
+    try:
+        return (Path(folder) / name).exists()
+    except OSError:  # RunFolder says why
+        return False
 
 
 def print_windows(
