@@ -90,6 +90,19 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing; OSError with the real cause."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if path.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
+        if path.is_symlink():
+            missing = f"it is a link to {path.readlink()}, which is missing"
+            raise FileNotFoundError(errno.ENOENT, missing, path) from error
+        raise
+
+
 def clear(path: Path) -> None:
     """Delete what has this name, if possible; rmtree alone would wait for ever at a pipe."""
     with suppress(OSError):  # a folder, or nothing

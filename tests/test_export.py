@@ -277,6 +277,10 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: (path / "users.parquet").mkdir(parents=True),
         "users.parquet in it is a folder",
     ),
+    "a link to nothing": (
+        lambda path: path.symlink_to("nowhere"),
+        "cannot be written: it is a link to nowhere, which is missing",
+    ),
     "another run's model": (
         lambda path: (path.mkdir(), (path / "checkpoints").mkdir()),
         "is the folder of a run",

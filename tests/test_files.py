@@ -193,3 +193,21 @@ def test_a_json_file_whose_reading_would_wait_is_refused(
     monkeypatch.setattr(files, "open_regular", lambda path: Waiting())
     with pytest.raises(ValueError, match="Expecting value"):
         files.read_json(tmp_path / "kmsg")
+
+
+def test_a_folder_that_cannot_be_made_has_its_real_cause(tmp_path: Path) -> None:
+    files.make_folder(tmp_path / "new" / "below")
+    files.make_folder(tmp_path / "new" / "below")
+    assert (tmp_path / "new" / "below").is_dir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "good").symlink_to("new")
+    files.make_folder(tmp_path / "good")
+    for name, reason in (
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
+        ("link", "it is a link to nowhere, which is missing"),
+    ):
+        with pytest.raises(OSError, match=reason) as error:
+            files.make_folder(tmp_path / name)
+        assert error.value.strerror == reason

@@ -39,6 +39,7 @@ from model.programs.folder import PROGRAM_FILES, write_programs
 from pipeline.errors import UserError, remedy
 from pipeline.files import (
     clear,
+    make_folder,
     open_regular,
     read_json,
     remove_folder,
@@ -141,8 +142,9 @@ def remove_export(folder: Path) -> None:
 def _aside(folder: Path) -> Iterator[Path]:
     """A new folder in ``folder``, which may be a mount point: a rename cannot enter another one."""
     aside = folder / _ASIDE
+    make_folder(folder)
     clear(aside)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     try:
         yield aside
     finally:

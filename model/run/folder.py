@@ -34,7 +34,7 @@ from model.settings.protocol import protocol_of
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
 from pipeline.errors import UserError
-from pipeline.files import lock, read_json, write_json
+from pipeline.files import lock, make_folder, read_json, write_json
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
@@ -123,7 +123,7 @@ class RunFolder:
             check_export("--export_root", Path(output.export_root), path)
         with writing(f"--run_dir {path}"):
             if output.run_dir:
-                path.mkdir(parents=True, exist_ok=True)
+                make_folder(path)
             else:
                 path = _new_folder(path)
             try:
