@@ -38,7 +38,7 @@ def train(
     """Train, test the best model, export it; once for each window of ``split_time``.
 
     Args:
-        given: flags by name, without the hyphens; the recipe sets others.
+        given: flags by name, without the hyphens; others are from the recipe, or fit the data.
         on_evaluation: called on all ranks after each evaluation, with the epoch, from 1, and the
             metrics on validation; what it raises ends the training.
         make_pipeline: called with the model, its optimizers, the execution plan and the device;

@@ -26,7 +26,8 @@ def attend_padded_by_length(layout: RowLayout, projected: Tensor) -> Tensor:
         first, second = sizes[: 2 * layout.windows].view(2, -1)
         sizes[: 2 * layout.windows] = torch.maximum(first, second).repeat(2)
     groups = torch.log2(sizes.clamp(min=_SHORTEST).double()).ceil()
-    groups[2 * layout.windows :] += 64 * bool(layout.windows)  # these have no second streams
+    if layout.windows:  # the other rows have no second streams: groups of their own
+        groups[2 * layout.windows :] += 64
     found = groups.unique()
     if len(found) == 1:
         return attend_padded(layout, projected)
