@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.run.script import start_script
+from model.run.script import Stages, start_script
 from model.settings.config import MAIN_FLAGS, RunConfig
 from model.settings.flags import FlagParser, build, flatten
 from model.settings.recipes import with_recipe
@@ -68,6 +68,7 @@ def _train(
     make_pipeline: "Callable[..., Pipeline] | None",
     opened: ExitStack,
 ) -> "dict[str, Result]":
+    stages = Stages()
     # Imported here because torch and TorchRec take seconds: read_flags does without them.
     from model.checkpoints.checkpoints import PORTABLE, Checkpoints
     from model.checkpoints.export import Trained, export
@@ -97,13 +98,16 @@ def _train(
     from pipeline.errors import warn
     from pipeline.preparation.prepare import describe
 
+    stages.end("imports")
     config = build(RunConfig, with_recipe(given))
     ranks = start(timedelta(minutes=config.training.rank_timeout))
     # Before data are prepared, which may take long.
     for_device(config, ranks.device)
     given = recorded(given, ranks)
     check_run_dir(build(RunConfig, with_recipe(given)), ranks)
+    stages.end("ranks")
     store = prepared(config, ranks)
+    stages.end("data")
     ranks.say(describe(store))
     config, reasons = fitted(given, store, Machine.of(ranks))
     config, decided = with_seen(config, store)
@@ -111,10 +115,12 @@ def _train(
 
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
+    stages.end("loader")
     teachers = load_teachers(config, store, ranks, plan.precision)
     model = build_model(config, store.num_items, ranks, plan, teachers)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
+    stages.end("model")
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
     folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
     shards = describe_shards(model, ranks.world_size)
@@ -159,6 +165,8 @@ def _train(
             examples=board.examples,
             on_evaluation=on_evaluation,
         )
+        stages.end("log")
+        log.write_start(trainer.at, stages.seconds)
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
             return {}

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import checkpoint, data, evaluation, negatives, quality, recommend, rows, throughput
+from benchmarks import (
+    checkpoint,
+    data,
+    evaluation,
+    negatives,
+    quality,
+    recommend,
+    rows,
+    startup,
+    throughput,
+)
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.distributed import Ranks
@@ -331,3 +341,34 @@ def test_tables_of_negatives_are_measured(
     negatives.main()
     out = capsys.readouterr().out
     assert out.startswith("1,000 items: ") and "GiB beside the counts" in out
+
+
+def test_points_of_a_start() -> None:
+    stages = {"imports": 4.0, "ranks": 0.5, "data": 1.0, "loader": 0.25, "model": 2.0, "log": 0.25}
+    lines = [
+        {"event": "start", "time": 110.0, "stages": stages},
+        {"event": "train", "time": 112.5, "step": 1},
+        {"event": "validation", "time": 113.0, "step": 1},
+        {"event": "train", "time": 114.0, "step": 2},
+    ]
+    assert startup.points(lines, started=101.5) == {
+        "imports done": 4.5,
+        "process group ready": 5.0,
+        "data ready": 6.0,
+        "loader ready": 6.25,
+        "model built": 8.25,
+        "training starts": 8.5,
+        "step 1 done": 11.0,
+        "step 2 done": 12.5,
+    }
+
+
+def test_a_start_is_measured(tmp_path: Path) -> None:
+    run = startup.measure([*TINY], tmp_path)
+    times = [value for name, value in run.items() if not name.startswith("kernels")]
+    assert list(run)[6:10] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
+    assert times[0] > 0 and times == sorted(times)
+    lines = startup.table({"empty caches": run, "full caches": run}).splitlines()
+    assert lines[0] == "| | empty caches | full caches |"
+    since = run["step 1 done"] - run["loader ready"]
+    assert lines[-2] == f"| from loader ready to step 1 done | {since:.2f} | {since:.2f} |"

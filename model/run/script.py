@@ -14,6 +14,19 @@ from pipeline.errors import UserError, exit_with_message, warn
 C = TypeVar("C")
 
 
+class Stages:
+    """Seconds of the stages of a start, by name, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """A stage ends now; it began at the end of the one before."""
+        now = time.perf_counter()
+        self.seconds[stage], self._since = round(now - self._since, 3), now
+
+
 def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
