@@ -87,6 +87,7 @@ def _train(
     from model.run.measure import measure
     from model.run.resumed import changed_flags, changed_rates
     from model.run.trained import load_teachers
+    from model.run.warm_up import compile_ahead
     from model.settings.fitting import Machine, fitted
     from model.settings.protocol import with_seen
     from model.step.optimizers import Optimizers
@@ -116,6 +117,7 @@ def _train(
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
     stages.end("loader")
+    wait_for_kernels = compile_ahead(config, store.num_items, loader, plan, ranks)
     teachers = load_teachers(config, store, ranks, plan.precision)
     model = build_model(config, store.num_items, ranks, plan, teachers)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
@@ -166,6 +168,8 @@ def _train(
             on_evaluation=on_evaluation,
         )
         stages.end("log")
+        wait_for_kernels()
+        stages.end("kernels")
         log.write_start(trainer.at, stages.seconds)
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test

@@ -31,7 +31,8 @@ POINTS = {
     "data": "data ready",
     "loader": "loader ready",
     "model": "model built",
-    "log": "training starts",
+    "log": "run folder ready",
+    "kernels": "training starts",
 }
 
 

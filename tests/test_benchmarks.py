@@ -344,9 +344,17 @@ def test_tables_of_negatives_are_measured(
 
 
 def test_points_of_a_start() -> None:
-    stages = {"imports": 4.0, "ranks": 0.5, "data": 1.0, "loader": 0.25, "model": 2.0, "log": 0.25}
+    stages = {
+        "imports": 4.0,
+        "ranks": 0.5,
+        "data": 1.0,
+        "loader": 0.25,
+        "model": 2.0,
+        "log": 0.25,
+        "kernels": 0.5,
+    }
     lines = [
-        {"event": "start", "time": 110.0, "stages": stages},
+        {"event": "start", "time": 110.5, "stages": stages},
         {"event": "train", "time": 112.5, "step": 1},
         {"event": "validation", "time": 113.0, "step": 1},
         {"event": "train", "time": 114.0, "step": 2},
@@ -357,7 +365,8 @@ def test_points_of_a_start() -> None:
         "data ready": 6.0,
         "loader ready": 6.25,
         "model built": 8.25,
-        "training starts": 8.5,
+        "run folder ready": 8.5,
+        "training starts": 9.0,
         "step 1 done": 11.0,
         "step 2 done": 12.5,
     }
@@ -366,7 +375,7 @@ def test_points_of_a_start() -> None:
 def test_a_start_is_measured(tmp_path: Path) -> None:
     run = startup.measure([*TINY], tmp_path)
     times = [value for name, value in run.items() if not name.startswith("kernels")]
-    assert list(run)[6:10] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
+    assert list(run)[7:11] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
     assert times[0] > 0 and times == sorted(times)
     lines = startup.table({"empty caches": run, "full caches": run}).splitlines()
     assert lines[0] == "| | empty caches | full caches |"

@@ -237,7 +237,15 @@ def test_lines_are_of_one_kind_for_each_event(
     assert shared | {"stages"} == set(kinds["start"])
     (start,) = kinds["start"].to_dict("records")
     assert (start["step"], start["epoch"], start["samples"]) == (0, 1, 0)
-    assert list(start["stages"]) == ["imports", "ranks", "data", "loader", "model", "log"]
+    assert list(start["stages"]) == [
+        "imports",
+        "ranks",
+        "data",
+        "loader",
+        "model",
+        "log",
+        "kernels",
+    ]
     assert min(start["stages"].values()) >= 0
     assert {"full", "sampled", "popularity", "seconds"} <= set(kinds["validation"])
     train = kinds["train"]

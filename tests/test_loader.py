@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import permuted
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import AllSizes, TrainLoader
+from pipeline.training.negatives import SharedNegatives
 
 NUM_ITEMS = 400
 MASK_TOKEN = NUM_ITEMS + 1
@@ -279,3 +280,38 @@ def test_no_window_raises_a_user_error() -> None:
 def test_flags_out_of_range_are_named(flag: str) -> None:
     with pytest.raises(UserError, match=f"--{flag} must be at least 1, not 0"):
         LoaderConfig(**{flag: 0})
+
+
+@pytest.mark.parametrize("few_shapes", [True, False])
+@pytest.mark.parametrize("two_stream", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_example_has_the_parts_and_divisors_of_a_batch(
+    world_size: int, two_stream: bool, few_shapes: bool
+) -> None:
+    def of_rank(all_sizes: AllSizes | None) -> TrainLoader:
+        return TrainLoader(
+            store(),
+            WINDOWS,
+            MaskConfig(mask_prob=0.3, left_context_share=0.5, two_stream=two_stream),
+            LoaderConfig(train_batch_size=3),
+            world_size=world_size,
+            negatives=SharedNegatives(7, NUM_ITEMS, seed=0),
+            few_shapes=few_shapes,
+            all_sizes=all_sizes,
+            shard_rows=None if all_sizes is None else 201,
+        )
+
+    def refused(sizes: np.ndarray) -> np.ndarray:
+        raise AssertionError("an example is made without other ranks")
+
+    exchanges = world_size > 1
+    example = of_rank(refused if exchanges else None).example()
+    alike = of_rank((lambda sizes: np.stack([sizes] * world_size)) if exchanges else None)
+    batches = list(islice(alike.epoch(0), 3))
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.packed.names == example.packed.names
+        assert batch.candidate_range == example.candidate_range
+        if few_shapes:  # multiples of 8, or the same
+            pairs = zip(batch.packed.sizes, example.packed.sizes, strict=True)
+            assert all(one == other or one % 8 == other % 8 == 0 for one, other in pairs)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.kernels.compiler import tl, triton
+from model.kernels.compiler import launch, tl, triton
 from model.kernels.dropout_bits import Dropout, drop
 
 # Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
@@ -41,7 +41,7 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 def column_sum(rows: Tensor) -> Tensor:
     """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
     partial, grid = _partial(rows, 2 * _PROGRAMS)
-    _column_sum[grid](rows, partial, *rows.shape)
+    launch(_column_sum, grid, rows, partial, *rows.shape)
     return partial.sum(dim=0)
 
 
@@ -81,7 +81,7 @@ class _GeluDropout(torch.autograd.Function):
         count, width = hidden.shape
         if count:
             grid = triton.cdiv(count, _BLOCK), triton.cdiv(width, _COLUMNS)
-            _gelu[grid](hidden, bias, result, count, width, dropout)
+            launch(_gelu, grid, hidden, bias, result, count, width, dropout)
         ctx.save_for_backward(hidden, bias)
         ctx.dropout = dropout
         return result
@@ -92,7 +92,7 @@ class _GeluDropout(torch.autograd.Function):
         hidden, bias = ctx.saved_tensors
         gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
-        _gelu_gradient[grid](*tensors, *hidden.shape, ctx.dropout)
+        launch(_gelu_gradient, grid, *tensors, *hidden.shape, ctx.dropout)
         return gradient, partial.sum(dim=0), None
 
 

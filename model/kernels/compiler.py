@@ -1,9 +1,20 @@
 """Triton, the kernels' compiler; None where it is not installed, as in CPU builds.
 
-Modules define their kernels inside ``if triton is not None``.
+Modules define their kernels inside ``if triton is not None`` and start them by :func:`launch`.
+Triton compiles a kernel at its first launch with arguments of these types, which takes up to a
+second. To compile those of a step at once, before it, the step is called with them only noted::
+
+    with noted_launches(lambda each: executor.submit(each.compile)):
+        step(...)                                                     on torch's fake tensors
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 try:
     import triton
@@ -11,7 +22,77 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["row_tiles", "tl", "triton"]
+__all__ = ["Launch", "launch", "noted_launches", "row_tiles", "tl", "triton"]
+
+# Triton compiles other code for pointers and integers that are not multiples of it, for the integer
+# 1, and for integers of 64 bits.
+_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What Triton compiles for, of a tensor argument."""
+
+    dtype: torch.dtype
+    address: int  # modulo _MULTIPLE
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and the types of its arguments; equal ones need the same code."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def compile(self) -> None:
+        """Compile for the current device, or load from Triton's cache, without a launch."""
+        self.kernel.warmup(*self.arguments, grid=(1,), **dict(self.options))
+
+
+# Every thread has its own.
+_note: ContextVar[Callable[[Launch], object] | None] = ContextVar("note", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """``kernel[grid](*arguments, **options)``."""
+    note = _note.get()
+    if note is None:
+        kernel[grid](*arguments, **options)
+        return
+    pairs = zip(kernel.params, arguments, strict=True)
+    types = (one if parameter.is_constexpr else type_of(one) for parameter, one in pairs)
+    note(Launch(kernel, tuple(types), tuple(options.items())))
+
+
+@contextmanager
+def noted_launches(note: Callable[[Launch], object]) -> Iterator[None]:
+    """Inside, this thread's launches call ``note``; tensors that they write stay as they are.
+
+    The memory of a tensor is taken to begin at a multiple of 16 bytes, as memory of CUDA does.
+    """
+    token = _note.set(note)
+    try:
+        yield
+    finally:
+        _note.reset(token)
+
+
+def type_of(argument: Any) -> Any:
+    """An argument for which Triton compiles the same code; equal ones for the same code."""
+    if isinstance(argument, torch.Tensor):
+        offset = int(argument.storage_offset()) * argument.element_size()
+        return Pointer(argument.dtype, offset % _MULTIPLE)
+    if isinstance(argument, tuple):
+        parts = map(type_of, argument)
+        return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+    if isinstance(argument, int) and argument > 1:
+        wide = 2**32 if argument >= 2**31 else 0
+        return wide + (_MULTIPLE if argument % _MULTIPLE == 0 else 2)
+    return argument
 
 
 def row_tiles(shape: Sequence[int], values: int) -> tuple[int, int, int]:

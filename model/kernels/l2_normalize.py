@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.compiler import launch, row_tiles, tl, triton
 
 # Lower bound of the length by which a row is divided.
 _SHORTEST = 1e-12
@@ -27,7 +27,7 @@ def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     unit = _empty_at_same_offset(rows, dtype)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
-        _launch(_normalize_rows, rows, unit, inverse)
+        _launch_by_rows(_normalize_rows, rows, unit, inverse)
         return unit, inverse
     inverse = torch.linalg.vector_norm(rows, dim=1, dtype=sum_dtype(rows))
     inverse = inverse.clamp_(min=_SHORTEST).reciprocal_()
@@ -44,7 +44,7 @@ def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tenso
     """
     gradient = _empty_at_same_offset(unit, scale.dtype)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
-        _launch(_normalize_rows_gradient, mixed, scale.contiguous(), unit, gradient)
+        _launch_by_rows(_normalize_rows_gradient, mixed, scale.contiguous(), unit, gradient)
         return gradient
     torch.mul(mixed, scale[:, None], out=gradient)
     along = (gradient * unit).sum(dim=1, keepdim=True)
@@ -77,9 +77,9 @@ def _has_kernels(rows: Tensor) -> bool:
     return triton is not None and rows.is_cuda and fits
 
 
-def _launch(kernel: Any, rows: Tensor, *others: Tensor) -> None:
+def _launch_by_rows(kernel: Any, rows: Tensor, *others: Tensor) -> None:
     tiles, *tile = row_tiles(rows.shape, values=2048)
-    kernel[(tiles,)](rows, *others, *rows.shape, *tile)
+    launch(kernel, (tiles,), rows, *others, *rows.shape, *tile)
 
 
 if triton is not None:

@@ -7,7 +7,7 @@ Shapes: M positions, K negatives.
 import torch
 from torch import Tensor
 
-from model.kernels.compiler import tl, triton
+from model.kernels.compiler import launch, tl, triton
 
 # Scores of a position that a program holds at a time.
 _BLOCK = 4096
@@ -27,7 +27,7 @@ def log_sums(
     results = torch.empty_like(scores), tops, totals
     block = min(_BLOCK, triton.next_power_of_2(draws))
     given, lowest = (scores, targets, negatives, log_counts), torch.finfo(torch.float32).min
-    _log_sums[(count,)](*given, results, draws, lowest, block, num_warps=8)
+    launch(_log_sums, (count,), *given, results, draws, lowest, block, num_warps=8)
     return results
 
 

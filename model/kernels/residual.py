@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
-from model.kernels.compiler import triton
+from model.kernels.compiler import launch, triton
 from model.kernels.dropout_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
@@ -98,7 +98,7 @@ class _Enter(torch.autograd.Function):
         results = torch.empty_like(items), torch.empty_like(items, dtype=dtype)
         number, tiles = kernels.tiles_of(items.shape, _TILE)
         if number:
-            kernels.enter[(number,)](tensors[:3], tensors[3:], results, tiles, *options)
+            launch(kernels.enter, (number,), tensors[:3], tensors[3:], results, tiles, *options)
         ctx.save_for_backward(*tensors[:-1])  # not the inner norm's bias
         ctx.options = options
         if table is not None:
@@ -112,9 +112,8 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads_of_results: Tensor | None) -> tuple[Tensor | None, ...]:
         items, table, *_ = ctx.saved_tensors
         grads, partial, tiles = _memory(items, 4, *grads_of_results)
-        kernels.enter_gradient[(len(partial),)](
-            ctx.saved_tensors, grads, partial, tiles, *ctx.options
-        )
+        given = ctx.saved_tensors, grads, partial, tiles
+        launch(kernels.enter_gradient, (len(partial),), *given, *ctx.options)
         gradient, of_table = grads[-1], None
         if table is not None:
             of_table = torch.zeros_like(table)
@@ -131,7 +130,7 @@ class _Add(torch.autograd.Function):
         results = torch.empty_like(stream), torch.empty_like(stream, dtype=dtype)
         number, tiles = kernels.tiles_of(stream.shape, _TILE)
         if number:
-            kernels.add[(number,)](given, results, tiles, *options)
+            launch(kernels.add, (number,), given, results, tiles, *options)
         ctx.save_for_backward(results[0], weight)
         ctx.options, ctx.dtype, ctx.has_bias = options, branch.dtype, branch_bias is not None
         ctx.set_materialize_grads(False)
@@ -143,9 +142,8 @@ class _Add(torch.autograd.Function):
         total, _ = ctx.saved_tensors
         grads, partial, tiles = _memory(total, 3, *grads_of_results)
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
-        kernels.add_gradient[(len(partial),)](
-            ctx.saved_tensors, (*grads, of_branch), partial, tiles, *ctx.options
-        )
+        given = ctx.saved_tensors, (*grads, of_branch), partial, tiles
+        launch(kernels.add_gradient, (len(partial),), *given, *ctx.options)
         of_weight, of_bias, added = partial.sum(dim=0).unbind()
         of_branch_bias = added if ctx.has_bias else None
         return None, None, grads[-1], of_branch, of_branch_bias, of_weight, of_bias

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.compiler import tl, triton
+from model.kernels.compiler import launch, tl, triton
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def _sum_runs(
     chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
     edges, out = values.new_empty(chunks, 2, width), (rows, more, len(rows))
     rest = edges, count, index.count, width, out, adam, scale
-    _add_runs[(count, parts)](keys, index.order, values, *rest, num_warps=2)
+    launch(_add_runs, (count, parts), keys, index.order, values, *rest, num_warps=2)
     if chunks > 1:
-        _add_chunks[(chunks - 1, parts)](keys, *rest)
+        launch(_add_chunks, (chunks - 1, parts), keys, *rest)
 
 
 adam_step: Any = None

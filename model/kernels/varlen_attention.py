@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.kernels import varlen_kernels as kernels
-from model.kernels.compiler import triton
+from model.kernels.compiler import launch, triton
 
 # Head widths that FlashAttention has kernels for.
 _WIDEST, _STEP = 256, 8
@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
         if rotation is not None:
             rotated = torch.empty_like(projected)
             given, sizes = (projected, rotation, layout.steps_ago), (heads * width, width // 2)
-            kernels.rotate[(positions,)](*given, rotated, *sizes)
+            launch(kernels.rotate, (positions,), *given, rotated, *sizes)
         bounds = layout.bounds(starts)
         outputs: list[Any] = [None] * 3
         sums: list[Any] = [None] * 3
@@ -125,9 +125,8 @@ class _Attend(torch.autograd.Function):
             output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
             results = output, torch.empty(heads, positions, device=rotated.device)
             calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
-            kernels.choose[(positions,)](
-                rotated, calls, bounds, results, positions, width**-0.5, *sizes
-            )
+            rest = bounds, results, positions, width**-0.5, *sizes
+            launch(kernels.choose, (positions,), rotated, calls, *rest)
         ctx.save_for_backward(rotated, rotation, starts, bounds, *results)
         ctx.layout = layout
         return results[0]
@@ -148,5 +147,6 @@ class _Attend(torch.autograd.Function):
         gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
         given = *results, grad, bounds, rotation, ctx.layout.steps_ago
         sizes = heads, width // 2
-        kernels.join[(positions,)](rotated, kinds, given, gradient, positions, width**-0.5, *sizes)
+        rest = given, gradient, positions, width**-0.5, *sizes
+        launch(kernels.join, (positions,), rotated, kinds, *rest)
         return gradient, None, None

@@ -5,6 +5,7 @@
     resumed             learning rates and other flags that change when a run is resumed
     board               what TensorBoard shows of a run and of a result
     execution, build    decides how a run is executed; builds model, loader, evaluator
+    warm_up             compiles a run's Triton kernels while its model is built
     rolling             a training for each window of --split_time
     measure             the final evaluation: all metrics, and every user's ranks
 

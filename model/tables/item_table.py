@@ -50,6 +50,8 @@ class TableShard:
         self.exchange = exchange
         self._states = next(iter(table.split_optimizer_states()), ())
         self._table, self._optimizer = table, optimizer
+        # Autograd calls a backward pass only where an input requires gradients; ids do not.
+        self._trigger = torch.zeros((), device=self.rows.device, requires_grad=True)
         self._first = 0
         self.in_place: Tensor | None = None
         if scored is not None:
@@ -59,6 +61,12 @@ class TableShard:
         self._rates: Tensor | None = None
         if optimizer == "adam" and has_adam_kernels(self.rows):
             self._rates = torch.zeros(2, device=self.rows.device)
+
+    def look_up(
+        self, request: Any, num_items: int, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of items and candidates, see :class:`RequestingCollection`; backward, the update."""
+        return _LookUp.apply(self._trigger, self, request, num_items, candidates)
 
     def begin_step(self) -> None:
         """Count a step and read the table's current learning rate."""
@@ -121,14 +129,12 @@ class ShardedItemTable(RequestingCollection):
         scored = catalog if plan.in_place else None
         table = upstream.fbgemm_table(self)
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
-        # Autograd calls a backward pass only where an input requires gradients; ids do not.
-        self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
 
     def look_up(
         self, request: Any, num_items: int, candidates: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """When trained in place, there are no candidates: they are the shard's items."""
-        return _LookUp.apply(self._trigger, self.shard, request, num_items, candidates)
+        return self.shard.look_up(request, num_items, candidates)
 
     def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
         """In an evaluation on one rank without exchange."""

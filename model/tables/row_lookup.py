@@ -6,7 +6,7 @@ Shapes: T ids, R rows, D width.
 
 import torch
 
-from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.compiler import launch, row_tiles, tl, triton
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
@@ -18,7 +18,7 @@ def rows_or_zeros(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return table.index_select(0, ids.clamp(min=0)).masked_fill_((ids < 0)[:, None], 0)
     found = table.new_empty(len(ids), table.shape[1])
     tiles, *tile = row_tiles(found.shape, _TILE)
-    _rows_or_zeros[(tiles,)](table, ids, found, *found.shape, *tile)
+    launch(_rows_or_zeros, (tiles,), table, ids, found, *found.shape, *tile)
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.compiler import launch, row_tiles, tl, triton
 from model.kernels.segment_sum import SortedIndex, accumulate, adam_rows, adam_step
 
 # Values that a program of the kernel holds at a time.
@@ -86,7 +86,8 @@ def update(
         tiles, *tile = row_tiles(table.shape, _TILE)
         adam = _adam_arguments(states, step, rates)
         sizes = *table.shape, len(gradient), first
-        _adam[(tiles,)](table, gradient, outer, *sizes, adam, step.scale, *tile)
+        given = table, gradient, outer, *sizes, adam, step.scale
+        launch(_adam, (tiles,), *given, *tile)
         return
     last = first + len(gradient)
     scored: list[tuple[slice, Tensor]] = [(slice(first, last), gradient)]

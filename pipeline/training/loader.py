@@ -17,6 +17,7 @@ state counts the samples consumed by all ranks: training can resume at any world
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from pipeline.training.to_tensors import Steps, ToTensors
 from pipeline.training.two_stream import TwoStreams
 from pipeline.training.windows import CutWindows, WindowTable
 
+# Integers of all ranks, [W, ...], from this rank's.
+AllSizes = Callable[[np.ndarray], np.ndarray]
 # Large enough that NumPy's fixed cost per call is negligible; a chunk takes some milliseconds.
 _CHUNK_ITEMS = 1 << 18
 
@@ -69,7 +72,7 @@ class TrainLoader:
         candidate_range: tuple[int, int] | None = None,
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
-        all_sizes: Callable[[np.ndarray], np.ndarray] | None = None,
+        all_sizes: AllSizes | None = None,
         shard_rows: int | None = None,
         shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
@@ -92,30 +95,36 @@ class TrainLoader:
         self.num_samples = self._samples.num_samples  # of an epoch, over all ranks
         self.steps_per_epoch = self.steps_left(0)
         cloze = ClozeMask(mask, store.num_items, config.seed)
-        cut = CutWindows(LeftContextFirst(self._samples, cloze), np.asarray(store.items), table)
-        make_rows = TwoStreams if mask.two_stream else MaskItems
-        # Two threads, each for half of the work.
-        chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))
         has_cuda = torch.cuda.is_available()
         few = has_cuda if few_shapes is None else few_shapes
-        if few or all_sizes is not None:
-            mean_items = config.train_batch_size * table.mean_length()
-            second = mask.left_context_share if mask.two_stream else 0.0  # positions of 2nd streams
-            masked_share = second + (1 - second) * mask.mask_prob
-            chunks = PadToBuckets(
-                chunks,
-                windows.max_len,
-                cloze.mask_token,
-                position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
-                mask_unit=bucket_size(mean_items * masked_share) if few else 1,
-                all_sizes=all_sizes,
-            )
-        if negatives is not None:
-            chunks = DrawNegatives(chunks, negatives)
-        if shard_rows is not None:
-            assert all_sizes is not None
-            chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, all_sizes)
-        self._stages = ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory=has_cuda)
+
+        def stages(samples: ShuffledSamples, all_sizes: AllSizes | None) -> ToTensors:
+            cut = CutWindows(LeftContextFirst(samples, cloze), np.asarray(store.items), table)
+            make_rows = TwoStreams if mask.two_stream else MaskItems
+            # Two threads, each for half of the work.
+            chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))
+            if few or all_sizes is not None:
+                mean_items = config.train_batch_size * table.mean_length()
+                # Share of positions of second streams.
+                second = mask.left_context_share if mask.two_stream else 0.0
+                masked_share = second + (1 - second) * mask.mask_prob
+                chunks = PadToBuckets(
+                    chunks,
+                    windows.max_len,
+                    cloze.mask_token,
+                    position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
+                    mask_unit=bucket_size(mean_items * masked_share) if few else 1,
+                    all_sizes=all_sizes,
+                )
+            if negatives is not None:
+                chunks = DrawNegatives(chunks, negatives)
+            if shard_rows is not None:
+                assert all_sizes is not None
+                chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, all_sizes)
+            return ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory=has_cuda)
+
+        self._stages = stages(self._samples, all_sizes)
+        self._make_stages, self._exchanges_sizes = stages, all_sizes is not None
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
         self._prefetch: Prefetch[Steps] | None = None
@@ -137,6 +146,25 @@ class TrainLoader:
         self._stages.reset(self._state | {"stop": epoch + 1 if stop is None else stop})
         self._prefetch = Prefetch(self._stages, self._chunks_ahead)
         return self._consume(self._prefetch)
+
+    def example(self) -> PackedBatch:
+        """A batch with the parts and sizes of a training batch, made without other ranks.
+
+        Numbers of positions and of masked ones may differ, but not what divides them.
+        """
+        samples = self._samples
+        few = min(samples.num_windows, samples.global_batch_size)
+
+        def all_alike(own: np.ndarray) -> np.ndarray:
+            return np.stack([own] * samples.world_size)
+
+        stages = self._make_stages(
+            replace(samples, num_windows=few, steps_per_chunk=1),
+            all_alike if self._exchanges_sizes else None,
+        )
+        stages.reset()
+        ((batch, _),) = next(stages)
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """{"epoch", "sample"} after the last batch yielded, the same on every rank."""

@@ -1,0 +1,131 @@
+"""Compile a run's Triton kernels while its model is built, not one by one in its first step.
+
+    main thread      data, loader -> model, optimizers, checkpoint, log -> wait -> first step
+    a thread             \\-> a step on fake tensors: the kernels, and the types of their arguments
+    more threads              \\-> compile them, into Triton's caches in memory and on disk
+
+torch's fake tensors have shapes, types and offsets but no memory: the step runs no kernel, draws no
+random number and changes nothing. Its code is that of the real step, and kernels are noted where
+they are launched (``model/kernels/compiler.py``), so that there is no second list of them. A kernel
+that it misses is compiled when it is used.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from model.distributed import Ranks
+from model.execution import ExecutionPlan
+from model.kernels.compiler import Launch, noted_launches, triton
+from model.run.build import build_plain_model
+from model.settings.config import RunConfig
+from model.step.train_step import backward
+from model.tables.item_table import TableShard
+from model.tables.row_exchange import RowExchange
+from pipeline.batches.features import CANDIDATE, ITEM
+from pipeline.batches.train_batch import PackedBatch
+from pipeline.errors import warn
+from pipeline.training.loader import TrainLoader
+
+_THREADS = 8  # there are some 20 kernels
+
+
+def compile_ahead(
+    config: RunConfig, num_items: int, loader: TrainLoader, plan: ExecutionPlan, ranks: Ranks
+) -> Callable[[], None]:
+    """Start to compile the kernels of training steps; the result waits for them."""
+    if triton is None or ranks.device.type != "cuda":
+        return lambda: None
+    step = FakeStep(config, num_items, plan, ranks)
+    threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
+    pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(ranks.device,))
+    compiled: dict[Launch, Future[None]] = {}
+
+    def note(launch: Launch) -> None:
+        if launch not in compiled:
+            compiled[launch] = pool.submit(launch.compile)
+
+    def find() -> None:
+        batch = loader.example()
+        with noted_launches(note):
+            step(batch)
+
+    found = pool.submit(find)
+
+    def wait() -> None:
+        try:
+            found.result()
+            for each in compiled.values():
+                each.result()
+        except Exception as error:  # of a compiler: the step itself would show what it means
+            warn(f"kernels are compiled when they are used: {type(error).__name__}: {error}")
+        pool.shutdown(wait=False)
+
+    return wait
+
+
+class FakeStep:
+    """A training step on fake tensors, with this rank's part of the table but no other rank."""
+
+    def __init__(
+        self, config: RunConfig, num_items: int, plan: ExecutionPlan, ranks: Ranks
+    ) -> None:
+        self._mode, self._device = FakeTensorMode(), ranks.device
+        self._plan = replace(plan, graphs="none")
+        with self._mode, self._device:
+            self._model = build_plain_model(config, num_items, ranks, self._plan)
+        head = self._model.head
+        head.catalog = replace(head.catalog, shared=False)
+        self._exchange = RowExchange(num_items, ranks)
+        self._exchange.world_size = 1
+
+    def __call__(self, batch: PackedBatch) -> None:
+        """The step of a batch, of which only the sizes matter."""
+        packed = batch.packed
+        with self._mode, self._device:
+            words = torch.empty(len(packed.words), dtype=torch.int64)
+            batch = replace(batch, packed=replace(packed, words=words))
+            pairs = zip((ITEM, CANDIDATE), self._rows(batch), strict=True)
+            rows = {name: JaggedTensor(each, lengths=words[:0]) for name, each in pairs}
+            # Without candidates: they are tensors that the real step takes from a cache.
+            counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
+            loss, _ = self._model.score(rows, counted)
+            backward(loss, torch.ones(()))
+
+    def _rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Rows [T, D] of the items and [C, D] of the candidates."""
+        plan, exchange, head = self._plan, self._exchange, self._model.head
+        num_items, *_ = batch.packed.sizes
+        candidates = None
+        if batch.candidate_range is not None and head.config.loss == "softmax":
+            candidates = torch.arange(*batch.candidate_range)
+        width = self._model.encoder.embedding_norm.weight.numel()
+        if (plan.lookup, plan.table_optimizer) == ("own", "adam"):
+            table = _AdamTable(exchange.rows, width)
+            shard = TableShard(table, "adam", exchange, head.catalog if plan.in_place else None)
+            request = exchange.request(batch.requested, batch.slots)
+            return shard.look_up(request, num_items, candidates)
+        # Looked up by FBGEMM, or updated by plain torch.
+        count = len(batch.requested) - num_items if candidates is None else len(candidates)
+        sizes = num_items, count
+        items, scored = (torch.empty(size, width, requires_grad=True) for size in sizes)
+        return items, scored
+
+
+class _AdamTable:
+    """As FBGEMM's module of one table with Adam."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        weights, *states = (torch.empty(rows, width) for _ in range(3))
+        self.split_embedding_weights = lambda: [weights]
+        self.split_optimizer_states = lambda: [states]
+        self.get_learning_rate = lambda: 0.001
+        self.optimizer_args = SimpleNamespace(beta1=0.9, beta2=0.98, eps=1e-8)
+        self.iter_cpu = SimpleNamespace(add_=int)  # counts the steps

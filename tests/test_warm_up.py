@@ -1,0 +1,276 @@
+"""The kernels of a run are compiled before its first step, for the arguments of its launches."""
+
+import threading
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.distributed import ALONE
+from model.kernels.compiler import Launch, launch, noted_launches, type_of
+from model.nodes import prepared_data
+from model.run import warm_up
+from model.run.build import train_loader
+from model.run.execution import plan_execution
+from model.run.warm_up import FakeStep, compile_ahead
+from model.settings.config import RunConfig
+from model.settings.flags import FlagParser
+from pipeline.training.loader import TrainLoader
+from tests.conftest import TINY, RunMain
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+GPU = torch.device("cuda", 0)
+
+
+class NoDevice:
+    """Triton's driver, of an H100 that need not be there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake steps on a machine without CUDA."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    if not CUDA:
+        monkeypatch.setattr(warm_up, "backward", backward_without_engine)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True))
+    monkeypatch.setattr(driver, "_active", NoDevice())
+
+
+def backward_without_engine(loss: torch.Tensor, one: torch.Tensor) -> None:
+    """Autograd's engine calls CUDA before it looks at fake tensors."""
+    followed_by: dict[Any, set[Any]] = {}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node not in followed_by:
+            followed_by[node] = {after for after, _ in node.next_functions if after is not None}
+            waiting += followed_by[node]
+    gradients: dict[Any, dict[int, torch.Tensor]] = {loss.grad_fn: {0: one}}
+    for node in reversed([*TopologicalSorter(followed_by).static_order()]):
+        found, edges = gradients.pop(node, {}), node.next_functions
+        if not found or not edges:  # not used, or a leaf
+            continue
+        own = hasattr(node, "apply")  # an autograd.Function returns a gradient for every argument
+        outputs = [found.get(number) for number in range(len(node._input_metadata))]
+        with torch.no_grad():
+            of_inputs = (node.apply if own else node)(*outputs)
+        of_inputs = of_inputs if isinstance(of_inputs, tuple) else (of_inputs,)
+        if own:
+            needed = zip(of_inputs, node.needs_input_grad, strict=True)
+            of_inputs = [gradient for gradient, needs in needed if needs]
+            edges = [edge for edge in edges if edge[0] is not None]
+        for (after, number), gradient in zip(edges, of_inputs, strict=True):
+            if after is not None and gradient is not None:
+                earlier = gradients.setdefault(after, {})
+                earlier[number] = gradient + earlier[number] if number in earlier else gradient
+
+
+def parts(cache_dir: Path, *flags: str) -> tuple[FakeStep, TrainLoader, RunConfig, Any]:
+    """The fake step of a tiny run on a GPU, and its loader."""
+    arguments = (*TINY, f"--cache_dir={cache_dir}", "--train_batch_size=64", *flags)
+    config = FlagParser("", RunConfig).parse(arguments)
+    store, ranks = prepared_data(config.data, ALONE), replace(ALONE, device=GPU)
+    plan = plan_execution(config, store.num_items, ranks)
+    loader = train_loader(config, store, ALONE, plan)
+    return FakeStep(config, store.num_items, plan, ranks), loader, config, plan
+
+
+def launches_of(cache_dir: Path, *flags: str) -> dict[Launch, None]:
+    step, loader, *_ = parts(cache_dir, *flags)
+    noted: dict[Launch, None] = {}
+    with noted_launches(lambda each: noted.update({each: None})):
+        step(loader.example())
+    return noted
+
+
+# By hand: a layer's norms write bfloat16 rows for the next product, the last one float32 rows. Sums
+# of rows by index, with no Adam: of learned positions, and of the targets in the exact loss.
+ENCODER = {
+    **{"enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 1},
+    **{"enter_gradient": 1, "add_gradient": 2, "_gelu_gradient": 1},
+}
+SUMS = {"_add_runs": 1, "_add_chunks": 1}
+# Rows of the catalog and of the targets.
+EXACT = {"_normalize_rows": 1, "_normalize_rows_gradient": 2}
+# Looked up, and updated by Adam, another code of the sums.
+TABLE = {"_rows_or_zeros": 1, "_add_runs": 2, "_add_chunks": 2}
+ALL = ENCODER | EXACT | TABLE
+NO_LEFT = "--left_context_share=0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([NO_LEFT], ALL),
+        (["--left_context_share=.5"], ALL | {"choose": 1}),
+        (["--left_context_share=.5", "--two_stream=true"], ALL | {"choose": 1}),
+        ([NO_LEFT, "--loss=sampled_softmax"], ENCODER | TABLE | {"_log_sums": 1}),
+        # In place; 24 masked positions, which 16 does not divide, and fewer than a chunk.
+        ([NO_LEFT, "--train_batch_size=4"], ENCODER | EXACT | {"_rows_or_zeros": 1, "_adam": 1}),
+        ([NO_LEFT, "--table_precision=fp16"], ENCODER | EXACT | SUMS),
+        ([NO_LEFT, "--mode=ddp"], ENCODER | EXACT | SUMS),
+        ([NO_LEFT, "--embedding_optimizer=sgd"], ENCODER | EXACT | SUMS),
+        ([NO_LEFT, "--precision=fp32"], EXACT | TABLE | {"_normalize_rows_gradient": 1}),
+    ],
+)
+def test_a_fake_step_notes_the_kernels_of_its_flags(
+    flags: list[str], expected: dict[str, int], no_device: None, cache_dir: Path
+) -> None:
+    found = Counter(each.kernel.__name__ for each in launches_of(cache_dir, *flags))
+    if "_adam" in expected:
+        assert found.pop("_add_runs") == 3
+    assert found == expected
+
+
+def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:
+    _, loader, config, plan = parts(cache_dir, NO_LEFT)
+    ranks = replace(ALONE, rank=1, world_size=2, local_world_size=2, device=GPU)
+    gathered = replace(plan, exchange="gather")
+    noted: list[Launch] = []
+    with noted_launches(noted.append):
+        FakeStep(config, 80, gathered, ranks)(loader.example())
+    assert {each.kernel.__name__ for each in noted} == {*ALL}
+
+
+def test_kernels_are_compiled_by_other_threads_and_waited_for(
+    no_device: None, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[Launch, str]] = []
+
+    def compile_(noted: Launch) -> None:
+        compiled.append((noted, threading.current_thread().name))
+
+    monkeypatch.setattr(Launch, "compile", compile_)
+    _, loader, config, plan = parts(cache_dir)
+    compile_ahead(config, 80, loader, plan, replace(ALONE, device=GPU))()
+    assert Counter(noted for noted, _ in compiled) == Counter(launches_of(cache_dir).keys())
+    assert threading.current_thread().name not in {name for _, name in compiled}
+
+
+def test_a_compiler_that_fails_is_a_warning(
+    no_device: None,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(noted: Launch) -> None:
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(Launch, "compile", fail)
+    _, loader, config, plan = parts(cache_dir)
+    compile_ahead(config, 80, loader, plan, replace(ALONE, device=GPU))()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "kernels" in line]
+    assert line == "warning: kernels are compiled when they are used: RuntimeError: no ptxas"
+
+
+def test_nothing_is_compiled_for_a_cpu(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_up, "FakeStep", None)
+    config = FlagParser("", RunConfig).parse([*TINY])
+    compile_ahead(config, 80, None, plan_execution(config, 80, ALONE), ALONE)()
+
+
+class Kernel:
+    """A kernel that keeps the grids it was launched with."""
+
+    def __init__(self) -> None:
+        self.launched: list[Any] = []
+        self.params = [SimpleNamespace(is_constexpr=False), SimpleNamespace(is_constexpr=True)]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+
+
+def test_launches_are_noted_in_one_thread_only() -> None:
+    kernel, noted = Kernel(), []
+    with noted_launches(noted.append):
+        launch(kernel, (3,), 48, 48, num_warps=2)
+        other = threading.Thread(target=launch, args=(kernel, (4,), 48, 48))
+        other.start()
+        other.join()
+    launch(kernel, (5, 1), 48, 48, num_warps=2)
+    # 48 is a multiple of 16, a constant is itself.
+    assert noted == [Launch(kernel, (16, 48), (("num_warps", 2),))]
+    called = [((4,), (48, 48), {}), ((5, 1), (48, 48), {"num_warps": 2})]
+    assert kernel.launched == called
+
+
+SIZES = st.sampled_from([0, 1, 2, 8, 15, 16, 17, 96, 2**31 - 1, 2**31, 2**31 + 3, 2**40])
+
+
+@given(SIZES, SIZES, st.integers(0, 9), st.sampled_from([torch.float32, torch.int64]))
+@settings(max_examples=60, deadline=None)
+def test_noted_types_are_those_that_triton_compiles_for(
+    one: int, other: int, offset: int, dtype: torch.dtype
+) -> None:
+    from model.kernels.segment_sum import _add_runs
+
+    keys: list[str] = []
+
+    def keep(**about: Any) -> bool:
+        keys.append(about["compile"]["key"])
+        return True  # compile nothing
+
+    tensor = torch.empty(64, dtype=dtype)[offset:]
+    out = (tensor, torch.empty(16, 4), one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", NoDevice())
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", keep)
+        given_ = tensor, tensor, tensor, tensor, one, 16, other, out, None, 1.0
+        _add_runs.warmup(*given_, grid=(1,), num_warps=2)
+        noted: list[Launch] = []
+        with noted_launches(noted.append):
+            launch(_add_runs, (1,), *given_, num_warps=2)
+        noted[0].compile()
+    assert keys[0] == keys[1]
+    # And no more types than needed.
+    assert len({type_of(size) for size in (0, 2, 5, 15, 17, 32, 48, 2**31 - 1)}) == 3
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--left_context_share=.5", "--two_stream=true", "--train_batch_size=128"],
+        ["--loss=sampled_softmax", "--train_negatives=96", "--train_batch_size=128"],
+        ["--train_batch_size=4"],
+    ],
+)
+def test_the_first_step_on_a_gpu_compiles_nothing(
+    flags: list[str], run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def keep(*, is_manual_warmup: bool, fn: Any, **about: Any) -> None:
+        compiled[is_manual_warmup].add(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", keep)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    # A width of no other test, so that no kernel is in memory.
+    places = [f"--run_dir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'data'}"]
+    outcome = run_main("train", *TINY, "--emb_dim=48", "--max_steps=1", *flags, *places)
+    assert outcome.code == 0, outcome.err
+    assert compiled[True] and not compiled[False], compiled
