@@ -87,7 +87,7 @@ def _train(
     from model.run.measure import measure
     from model.run.resumed import changed_flags, changed_rates
     from model.run.trained import load_teachers
-    from model.run.warm_up import compile_ahead
+    from model.run.warm_up import KernelsAhead
     from model.settings.fitting import Machine, fitted
     from model.settings.protocol import with_seen
     from model.step.optimizers import Optimizers
@@ -102,6 +102,7 @@ def _train(
     stages.end("imports")
     config = build(RunConfig, with_recipe(given))
     ranks = start(timedelta(minutes=config.training.rank_timeout))
+    kernels = KernelsAhead(ranks)
     # Before data are prepared, which may take long.
     for_device(config, ranks.device)
     given = recorded(given, ranks)
@@ -117,7 +118,7 @@ def _train(
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
     stages.end("loader")
-    wait_for_kernels = compile_ahead(config, store.num_items, loader, plan, ranks)
+    kernels.start(config, store.num_items, loader, plan)
     teachers = load_teachers(config, store, ranks, plan.precision)
     model = build_model(config, store.num_items, ranks, plan, teachers)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
@@ -168,7 +169,7 @@ def _train(
             on_evaluation=on_evaluation,
         )
         stages.end("log")
-        wait_for_kernels()
+        kernels.wait()
         stages.end("kernels")
         log.write_start(trainer.at, stages.seconds)
         best_step = trainer.run().best_step

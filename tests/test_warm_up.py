@@ -20,7 +20,7 @@ from model.nodes import prepared_data
 from model.run import warm_up
 from model.run.build import train_loader
 from model.run.execution import plan_execution
-from model.run.warm_up import FakeStep, compile_ahead
+from model.run.warm_up import FakeStep, KernelsAhead
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from pipeline.training.loader import TrainLoader
@@ -166,7 +166,9 @@ def test_kernels_are_compiled_by_other_threads_and_waited_for(
 
     monkeypatch.setattr(Launch, "compile", compile_)
     _, loader, config, plan = parts(cache_dir)
-    compile_ahead(config, 80, loader, plan, replace(ALONE, device=GPU))()
+    kernels = KernelsAhead(replace(ALONE, device=GPU))
+    kernels.start(config, 80, loader, plan)
+    kernels.wait()
     assert Counter(noted for noted, _ in compiled) == Counter(launches_of(cache_dir).keys())
     assert threading.current_thread().name not in {name for _, name in compiled}
 
@@ -182,15 +184,23 @@ def test_a_compiler_that_fails_is_a_warning(
 
     monkeypatch.setattr(Launch, "compile", fail)
     _, loader, config, plan = parts(cache_dir)
-    compile_ahead(config, 80, loader, plan, replace(ALONE, device=GPU))()
+    kernels = KernelsAhead(replace(ALONE, device=GPU))
+    kernels.start(config, 80, loader, plan)
+    kernels.wait()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "kernels" in line]
     assert line == "warning: kernels are compiled when they are used: RuntimeError: no ptxas"
 
 
 def test_nothing_is_compiled_for_a_cpu(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_up, "FakeStep", None)
-    config = FlagParser("", RunConfig).parse([*TINY])
-    compile_ahead(config, 80, None, plan_execution(config, 80, ALONE), ALONE)()
+    for name in ("FakeStep", "ThreadPoolExecutor"):
+        monkeypatch.setattr(warm_up, name, None)
+    config = FlagParser("", RunConfig).parse([*TINY, f"--cache_dir={cache_dir}"])
+    plan = plan_execution(config, 80, ALONE)
+    kernels = KernelsAhead(ALONE)
+    kernels.start(
+        config, 80, train_loader(config, prepared_data(config.data, ALONE), ALONE, plan), plan
+    )
+    kernels.wait()
 
 
 class Kernel:

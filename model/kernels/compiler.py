@@ -49,8 +49,10 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
     def compile(self) -> None:
-        """Compile for the current device, or load from Triton's cache, without a launch."""
-        self.kernel.warmup(*self.arguments, grid=(1,), **dict(self.options))
+        """Compile for the current device, or load from Triton's cache, all that a launch needs."""
+        compiled = self.kernel.warmup(*self.arguments, grid=(1,), **dict(self.options))
+        if compiled is not None:  # a hook may leave it out
+            _ = compiled.run  # made now: by the C compiler, code that launches it; both are loaded
 
 
 # Every thread has its own.

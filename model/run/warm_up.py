@@ -11,7 +11,6 @@ that it misses is compiled when it is used.
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -34,41 +33,62 @@ from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
 from pipeline.training.loader import TrainLoader
 
-_THREADS = 8  # there are some 20 kernels
+# There are some 20 kernels, compiled mostly by other processes or without the interpreter's lock.
+_THREADS = 16
 
 
-def compile_ahead(
-    config: RunConfig, num_items: int, loader: TrainLoader, plan: ExecutionPlan, ranks: Ranks
-) -> Callable[[], None]:
-    """Start to compile the kernels of training steps; the result waits for them."""
-    if triton is None or ranks.device.type != "cuda":
-        return lambda: None
-    step = FakeStep(config, num_items, plan, ranks)
-    threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
-    pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(ranks.device,))
-    compiled: dict[Launch, Future[None]] = {}
+class KernelsAhead:
+    """Compiles the kernels of a run's training steps in threads; on CPU there are none."""
 
-    def note(launch: Launch) -> None:
-        if launch not in compiled:
-            compiled[launch] = pool.submit(launch.compile)
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._compiled = ranks, dict[Launch, Future[None]]()
+        self._pool: ThreadPoolExecutor | None = None
+        self._found: Future[None] | None = None
+        if triton is not None and ranks.device.type == "cuda":
+            threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
+            # Every thread has a current device of its own.
+            self._pool = ThreadPoolExecutor(
+                threads, "kernels", torch.cuda.set_device, (ranks.device,)
+            )
+            # With an empty cache, Triton compiles its interface to the driver first.
+            self._ready = self._pool.submit(
+                lambda: triton.runtime.driver.active.get_current_target()
+            )
 
-    def find() -> None:
+    def start(
+        self, config: RunConfig, num_items: int, loader: TrainLoader, plan: ExecutionPlan
+    ) -> None:
+        """Start to find the kernels, and to compile each."""
+        if self._pool is not None:
+            # Made here: another thread would seed the generator of this one's initial weights.
+            step = FakeStep(config, num_items, plan, self._ranks)
+            self._found = self._pool.submit(self._find, step, loader)
+
+    def _find(self, step: "FakeStep", loader: TrainLoader) -> None:
         batch = loader.example()
-        with noted_launches(note):
+        with noted_launches(self._note):
             step(batch)
 
-    found = pool.submit(find)
+    def _note(self, launch: Launch) -> None:
+        if launch not in self._compiled:
+            assert self._pool is not None
+            self._compiled[launch] = self._pool.submit(self._compile, launch)
 
-    def wait() -> None:
+    def _compile(self, launch: Launch) -> None:
+        self._ready.result()
+        launch.compile()
+
+    def wait(self) -> None:
+        """Wait until the kernels are compiled; a failure is a warning."""
+        if self._pool is None or self._found is None:
+            return
         try:
-            found.result()
-            for each in compiled.values():
+            self._found.result()
+            for each in self._compiled.values():
                 each.result()
         except Exception as error:  # of a compiler: the step itself would show what it means
             warn(f"kernels are compiled when they are used: {type(error).__name__}: {error}")
-        pool.shutdown(wait=False)
-
-    return wait
+        self._pool.shutdown(wait=False)
 
 
 class FakeStep:
