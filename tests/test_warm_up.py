@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from graphlib import TopologicalSorter
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.distributed import ALONE
-from model.kernels.compiler import Launch, launch, noted_launches, type_of
+from model.kernels import compiler
+from model.kernels.compiler import Launch, launch, launches_wait, noted_launches, type_of
 from model.nodes import prepared_data
 from model.run import warm_up
 from model.run.build import train_loader
@@ -156,7 +158,18 @@ def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:
     assert {each.kernel.__name__ for each in noted} == {*ALL}
 
 
-def test_kernels_are_compiled_by_other_threads_and_waited_for(
+def compile_ahead(cache_dir: Path) -> None:
+    """Start as train.py does, and launch every kernel's first wait."""
+    _, loader, config, plan = parts(cache_dir)
+    kernels = KernelsAhead(replace(ALONE, device=GPU))
+    kernels.start(config, 80, loader, plan)
+    kernels.wait()
+    for awaited in [*compiler._awaited.values()]:
+        futures.wait(awaited)
+    compiler._awaited.clear()
+
+
+def test_other_threads_compile_each_kernel_once(
     no_device: None, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[tuple[Launch, str]] = []
@@ -165,10 +178,7 @@ def test_kernels_are_compiled_by_other_threads_and_waited_for(
         compiled.append((noted, threading.current_thread().name))
 
     monkeypatch.setattr(Launch, "compile", compile_)
-    _, loader, config, plan = parts(cache_dir)
-    kernels = KernelsAhead(replace(ALONE, device=GPU))
-    kernels.start(config, 80, loader, plan)
-    kernels.wait()
+    compile_ahead(cache_dir)
     assert Counter(noted for noted, _ in compiled) == Counter(launches_of(cache_dir).keys())
     assert threading.current_thread().name not in {name for _, name in compiled}
 
@@ -183,10 +193,7 @@ def test_a_compiler_that_fails_is_a_warning(
         raise RuntimeError("no ptxas")
 
     monkeypatch.setattr(Launch, "compile", fail)
-    _, loader, config, plan = parts(cache_dir)
-    kernels = KernelsAhead(replace(ALONE, device=GPU))
-    kernels.start(config, 80, loader, plan)
-    kernels.wait()
+    compile_ahead(cache_dir)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "kernels" in line]
     assert line == "warning: kernels are compiled when they are used: RuntimeError: no ptxas"
 
@@ -226,6 +233,26 @@ def test_launches_are_noted_in_one_thread_only() -> None:
     assert noted == [Launch(kernel, (16, 48), (("num_warps", 2),))]
     called = [((4,), (48, 48), {}), ((5, 1), (48, 48), {"num_warps": 2})]
     assert kernel.launched == called
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no ptxas")])
+def test_a_launch_waits_for_its_own_kernel(error: Exception | None) -> None:
+    one, other, begin = Kernel(), Kernel(), threading.Event()
+
+    def compile_() -> None:
+        begin.wait()
+        if error is not None:  # the launch compiles
+            raise error
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(compile_)
+        launches_wait(one, compiled)
+        launch(other, (1,), 2, 3)
+        begin.set()
+        launch(one, (1,), 2, 3)
+        assert compiled.done()
+    launch(one, (1,), 2, 3)
+    assert (len(one.launched), len(other.launched)) == (2, 1)
 
 
 SIZES = st.sampled_from([0, 1, 2, 8, 15, 16, 17, 96, 2**31 - 1, 2**31, 2**31 + 3, 2**40])

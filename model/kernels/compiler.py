@@ -4,11 +4,12 @@ Modules define their kernels inside ``if triton is not None`` and start them by 
 Triton compiles a kernel at its first launch with arguments of these types, which takes up to a
 second. To compile those of a step at once, before it, the step is called with them only noted::
 
-    with noted_launches(lambda each: executor.submit(each.compile)):
+    with noted_launches(lambda each: launches_wait(each.kernel, executor.submit(each.compile))):
         step(...)                                                     on torch's fake tensors
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["Launch", "launch", "noted_launches", "row_tiles", "tl", "triton"]
+__all__ = ["Launch", "launch", "launches_wait", "noted_launches", "row_tiles", "tl", "triton"]
 
 # Triton compiles other code for pointers and integers that are not multiples of it, for the integer
 # 1, and for integers of 64 bits.
@@ -55,6 +56,8 @@ class Launch:
             _ = compiled.run  # made now: by the C compiler, code that launches it; both are loaded
 
 
+# What the next launch of a kernel waits for.
+_awaited: dict[Any, list[Future[None]]] = {}
 # Every thread has its own.
 _note: ContextVar[Callable[[Launch], object] | None] = ContextVar("note", default=None)
 
@@ -63,11 +66,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """``kernel[grid](*arguments, **options)``."""
     note = _note.get()
     if note is None:
+        if kernel in _awaited:
+            wait(_awaited.pop(kernel))
         kernel[grid](*arguments, **options)
         return
     pairs = zip(kernel.params, arguments, strict=True)
     types = (one if parameter.is_constexpr else type_of(one) for parameter, one in pairs)
     note(Launch(kernel, tuple(types), tuple(options.items())))
+
+
+def launches_wait(kernel: Any, compiled: Future[None]) -> None:
+    """Let the next launch of a kernel wait for a compilation, which would start another."""
+    _awaited.setdefault(kernel, []).append(compiled)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Compile a run's Triton kernels while its model is built, not one by one in its first step.
 
-    main thread      data, loader -> model, optimizers, checkpoint, log -> wait -> first step
+    main thread      data, loader -> model, optimizers, checkpoint, log -> first step
     a thread             \\-> a step on fake tensors: the kernels, and the types of their arguments
-    more threads              \\-> compile them, into Triton's caches in memory and on disk
+    more threads              \\-> compile them; a launch waits for its own kernel
 
 torch's fake tensors have shapes, types and offsets but no memory: the step runs no kernel, draws no
 random number and changes nothing. Its code is that of the real step, and kernels are noted where
@@ -11,7 +11,9 @@ that it misses is compiled when it is used.
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks
 from model.execution import ExecutionPlan
-from model.kernels.compiler import Launch, noted_launches, triton
+from model.kernels.compiler import Launch, launches_wait, noted_launches, triton
 from model.run.build import build_plain_model
 from model.settings.config import RunConfig
 from model.step.train_step import backward
@@ -41,7 +43,7 @@ class KernelsAhead:
     """Compiles the kernels of a run's training steps in threads; on CPU there are none."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._compiled = ranks, dict[Launch, Future[None]]()
+        self._ranks, self._noted, self._has_failed = ranks, set[Launch](), False
         self._pool: ThreadPoolExecutor | None = None
         self._found: Future[None] | None = None
         if triton is not None and ranks.device.type == "cuda":
@@ -64,31 +66,38 @@ class KernelsAhead:
             step = FakeStep(config, num_items, plan, self._ranks)
             self._found = self._pool.submit(self._find, step, loader)
 
+    def wait(self) -> None:
+        """Wait until all kernels are found; a launch waits until its own is compiled."""
+        if self._pool is not None and self._found is not None:
+            self._found.result()
+            self._pool.shutdown(wait=False)
+
     def _find(self, step: "FakeStep", loader: TrainLoader) -> None:
-        batch = loader.example()
-        with noted_launches(self._note):
-            step(batch)
+        with self._failures_told():
+            batch = loader.example()
+            with noted_launches(self._note):
+                step(batch)
 
     def _note(self, launch: Launch) -> None:
-        if launch not in self._compiled:
+        if launch not in self._noted:
             assert self._pool is not None
-            self._compiled[launch] = self._pool.submit(self._compile, launch)
+            self._noted.add(launch)
+            launches_wait(launch.kernel, self._pool.submit(self._compile, launch))
 
     def _compile(self, launch: Launch) -> None:
-        self._ready.result()
-        launch.compile()
+        with self._failures_told():
+            self._ready.result()
+            launch.compile()
 
-    def wait(self) -> None:
-        """Wait until the kernels are compiled; a failure is a warning."""
-        if self._pool is None or self._found is None:
-            return
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """A failure is one warning: the step itself would show what it means."""
         try:
-            self._found.result()
-            for each in self._compiled.values():
-                each.result()
-        except Exception as error:  # of a compiler: the step itself would show what it means
-            warn(f"kernels are compiled when they are used: {type(error).__name__}: {error}")
-        self._pool.shutdown(wait=False)
+            yield
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                warn(f"kernels are compiled when they are used: {type(error).__name__}: {error}")
 
 
 class FakeStep:
