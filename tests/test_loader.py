@@ -285,7 +285,7 @@ def test_flags_out_of_range_are_named(flag: str) -> None:
 @pytest.mark.parametrize("few_shapes", [True, False])
 @pytest.mark.parametrize("two_stream", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_an_example_has_the_parts_and_divisors_of_a_batch(
+def test_examples_have_the_parts_and_divisors_of_batches(
     world_size: int, two_stream: bool, few_shapes: bool
 ) -> None:
     def of_rank(all_sizes: AllSizes | None) -> TrainLoader:
@@ -305,11 +305,11 @@ def test_an_example_has_the_parts_and_divisors_of_a_batch(
         raise AssertionError("an example is made without other ranks")
 
     exchanges = world_size > 1
-    example = of_rank(refused if exchanges else None).example()
+    examples = [*of_rank(refused if exchanges else None).examples()]
     alike = of_rank((lambda sizes: np.stack([sizes] * world_size)) if exchanges else None)
     batches = list(islice(alike.epoch(0), 3))
-    assert len(batches) == 3
-    for batch in batches:
+    assert len(batches) == 3 and len(examples) > 3
+    for batch, example in zip(batches, examples, strict=False):
         assert batch.packed.names == example.packed.names
         assert batch.candidate_range == example.candidate_range
         if few_shapes:  # multiples of 8, or the same

@@ -6,6 +6,7 @@ from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from graphlib import TopologicalSorter
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,11 +102,15 @@ def parts(cache_dir: Path, *flags: str) -> tuple[FakeStep, TrainLoader, RunConfi
     return FakeStep(config, store.num_items, plan, ranks), loader, config, plan
 
 
-def launches_of(cache_dir: Path, *flags: str) -> dict[Launch, None]:
+def launches_of(cache_dir: Path, *flags: str, steps: int = 1) -> dict[Launch, None]:
+    """Of the first training steps, or of an evaluation if there are none."""
     step, loader, *_ = parts(cache_dir, *flags)
     noted: dict[Launch, None] = {}
     with noted_launches(lambda each: noted.update({each: None})):
-        step(loader.example())
+        for batch in islice(loader.examples(), steps):
+            step.train(batch)
+        if not steps:
+            step.evaluate()
     return noted
 
 
@@ -148,25 +153,45 @@ def test_a_fake_step_notes_the_kernels_of_its_flags(
     assert found == expected
 
 
+def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) -> None:
+    flags = ("--two_stream=true", "--left_context_share=.5")
+    first, all_ = (launches_of(cache_dir, *flags, steps=steps) for steps in (1, 9))
+    # The tiny run has 143 windows: the last step has 15, and offsets of another alignment.
+    more = Counter(each.kernel.__name__ for each in all_.keys() - first.keys())
+    assert more == {"enter": 1, "enter_gradient": 1, "rotate": 1, "join": 1}
+    # Four windows have 64 positions; 16 or 24 masked ones reach the last layer's sums.
+    tiny = launches_of(cache_dir, NO_LEFT, "--train_batch_size=4", steps=9)
+    sizes = {each.arguments[2].rows for each in tiny if each.kernel.__name__ == "add"}
+    assert sizes == {2, 16}
+
+
+def test_an_evaluation_has_kernels_of_its_own(no_device: None, cache_dir: Path) -> None:
+    found = launches_of(cache_dir, NO_LEFT, "--val_batch_size=32", steps=0)
+    # Of the last layer's rows for 32 users, and for another number of users.
+    last = {"_rows_or_zeros": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
+    assert Counter(each.kernel.__name__ for each in found) == last
+
+
 def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:
     _, loader, config, plan = parts(cache_dir, NO_LEFT)
     ranks = replace(ALONE, rank=1, world_size=2, local_world_size=2, device=GPU)
     gathered = replace(plan, exchange="gather")
     noted: list[Launch] = []
     with noted_launches(noted.append):
-        FakeStep(config, 80, gathered, ranks)(loader.example())
+        FakeStep(config, 80, gathered, ranks).train(next(loader.examples()))
     assert {each.kernel.__name__ for each in noted} == {*ALL}
 
 
 def compile_ahead(cache_dir: Path) -> None:
-    """Start as train.py does, and launch every kernel's first wait."""
+    """Start as train.py does, and wait for everything."""
     _, loader, config, plan = parts(cache_dir)
     kernels = KernelsAhead(replace(ALONE, device=GPU))
     kernels.start(config, 80, loader, plan)
     kernels.wait()
-    for awaited in [*compiler._awaited.values()]:
-        futures.wait(awaited)
-    compiler._awaited.clear()
+    for thread in threading.enumerate():
+        if thread.name.startswith("kernels"):
+            thread.join()
+    assert not compiler._awaited
 
 
 def test_other_threads_compile_each_kernel_once(
@@ -179,7 +204,8 @@ def test_other_threads_compile_each_kernel_once(
 
     monkeypatch.setattr(Launch, "compile", compile_)
     compile_ahead(cache_dir)
-    assert Counter(noted for noted, _ in compiled) == Counter(launches_of(cache_dir).keys())
+    expected = {*launches_of(cache_dir, steps=9), *launches_of(cache_dir, steps=0)}
+    assert Counter(noted for noted, _ in compiled) == Counter(expected)
     assert threading.current_thread().name not in {name for _, name in compiled}
 
 
@@ -246,13 +272,14 @@ def test_a_launch_waits_for_its_own_kernel(error: Exception | None) -> None:
 
     with futures.ThreadPoolExecutor(1) as pool:
         compiled = pool.submit(compile_)
-        launches_wait(one, compiled)
-        launch(other, (1,), 2, 3)
+        launches_wait(Launch.of(one, (32, 3), {}), compiled)
+        launch(other, (1,), 32, 3)
+        launch(one, (1,), 33, 3)  # of other code
         begin.set()
-        launch(one, (1,), 2, 3)
+        launch(one, (1,), 48, 3)
         assert compiled.done()
-    launch(one, (1,), 2, 3)
-    assert (len(one.launched), len(other.launched)) == (2, 1)
+    launch(one, (1,), 48, 3)
+    assert (len(one.launched), len(other.launched)) == (3, 1)
 
 
 SIZES = st.sampled_from([0, 1, 2, 8, 15, 16, 17, 96, 2**31 - 1, 2**31, 2**31 + 3, 2**40])

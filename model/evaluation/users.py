@@ -46,15 +46,21 @@ class EncodedUsers:
             yield EncodedUsers(hidden, targets, negatives, own, first, *seen)
 
 
+def vectors(
+    bert: BERT4Rec, items: Tensor, offsets: Tensor, masked: Tensor, longest: int | None
+) -> Tensor:
+    """Vectors [U, D] of the positions ``masked`` of rows, as :meth:`Encoder.forward` takes them."""
+    left_only = torch.ones_like(offsets[1:], dtype=torch.bool) if bert.left_only else None
+    with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
+        hidden = bert.encoder(items, offsets, masked, left_only, longest=longest)
+    return bert.head.project(hidden)
+
+
 def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
     rows = bert.embeddings(batch)[ITEM]
     offsets = rows.offsets()[: batch.num_rows + 1]
-    left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
-    with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        layout = offsets, batch.masked, left_only
-        hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
-    hidden = bert.head.project(hidden)
+    hidden = vectors(bert, rows.values(), offsets, batch.masked, batch.longest)
     if batch.encoded_row is not None:
         hidden = hidden[batch.encoded_row]
     counts = batch.seen_offsets.diff()

@@ -4,7 +4,7 @@ Modules define their kernels inside ``if triton is not None`` and start them by 
 Triton compiles a kernel at its first launch with arguments of these types, which takes up to a
 second. To compile those of a step at once, before it, the step is called with them only noted::
 
-    with noted_launches(lambda each: launches_wait(each.kernel, executor.submit(each.compile))):
+    with noted_launches(lambda each: launches_wait(each, executor.submit(each.compile))):
         step(...)                                                     on torch's fake tensors
 """
 
@@ -23,11 +23,11 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["Launch", "launch", "launches_wait", "noted_launches", "row_tiles", "tl", "triton"]
+__all__ = ["launch", "row_tiles", "tl", "triton"]
 
 # Triton compiles other code for pointers and integers that are not multiples of it, for the integer
 # 1, and for integers of 64 bits.
-_MULTIPLE = 16
+MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pointer:
     """What Triton compiles for, of a tensor argument."""
 
     dtype: torch.dtype
-    address: int  # modulo _MULTIPLE
+    address: int  # modulo MULTIPLE
 
     def data_ptr(self) -> int:
         return self.address
@@ -49,6 +49,13 @@ class Launch:
     arguments: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...]
 
+    @classmethod
+    def of(cls, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> "Launch":
+        """The launch of a kernel with arguments, constants among them, and options."""
+        pairs = zip(kernel.params, arguments, strict=True)
+        types = (one if parameter.is_constexpr else type_of(one) for parameter, one in pairs)
+        return cls(kernel, tuple(types), tuple(options.items()))
+
     def compile(self) -> None:
         """Compile for the current device, or load from Triton's cache, all that a launch needs."""
         compiled = self.kernel.warmup(*self.arguments, grid=(1,), **dict(self.options))
@@ -56,8 +63,8 @@ class Launch:
             _ = compiled.run  # made now: by the C compiler, code that launches it; both are loaded
 
 
-# What the next launch of a kernel waits for.
-_awaited: dict[Any, list[Future[None]]] = {}
+# Compilations that are not done yet.
+_awaited: dict[Launch, Future[None]] = {}
 # Every thread has its own.
 _note: ContextVar[Callable[[Launch], object] | None] = ContextVar("note", default=None)
 
@@ -65,19 +72,19 @@ _note: ContextVar[Callable[[Launch], object] | None] = ContextVar("note", defaul
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """``kernel[grid](*arguments, **options)``."""
     note = _note.get()
-    if note is None:
-        if kernel in _awaited:
-            wait(_awaited.pop(kernel))
-        kernel[grid](*arguments, **options)
+    if note is not None:
+        note(Launch.of(kernel, arguments, options))
         return
-    pairs = zip(kernel.params, arguments, strict=True)
-    types = (one if parameter.is_constexpr else type_of(one) for parameter, one in pairs)
-    note(Launch(kernel, tuple(types), tuple(options.items())))
+    if _awaited:
+        awaited = _awaited.get(Launch.of(kernel, arguments, options))
+        wait([] if awaited is None else [awaited])
+    kernel[grid](*arguments, **options)
 
 
-def launches_wait(kernel: Any, compiled: Future[None]) -> None:
-    """Let the next launch of a kernel wait for a compilation, which would start another."""
-    _awaited.setdefault(kernel, []).append(compiled)
+def launches_wait(launch: Launch, compiled: Future[None]) -> None:
+    """Let such launches wait until a compilation is done; else they would start another one."""
+    _awaited[launch] = compiled
+    compiled.add_done_callback(lambda _: _awaited.pop(launch))
 
 
 @contextmanager
@@ -97,13 +104,13 @@ def type_of(argument: Any) -> Any:
     """An argument for which Triton compiles the same code; equal ones for the same code."""
     if isinstance(argument, torch.Tensor):
         offset = int(argument.storage_offset()) * argument.element_size()
-        return Pointer(argument.dtype, offset % _MULTIPLE)
+        return Pointer(argument.dtype, offset % MULTIPLE)
     if isinstance(argument, tuple):
         parts = map(type_of, argument)
         return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     if isinstance(argument, int) and argument > 1:
         wide = 2**32 if argument >= 2**31 else 0
-        return wide + (_MULTIPLE if argument % _MULTIPLE == 0 else 2)
+        return wide + (MULTIPLE if argument % MULTIPLE == 0 else 2)
     return argument
 
 

@@ -5,31 +5,37 @@
     more threads              \\-> compile them; a launch waits for its own kernel
 
 torch's fake tensors have shapes, types and offsets but no memory: the step runs no kernel, draws no
-random number and changes nothing. Its code is that of the real step, and kernels are noted where
+random number and changes nothing. Its code is that of the real steps, and kernels are noted where
 they are launched (``model/kernels/compiler.py``), so that there is no second list of them. A kernel
 that it misses is compiled when it is used.
 """
 
 import os
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,
+)  # private: fake tensors have no public name
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks
+from model.evaluation.users import vectors
 from model.execution import ExecutionPlan
-from model.kernels.compiler import Launch, launches_wait, noted_launches, triton
+from model.kernels.compiler import MULTIPLE, Launch, launches_wait, noted_launches, triton
 from model.run.build import build_plain_model
 from model.settings.config import RunConfig
 from model.step.train_step import backward
 from model.tables.item_table import TableShard
 from model.tables.row_exchange import RowExchange
+from model.tables.row_lookup import rows_or_zeros
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
@@ -43,7 +49,7 @@ class KernelsAhead:
     """Compiles the kernels of a run's training steps in threads; on CPU there are none."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._noted, self._has_failed = ranks, set[Launch](), False
+        self._ranks, self._noted, self._untold = ranks, dict[Launch, Future[None]](), Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._found: Future[None] | None = None
         if triton is not None and ranks.device.type == "cuda":
@@ -64,25 +70,34 @@ class KernelsAhead:
         if self._pool is not None:
             # Made here: another thread would seed the generator of this one's initial weights.
             step = FakeStep(config, num_items, plan, self._ranks)
-            self._found = self._pool.submit(self._find, step, loader)
+            self._found = self._pool.submit(self._find, step, loader.examples())
 
     def wait(self) -> None:
-        """Wait until all kernels are found; a launch waits until its own is compiled."""
-        if self._pool is not None and self._found is not None:
+        """Wait until the kernels of the first step are found; a launch waits for its own."""
+        if self._found is not None:
             self._found.result()
-            self._pool.shutdown(wait=False)
 
-    def _find(self, step: "FakeStep", loader: TrainLoader) -> None:
-        with self._failures_told():
-            batch = loader.example()
-            with noted_launches(self._note):
-                step(batch)
+    def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
+        with self._failures_told(), noted_launches(self._note):
+            step.train(next(batches))
+        assert self._pool is not None
+        self._pool.submit(self._find_others, step, batches)
+
+    def _find_others(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
+        """Other shapes of training steps, then evaluation, behind what the first step needs."""
+        futures.wait([*self._noted.values()])
+        with self._failures_told(), noted_launches(self._note):
+            for batch in batches:
+                step.train(batch)
+            step.evaluate()
+        assert self._pool is not None
+        self._pool.shutdown(wait=False)
 
     def _note(self, launch: Launch) -> None:
         if launch not in self._noted:
             assert self._pool is not None
-            self._noted.add(launch)
-            launches_wait(launch.kernel, self._pool.submit(self._compile, launch))
+            self._noted[launch] = self._pool.submit(self._compile, launch)
+            launches_wait(launch, self._noted[launch])
 
     def _compile(self, launch: Launch) -> None:
         with self._failures_told():
@@ -95,18 +110,19 @@ class KernelsAhead:
         try:
             yield
         except Exception as error:
-            if not self._has_failed:
-                self._has_failed = True
+            if self._untold.acquire(blocking=False):
                 warn(f"kernels are compiled when they are used: {type(error).__name__}: {error}")
 
 
 class FakeStep:
-    """A training step on fake tensors, with this rank's part of the table but no other rank."""
+    """Steps on fake tensors, with this rank's part of the table but no other rank."""
 
     def __init__(
         self, config: RunConfig, num_items: int, plan: ExecutionPlan, ranks: Ranks
     ) -> None:
         self._mode, self._device = FakeTensorMode(), ranks.device
+        self._users = config.output.val_batch_size
+        self._trained = set[tuple[int, ...]]()
         self._plan = replace(plan, graphs="none")
         with self._mode, self._device:
             self._model = build_plain_model(config, num_items, ranks, self._plan)
@@ -114,10 +130,20 @@ class FakeStep:
         head.catalog = replace(head.catalog, shared=False)
         self._exchange = RowExchange(num_items, ranks)
         self._exchange.world_size = 1
+        self._width = config.encoder.emb_dim
+        # Else looked up by FBGEMM, or updated by plain torch.
+        self._is_own = (plan.lookup, plan.table_optimizer) == ("own", "adam")
 
-    def __call__(self, batch: PackedBatch) -> None:
-        """The step of a batch, of which only the sizes matter."""
+    def train(self, batch: PackedBatch) -> None:
+        """The step of a batch, of which only the sizes matter; once for sizes of equal remainders.
+
+        Kernels depend on sizes, and on offsets in the batch, by their remainders.
+        """
         packed = batch.packed
+        remainders = tuple(size % MULTIPLE for size in packed.sizes)
+        if remainders in self._trained:
+            return
+        self._trained.add(remainders)
         with self._mode, self._device:
             words = torch.empty(len(packed.words), dtype=torch.int64)
             batch = replace(batch, packed=replace(packed, words=words))
@@ -128,23 +154,36 @@ class FakeStep:
             loss, _ = self._model.score(rows, counted)
             backward(loss, torch.ones(()))
 
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """The encoder as evaluations call it: any number of positions, a last batch of any size."""
+        self._model.eval()
+        with self._mode, self._device:
+            for users in (self._users, MULTIPLE + 1):
+                items = torch.empty(MULTIPLE * users + 1, self._width)
+                if self._is_own:
+                    ids = torch.empty(len(items), dtype=torch.int64)
+                    items = rows_or_zeros(torch.empty(self._exchange.rows, self._width), ids)
+                offsets = torch.empty(users + 1, dtype=torch.int64)
+                vectors(self._model, items, offsets, offsets[1:], None)
+
     def _rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Rows [T, D] of the items and [C, D] of the candidates."""
-        plan, exchange, head = self._plan, self._exchange, self._model.head
+        exchange, head = self._exchange, self._model.head
         num_items, *_ = batch.packed.sizes
         candidates = None
         if batch.candidate_range is not None and head.config.loss == "softmax":
             candidates = torch.arange(*batch.candidate_range)
-        width = self._model.encoder.embedding_norm.weight.numel()
-        if (plan.lookup, plan.table_optimizer) == ("own", "adam"):
-            table = _AdamTable(exchange.rows, width)
-            shard = TableShard(table, "adam", exchange, head.catalog if plan.in_place else None)
+        if self._is_own:
+            table = _AdamTable(exchange.rows, self._width)
+            shard = TableShard(
+                table, "adam", exchange, head.catalog if self._plan.in_place else None
+            )
             request = exchange.request(batch.requested, batch.slots)
             return shard.look_up(request, num_items, candidates)
-        # Looked up by FBGEMM, or updated by plain torch.
         count = len(batch.requested) - num_items if candidates is None else len(candidates)
         sizes = num_items, count
-        items, scored = (torch.empty(size, width, requires_grad=True) for size in sizes)
+        items, scored = (torch.empty(size, self._width, requires_grad=True) for size in sizes)
         return items, scored
 
 

@@ -42,6 +42,7 @@ from pipeline.training.windows import CutWindows, WindowTable
 AllSizes = Callable[[np.ndarray], np.ndarray]
 # Large enough that NumPy's fixed cost per call is negligible; a chunk takes some milliseconds.
 _CHUNK_ITEMS = 1 << 18
+_EXAMPLES = 8
 
 
 class TrainLoader:
@@ -147,24 +148,22 @@ class TrainLoader:
         self._prefetch = Prefetch(self._stages, self._chunks_ahead)
         return self._consume(self._prefetch)
 
-    def example(self) -> PackedBatch:
-        """A batch with the parts and sizes of a training batch, made without other ranks.
-
-        Numbers of positions and of masked ones may differ, but not what divides them.
-        """
+    def examples(self) -> Iterator[PackedBatch]:
+        """A few batches of the shapes of an epoch's, the last one too, made without other ranks."""
         samples = self._samples
-        few = min(samples.num_windows, samples.global_batch_size)
+        size = samples.global_batch_size
+        few = min(samples.num_windows, _EXAMPLES * size + samples.num_samples % size)
 
         def all_alike(own: np.ndarray) -> np.ndarray:
             return np.stack([own] * samples.world_size)
 
         stages = self._make_stages(
-            replace(samples, num_windows=few, steps_per_chunk=1),
+            replace(samples, num_windows=few, dupe_factor=1, steps_per_chunk=_EXAMPLES),
             all_alike if self._exchanges_sizes else None,
         )
         stages.reset()
-        ((batch, _),) = next(stages)
-        return batch
+        for steps in stages:
+            yield from (batch for batch, _ in steps)
 
     def state_dict(self) -> dict[str, int]:
         """{"epoch", "sample"} after the last batch yielded, the same on every rank."""
