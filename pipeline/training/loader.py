@@ -158,7 +158,7 @@ class TrainLoader:
             return np.stack([own] * samples.world_size)
 
         stages = self._make_stages(
-            replace(samples, num_windows=few, dupe_factor=1, steps_per_chunk=_EXAMPLES),
+            replace(samples, num_windows=few, dupe_factor=1, steps_per_chunk=1),
             all_alike if self._exchanges_sizes else None,
         )
         stages.reset()
