@@ -169,9 +169,7 @@ def _train(
             on_evaluation=on_evaluation,
         )
         stages.end("log")
-        kernels.wait()
-        stages.end("kernels")
-        log.write_start(trainer.at, stages.seconds)
+        log.say(str(stages))
         best_step = trainer.run().best_step
         if not best_step:  # --max_steps came before an evaluation: there is no model to test
             return {}

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import ROOT, commit, processor
+from model.run.script import Stages
 
 STEPS = 3
 POINTS = {
@@ -31,22 +32,25 @@ POINTS = {
     "data": "data ready",
     "loader": "loader ready",
     "model": "model built",
-    "log": "run folder ready",
-    "kernels": "training starts",
+    "log": "training starts",
 }
 
 
-def points(lines: list[dict[str, Any]], started: float) -> dict[str, float]:
-    """Seconds since ``started`` at each point, from the lines of metrics.jsonl."""
-    start, *others = lines
-    steps = [line for line in others if line["event"] == "train"]
-    seconds = start["stages"]
-    at = start["time"] - sum(seconds.values()) - started
-    found = {}
+def points(
+    stages: dict[str, float], trains: float, steps: list[dict[str, Any]], started: float
+) -> dict[str, float]:
+    """Seconds since ``started`` at each point.
+
+    Args:
+        stages: seconds of each stage before ``trains``, when training starts.
+        steps: lines of metrics.jsonl.
+    """
+    at, found = trains - sum(stages.values()), {}
     for stage, name in POINTS.items():
-        at += seconds[stage]
-        found[name] = at
-    return found | {f"step {line['step']} done": line["time"] - started for line in steps}
+        at += stages[stage]
+        found[name] = at - started
+    trained = (line for line in steps if line["event"] == "train")
+    return found | {f"step {line['step']} done": line["time"] - started for line in trained}
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:
@@ -69,15 +73,20 @@ def measure(flags: list[str], folder: Path) -> dict[str, float]:
     shutil.rmtree(run_dir, ignore_errors=True)
     known = len(_compiled(kernels))
     places = [f"--cache_dir={folder / 'data'}", f"--run_dir={run_dir}"]
-    steps = [f"--max_steps={STEPS}", "--log_every=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *steps, *places]
+    few = [f"--max_steps={STEPS}", "--log_every=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, *few, *places]
     environment = os.environ | {"TRITON_CACHE_DIR": str(kernels)}
-    started = time.time()
-    if subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode:
-        sys.exit("startup.py: train.py failed")
+    stages, trains, started = {}, 0.0, time.time()
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(Stages.TITLE.encode()):
+                stages, trains = Stages.parse(line.decode()), time.time()
     ended = time.time()
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found = points(lines, started) | {"ended": ended - started}
+    if process.returncode:
+        sys.exit("startup.py: train.py failed")
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = points(stages, trains, steps, started) | {"ended": ended - started}
     made = _compiled(kernels)[known:]
     for name in ("training starts", "step 1 done", "ended"):
         count = sum(at <= started + found[name] for at in made)

@@ -25,6 +25,7 @@ from benchmarks import (
 from benchmarks.limits import least_ms
 from benchmarks.rows import ROWS, SETS, Row
 from model.distributed import Ranks
+from model.run.script import Stages
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from model.settings.recipes import with_recipe
@@ -344,29 +345,20 @@ def test_tables_of_negatives_are_measured(
 
 
 def test_points_of_a_start() -> None:
-    stages = {
-        "imports": 4.0,
-        "ranks": 0.5,
-        "data": 1.0,
-        "loader": 0.25,
-        "model": 2.0,
-        "log": 0.25,
-        "kernels": 0.5,
-    }
-    lines = [
-        {"event": "start", "time": 110.5, "stages": stages},
+    line = "before training: imports 4.000 s, ranks 0.500 s, data 1.000 s, loader 0.250 s, "
+    stages = Stages.parse(line + "model 2.000 s, log 0.250 s\n")
+    steps = [
         {"event": "train", "time": 112.5, "step": 1},
         {"event": "validation", "time": 113.0, "step": 1},
         {"event": "train", "time": 114.0, "step": 2},
     ]
-    assert startup.points(lines, started=101.5) == {
+    assert startup.points(stages, 110.0, steps, started=101.5) == {
         "imports done": 4.5,
         "process group ready": 5.0,
         "data ready": 6.0,
         "loader ready": 6.25,
         "model built": 8.25,
-        "run folder ready": 8.5,
-        "training starts": 9.0,
+        "training starts": 8.5,
         "step 1 done": 11.0,
         "step 2 done": 12.5,
     }
@@ -375,7 +367,7 @@ def test_points_of_a_start() -> None:
 def test_a_start_is_measured(tmp_path: Path) -> None:
     run = startup.measure([*TINY], tmp_path)
     times = [value for name, value in run.items() if not name.startswith("kernels")]
-    assert list(run)[7:11] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
+    assert list(run)[6:10] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
     assert times[0] > 0 and times == sorted(times)
     lines = startup.table({"empty caches": run, "full caches": run}).splitlines()
     assert lines[0] == "| | empty caches | full caches |"

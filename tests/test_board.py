@@ -230,23 +230,10 @@ def test_lines_are_of_one_kind_for_each_event(
     assert run_main("train", *TINY, *places, "--max_grad_norm=1e-3").code == 0
     lines = pd.read_json(run_dir / "metrics.jsonl", lines=True)
     assert lines.isna().mean().mean() < 0.5
-    assert lines.event.value_counts().to_dict() == {"train": 10, "validation": 2, "start": 1}
+    assert lines.event.value_counts().to_dict() == {"train": 10, "validation": 2}
     kinds = {kind: part.dropna(axis="columns") for kind, part in lines.groupby("event")}
     shared = {"event", "time", "step", "epoch", "samples"}
     assert shared <= set(kinds["train"]) & set(kinds["validation"])
-    assert shared | {"stages"} == set(kinds["start"])
-    (start,) = kinds["start"].to_dict("records")
-    assert (start["step"], start["epoch"], start["samples"]) == (0, 1, 0)
-    assert list(start["stages"]) == [
-        "imports",
-        "ranks",
-        "data",
-        "loader",
-        "model",
-        "log",
-        "kernels",
-    ]
-    assert min(start["stages"].values()) >= 0
     assert {"full", "sampled", "popularity", "seconds"} <= set(kinds["validation"])
     train = kinds["train"]
     # 143 windows an epoch, 32 a step.

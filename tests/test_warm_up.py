@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 
 from model.distributed import ALONE
 from model.kernels import compiler
-from model.kernels.compiler import Launch, launch, launches_wait, noted_launches, type_of
+from model.kernels.compiler import (
+    Launch,
+    before_capture,
+    captures_wait,
+    launch,
+    launches_wait,
+    noted_launches,
+    type_of,
+)
 from model.nodes import prepared_data
 from model.run import warm_up
 from model.run.build import train_loader
@@ -27,7 +35,7 @@ from model.run.warm_up import FakeStep, KernelsAhead
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from pipeline.training.loader import TrainLoader
-from tests.conftest import TINY, RunMain
+from tests.conftest import ROOT, TINY, RunMain
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -185,12 +193,8 @@ def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:
 def compile_ahead(cache_dir: Path) -> None:
     """Start as train.py does, and wait for everything."""
     _, loader, config, plan = parts(cache_dir)
-    kernels = KernelsAhead(replace(ALONE, device=GPU))
-    kernels.start(config, 80, loader, plan)
-    kernels.wait()
-    for thread in threading.enumerate():
-        if thread.name.startswith("kernels"):
-            thread.join()
+    KernelsAhead(replace(ALONE, device=GPU)).start(config, 80, loader, plan)
+    before_capture()
     assert not compiler._awaited
 
 
@@ -233,7 +237,7 @@ def test_nothing_is_compiled_for_a_cpu(cache_dir: Path, monkeypatch: pytest.Monk
     kernels.start(
         config, 80, train_loader(config, prepared_data(config.data, ALONE), ALONE, plan), plan
     )
-    kernels.wait()
+    assert not compiler._underway
 
 
 class Kernel:
@@ -280,6 +284,30 @@ def test_a_launch_waits_for_its_own_kernel(error: Exception | None) -> None:
         assert compiled.done()
     launch(one, (1,), 48, 3)
     assert (len(one.launched), len(other.launched)) == (3, 1)
+
+
+def test_a_capture_waits_for_work_that_other_work_starts() -> None:
+    done = []
+    begin = threading.Event()
+    with futures.ThreadPoolExecutor(2) as pool:
+
+        def first() -> None:
+            begin.wait()
+            captures_wait(pool.submit(done.append, 2))
+            done.append(1)
+
+        captures_wait(pool.submit(first))
+        begin.set()
+        before_capture()
+        assert sorted(done) == [1, 2]
+    before_capture()  # nothing is left to wait for
+
+
+def test_every_capture_waits() -> None:
+    texts = [file.read_text() for file in (ROOT / "model").rglob("*.py")]
+    captures = [text for text in texts if "torch.cuda.graph(" in text]
+    assert len(captures) == 4
+    assert all(text.count(" before_capture()\n") == 1 for text in captures)
 
 
 SIZES = st.sampled_from([0, 1, 2, 8, 15, 16, 17, 96, 2**31 - 1, 2**31, 2**31 + 3, 2**40])

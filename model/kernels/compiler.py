@@ -63,7 +63,8 @@ class Launch:
             _ = compiled.run  # made now: by the C compiler, code that launches it; both are loaded
 
 
-# Compilations that are not done yet.
+# What other threads do for kernels: all of it, and the compilations among it.
+_underway: dict[Future[None], None] = {}
 _awaited: dict[Launch, Future[None]] = {}
 # Every thread has its own.
 _note: ContextVar[Callable[[Launch], object] | None] = ContextVar("note", default=None)
@@ -85,6 +86,19 @@ def launches_wait(launch: Launch, compiled: Future[None]) -> None:
     """Let such launches wait until a compilation is done; else they would start another one."""
     _awaited[launch] = compiled
     compiled.add_done_callback(lambda _: _awaited.pop(launch))
+    captures_wait(compiled)
+
+
+def captures_wait(work: Future[None]) -> None:
+    """Let captures of CUDA graphs wait until other threads' work for kernels is done."""
+    _underway[work] = None
+    work.add_done_callback(_underway.pop)
+
+
+def before_capture() -> None:
+    """Wait for the threads that compile: while a graph is captured, none of them uses CUDA."""
+    while underway := [*_underway]:
+        wait(underway)
 
 
 @contextmanager

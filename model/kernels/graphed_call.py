@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.kernels.compiler import before_capture
+
 Body = Callable[..., Tensor | tuple[Tensor, ...]]
 Inputs = tuple[Tensor | None, ...]
 
@@ -70,6 +72,7 @@ class GraphedCall:
         self.pool = None  # freed with the last graph
 
     def _capture(self, inputs: Inputs) -> "_Captured":
+        before_capture()
         if self.shared is not None:
             return _Captured(self, self._body, self.parameters, inputs)
         # DDP's hooks bind a parameter's gradient to a stream other than the captured one: capture

@@ -17,6 +17,8 @@ C = TypeVar("C")
 class Stages:
     """Seconds of the stages of a start, by name, in order."""
 
+    TITLE = "before training: "
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
@@ -24,7 +26,17 @@ class Stages:
     def end(self, stage: str) -> None:
         """A stage ends now; it began at the end of the one before."""
         now = time.perf_counter()
-        self.seconds[stage], self._since = round(now - self._since, 3), now
+        self.seconds[stage], self._since = now - self._since, now
+
+    def __str__(self) -> str:
+        parts = (f"{stage} {seconds:.3f} s" for stage, seconds in self.seconds.items())
+        return f"{self.TITLE}{', '.join(parts)}"
+
+    @classmethod
+    def parse(cls, line: str) -> dict[str, float]:
+        """The stages of such a line."""
+        parts = (part.split() for part in line.removeprefix(cls.TITLE).split(", "))
+        return {stage: float(seconds) for stage, seconds, _ in parts}
 
 
 def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:

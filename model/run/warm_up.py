@@ -29,7 +29,14 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from model.distributed import Ranks
 from model.evaluation.users import vectors
 from model.execution import ExecutionPlan
-from model.kernels.compiler import MULTIPLE, Launch, launches_wait, noted_launches, triton
+from model.kernels.compiler import (
+    MULTIPLE,
+    Launch,
+    captures_wait,
+    launches_wait,
+    noted_launches,
+    triton,
+)
 from model.run.build import build_plain_model
 from model.settings.config import RunConfig
 from model.step.train_step import backward
@@ -51,7 +58,6 @@ class KernelsAhead:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._noted, self._untold = ranks, dict[Launch, Future[None]](), Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._found: Future[None] | None = None
         if triton is not None and ranks.device.type == "cuda":
             threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
             # Every thread has a current device of its own.
@@ -66,22 +72,17 @@ class KernelsAhead:
     def start(
         self, config: RunConfig, num_items: int, loader: TrainLoader, plan: ExecutionPlan
     ) -> None:
-        """Start to find the kernels, and to compile each."""
+        """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
-            # Made here: another thread would seed the generator of this one's initial weights.
+            # Made here: another thread would change the generator of this one's initial weights.
             step = FakeStep(config, num_items, plan, self._ranks)
-            self._found = self._pool.submit(self._find, step, loader.examples())
-
-    def wait(self) -> None:
-        """Wait until the kernels of the first step are found; a launch waits for its own."""
-        if self._found is not None:
-            self._found.result()
+            captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
         with self._failures_told(), noted_launches(self._note):
             step.train(next(batches))
         assert self._pool is not None
-        self._pool.submit(self._find_others, step, batches)
+        captures_wait(self._pool.submit(self._find_others, step, batches))
 
     def _find_others(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
         """Other shapes of training steps, then evaluation, behind what the first step needs."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
+from model.kernels.compiler import before_capture
+
 _WARM_UP = 2  # steps before the capture, in which the optimizer makes its state
 
 
@@ -40,6 +42,7 @@ class GraphedOptimizer(OptimizerWrapper):
             return
         self._steady += 1
         if self._graph is None and self._steady > _WARM_UP:
+            before_capture()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 super().step(closure)

@@ -23,6 +23,7 @@ from torch.profiler import record_function
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
+from model.kernels.compiler import before_capture
 from model.tables.all_to_all import MAX_GRAPHS, Request
 from model.tables.collections import LookupContext
 from model.tables.distribute import unwrap
@@ -127,6 +128,7 @@ class TrainStep:
         return bert.score(rows, batch.unpacked)
 
     def _capture(self, batch: PackedBatch, request: Any) -> "_Captured":
+        before_capture()
         # All graphs share one memory pool: a replay overwrites the tensors of the previous one.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # The side stream has the lower priority: an update of a whole table would fill the GPU.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchrec.streamable import Multistreamable
 
 from model.distributed import Ranks, narrow_group
+from model.kernels.compiler import before_capture
 from model.kernels.segment_sum import SortedIndex, add_rows
 from model.tables.row_exchange import RowExchange
 
@@ -147,6 +148,7 @@ class _Captured:
     """The graph of a request, and the memory that it reads and writes."""
 
     def __init__(self, exchange: AllToAll, ids: Tensor, slots: int) -> None:
+        before_capture()
         self.graph = torch.cuda.CUDAGraph()
         self._ids = ids.clone()
         stream = torch.cuda.current_stream()

@@ -1,7 +1,6 @@
 """The log of a run, written by rank 0.
 
-    runs/mine/metrics.jsonl     a JSON object a line, of an event: "start", "train" (steps) or
-                                "validation"
+    runs/mine/metrics.jsonl     a JSON object a line, of an event: "train" (steps) or "validation"
     runs/mine/eval_test.json    the final metrics
 
 The same goes to TensorBoard (:mod:`model.board`).
@@ -78,10 +77,6 @@ class RunLog:
     def advance(self) -> None:
         if self._bar is not None:
             self._bar.update(1)
-
-    def write_start(self, at: At, seconds: dict[str, float]) -> None:
-        """Log how long each stage before training took, by its name."""
-        self._write("start", at, {"stages": seconds})
 
     def write_steps(self, at: At, values: dict[str, float]) -> None:
         """Log the steps since the last call: loss, lr, records_per_second and more."""

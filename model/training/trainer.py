@@ -160,10 +160,9 @@ class Trainer:
         clipping = self.optimizers.clipping
         values = self._window.reduce(None if clipping is None else clipping.take_sums())
         values["table_lr"] = self.optimizers.table_lr
-        self.log.write_steps(self.at, values)
+        self.log.write_steps(self._at(), values)
 
-    @property
-    def at(self) -> At:
+    def _at(self) -> At:
         """Where training is, for the log."""
         position = self.position
         samples = position.epoch * self.loader.num_samples + position.sample
@@ -258,7 +257,7 @@ class Trainer:
         else:
             self.position = replace(self.position, stale=self.position.stale + 1)
         seconds = time.perf_counter() - started
-        self.log.write_evaluation(self.at, result, seconds, examples)
+        self.log.write_evaluation(self._at(), result, seconds, examples)
         self.log.say(
             f"epoch {self.position.epoch + 1}: validation NDCG@10 full {value:.4f}"
             f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
