@@ -356,9 +356,47 @@ def test_a_run_by_time(run_main: RunMain, tmp_path: Path) -> None:
 
     other = tmp_path / "other"
     assert run_main("train", *flags, f"--run_dir={other}").code == 0
+    outcome = run_main("eval", f"--checkpoint={other}", "--targets=all")
+    assert_one_line(outcome, "eval", "other was trained with --split leave_one_out")
     outcome = run_main("eval", "--compare", run, other)
     assert_one_line(outcome, "eval", "they were trained on different ratings or splits")
     taught = run_main("train", *by_time, f"--run_dir={tmp_path / 't'}", "--teachers", other)
     assert "was trained on other ratings of these items, or with another split" in taught.err
     outcome = run_main("recommend", f"--checkpoint={run}", "--user=u1")
     assert outcome.code == 0, outcome.err
+
+
+def test_a_model_is_evaluated_by_other_targets_than_in_training(
+    run_main: RunMain, tmp_path: Path
+) -> None:
+    run, path, file = tmp_path / "run", ratings(tmp_path), tmp_path / "ranks.parquet"
+    flags = (*TINY, f"--dataset_path={path}", f"--cache_dir={tmp_path / 'c'}", "--num_epochs=1")
+    split = "--split_time=2011-04-13,2011-05-03"
+    assert run_main("train", *flags, split, f"--run_dir={run}").code == 0
+    trained = json.loads((run / "eval_test.json").read_text())
+    assert trained["protocol"]["targets"] == "next" and "targets" not in trained
+
+    ranks: dict[str, dict[str, list[int]]] = {}
+    for targets in ("next", "all"):
+        evaluate = ("eval", f"--checkpoint={run}", f"--targets={targets}")
+        outcome = run_main(*evaluate, f"--per_user={file}")
+        assert outcome.code == 0, outcome.err
+        ranks[targets] = {}
+        for row in pq.read_table(file).to_pylist():
+            ranks[targets].setdefault(row["user"], []).append(row["rank"])
+    assert outcome.out.startswith("test, 40 users with ")
+    assert "targets, targets not as in training (all)\n" in outcome.out
+    assert json.loads((run / "eval_test.json").read_text())["full"] == trained["full"]
+    result = json.loads((run / "eval_test-targets-all.json").read_text())
+    assert result["protocol"]["targets"] == result["other_targets"] == "all"
+    # The next item is the first target of each user, in the same list (seen items are kept).
+    assert ranks["next"] == {user: of_all[:1] for user, of_all in ranks["all"].items()}
+    expected = mean_of([of_user(of_all) for of_all in ranks["all"].values()])
+    assert max(map(len, ranks["all"].values())) > 5
+    for name in ("HR@10", "Recall@10", "NDCG@10", "MRR", "MAP"):
+        assert result["full"][name] == pytest.approx(expected[name])
+    first = [1 / of_next[0] for of_next in ranks["next"].values()]
+    assert trained["full"]["MRR"] == pytest.approx(np.mean(first))
+
+    outcome = run_main("eval", "--compare", run, run, "--targets=all")
+    assert outcome.out.startswith("test, 40 users of both\n") and "MAP" in outcome.out

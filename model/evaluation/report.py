@@ -28,9 +28,10 @@ _KINDS = {
     "target": "kind of target (users)",
 }
 # Keys of a result that is not the one of training, by which its file is named, too.
-_NOTES = {
+NOTES = {
     "popularity_discount": "popularity discount {:g}",
     "other_seen": "seen items not as in training ({})",
+    "other_targets": "targets not as in training ({})",
     "other_ratings": "on other ratings than those of training ({})",
 }
 
@@ -52,7 +53,7 @@ def format_report(split: str, result: Result, best_possible: dict[str, float] | 
             rows.append((f"{protocol}, {label}", metrics[protocol]))
     if best_possible and _seen(result) == "drop":  # it never repeats an item
         rows.append(("full, best possible on this data", best_possible))
-    notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
+    notes = "".join(f", {NOTES[key].format(result[key])}" for key in NOTES if key in result)
     users = f"{result['users']:,} users"
     if "targets" in result:
         users += f" with {result['targets']:,} targets"
@@ -152,6 +153,8 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
         name += f"-discount-{discount:g}"
     if seen := result.get("other_seen"):
         name += f"-seen-{seen}"
+    if targets := result.get("other_targets"):
+        name += f"-targets-{targets}"
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"

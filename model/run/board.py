@@ -11,6 +11,7 @@ from model.board.projector import ItemVectors, popular_items
 from model.board.result import Measured, write_measured
 from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
+from model.evaluation.report import NOTES
 from model.run.folder import command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
@@ -89,11 +90,7 @@ def write_evaluated(
     if not (run.folder / "checkpoints").is_dir():
         return
     flags = compared_flags(run.config)
-    flags |= {
-        key: result[key]
-        for key in ("popularity_discount", "other_seen", "other_ratings")
-        if key in result
-    }
+    flags |= {key: result[key] for key in NOTES if key in result}
     with writing(f"{run.folder}"):
         measured = Measured(name, run.step(ranks), result, flags, best)
         write_measured(run.folder, measured, run.config.board.is_full)

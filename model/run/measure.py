@@ -109,8 +109,7 @@ def measure_trained(flags: EvalFlags, ranks: Ranks) -> Measured:
     result |= run.trained_to(ranks)
     if discount:
         result["popularity_discount"] = discount
-    if not run.has_seen_of(config):
-        result["other_seen"] = config.holdout.seen
+    result |= run.other_protocol(config)
     if not run.has_ratings_of(store):
         result["other_ratings"] = store.ratings_fingerprint
     return Measured(run, config, store, result, users)
@@ -139,7 +138,8 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
         users.append(measure(of_run, model, stores[0], flags.split, ranks, discount)[1])
     holdout = config.holdout
     found = compare(users[0], users[1], holdout.cutoffs, holdout.eval_negatives_seed)
-    return format_comparison(flags.compare, found, flags.split, len(users[0].users))
+    number = len(np.unique(users[0].users))  # of which each may have several targets
+    return format_comparison(flags.compare, found, flags.split, number)
 
 
 def _ratings(run: TrainedRun, ranks: Ranks) -> SequenceStore:

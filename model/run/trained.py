@@ -36,6 +36,7 @@ from model.settings.flags import build, current_flags
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog
+from pipeline.preparation.parts import LEAVE_ONE_OUT
 from pipeline.preparation.store import SequenceStore
 
 USERS = FILES[1]
@@ -64,11 +65,21 @@ class TrainedRun:
             self.config = build(RunConfig, current_flags(RunConfig, settings))
         except UserError as error:
             raise UserError(f"{self.folder / 'config.json'}: {error}") from error
+        if flags.targets != "trained":
+            self.config = self._with_targets(flags.targets)
         if flags.split == "validation" and self.config.windows.train_on_validation:
             raise UserError(
                 f"{self.folder} was trained on the validation items (--train_on_validation): only "
                 "--split test can evaluate it"
             )
+
+    def _with_targets(self, choice: str) -> RunConfig:
+        if choice == "all" and self.config.data.split_by == LEAVE_ONE_OUT:
+            raise UserError(
+                f"--targets all: {self.folder} was trained with --split {LEAVE_ONE_OUT}, which "
+                "holds out one item of a user for each split: leave it out"
+            )
+        return replace(self.config, holdout=replace(self.config.holdout, targets=choice))
 
     def trained_to(self, ranks: Ranks) -> dict[str, int]:
         """Step and epoch of the weights, as far as they are known."""
@@ -93,9 +104,19 @@ class TrainedRun:
         check_catalog(self.folder)
         return Catalog.read(self.folder, self._recorded["catalog"])
 
-    def has_seen_of(self, config: RunConfig) -> bool:
-        """Whether a config with a decided ``--seen`` ranks seen items as training did."""
-        return config.holdout.seen == self._recorded["flags"].get("seen", config.holdout.seen)
+    def other_protocol(self, config: RunConfig) -> dict[str, str]:
+        """Keys of a result that ranks by another ``--seen`` or ``--targets`` than training did.
+
+        Args:
+            config: with a decided ``--seen``.
+        """
+        recorded, holdout = self._recorded["flags"], config.holdout
+        found = {}
+        if recorded.get("seen", holdout.seen) != holdout.seen:
+            found["other_seen"] = holdout.seen
+        if recorded.get("targets", "next") != holdout.targets:  # not in earlier versions
+            found["other_targets"] = holdout.targets
+        return found
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""
