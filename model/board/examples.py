@@ -100,8 +100,9 @@ class Examples:
             shown = [""] * (_SHOWN - len(shown)) + shown
             best = [_marked(catalog, item, target) for item in found[row].tolist()]
             head = f"user {escaped(catalog.users[user].as_py())}, {len(history):,} items"
-            columns.append([head, *shown, f"target **{_name(catalog, target)}**", *best])
-        labels = ["", *(f"-{n}" for n in range(_SHOWN, 0, -1)), ""]
+            columns.append([head, *shown, f"**{_name(catalog, target)}**", *best])
+        # A minus sign, unlike a hyphen, stays on the line of its number.
+        labels = ["", *(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), "target"]
         labels += [f"{rank}" for rank in range(1, found.shape[1] + 1)]
         header, *rows = zip(labels, *columns, strict=True)
         return table(header, rows)
