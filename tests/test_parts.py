@@ -173,7 +173,12 @@ def test_filters_count_the_training_part_alone() -> None:
     with pytest.raises(UserError, match="--min_user_count 3 drops all"):
         split(ROWS, "30,40", min_user_count=3)
     more = [*ROWS, ("a", "1", 47), ("b", "1", 48), ("a", "1", 35), ("b", "1", 36)]
-    assert split(more, "30,40", min_item_count=2).catalog.items.to_pylist() == ["1"]
+    popular = split(more, "30,40", min_item_count=2)
+    assert popular.catalog.items.to_pylist() == ["1"]
+    # Of the validation and the test part.
+    for kept, dropped in ((store, (1, 3)), (popular, (2, 6))):
+        assert tuple(kept.counts[part]["dropped"] for part in ("validation", "test")) == dropped
+    assert "validation 1 ratings and 1 dropped by filters, 1 users evaluated" in describe(store)
 
 
 rows_of = st.lists(

@@ -119,6 +119,11 @@ def remarks(result: Result) -> list[str]:
         if result.get("protocol", {}).get("split", "leave_one_out") != "leave_one_out":
             lack = "have no item of this part, or none before it: they are not evaluated"
         found.append(f"{left_out:,} of {left_out + result['users']:,} users {lack}")
+    if dropped := result.get("ratings_dropped"):
+        found.append(
+            f"{dropped:,} ratings of this part are not evaluated: their items or users have too "
+            "few training ratings (--min_item_count, --min_user_count)"
+        )
     if fewer := result.get("fewer_negatives"):
         unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(

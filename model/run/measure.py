@@ -57,6 +57,8 @@ def measure(
     result["lists"] = ranking.listed.metrics(store.train_item_counts)
     if left_out := store.num_users - result["users"]:
         result["users_left_out"] = left_out
+    if dropped := store.counts.get(split, {}).get("dropped"):
+        result["ratings_dropped"] = dropped
     result["protocol"] = protocol_of(config, store)
     result |= {"ratings": store.ratings_fingerprint, "catalog": store.catalog_fingerprint}
     return result, users
