@@ -186,8 +186,8 @@ def test_what_a_run_shows(run_main: RunMain, run_dir: Path, cache_dir: Path) -> 
     shown = json.loads((run_dir / "eval_test.json").read_text())
     heads = [line for line in result.splitlines() if "| model |" in line]
     assert heads == [
-        "| sampled | model | ± (95 %) | popularity alone |",
         "| full | model | ± (95 %) | popularity alone | best possible on this data |",
+        "| sampled | model | ± (95 %) | popularity alone |",
     ]
     for metric, value in shown["full"].items():
         assert f"\n| {metric} | {value:.4f} | " in result

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.distributed import Ranks
 from model.evaluation.details import details
 from model.evaluation.evaluate import rank_users, summed
 from model.evaluation.metrics import (
@@ -23,9 +24,11 @@ from model.evaluation.metrics import (
     user_metrics,
 )
 from model.evaluation.ranked_users import gathered
+from model.run.measure import recent_days
+from model.settings.config import RunConfig
 from pipeline.evaluation.config import HoldoutConfig
 from pipeline.evaluation.holdout import EvalLoader
-from pipeline.evaluation.recent import ranks_by, recent_scores
+from pipeline.evaluation.recent import DAYS, ranks_by, recent_scores
 from pipeline.preparation.store import SequenceStore
 from tests.conftest import TINY, RunMain, assert_one_line
 from tests.test_evaluation import model_with
@@ -265,6 +268,28 @@ def test_recent_popularity_by_hand() -> None:
     dropped = EvalLoader(store, "test", 8, 4, HoldoutConfig(eval_negatives=9))
     list(dropped)
     assert ranks_by(dropped, late)[1].tolist() == [1, 1]
+
+
+def test_validation_chooses_the_days_of_recent_popularity(one_rank: Ranks) -> None:
+    # Ratings of the items 1, 4, 2 and 3 on days 1, 78, 96 and 99; the validation target is 2.
+    rated = ((1, 9, 1), (4, 8, 78), (2, 5, 96), (3, 2, 99))
+    store = parted([([item for item, count, _ in rated for _ in range(count)], [2], [1])])
+    days = np.repeat([day for *_, day in rated], [count for _, count, _ in rated])
+    store.times = np.append(days, [100, 110]) * 86_400
+    store.split = {"by": "time", "points": ["100", "110"], "times": [100 * 86_400, 110 * 86_400]}
+    store.counts["times"] = {"unit": "s"}
+    config = RunConfig(holdout=HoldoutConfig(seen="keep", eval_negatives=3))
+    loader = EvalLoader(store, "validation", 8, 4, config.holdout, keep_seen=True)
+    ranks = {}
+    for last in DAYS:
+        scores = recent_scores(store, "validation", last)
+        assert scores is not None
+        ranks[last] = ranks_by(loader, scores)[1].tolist()
+    # On the last day 3, then by training counts 1, 4, 2; in 7 days 2, 3; in 30 days 4, 2.
+    assert ranks == {1: [4], 7: [1], 30: [2], 90: [2]}
+    assert recent_days(config, store, one_rank) == 7
+    store.counts["times"] = {"unit": ""}
+    assert recent_days(config, store, one_rank) is None
 
 
 def ratings(folder: Path, days: int = 60) -> Path:

@@ -24,6 +24,7 @@ from pipeline.serving.histories import KnownHistories
 
 _USERS, _ITEMS = 5, 10
 _SHOWN = 3  # newest items of a history
+_TARGET = "✓"  # a word in the first column would be broken
 
 
 class Examples:
@@ -102,7 +103,7 @@ class Examples:
             head = f"user {escaped(catalog.users[user].as_py())}, {len(history):,} items"
             columns.append([head, *shown, f"**{_name(catalog, target)}**", *best])
         # A minus sign, unlike a hyphen, stays on the line of its number.
-        labels = ["", *(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), "target"]
+        labels = ["", *(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), _TARGET]
         labels += [f"{rank}" for rank in range(1, found.shape[1] + 1)]
         header, *rows = zip(labels, *columns, strict=True)
         return table(header, rows)
@@ -115,4 +116,4 @@ def _name(catalog: Catalog, item: int) -> str:
 def _marked(catalog: Catalog, item: int, target: int) -> str:
     if not item:
         return ""
-    return f"**{_name(catalog, item)}** ✓" if item == target else _name(catalog, item)
+    return f"**{_name(catalog, item)}** {_TARGET}" if item == target else _name(catalog, item)

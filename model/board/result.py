@@ -21,6 +21,7 @@ from model.evaluation.evaluate import Result
 from model.evaluation.report import MODEL, about_lists, rankings, remarks
 
 RESULTS = "results"
+_PROTOCOLS = ("full", "sampled")  # the first one chooses the best model
 _OF_GROUPS = ("HR@10", "NDCG@10", "MRR")
 
 
@@ -75,8 +76,9 @@ def _text(measured: Measured) -> str:
     result = measured.result
     users, step = f"{result['users']:,} users", f"step {measured.step:,}"
     parts = [f"**{markdown.escaped(measured.name)}**, {users}, {step}"]
-    for protocol, columns in rankings(result, measured.best_possible).items():
-        lines = {name: _across(columns, name) for name in columns[MODEL]}
+    found = rankings(result, measured.best_possible)
+    for protocol in _PROTOCOLS:
+        lines = {name: _across(found[protocol], name) for name in found[protocol][MODEL]}
         parts.append(markdown.metrics_table(protocol, lines))
     return "\n\n".join([*parts, *about_lists(result), *_groups(result), *remarks(result)])
 
@@ -104,7 +106,7 @@ def _add_histograms(events: SummaryWriter, result: Result, step: int) -> None:
     histogram = result.get("rank_histogram", {"limits": []})
     limits = [math.log10(limit) for limit in histogram["limits"]]
     edges = [math.log10(0.5), *limits]
-    for protocol in ("full", "sampled") if limits else ():
+    for protocol in _PROTOCOLS if limits else ():
         counts = histogram[protocol]
         occupied = [at for at, count in enumerate(counts) if count]
         # The sums are those of the intervals' ends: no view of TensorBoard shows them.
