@@ -24,7 +24,7 @@ from pipeline.serving.histories import KnownHistories
 
 _USERS, _ITEMS = 5, 10
 _SHOWN = 3  # newest items of a history
-_TARGET = "✓"  # a word in the first column would be broken
+_TARGET = "✓"
 
 
 class Examples:
@@ -102,8 +102,9 @@ class Examples:
             best = [_marked(catalog, item, target) for item in found[row].tolist()]
             head = f"user {escaped(catalog.users[user].as_py())}, {len(history):,} items"
             columns.append([head, *shown, f"**{_name(catalog, target)}**", *best])
-        # A minus sign, unlike a hyphen, stays on the line of its number.
-        labels = ["", *(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), _TARGET]
+        # TensorBoard breaks words of narrow columns: the heading makes the first one wide enough.
+        labels = [f"history, target {_TARGET}, best items"]
+        labels += [*(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), _TARGET]
         labels += [f"{rank}" for rank in range(1, found.shape[1] + 1)]
         header, *rows = zip(labels, *columns, strict=True)
         return table(header, rows)
