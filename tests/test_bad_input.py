@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
+from pipeline.formats import source_file as sources
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import source_file as sources
 from tests.conftest import TINY, RunMain, assert_one_line, assert_refused
 
 HEAD = b"user,item,rating,timestamp\n"

@@ -17,8 +17,10 @@ from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.sources import download as download_module
 from pipeline.sources.config import DataConfig
-from pipeline.sources.datasets import RandomRatings, find_ratings, resolve
+from pipeline.sources.datasets import resolve
 from pipeline.sources.download import download
+from pipeline.sources.random_ratings import RandomRatings
+from pipeline.sources.ratings_files import find_ratings
 
 REAL_DATA = Path(os.environ.get("BERT4REC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RATINGS = "".join(f"{user}::{item}::5::{item}\n" for user in (1, 2) for item in range(1, 6))

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import QUOTING
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats.layout import QUOTING
+from pipeline.formats.source_file import SourceFile
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BOM = b"\xef\xbb\xbf"
