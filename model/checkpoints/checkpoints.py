@@ -29,7 +29,8 @@ from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader, read_index, stored_weights
 from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
-from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
+from model.distributed import Ranks, from_first_rank, raise_on_all
+from model.ending import GONE
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError, remedy

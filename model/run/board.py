@@ -11,7 +11,7 @@ from model.board.projector import ItemVectors, popular_items
 from model.board.result import Measured, write_measured
 from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
-from model.run.folder import command, versions
+from model.run.config_file import command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
 from model.settings.flags import changed
