@@ -186,7 +186,7 @@ def test_members_outside_the_archive_are_harmless(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_paths(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file: .*nothing\.csv; see --dataset_path"):
+    with pytest.raises(UserError, match=r"no such file: .*nothing\.csv; check the path"):
         resolve(DataConfig(dataset_path=str(tmp_path / "nothing.csv")))
     write(tmp_path / "x.zip", ML_1M[:300])
     with pytest.raises(UserError, match=r"cannot read .*x\.zip"):

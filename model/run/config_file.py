@@ -68,11 +68,15 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
         before.setdefault("seen", "drop")  # the only way of earlier versions
     now["targets"] = config.holdout.targets
     before.setdefault("targets", "next")
+    for flags in (before, now):  # one fact: a window of a longer --split_time has both
+        end = f" until {until}" if (until := flags.pop("split_until", "")) else ""
+        flags["split_time"] = f"{flags.get('split_time', '')}{end}"
     for name in now:
         if before.get(name, now[name]) != now[name]:
+            was, new = (flags[name] if flags[name] != "" else "none" for flags in (before, now))
             raise UserError(
-                f"--resume auto: {path} was trained with --{name} {before[name]}, not "
-                f"{now[name]}: give the same value, or choose another --run_dir"
+                f"--resume auto: {path} was trained with --{name} {was}, not {new}: give the same "
+                "value, or choose another --run_dir"
             )
     for name, value in facts.items():
         if recorded.get(name, value) != value:

@@ -33,7 +33,7 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
                     raise UserError(
                         f"{file} looks like UTF-16 without a byte order mark: convert it to UTF-8"
                     )
-                raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
+                raise UserError(f"{file} is not a text file; known formats: docs/data.md")
             if not read:
                 break
             end = _last_end(block, separator)

@@ -141,7 +141,7 @@ def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
         )
     if not config.split_until:
         return points, None
-    *points, until = read_points(f"{config.split_time},{config.split_until}")
+    *points, until = read_points(config.split_time, config.split_until)
     return points, until
 
 

@@ -24,7 +24,7 @@ from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.download import download
 from pipeline.sources.random_ratings import RandomRatings
 from pipeline.sources.ratings_files import find_ratings
-from pipeline.sources.split import SplitRatings, find_parts, readers_of_parts
+from pipeline.sources.split import find_split
 from pipeline.sources.synthetic import SyntheticRatings
 from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
@@ -69,18 +69,17 @@ def resolve(config: DataConfig) -> DataSource:
         path = expanded_place(flag, config.ratings_path)
         if not config.ratings_path:
             path = download(config.dataset_name, config.cache_folder)
-        parts, titles = find_parts(path) if config.split_path else ({}, None)
-        files = [file for part in parts.values() for file in part]
-        if not files:
+        if config.split_path:
+            ratings, titles = find_split(path, config.dataset_name, wanted(config))
+            files = ratings.whole.files
+        else:
             files, titles = find_ratings(path, config.dataset_name)
+            ratings = ReadRatings(*files, wanted=wanted(config))
         if config.items_path:
             titles = SourceFile(expanded_place("items_path", config.items_path))
         origin = [file.stamp() for file in (*files, titles) if file]
         read = ("columns", "separator", "where", "duplicates", "file_order")
         flags |= {flag: getattr(config, flag) for flag in read} | {"reading": _READING}
-        ratings = ReadRatings(*files, wanted=wanted(config))
-        if config.split_path:
-            ratings = SplitRatings(readers_of_parts(parts, files, wanted(config)), ratings)
     if config.split_by != "leave_one_out":  # stores of earlier versions have no such key
         flags["split"] = [config.split_by, config.split_time, config.split_until]
     fingerprint = json.loads(json.dumps({"source": origin, "flags": flags}))

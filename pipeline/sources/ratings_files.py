@@ -35,7 +35,7 @@ def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], 
     with reading(path):
         path.stat()
     if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} is neither a file nor a folder; see --dataset_path")
+        raise UserError(f"{path} is neither a file nor a folder: give one")
     if path.is_file() and not is_zip(path):
         beside = path.with_name(_titles_file(path.name))
         return [SourceFile(path)], SourceFile(beside) if beside.is_file() else None
@@ -67,7 +67,7 @@ def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], 
     if len(found) != 1:
         what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
         expected = "" if found else f"; looked for {', '.join(wanted)}"
-        raise UserError(f"{path}: {what} in it{expected}; give the file with --dataset_path")
+        raise UserError(f"{path}: {what} in it{expected}; give the file itself")
     folder, _, file = found[0].rpartition("/")
     titles = f"{folder}/{_titles_file(file)}".lstrip("/")
     return [inside(path, found[0])], inside(path, titles) if titles in names else None

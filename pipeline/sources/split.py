@@ -13,7 +13,13 @@ from pipeline.errors import UserError
 from pipeline.formats.readers import ReadRatings
 from pipeline.formats.source_file import SourceFile, is_zip, reading, unpacked_name
 from pipeline.remote import RemotePath
-from pipeline.sources.ratings_files import format_of, inside, names_in, numbers_in_order
+from pipeline.sources.ratings_files import (
+    find_ratings,
+    format_of,
+    inside,
+    names_in,
+    numbers_in_order,
+)
 from pipeline.stage import Stage
 from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.where import Where
@@ -26,45 +32,64 @@ PART_WORDS = {
 }
 
 
-def find_parts(
-    path: Path | RemotePath,
-) -> tuple[dict[str, list[SourceFile]], SourceFile | None]:
-    """The files of each part by the words in their names, and the titles beside RecBole's.
-
-    No files: the path is one file, or no names tell a training and a test part.
-    """
+def find_split(
+    path: Path | RemotePath, name: str, wanted: Wanted
+) -> tuple["SplitRatings", SourceFile | None]:
+    """The ratings of a split: of the files of each part, else of a column; and the titles' file."""
     with reading(path):
         path.stat()
-    if not path.is_dir() and not is_zip(path):
-        return {}, None
-    names = names_in(path)
-    found: dict[str, list[SourceFile]] = {part: [] for part in PART_WORDS}
+    is_many = path.is_dir() or (path.is_file() and is_zip(path))
+    names = names_in(path) if is_many else []
+    parts = _parts(names)
+    if parts["train"] and parts["test"]:
+        files = {part: [inside(path, each) for each in found] for part, found in parts.items()}
+        readers = [ReadRatings(*part, wanted=wanted) for part in files.values()]
+        whole = ReadRatings(*(each for part in files.values() for each in part), wanted=wanted)
+        titles = [each for each in names if unpacked_name(each).endswith(".item")]
+        of_item = inside(path, titles[0]) if len(titles) == 1 else None
+        return SplitRatings(readers, whole), of_item
+    missing = _missing(parts)
+    try:
+        found, of_item = find_ratings(path, name)
+    except UserError as error:
+        if not is_many:
+            raise
+        raise UserError(f"--split_path {path}: {missing}") from error
+    of_rows = [_of_rows(wanted, words, missing) for words in PART_WORDS.values()]
+    readers = [ReadRatings(*found, wanted=each) for each in of_rows]
+    return SplitRatings(readers, ReadRatings(*found, wanted=wanted)), of_item
+
+
+def _parts(names: list[str]) -> dict[str, list[str]]:
+    """The files of each part, by the words in their names."""
+    found: dict[str, list[str]] = {part: [] for part in PART_WORDS}
     for name in sorted(filter(format_of, names), key=numbers_in_order):
         words = set(re.split(r"[/._-]+", name.lower()))
         parts = [part for part, known in PART_WORDS.items() if words & {*known}]
         if len(parts) == 1:
-            found[parts[0]].append(inside(path, name))
-    if not found["train"] or not found["test"]:
-        return {}, None
-    titles = [name for name in names if unpacked_name(name).endswith(".item")]
-    return found, inside(path, titles[0]) if len(titles) == 1 else None
+            found[parts[0]].append(name)
+    return found
 
 
-def readers_of_parts(
-    parts: dict[str, list[SourceFile]], files: list[SourceFile], wanted: Wanted
-) -> list[ReadRatings]:
-    """Readers of the training, validation and test part: of its files, or of its rows."""
-    if parts:
-        return [ReadRatings(*part, wanted=wanted) for part in parts.values()]
-    readers = []
-    for words in PART_WORDS.values():
-        spelled = ", ".join(
-            f"{form!r}" for word in words for form in (word, word.title(), word.upper())
-        )
-        chosen = f"split in ({spelled})"
-        rows = Where(f"({wanted.rows.text}) and {chosen}" if wanted.rows else chosen)
-        readers.append(ReadRatings(*files, wanted=replace(wanted, rows=rows, of_split=True)))
-    return readers
+def _missing(parts: dict[str, list[str]]) -> str:
+    """Which files of a split are missing, and what there may be in their place."""
+    lacking = [part for part in ("train", "test") if not parts[part]]
+    expected = " and ".join(
+        f"a file of {part} ({' or '.join(PART_WORDS[part])} in its name)" for part in lacking
+    )
+    found = ", ".join(f"{files[0]} of {part}" for part, files in parts.items() if files)
+    beside = f" beside {found}" if found else " in a folder or zip"
+    return f"give {expected}{beside}, or a column split"
+
+
+def _of_rows(wanted: Wanted, words: tuple[str, ...], missing: str) -> Wanted:
+    """The rows of one part, by the words for it in the column split."""
+    spelled = ", ".join(
+        f"{form!r}" for word in words for form in (word, word.title(), word.upper())
+    )
+    chosen = f"split in ({spelled})"
+    rows = Where(f"({wanted.rows.text}) and {chosen}" if wanted.rows else chosen)
+    return replace(wanted, rows=rows, of_split=missing)
 
 
 class SplitRatings(Stage[pa.Table]):
