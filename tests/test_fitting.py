@@ -74,6 +74,38 @@ def test_passes_fall_with_the_root_of_the_windows() -> None:
     assert fit(store_of(400_000, 1))["num_epochs"] == 30
 
 
+@pytest.mark.parametrize(
+    ("users", "given", "patience"),
+    [
+        (8192, {}, 7),  # 64 steps a pass, 60 passes, an evaluation each 3: 35 % are 21 passes
+        (8192, {"eval_every": 1}, 21),
+        (8192, {"eval_every": 6}, 4),  # 3.5
+        (8192, {"eval_every": 60}, 1),
+        (8192, {"num_epochs": 600}, 7),  # an evaluation each 30 passes
+        (8192, {"num_epochs": 20}, 12),  # 35 % are 448 steps: 800 are 12.5 passes
+        (8192, {"train_batch_size": 1024, "eval_every": 1}, 100),  # 8 steps a pass
+        (8192, {"dupe_factor": 10, "eval_every": 1}, 21),
+        (320, {}, 27),  # 10 steps a pass, an evaluation each 30 steps: more than there are
+        (0, {}, 267),  # one step a pass
+    ],
+)
+def test_patience_is_of_steps(users: int, given: dict[str, Any], patience: int) -> None:
+    store = store_of(users, 5)
+    assert fit(store, **given)["patience"] == patience
+    halves = {**given, "train_batch_size": given.get("train_batch_size", 128) // 2}
+    if users == 8192:
+        assert fit(store, Machine("cuda", 1 << 36, 2), **halves)["patience"] == patience
+
+
+@pytest.mark.parametrize(
+    ("windows", "length"),
+    [(1519, 100), (6489, 100), (13115, 100), (22381, 6), (30476, 8), (40272, 6)],
+)
+def test_the_data_sets_that_the_rule_is_made_from_have_seven(windows: int, length: int) -> None:
+    assert chosen(store_of(windows, length), "patience", machine=Machine()) == [7]
+    assert chosen(store_of(windows, length), "patience") == [7]
+
+
 def test_the_catalog_and_the_device_decide_width_and_loss() -> None:
     names = "emb_dim", "nhead", "loss"
     small, large = store_of(9, 5, 20_000), store_of(9, 5, 20_000_000)
@@ -165,7 +197,7 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     flags = [*SMALL, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags, "--num_epochs=1")
     assert outcome.code == 0, outcome.err
-    assert "10 windows, 1 rank: --train_batch_size 32 --eval_every 1 --patience 7" in outcome.out
+    assert "10 windows, 1 rank: --train_batch_size 32 --eval_every 1 --patience 800" in outcome.out
     recorded = json.loads((run_dir / "config.json").read_text())["flags"]
     assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 32)
     # Flags that were fitted once are kept: another rule may come with another version.

@@ -26,7 +26,9 @@ from pipeline.training.config import WindowConfig
 from pipeline.training.windows import WindowTable
 
 SHORT = 30  # items of a training history on average; no set was measured between 11 and 89
-EVALUATIONS, PATIENCE = 20, 7  # of a whole training; those without a better one that end it
+EVALUATIONS = 20  # of a whole training
+# Steps without a better evaluation that end a training: a share of all, and at least as many.
+PATIENT_SHARE, PATIENT_STEPS = 7 / 20, 800
 # Windows up to which the passes are constant; the fewest and the most windows of a global batch.
 MANY_WINDOWS, LEAST_BATCH, MOST_BATCH = 100_000, 32, 1024
 EXACT_ITEMS = {"cuda": 100_000, "cpu": 5_000}  # above, a sampled softmax
@@ -132,14 +134,23 @@ def _windows(store: SequenceStore, flags: Mapping[str, Any]) -> int:
 
 
 def _for_size(windows: int, ranks: int, passes: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch, passes and evaluations: both batch and steps grow with the root of the windows."""
+    """Batch, passes and evaluations: both batch and steps grow with the root of the windows.
+
+    An end without a better evaluation comes after as many steps, however often one evaluates.
+    """
     batch = 2 ** round(math.log2(max(1, 2 * windows)) / 2)
     batch = min(max(batch, LEAST_BATCH), MOST_BATCH)
     epochs = round(passes * min(1.0, math.sqrt(MANY_WINDOWS / max(1, windows))))
     flags = {"train_batch_size": max(1, batch // ranks), "num_epochs": max(1, epochs)}
     epochs = given.get("num_epochs", flags["num_epochs"])
     flags["eval_every"] = max(1, round(epochs / EVALUATIONS))
-    return flags | ({} if given.get("train_on_validation") else {"patience": PATIENCE})
+    if given.get("train_on_validation"):
+        return flags
+    together = given.get("train_batch_size", flags["train_batch_size"]) * ranks
+    steps = math.ceil(max(1, windows * given.get("dupe_factor", 1)) / together)  # of a pass
+    patient = max(PATIENT_SHARE * epochs * steps, PATIENT_STEPS)
+    every = given.get("eval_every", flags["eval_every"]) * steps
+    return flags | {"patience": max(1, round(patient / every))}
 
 
 def _text(value: Any) -> str:
