@@ -63,6 +63,14 @@ def test_the_batch_is_near_the_root_of_twice_the_windows(
     assert fit(store_of(users, length))["train_batch_size"] == batch
 
 
+@pytest.mark.parametrize(("users", "batch"), [(1, 8), (1100, 16), (8192, 32)])
+def test_a_cpu_has_a_quarter_of_the_batch(users: int, batch: int) -> None:
+    store = store_of(users, 5)
+    assert fit(store, Machine())["train_batch_size"] == batch
+    assert fit(store)["train_batch_size"] == 4 * batch
+    assert fit(store, Machine(ranks=2))["train_batch_size"] == batch // 2
+
+
 def test_ranks_share_the_batch() -> None:
     for ranks, batch in ((1, 128), (2, 64), (3, 42), (500, 1)):
         machine = Machine("cuda", 80 << 30, ranks)
@@ -197,9 +205,9 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     flags = [*SMALL, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags, "--num_epochs=1")
     assert outcome.code == 0, outcome.err
-    assert "10 windows, 1 rank: --train_batch_size 32 --eval_every 1 --patience 800" in outcome.out
+    assert "10 windows, 1 rank, cpu: --train_batch_size 8 --eval_every 1 --patience 400" in outcome.out
     recorded = json.loads((run_dir / "config.json").read_text())["flags"]
-    assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 32)
+    assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 8)
     # Flags that were fitted once are kept: another rule may come with another version.
     recorded |= {"train_batch_size": 20, "dropout": 0.3}
     config = json.loads((run_dir / "config.json").read_text()) | {"flags": recorded}
