@@ -81,8 +81,9 @@ def _train(
         prepared,
         train_loader,
     )
+    from model.run.config_file import recorded, versions
     from model.run.execution import for_device, plan_execution
-    from model.run.folder import RunFolder, check_run_dir, recorded, versions
+    from model.run.folder import RunFolder, check_run_dir
     from model.run.measure import measure
     from model.run.resumed import changed_flags, changed_rates
     from model.run.trained import load_teachers

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from model.checkpoints.checkpoints import Checkpoints
-from model.checkpoints.export import WEIGHTS, Trained, export
+from model.checkpoints.export import Trained, export
+from model.checkpoints.exported import WEIGHTS
 from model.checkpoints.manifest import DamagedError
 from model.distributed import ALONE, Ranks
 from model.programs.recommender import Recommender
-from model.run.folder import lasting_flags
+from model.run.config_file import lasting_flags
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags
 from pipeline.errors import UserError

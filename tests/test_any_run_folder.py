@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from model.checkpoints.export import check_exported, load_exported
+from model.checkpoints.exported import check_exported, load_exported
 from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.safe_reader import read_index, stored_weights
 from model.checkpoints.weights import check_fit

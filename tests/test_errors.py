@@ -247,7 +247,7 @@ def test_a_real_process_prints_one_line() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; see --dataset_path"),
+        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; check the path"),
         ("eval", ["--chekpoint", "x"], "unknown argument --chekpoint: did you mean --checkpoint?"),
     ],
 )

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.formats import blocks
+from pipeline.formats import text as text_reader
+from pipeline.formats.readers import ReadRatings
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.stages import Densify, EncodeIds
-from pipeline.sources import blocks
-from pipeline.sources import text as text_reader
-from pipeline.sources.readers import ReadRatings
 from pipeline.tables.values import first_failing
 
 # Times that float64 merges with their neighbours, and times that it does not hold.

@@ -28,7 +28,7 @@ from model.checkpoints.weights import StoredTensor, check_finite, check_fit
 from model.checkpoints.weights_file import Part, WeightsFile
 from model.distributed import ALONE, Ranks
 from model.run.build import build_plain_model
-from model.run.folder import write_config
+from model.run.config_file import write_config
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, flatten

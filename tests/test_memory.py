@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.run.board import compared_flags
-from model.run.folder import lasting_flags
+from model.run.config_file import lasting_flags
 from model.settings.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import lock

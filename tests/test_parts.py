@@ -1,5 +1,7 @@
 """Training, validation and test parts: by hand, by time, by a file; nothing after a point leaks."""
 
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,8 +134,17 @@ def test_ratings_from_a_last_point_on_are_left_out() -> None:
     assert store.catalog.items.to_pylist() == ["1", "2", "3", "4", "5"]
     assert store.split["until"] == "42"
     assert "at 30 and 40, until 42: training 3 ratings" in describe(store)
-    with pytest.raises(UserError, match="35 is not after 40"):
-        split(ROWS, "30,40", split_until="35")
+    for until, message in (
+        ("35", "--split_until 35: 35 is not after 40"),
+        ("2011-01-01", "--split_until 2011-01-01: give dates or numbers, not both"),
+        ("soon", "--split_until: 'soon' is neither"),
+    ):
+        with pytest.raises(UserError) as found:
+            split(ROWS, "30,40", split_until=until)
+        assert str(found.value).startswith(message), found.value
+    message = "no rating of table is at or after 42.5 and before 42.7 (--split_until)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        split(ROWS, "30,42.5", split_until="42.7")
 
 
 def test_points_keep_their_unit_if_a_filter_drops_other_times() -> None:
@@ -376,6 +387,50 @@ def test_parts_come_before_times(tmp_path: Path) -> None:
     store = of_path(tmp_path, path)
     assert trained(store) == {"a": ["2"]}
     assert targets_of(store, "validation") == {"a": ["3"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("x.train.csv", "x.valid.csv"),
+            "give a file of test (test or testing in its name) beside x.train.csv of train, "
+            "x.valid.csv of validation, or a column split",
+        ),
+        (
+            ("x.csv", "test/y.csv"),
+            "give a file of train (train or training in its name) beside test/y.csv of test",
+        ),
+        (
+            ("part-0.csv", "part-1.csv"),
+            "part-0.csv:1: no column 'split' (--split_path); there are user, item; give a file of "
+            "train (train or training in its name) and a file of test (test or testing in its name)"
+            " in a folder or zip, or a column split",
+        ),
+        (("train.csv",), "there are user, item; give a file of test (test or testing in its name)"),
+        ((), "give a file of train (train or training in its name) and a file of test"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_folders_without_a_split(
+    tmp_path: Path, names: tuple[str, ...], message: str, packed: bool
+) -> None:
+    (data := tmp_path / "data").mkdir()
+    for name in names:
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("user,item\na,1\n")
+    if packed:
+        data = Path(shutil.make_archive(str(data), "zip", data))
+    with pytest.raises(UserError) as found:
+        of_path(tmp_path, data)
+    assert str(data) in str(found.value) and message in str(found.value), found.value
+    assert "--dataset_path" not in str(found.value)
+
+
+def test_a_column_split_in_a_file_that_is_called_train(tmp_path: Path) -> None:
+    (data := tmp_path / "train").mkdir()
+    (data / "train.csv").write_text("user,item,split\na,1,train\na,2,train\na,3,test\n")
+    assert targets_of(of_path(tmp_path, data), "test") == {"a": ["3"]}
 
 
 @pytest.mark.parametrize(

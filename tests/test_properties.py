@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
+from pipeline.formats import blocks
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import blocks
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import blocks, text
-from pipeline.sources.readers import ReadRatings
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats import blocks, text
+from pipeline.formats.readers import ReadRatings
+from pipeline.formats.source_file import SourceFile
 
 ROWS = {
     "user": ["1", "1", "2"],

@@ -105,7 +105,7 @@ def test_http(url: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.csv", "no such file: http://127.0.0.1:PORT/none.csv; see --dataset_path"),
+        ("none.csv", "no such file: http://127.0.0.1:PORT/none.csv; check the path"),
         ("secret.csv", "cannot read http://127.0.0.1:PORT/secret.csv: HTTP 403 Forbidden"),
         ("short-r.csv", "cannot read http://127.0.0.1:PORT/short-r.csv: the connection ended 5 by"),
         ("short-r.parquet", "cannot read http://127.0.0.1:PORT/short-r.parquet: the connection"),

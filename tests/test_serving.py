@@ -36,13 +36,13 @@ from model.serving.recommender import _ONE_CALL, Recommender
 from model.serving.rows import ItemRows, Lists, UserRows
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
+from pipeline.formats.readers import ReadRatings
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.serving import histories as known
 from pipeline.serving.batches import HistoryBatches
 from pipeline.serving.histories import KnownHistories, of_lists, of_ratings
 from pipeline.sources.config import DataConfig
-from pipeline.sources.readers import ReadRatings
 from tests.conftest import ROOT, environment
 from tests.test_evaluation import model_with, store_of
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoints import export as export_module
-from model.checkpoints.export import CHECKSUMS
+from model.checkpoints.exported import CHECKSUMS
 from model.checkpoints.manifest import describe_files
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice

@@ -333,6 +333,15 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
     assert mean.split()[-1] == f"{expected:.4f}"
     # Each window is a run like any other.
     assert run_main("eval", f"--checkpoint={run / 'window-2'}").code == 0
+    # The last window had an end, which another point takes away or moves.
+    for more in ((), ("--split_until=2011-05-09",)):
+        outcome = run_main("train", *rolling, f"--run_dir={run}", "--resume=auto", *more)
+        assert outcome.code == 2
+        end = " until 2011-05-09" if more else ""
+        assert outcome.err.splitlines()[-1].endswith(
+            f"window-3 was trained with --split_time 2011-04-23,2011-05-03 until 2011-05-08, not "
+            f"2011-04-23,2011-05-03{end}: give the same value, or choose another --run_dir"
+        )
     # A folder holds windows or a run, not both.
     single = (*flags, "--split_time=2011-04-03,2011-04-13")
     outcome = run_main("train", *single, f"--run_dir={run}", "--resume=auto")

@@ -13,7 +13,7 @@ from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
 from model.evaluation.metrics import metric_names, names_of_several
 from model.evaluation.report import NOTES
-from model.run.folder import command, versions
+from model.run.config_file import command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
 from model.settings.flags import changed, flatten

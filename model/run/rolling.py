@@ -35,7 +35,7 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UserError(
             f"--run_dir {folder} holds a run: choose another folder for those of several windows"
         )
-    read_points(",".join(filter(None, (config.data.split_time, config.data.split_until))))
+    read_points(config.data.split_time, config.data.split_until)
     return [
         {
             **given,

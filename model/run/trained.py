@@ -10,13 +10,8 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-from model.checkpoints.export import (
-    WEIGHTS,
-    Trained,
-    check_catalog,
-    check_exported,
-    load_exported,
-)
+from model.checkpoints.export import Trained
+from model.checkpoints.exported import WEIGHTS, check_catalog, check_exported, load_exported
 from model.checkpoints.manifest import read_manifest
 from model.distributed import ALONE, Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
@@ -28,8 +23,8 @@ from model.run.build import (
     scored_slice,
     weightless_model,
 )
+from model.run.config_file import lasting_flags, read_config
 from model.run.execution import plan_execution
-from model.run.folder import lasting_flags, read_config
 from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags

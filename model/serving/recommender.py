@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.distributed import Ranks, silence_libraries
+from model.distributed import Ranks
+from model.ending import silence_libraries
 from model.run.trained import TrainedRun
 from model.serving.config import Choice
 from model.serving.eligible import Eligible

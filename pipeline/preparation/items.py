@@ -15,11 +15,11 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, warn
+from pipeline.formats.jsonlines import is_json
+from pipeline.formats.layout import split_line
+from pipeline.formats.parquet import is_typed
+from pipeline.formats.source_file import SourceFile, reading
 from pipeline.remote import seekable
-from pipeline.sources.jsonlines import is_json
-from pipeline.sources.layout import split_line
-from pipeline.sources.parquet import is_typed
-from pipeline.sources.source_file import SourceFile, reading
 from pipeline.tables.names import canonical, known_places, list_names
 from pipeline.tables.values import BLANKS
 

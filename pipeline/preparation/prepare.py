@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.formats.parquet import ReadTable
+from pipeline.formats.source_file import SourceFile
 from pipeline.preparation import checks, stages
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
@@ -29,8 +31,6 @@ from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.preparation.time_split import MarkParts, stored_points
 from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
-from pipeline.sources.parquet import ReadTable
-from pipeline.sources.source_file import SourceFile
 from pipeline.tables.points import Point, read_points
 
 
@@ -151,7 +151,7 @@ def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
         )
     if not config.split_until:
         return points, None
-    *points, until = read_points(f"{config.split_time},{config.split_until}")
+    *points, until = read_points(config.split_time, config.split_until)
     return points, until
 
 

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 from torchdata.nodes import BaseNode, IterableWrapper
 
 from pipeline.errors import UserError
+from pipeline.formats.parquet import ReadTable
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.stages import EncodeIds
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources.parquet import ReadTable
 from pipeline.tables.names import Wanted
 
 

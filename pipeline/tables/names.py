@@ -42,11 +42,14 @@ class Wanted:
     separator: str = ""  # --separator
     rows: "Where | None" = None  # --where
     needs_rating: bool = True  # False: a rating may be missing
-    of_split: bool = False  # the rows of one part of --split_path, by its column split
+    # Of the rows of one part of --split_path, by its column split: what there may be in its place.
+    of_split: str = ""
 
     def no_column(self, where: str, name: str, names: Sequence[str]) -> str:
-        flag = "--split_path" if self.of_split and name == "split" else "--where"
-        return f"{where}: no column {name!r} ({flag}); there are {list_names(names)}"
+        flag, other = "--where", ""
+        if self.of_split and name == "split":
+            flag, other = "--split_path", f"; {self.of_split}"
+        return f"{where}: no column {name!r} ({flag}); there are {list_names(names)}{other}"
 
 
 class NoRatings(UserError):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import UserError
-from pipeline.sources.jsonlines import is_json, read_json
-from pipeline.sources.parquet import is_typed, read_typed
-from pipeline.sources.source_file import SourceFile
-from pipeline.sources.text import read_text
+from pipeline.formats.jsonlines import is_json, read_json
+from pipeline.formats.parquet import is_typed, read_typed
+from pipeline.formats.source_file import SourceFile
+from pipeline.formats.text import read_text
 from pipeline.stage import Stage
 from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.values import with_whole_times

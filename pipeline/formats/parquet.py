@@ -15,9 +15,9 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
+from pipeline.formats.source_file import SourceFile, reading
+from pipeline.formats.typed import TypedColumns
 from pipeline.remote import seekable
-from pipeline.sources.source_file import SourceFile, reading
-from pipeline.sources.typed import TypedColumns
 from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
 from pipeline.tables.values import with_whole_times

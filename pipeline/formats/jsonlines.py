@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.json as pajson
 
 from pipeline.errors import UserError
-from pipeline.sources.blocks import BOM, read_blocks
-from pipeline.sources.source_file import SourceFile
-from pipeline.sources.typed import TypedColumns
+from pipeline.formats.blocks import BOM, read_blocks
+from pipeline.formats.source_file import SourceFile
+from pipeline.formats.typed import TypedColumns
 from pipeline.tables.names import Wanted
 from pipeline.tables.sequences import field_names
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import QUOTING
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats.layout import QUOTING
+from pipeline.formats.source_file import SourceFile
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BOM = b"\xef\xbb\xbf"
@@ -33,7 +33,7 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
                     raise UserError(
                         f"{file} looks like UTF-16 without a byte order mark: convert it to UTF-8"
                     )
-                raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
+                raise UserError(f"{file} is not a text file; known formats: docs/data.md")
             if not read:
                 break
             end = _last_end(block, separator)

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.errors import UserError
-from pipeline.sources.blocks import BOM, encloses, read_blocks, record_ends
-from pipeline.sources.layout import Layout, find_separator, split_line, text_layout
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats.blocks import BOM, encloses, read_blocks, record_ends
+from pipeline.formats.layout import Layout, find_separator, split_line, text_layout
+from pipeline.formats.source_file import SourceFile
 from pipeline.tables.encoding import Encoding
 from pipeline.tables.names import ROLES, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
