@@ -205,7 +205,8 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     flags = [*SMALL, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags, "--num_epochs=1")
     assert outcome.code == 0, outcome.err
-    assert "10 windows, 1 rank, cpu: --train_batch_size 8 --eval_every 1 --patience 400" in outcome.out
+    fit_to_size = "--train_batch_size 8 --eval_every 1 --patience 400"
+    assert f"10 windows, 1 rank, cpu: {fit_to_size}" in outcome.out
     recorded = json.loads((run_dir / "config.json").read_text())["flags"]
     assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 8)
     # Flags that were fitted once are kept: another rule may come with another version.
