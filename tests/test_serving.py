@@ -313,7 +313,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks() -> None:
     first, second, third = ([*batch.features.values().tolist()] for batch in alone)
     assert (first, second, third) == ([1, 6, 6], [2, 3, 4, 6, 5, 6], [2, 2, 6, 6])
     assert [batch.masked.tolist() for batch in alone] == [[1, 2], [3, 5], [2, 3]]
-    assert [batch.seen.tolist() for batch in alone] == [[1], [1, 2, 3, 4, 5], [2]]
+    assert [batch.seen.tolist() for batch in alone] == [[1], [1, 2, 3, 4, 5], [2, 2]]
     assert alone[1].seen_offsets.tolist() == [0, 4, 5]
     ranks = [list(HistoryBatches(histories, 5, 4, 2, rank=r, world_size=2)) for r in (0, 1)]
     rounds = [batch for pair in zip(*ranks, strict=True) for batch in pair]

@@ -70,19 +70,27 @@ def top_items(
         added: float32 [V + 2], added to the items' scores; -inf leaves an item out.
         shared: whether other ranks have the rest of the catalog.
     """
-    # -inf and the last item: behind every item.
-    nothing = keys_of(torch.tensor(-torch.inf), torch.tensor(_LOW_BITS)).item()
-    best = users.seen.new_full((len(users.hidden), k), nothing)
+    found: list[Tensor] = []
     for part, rows in parts:
         if part.high > part.low:
-            found = _best_of_part(users, part, rows, added, k)
-            best = torch.cat([best, found], dim=1).topk(k).values
+            found = [_merged([*found, _best_of_part(users, part, rows, added, k)], k)]
+    # -inf and the last item: behind every item.
+    nothing = keys_of(torch.tensor(-torch.inf), torch.tensor(_LOW_BITS)).item()
+    missing = k - sum(each.shape[1] for each in found)
+    best = torch.cat([*found, users.seen.new_full((len(users.hidden), missing), nothing)], dim=1)
     if shared:
         gathered, sizes = all_gather_rows(best)
-        of_ranks = gathered.view(len(sizes), len(best), k).transpose(0, 1)
-        best = of_ranks.reshape(len(best), -1).topk(k).values
+        best = _merged([*gathered.view(len(sizes), len(best), k)], k)
     scores = scores_of(best)
     return items_of(best).masked_fill(scores == -torch.inf, 0), scores
+
+
+def _merged(found: list[Tensor], k: int) -> Tensor:
+    """The largest keys of all parts or ranks, at most k: int64 [U, <= k], descending."""
+    if len(found) == 1:
+        return found[0]
+    keys = torch.cat(found, dim=1)
+    return keys.topk(min(k, keys.shape[1])).values
 
 
 def _best_of_part(
