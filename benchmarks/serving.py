@@ -29,9 +29,12 @@ def untrained(folder: Path, items: int, width: int, length: int) -> None:
     from safetensors.torch import save_file
 
     from model.bert4rec import BERT4Rec, ModelConfig
+    from model.checkpoints.export import CHECKSUMS
+    from model.checkpoints.manifest import describe_files
     from model.network.config import EncoderConfig, HeadConfig
     from model.network.head import CatalogSlice
     from model.programs.folder import write_programs
+    from pipeline.files import write_json
     from pipeline.preparation.catalog import Catalog
 
     config = ModelConfig(items, length, EncoderConfig(width, 2, 2), HeadConfig())
@@ -40,8 +43,10 @@ def untrained(folder: Path, items: int, width: int, length: int) -> None:
     titles = pa.array([""] * items)
     catalog = Catalog(names, titles, np.ones(items, np.int64), pa.array(["user"]))
     save_file(bert.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"flags": {"max_len": length}}))
+    flags = {"max_len": length, "logit_temperature": config.head.logit_temperature}
+    write_json(folder / "config.json", {"flags": flags})
     write_programs(bert, catalog, folder, "model.safetensors")
+    write_json(folder / CHECKSUMS, describe_files(folder, "*"))
 
 
 def main() -> None:

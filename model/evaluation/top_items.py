@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.evaluation.chunk_maxima import chunk_maxima
 from model.evaluation.users import EncodedUsers
 from model.losses.sharded_softmax import all_gather_rows
 from model.network.head import CatalogSlice
@@ -102,7 +103,7 @@ def _best_of_part(
     scores = torch.addmm(added, users.hidden, rows.T)
     column = users.seen - part.low
     column = torch.where((column >= 0) & (column < items), column, items)  # or the padding
-    scores[users.seen_row, column] = -torch.inf
+    scores[users.seen_row, column] = added[items]  # -inf; for a number the host would wait
     keys = _largest(scores, min(k + SPARE, scores.shape[1]))
     column = items_of(keys)
     again = (users.hidden.double()[:, None] * rows[column].double()).sum(dim=2) + added[column]
@@ -120,8 +121,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     chunks = scores.view(len(scores), -1, CHUNK)
     if chunks.shape[1] <= k:
         return keys_of(scores, columns).topk(k).values
-    numbers = columns[: chunks.shape[1]]
-    chosen = items_of(keys_of(chunks.amax(dim=2), numbers).topk(k).values)[:, :, None]
+    maxima = keys_of(chunk_maxima(scores, CHUNK), columns[: chunks.shape[1]])
+    chosen = items_of(maxima.topk(k).values)[:, :, None]
     picked = chunks.gather(1, chosen.expand(-1, -1, CHUNK)).flatten(1)
     columns = (chosen * CHUNK + columns[:CHUNK]).flatten(1)
     return keys_of(picked, columns).topk(k).values
