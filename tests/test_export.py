@@ -321,6 +321,25 @@ def test_folders_of_a_run_are_no_target(
     assert sorted(run_dir.rglob("*")) == before and not new.exists()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_the_root_is_no_target(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, cache_dir: Path, link: bool
+) -> None:
+    root, new = Path("/"), tmp_path / "new"
+    if link:
+        root = tmp_path / "root"
+        root.symlink_to("/")
+    message = f"{root} is the root of all files: name a folder in it"
+    arguments = [f"--checkpoint={run_dir}", f"--output={root}"]
+    assert_one_line(run_main("export", *arguments), "export", f"--output {message}")
+    flags = [*TINY, f"--cache_dir={cache_dir}"]
+    outcome = run_main("train", *flags, f"--run_dir={new}", f"--export_root={root}")
+    assert_one_line(outcome, "train", f"--export_root {message}")
+    outcome = run_main("train", *flags, f"--run_dir={root}")
+    assert_one_line(outcome, "train", f"--run_dir {message}")
+    assert not new.exists()
+
+
 def test_another_run_s_model_is_no_target(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:

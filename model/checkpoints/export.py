@@ -96,7 +96,8 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
-            check_catalog(trained.folder)
+            for each in {trained.folder, trained.users}:
+                check_catalog(each)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
             config |= _copy_weights(trained, aside) | {"metrics": trained.metrics}
             if trained.epoch:
@@ -248,15 +249,29 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
         return tie["step"]
 
 
+def record_catalog(folder: Path, write: Callable[[], None]) -> None:
+    """Write the catalog of a run by ``write``, and its checksums; without these while it changes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    write()
+    write_json(folder / CHECKSUMS, describe_files(folder, "*.parquet"))
+
+
 def check_catalog(folder: Path) -> None:
-    """UserError if the catalog of an export was altered; a run folder has no checksums."""
+    """UserError if the catalog of a run or an export was altered; none of an earlier version's."""
     if not (folder / CHECKSUMS).exists():
         return
     for name in (each for each in FILES if (folder / each).exists()):
         try:
             _check_bytes(folder, name)
         except (DamagedError, OSError, ValueError) as error:
-            raise UserError(f"{folder / name} cannot be used ({error}): export it again") from error
+            again = (
+                "export it again" if (folder / WEIGHTS).exists() else "restore it, or train again"
+            )
+            raise UserError(f"{folder / name} cannot be used ({error}): {again}") from error
 
 
 def _check_bytes(folder: Path, name: str) -> None:
