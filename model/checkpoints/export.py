@@ -29,8 +29,8 @@ from model.bert4rec import BERT4Rec
 from model.checkpoints.manifest import (
     DamagedError,
     check_file,
+    checker,
     describe_files,
-    verify,
 )
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit
@@ -179,12 +179,15 @@ def _copy_checkpoint(
         put(part)
 
     try:
-        reader = SafeReader(checkpoint)
-        verify(checkpoint)
+        reader, check = SafeReader(checkpoint), checker(checkpoint)
+        check(".metadata")
         check_fit(stored_weights(reader.index), shapes)
-        reader.copy_parts(checked)
+        reader.copy_parts(checked, check)
     except (DamagedError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
+        raise UserError(
+            f"{checkpoint} cannot be exported: {error}; go on with training by --resume auto, or "
+            "restore it"
+        ) from error
 
 
 def _exported_parts(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Iterator[Part]:
