@@ -74,7 +74,7 @@ class Recommender:
         min_rating: float | None = None,
         seen: str = "drop",
     ) -> None:
-        self.model, self.catalog, self.ranks = model, catalog, ranks
+        self.model, self.catalog, self.ranks = model.eval(), catalog, ranks
         self.max_len, self.min_rating, self.seen = max_len, min_rating, seen
         positions = BATCH_POSITIONS[ranks.device.type]
         self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))

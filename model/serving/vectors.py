@@ -25,9 +25,11 @@ from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
 
-# As on CPU in an evaluation; a GPU needs more work at once, and one search of more items is less
-# work than several of fewer: 1 GiB of scores, of 256 users for a million items.
-CUDA_SCORES, CUDA_PART_ITEMS = 1 << 28, 1 << 20
+# On CUDA, one search of many items is less work than several of few, and the host has to launch 150
+# kernels for each: at most 4 GiB of scores, of 1,024 users for a million items.
+CUDA_SCORES, CUDA_PART_ITEMS = 1 << 30, 1 << 20
+# Bytes of the device for each score: scores take a sixteenth of its memory.
+_BYTES_A_SCORE = 64
 # Matrix products are computed in blocks of as many users.
 _TILE = 128
 
@@ -43,8 +45,10 @@ class Vectors:
         self._bert = unwrap(model)
         self.num_items: int = self._bert.head.num_items
         self.scale: float = self._bert.head.scale
-        self._on_cuda = ranks.device.type == "cuda"
-        self._most_scores = CUDA_SCORES if self._on_cuda else MAX_SCORES
+        self._on_cuda, self._most_scores = ranks.device.type == "cuda", MAX_SCORES
+        if self._on_cuda:
+            memory = torch.cuda.get_device_properties(ranks.device).total_memory
+            self._most_scores = min(CUDA_SCORES, memory // _BYTES_A_SCORE)
 
     @property
     def width(self) -> int:
@@ -78,7 +82,7 @@ class Vectors:
         for batch in batches:
             with torch.no_grad(), exact(self._model):
                 users = encode(self._bert, batch.to(self._ranks.device, non_blocking=True))
-                launched = _HostCopy(torch.isfinite(users.hidden).all(), *computed(users))
+                launched = _HostCopy(_largest(users.hidden), *computed(users))
             if before is not None:
                 yield before.checked()
             before = launched
@@ -126,7 +130,7 @@ class Vectors:
             device, part_items = self._ranks.device, CUDA_PART_ITEMS if self._on_cuda else None
             scored = CatalogScores(self._bert, device, None, whole_chunks, part_items)
             for _, rows in scored.rows_of_parts():
-                _check(bool(torch.isfinite(rows).all()))
+                _check_finite(_largest(rows))
         return scored
 
 
@@ -134,26 +138,31 @@ class _HostCopy:
     """Copies of tensors on the host, ready when the device has done what it had to do so far.
 
     Args:
-        finite: bool [], whether the vectors are finite numbers.
+        largest: of the vectors that they were computed from, by :func:`_largest`.
     """
 
-    def __init__(self, finite: Tensor, *tensors: Tensor) -> None:
+    def __init__(self, largest: Tensor, *tensors: Tensor) -> None:
         # On CUDA into page-locked memory: the host does not wait.
-        self._finite, *self._copies = (
-            each.to("cpu", non_blocking=True) for each in (finite, *tensors)
+        self._largest, *self._copies = (
+            each.to("cpu", non_blocking=True) for each in (largest, *tensors)
         )
-        self._ready = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+        self._ready = torch.cuda.current_stream().record_event() if largest.is_cuda else None
 
     def checked(self) -> list[np.ndarray]:
         """The tensors; UserError if the vectors are not finite."""
         if self._ready is not None:
             self._ready.synchronize()
-        _check(bool(self._finite))
+        _check_finite(self._largest)
         return [each.numpy() for each in self._copies]
 
 
-def _check(finite: bool) -> None:
-    if not finite:
+def _largest(vectors: Tensor) -> Tensor:
+    """The largest absolute value, []; NaN if one is."""
+    return torch.linalg.vector_norm(vectors, torch.inf)
+
+
+def _check_finite(largest: Tensor) -> None:
+    if not torch.isfinite(largest):
         raise UserError(
             "the model gives vectors that are not finite numbers: it diverged in training, take "
             "another checkpoint"
