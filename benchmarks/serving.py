@@ -68,7 +68,9 @@ def main() -> None:
         sys.path.insert(0, str(folder))
         from recommender import Recommender
 
+        start = time.perf_counter()
         serving = Recommender(folder)
+        print(f"loaded in {time.perf_counter() - start:.2f} s")
         length = json.loads((folder / "config.json").read_text())["flags"]["max_len"]
         generator, times = np.random.default_rng(0), []
         for _ in range(flags.calls):
