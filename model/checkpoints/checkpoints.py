@@ -216,10 +216,15 @@ class Checkpoints:
         position = position_of(read_manifest(self.path(step)))
         return position.epoch + (position.sample > 0)
 
-    def best_step(self) -> int:
-        """Step of the best checkpoint; called on all ranks; UserError without a good one."""
+    def best_step(self, checks_bytes: bool = True) -> int:
+        """Step of the best checkpoint; called on all ranks; UserError without a good one.
+
+        Args:
+            checks_bytes: read all its files; False for whoever checks those that it reads.
+        """
         best = from_first_rank(self.ranks, self._best_step)
-        self.check_bytes(best)
+        if checks_bytes:
+            self.check_bytes(best)
         return best
 
     def check_bytes(self, best: int) -> None:

@@ -34,7 +34,7 @@ from model.checkpoints.exported import (
     check_catalog,
     loading,
 )
-from model.checkpoints.manifest import DamagedError, describe_files, verify
+from model.checkpoints.manifest import DamagedError, checker, describe_files
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.weights_file import Part, WeightsFile, row_blocks
@@ -92,7 +92,8 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
-            check_catalog(trained.folder)
+            for each in {trained.folder, trained.users}:
+                check_catalog(each)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
             config |= _copy_weights(trained, aside) | {"metrics": trained.metrics}
             if trained.epoch:
@@ -174,12 +175,15 @@ def _copy_checkpoint(
         put(part)
 
     try:
-        reader = SafeReader(checkpoint)
-        verify(checkpoint)
+        reader, check = SafeReader(checkpoint), checker(checkpoint)
+        check(".metadata")
         check_fit(stored_weights(reader.index), shapes)
-        reader.copy_parts(checked)
+        reader.copy_parts(checked, check)
     except (DamagedError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
+        raise UserError(
+            f"{checkpoint} cannot be exported: {error}; go on with training by --resume auto, or "
+            "restore it"
+        ) from error
 
 
 def _exported_parts(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Iterator[Part]:

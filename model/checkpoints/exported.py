@@ -1,7 +1,7 @@
 """Check and load an exported model (export.py), whole or by the ranks of a sharded one."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
-from model.checkpoints.manifest import DamagedError, check_file
+from model.checkpoints.manifest import DamagedError, check_file, describe_files
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit
 from model.checkpoints.weights_file import row_blocks
 from pipeline.errors import UserError
-from pipeline.files import open_regular, read_json
+from pipeline.files import open_regular, read_json, write_json
 from pipeline.preparation.catalog import FILES
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "checksums.json"
@@ -56,15 +56,29 @@ def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) ->
         return tie["step"]
 
 
+def record_catalog(folder: Path, write: Callable[[], None]) -> None:
+    """Write the catalog of a run by ``write``, and its checksums; without these while it changes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    write()
+    write_json(folder / CHECKSUMS, describe_files(folder, "*.parquet"))
+
+
 def check_catalog(folder: Path) -> None:
-    """UserError if the catalog of an export was altered; a run folder has no checksums."""
+    """UserError if the catalog of a run or an export was altered; none of an earlier version's."""
     if not (folder / CHECKSUMS).exists():
         return
     for name in (each for each in FILES if (folder / each).exists()):
         try:
             check_bytes(folder, name)
         except (DamagedError, OSError, ValueError) as error:
-            raise UserError(f"{folder / name} cannot be used ({error}): export it again") from error
+            again = (
+                "export it again" if (folder / WEIGHTS).exists() else "restore it, or train again"
+            )
+            raise UserError(f"{folder / name} cannot be used ({error}): {again}") from error
 
 
 def check_bytes(folder: Path, name: str) -> None:

@@ -39,10 +39,11 @@ class EncodedUsers:
             return
         for start in range(0, users, size):
             block = slice(start, start + size)
-            inside = (self.seen_row >= start) & (self.seen_row < start + size)
             each = self.hidden, self.targets, self.negatives, self.own, self.first
             hidden, targets, negatives, own, first = (part[block] for part in each)
-            seen = self.seen[inside], self.seen_row[inside] - start
+            # The others' items become 0: to leave them out, the host would wait for their number.
+            inside = (self.seen_row >= start) & (self.seen_row < start + size)
+            seen = self.seen * inside, (self.seen_row - start) * inside
             yield EncodedUsers(hidden, targets, negatives, own, first, *seen)
 
 

@@ -29,8 +29,7 @@ class Recommender:
     """
 
     def __init__(self, folder: str | Path = Path(__file__).parent, threads: int = 1) -> None:
-        self._folder = Path(folder)
-        folder = self._folder.resolve()  # a link may lead to another export a moment later
+        self._folder, folder = Path(folder), Path(folder).resolve()  # a link may change meanwhile
         self._written = _written(folder)
         try:
             sums = json.loads((folder / "checksums.json").read_text("utf-8"))
@@ -48,6 +47,8 @@ class Recommender:
                 raise RuntimeError(f"{folder} was replaced while it was read: read it again")
         self.items, self.titles = known["items"], known["titles"]  # title "": there is none
         self.train_counts = np.array(known["train_counts"])
+        temperature = self.config["flags"]["logit_temperature"] or 1  # 0: logits are the scores
+        self._popularity = temperature * np.log1p(self.train_counts, dtype=np.float32)
         self._rows = {str(item): row for row, item in enumerate(self.items)}
 
     def outdated(self) -> bool:
@@ -64,29 +65,28 @@ class Recommender:
         seen: str = "drop",
         allow: Ids | None = None,
         deny: Ids = (),
+        popularity_discount: float = 0.0,
     ) -> list[Found]:
         """The best items of each history (oldest first), without those that were never trained.
 
-        Unknown items of a history do not count. A history without known items gets the most popular
-        ones, with their training counts as scores.
+        A history without known items gets the most popular ones, with training counts as scores.
 
         Args:
-            seen: "drop": no item of the history; "keep".
+            seen: "drop" or "keep" the history's items. popularity_discount: as in eval.py.
             allow, deny: the only items to choose from (None: all), and items to leave out.
         """
-        if seen not in ("drop", "keep") or k < 1:
-            raise ValueError("seen is drop or keep, and k at least 1")
+        if seen not in ("drop", "keep") or k < 1 or not 0 <= popularity_discount <= 1:
+            raise ValueError("seen is drop or keep, k at least 1, popularity_discount 0 to 1")
         usable = self.train_counts > 0
         if allow is not None:
             usable &= np.isin(np.arange(len(usable)), self.rows(allow))
         usable[self.rows(deny)] = False
-        best = []
+        lowered, best = popularity_discount * self._popularity, []
         for block, vectors in self._encoded(histories):
-            for rows, scores in zip(block, vectors @ self.vectors.T, strict=True):
+            for rows, scores in zip(block, vectors @ self.vectors.T - lowered, strict=True):
                 if seen == "drop":
                     scores[rows] = -np.inf
-                ranked = scores if len(rows) else self.train_counts.astype(float)
-                best.append(self._best(ranked, usable, k))
+                best.append(self._best(scores if len(rows) else 1.0 * self.train_counts, usable, k))
         return best
 
     def similar(self, item: object, k: int = 10) -> Found:

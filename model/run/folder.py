@@ -3,7 +3,8 @@
 runs/mine/
     .lock             a word of the run that has locked it; every rank must be able to read it
     config.json       every flag, versions, command: enough to rebuild the model
-    catalog.parquet   the items and users that the model was trained on
+    catalog.parquet   the items that the model was trained on; users.parquet: the users
+    checksums.json    of these two
     checkpoints/      and the files of the log (``model/training/run_log.py``)
 """
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from model.checkpoints.checkpoints import PORTABLE
 from model.checkpoints.export import check_target
-from model.checkpoints.exported import WEIGHTS
+from model.checkpoints.exported import WEIGHTS, record_catalog
 from model.distributed import Ranks, from_first_rank, writing
 from model.programs.folder import check_exporters
 from model.run.config_file import check_same_run, write_config
@@ -95,12 +96,15 @@ class RunFolder:
             evaluation = protocol_of(self.config, self.store)
             facts = self._facts | {"execution": execution, "evaluation": evaluation}
             write_config(self.path, flatten(self.config), facts)
-            if self.store.path is None:
-                self.store.catalog.write_to(self.path)
-            else:
-                Catalog.copy(self.store.path, self.path, users=self.store.path)
+            record_catalog(self.path, self._write_catalog)
 
         from_first_rank(self.ranks, write)
+
+    def _write_catalog(self) -> None:
+        if self.store.path is None:
+            self.store.catalog.write_to(self.path)
+        else:
+            Catalog.copy(self.store.path, self.path, users=self.store.path)
 
     def _claim(self) -> tuple[Path, str]:
         """The locked folder, and what its lock file holds from now on."""
@@ -163,6 +167,7 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         for path in (folder, run_dir):
             with suppress(FileNotFoundError):
                 path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
+        _check_no_root(flag, folder)
         real, run = folder.resolve(), run_dir.resolve()
         if real == run or (real / "checkpoints").exists():
             raise UserError(f"{flag} {folder} is the folder of a run: choose another one")
@@ -173,6 +178,12 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         check_target(folder)
 
 
+def _check_no_root(flag: str, folder: Path) -> None:
+    real = Path(os.path.realpath(folder))  # resolve() is a RuntimeError at a loop of links
+    if real == real.parent:
+        raise UserError(f"{flag} {folder} is the root of all files: name a folder in it")
+
+
 def _is_of_run(folder: Path, run: Path) -> bool:
     """Whether a folder is what a run, perhaps this one, fills with other files than a model's."""
     is_named = folder.name in ("checkpoints", "results")
@@ -181,6 +192,7 @@ def _is_of_run(folder: Path, run: Path) -> bool:
 
 def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
     with writing(f"--run_dir {path}"):
+        _check_no_root("--run_dir", path)
         is_export, has_config = ((path / name).exists() for name in (WEIGHTS, "config.json"))
         has_checkpoints = any((path / "checkpoints").glob("step-*"))
     if is_export:

@@ -48,7 +48,7 @@ class RecommendFlags(Config):
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
         None,
-        "users per batch and rank (default: 65,536 positions on CUDA, 4,096 on CPU)",
+        "users per batch and rank (default: 262,144 positions on CUDA, 4,096 on CPU)",
         at_least=1,
     )
 

@@ -41,7 +41,7 @@ from pipeline.serving.histories import KnownHistories, item_number
 
 # Positions of a batch, without --batch_size, and most users of one. On CPU the layers' outputs of
 # more positions leave the caches, and allocating them takes as long as computing them.
-BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 16}, 1 << 12
+BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 18}, 1 << 12
 
 # A call changes the modes of model and torch, and the model's modules hold its batch.
 _ONE_CALL = threading.Lock()
@@ -75,7 +75,7 @@ class Recommender:
         min_rating: float | None = None,
         seen: str = "drop",
     ) -> None:
-        self.model, self.catalog, self.ranks = model, catalog, ranks
+        self.model, self.catalog, self.ranks = model.eval(), catalog, ranks
         self.max_len, self.min_rating, self.seen = max_len, min_rating, seen
         positions = BATCH_POSITIONS[ranks.device.type]
         self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
@@ -172,8 +172,8 @@ class Recommender:
         given = self.histories_of(histories, without="their vectors are one and the same")
         batches = self._batches(given, keep_seen=True)
         with _ONE_CALL:
-            vectors = [users.hidden.cpu() for users in self._vectors.of_users(batches)]
-            return torch.cat([torch.empty(0, self._vectors.width), *vectors])[: len(given)].numpy()
+            none = np.empty((0, self._vectors.width), np.float32)
+            return np.concatenate([none, *self._vectors.of_users(batches)])[: len(given)]
 
     def histories_of(
         self, given: Histories, without: str = "ranked by popularity"
@@ -236,10 +236,9 @@ class Recommender:
         popular, counts = eligible.popular()
         empty, first = histories.empty(), 0
         batches = self._batches(histories, eligible.choice.seen == "keep")
-        for users in self._vectors.of_users(batches, around):
-            found = self._vectors.best(users, added, eligible.k)
+        for found in self._vectors.best(around(batches), added, eligible.k):
             rows = min(len(found[0]), len(histories) - first)
-            items, scores = (each[:rows].cpu().numpy() for each in found)
+            items, scores = (each[:rows] for each in found)
             without = empty[first : first + rows]
             items[without], scores[without] = popular, counts
             yield Lists(first, items, scores)
