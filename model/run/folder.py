@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,7 @@ from model.settings.flags import current_flags, flatten
 from model.settings.protocol import protocol_of
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
+from pipeline.batches.times import TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import lock, make_folder, read_json, write_json
 from pipeline.preparation.catalog import Catalog
@@ -56,6 +57,7 @@ class RunFolder:
     config: RunConfig
     ranks: Ranks
     store: SequenceStore
+    span: TimeSpan | None = None  # of the times that the model reads
 
     def __post_init__(self) -> None:
         self._facts = {
@@ -64,6 +66,8 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
+        if self.span is not None:
+            self._facts["times"] = asdict(self.span)
         self._lock: IO[str] | None = None
         try:
             self.path, token = from_first_rank(self.ranks, self._claim)
@@ -304,6 +308,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         texts = (value for value in config["flags"].values() if isinstance(value, str))
         if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")
+        read_span(config)
     except OSError as error:
         raise UserError(
             f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
@@ -312,3 +317,20 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
     return config
+
+
+def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
+    """The span of the times in a config.json; None if the model reads none.
+
+    Raises:
+        ValueError: it has none, or an impossible one.
+    """
+    if not config["flags"].get("use_times"):
+        return None
+    times = config.get("times")
+    names = [each.name for each in fields(TimeSpan)]
+    found = [times.get(name) for name in names] if isinstance(times, dict) else []
+    values = [value for value in found if type(value) is int]  # True is no int
+    if len(values) != len(names) or sorted(values) != values:
+        raise ValueError(f"times is {reprlib.repr(times)}")
+    return TimeSpan(*values)
