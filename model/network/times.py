@@ -57,8 +57,8 @@ class TimeVectors(nn.Module):
         its own replaces the first, and the others have no weight.
         """
         seconds, gaps = times.unbind(1)
-        has_time, has_gap = seconds != UNKNOWN, gaps != UNKNOWN
-        seconds = torch.where(has_time, seconds, self.first)
+        no_time, no_gap = seconds == UNKNOWN, gaps == UNKNOWN
+        seconds = seconds.masked_fill(no_time, self.first)
         gap = (1 + gaps.clamp(min=0)).float().log2() * _A_OCTAVE
         period = (seconds - self.first).float() * ((_PERIODS - 1) / self.length)
         hour = (seconds % _DAY).float() * (_HOURS / _DAY)
@@ -67,20 +67,20 @@ class TimeVectors(nn.Module):
         hour_knot = hour.long()
         weekday = (seconds // _DAY + 3) % _WEEKDAYS  # 1 January 1970 was a Thursday
         columns = [
-            torch.where(has_gap, gap_knot, _NO_GAP),
+            gap_knot.masked_fill(no_gap, _NO_GAP),
             gap_knot + 1,
-            torch.where(has_time, _PERIOD + period_knot, _NO_TIME),
+            (_PERIOD + period_knot).masked_fill(no_time, _NO_TIME),
             _PERIOD + period_knot + 1,
             _HOUR + hour_knot,
             _HOUR + (hour_knot + 1) % _HOURS,
             _WEEKDAY + weekday,
         ]
         of_gap, of_period, of_hour = gap - gap_knot, period - period_knot, hour - hour_knot
-        known = has_time.float()
+        known = (~no_time).float()
         weights = [
-            torch.where(has_gap, 1 - of_gap, 1.0),
-            torch.where(has_gap, of_gap, 0.0),
-            torch.where(has_time, 1 - of_period, 1.0),
+            (1 - of_gap).masked_fill(no_gap, 1),
+            of_gap.masked_fill(no_gap, 0),
+            (1 - of_period).masked_fill(no_time, 1),
             of_period * known,
             (1 - of_hour) * known,
             of_hour * known,
@@ -105,7 +105,7 @@ def with_times(rotation: Tensor, times: Tensor, first: int) -> Tensor:
     pairs = rotation.shape[2] // 2
     steps = torch.arange(pairs, device=rotation.device, dtype=torch.float64)
     frequency = _FASTEST * (_SLOWEST / _FASTEST) ** (steps / max(1, pairs - 1))
-    seconds = torch.where(times[:, 0] == UNKNOWN, 0, times[:, 0] - first)
+    seconds = (times[:, 0] - first).masked_fill(times[:, 0] == UNKNOWN, 0)
     # float64, and whole turns removed: an angle may be 10^7.
     turns = seconds[:, None] * (frequency / (2 * math.pi))
     angle = (turns - turns.floor()).float() * (2 * math.pi)
