@@ -1,15 +1,27 @@
 """Times as input: seconds and gaps of each position, their vectors, and turns by time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchdata.nodes import IterableWrapper
 
-from model.network.config import EncoderConfig
+from model.bert4rec import BERT4Rec, ModelConfig
+from model.distributed import Ranks
+from model.execution import ExecutionPlan
+from model.network.config import EncoderConfig, HeadConfig
+from model.network.dense_step import DenseStep, StepInput
+from model.network.distillation import Teachers
 from model.network.encoder import Encoder
+from model.network.head import CatalogSlice
 from model.network.times import TimeVectors, with_times
+from model.run.build import train_loader
+from model.run.execution import plan_execution
+from model.run.trained import _teacher
+from model.settings.config import RunConfig
 from pipeline.batches.times import UNKNOWN, ItemTimes, TimeSpan, with_gaps
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
@@ -231,3 +243,41 @@ def test_flags_that_need_others() -> None:
     for flags in ({"times_rotary": True}, {"times_rotary": True, "positions": "none"}):
         with pytest.raises(UserError, match="--times_rotary needs --use_times"):
             EncoderConfig(**flags)
+
+
+@pytest.mark.parametrize("student_reads", [False, True])
+def test_a_teacher_reads_the_times_of_the_batch(student_reads: bool) -> None:
+    """Teacher and student each have their own flag."""
+    sizes, head = (30, 8), HeadConfig()
+    plain, timed = EncoderConfig(16, 2, dropout=0), EncoderConfig(16, 2, dropout=0, use_times=True)
+    teacher, student = (
+        BERT4Rec(
+            ModelConfig(*sizes, encoder, head, span=TimeSpan(0, 9999, 9999)),
+            CatalogSlice(1, 31, shared=False),
+        )
+        for encoder in (timed, timed if student_reads else plain)
+    )
+    nn.init.normal_(teacher.encoder.times.rows.weight)
+    teachers = Teachers([_teacher(teacher, teacher.head.catalog, ROWS[0].device, "fp32")], 0.5)
+    assert teachers.use_times
+    step = DenseStep(student.encoder, student.head, ExecutionPlan(), teachers)
+    table = student.embeddings.embeddings["item"].weight
+    ids, targets = torch.tensor([3, 9, 31, 5, 31]), torch.tensor([7, 30])
+    none = dict.fromkeys(("left_only", "steps_ago", "negatives", "log_counts", "all_targets"))
+    given = StepInput(offsets=ROWS[1], masked=ROWS[2], targets=targets, ids=ids, **none)
+    losses = {
+        step(table[ids], table[1:31], given._replace(times=times), longest=8)[0].item()
+        for times in (None, torch.full((5, 2), U), GIVEN)
+    }
+    assert len(losses) == 2  # a student's untrained vectors change nothing
+
+
+@pytest.mark.parametrize("student_reads", [False, True])
+def test_batches_have_times_if_a_teacher_reads_them(one_rank: Ranks, student_reads: bool) -> None:
+    encoder = EncoderConfig(16, 2, use_times=student_reads)
+    config = RunConfig(encoder=encoder, windows=WindowConfig(max_len=8))
+    plan, store = plan_execution(config, 7, one_rank), store_of()
+    teachers = Teachers([SimpleNamespace(uses_times=True)], 0.5)
+    for taught, has_times in ((None, student_reads), (teachers, True)):
+        (batch,) = train_loader(config, store, one_rank, plan, taught).epoch(0)
+        assert (batch.unpacked.times is not None) == has_times

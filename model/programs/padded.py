@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from model.bert4rec import BERT4Rec
 from model.network.attention import SelfAttention
 from model.network.encoder import EncoderLayer
+from model.network.times import TimeVectors
+from pipeline.batches.times import UNKNOWN
 
 
 class PaddedEncoder(nn.Module):
@@ -33,14 +35,18 @@ class PaddedEncoder(nn.Module):
         self._left_only = bert.left_only
         self.positions, self.embedding_norm = encoder.positions, encoder.embedding_norm
         self.layers, self.final_norm = encoder.layers, encoder.final_norm
+        self.times = encoder.times
 
-    def forward(self, histories: Tensor, item_table: Tensor) -> Tensor:
+    def forward(self, histories: Tensor, item_table: Tensor, times: Tensor | None = None) -> Tensor:
         """float32 [B, D].
 
         Args:
             histories: int64 [B, L], items 1 ... V, oldest first, padded with 0 on the left; L is
                 at most ``longest``.
             item_table: float [V + 2, D]: padding, items, mask token.
+            times: int64 [B, L + 2], for a model that reads times, in seconds since 1970 or
+                `UNKNOWN`: of the item before the first one, of the items, and of the request. All
+                are unknown, or those of the items and of the request are known.
         """
         mask = torch.full_like(histories[:, :1], item_table.shape[0] - 1)
         items = torch.cat([histories, mask], dim=1)
@@ -55,6 +61,9 @@ class PaddedEncoder(nn.Module):
         hidden = F.embedding(items, item_table).float()
         if self.positions is not None:
             hidden = hidden + self.positions(steps_ago)
+        if self.times is not None:
+            assert times is not None
+            hidden = hidden + self._of_times(self.times, times)
         hidden = self.embedding_norm(hidden)
         layers = cast(list[EncoderLayer], list(self.layers))
         for layer in layers:
@@ -65,6 +74,15 @@ class PaddedEncoder(nn.Module):
             hidden = hidden + layer.feed_forward(layer.feed_forward_norm(hidden))
         vectors = self.final_norm(hidden[:, 0])
         return F.normalize(vectors, dim=-1) if self._is_cosine else vectors
+
+    @staticmethod
+    def _of_times(vectors: TimeVectors, times: Tensor) -> Tensor:
+        """[B, L + 1, D]."""
+        before, seconds = times[:, :-1], times[:, 1:]
+        gaps = (seconds - before).clamp(min=0)
+        gaps = gaps.masked_fill((seconds == UNKNOWN) | (before == UNKNOWN), UNKNOWN)
+        moments = torch.stack([seconds, gaps], dim=-1)
+        return vectors(moments.flatten(0, 1), torch.float32).view(*seconds.shape, -1)
 
 
 def _attend(

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -19,6 +20,7 @@ import onnxruntime
 _USERS, _SCORES = 64, 1 << 24  # most users and scores of a block
 Ids = Iterable[object]
 Found = list[tuple[str | int, float]]  # ids and their scores, best first
+_UNKNOWN = -(1 << 62)  # a time
 
 
 class Recommender:
@@ -64,6 +66,8 @@ class Recommender:
         seen: str = "drop",
         allow: Ids | None = None,
         deny: Ids = (),
+        times: Sequence[Sequence[int]] | None = None,
+        at: int | None = None,
     ) -> list[Found]:
         """The best items of each history (oldest first), without those that were never trained.
 
@@ -73,6 +77,8 @@ class Recommender:
         Args:
             seen: "drop": no item of the history; "keep".
             allow, deny: the only items to choose from (None: all), and items to leave out.
+            times: of the histories' items, in seconds since 1970, for a model that reads times.
+            at: time of the request; None: the newest one known. Only with ``times``.
         """
         if seen not in ("drop", "keep") or k < 1:
             raise ValueError("seen is drop or keep, and k at least 1")
@@ -81,7 +87,7 @@ class Recommender:
             usable &= np.isin(np.arange(len(usable)), self.rows(allow))
         usable[self.rows(deny)] = False
         best = []
-        for block, vectors in self._encoded(histories):
+        for block, vectors in self._encoded(histories, times, at):
             for rows, scores in zip(block, vectors @ self.vectors.T, strict=True):
                 if seen == "drop":
                     scores[rows] = -np.inf
@@ -103,22 +109,39 @@ class Recommender:
 
     def rows(self, items: Ids) -> np.ndarray:
         """int64 places in ``self.items`` of the known ones of these items, in their order."""
+        rows = self._all_rows(items)
+        return rows[rows >= 0]
+
+    def _all_rows(self, items: Ids) -> np.ndarray:
+        """int64 places in ``self.items``; -1: an unknown item."""
         if isinstance(items, (str, bytes)):
             raise TypeError(f"item ids must be a list, not the text {items!r}")
-        found = (self._rows.get(str(item).strip()) for item in items)
-        return np.array([row for row in found if row is not None], np.int64)
+        return np.array([self._rows.get(str(item).strip(), -1) for item in items], np.int64)
 
-    def _encoded(self, histories: Sequence[Ids]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    def _encoded(
+        self, histories: Sequence[Ids], times: Any = None, at: int | None = None
+    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Blocks of users: rows of their known items, and the users' vectors."""
-        known = [self.rows(history) for history in histories]
+        all_rows = [self._all_rows(history) for history in histories]
+        known = [rows[rows >= 0] for rows in all_rows]
         longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
         users = max(1, min(_USERS, _SCORES // len(self.items)))
-        for block in (known[low : low + users] for low in range(0, len(known), users)):
+        for low in range(0, len(known), users):
+            block = known[low : low + users]
             recent = [rows[max(0, len(rows) - longest) :] for rows in block]
             padded = np.zeros((len(block), max(1, *map(len, recent))), np.int64)
             for line, rows in zip(padded, recent, strict=True):
                 line[len(line) - len(rows) :] = rows + 1  # 0 is padding
-            yield block, self._session.run(None, {"histories": padded})[0]
+            inputs = {"histories": padded}
+            if "times" in self.config:  # of the item before the line, the line, the request
+                moments = np.full((len(block), padded.shape[1] + 2), _UNKNOWN)
+                for user, line in enumerate(moments if times is not None else (), low):
+                    own = np.asarray(times[user], np.int64)[all_rows[user] >= 0]
+                    newest = max([self.config["times"]["newest"], *own[-1:]])
+                    own = np.append(own, newest if at is None else at)[-len(line) :]
+                    line[len(line) - len(own) :] = own
+                inputs["times"] = moments
+            yield block, self._session.run(None, inputs)[0]
 
     def _best(self, scores: np.ndarray, usable: np.ndarray, k: int) -> Found:
         """The highest finite scores of usable items; equal ones in the catalog's order."""

@@ -57,7 +57,7 @@ class ItemTimes:
         self._times, self._scale = np.asarray(store.times), UNITS[unit]
         self._offsets, self._parts = store.offsets, store.parts
 
-    def seconds(self, places: np.ndarray) -> np.ndarray:
+    def seconds(self, places: np.ndarray | slice) -> np.ndarray:
         """Seconds since 1970 of the items at these places of the store: int64."""
         times = self._times[places]
         return times if self._scale == 1 else times // self._scale

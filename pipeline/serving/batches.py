@@ -15,6 +15,7 @@ import torch
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
+from pipeline.batches.times import UNKNOWN, with_gaps
 from pipeline.batches.train_batch import rounded_up
 from pipeline.jagged import jagged_positions, row_item_keys
 from pipeline.serving.histories import KnownHistories
@@ -72,6 +73,15 @@ class HistoryBatches:
         is_item[masked] = False
         values[is_item] = items[jagged_positions(start, end)]
 
+        times = None
+        known_times, at = self.histories.times, self.histories.at
+        if known_times is not None and at is not None and len(items):
+            seconds = np.empty(len(values), np.int64)
+            seconds[is_item] = known_times[jagged_positions(start, end)]
+            seconds[masked] = np.where(users >= 0, at[users], UNKNOWN)
+            before = np.where(start > begin, known_times[start - 1], UNKNOWN)
+            times = torch.from_numpy(with_gaps(seconds, masked + 1 - lengths, before))
+
         id_bound = self.num_items + 2
         seen = np.zeros(0, np.int64)
         if not self.keep_seen:
@@ -91,4 +101,5 @@ class HistoryBatches:
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
             candidate_range=(1, 1),  # the table needs both features
+            times=times,
         ).pin_memory()

@@ -48,7 +48,7 @@ def read_points(text: str) -> list[Point]:
     Raises:
         UserError: one is neither a number nor a date, or they do not ascend.
     """
-    points = [_read(each.strip()) for each in text.split(",")]
+    points = [read_point(each.strip(), "--split_time") for each in text.split(",")]
     if len({point.is_date for point in points}) > 1:
         raise UserError(f"--split_time {text}: give dates or numbers, not both")
     for one, other in pairwise(points):
@@ -57,11 +57,12 @@ def read_points(text: str) -> list[Point]:
     return points
 
 
-def _read(text: str) -> Point:
+def read_point(text: str, flag: str) -> Point:
+    """A number or a date; ``flag`` names it in a UserError if it is neither."""
     if _NUMBER.fullmatch(text):
         return Point(text, Fraction(Decimal(text)), is_date=False)
     try:
         found = read_dates(pa.chunked_array([[text]], pa.string()))
     except ValueError as error:
-        raise UserError(f"--split_time: {text!r} {date_mistake(text)}") from error
+        raise UserError(f"{flag}: {text!r} {date_mistake(text)}") from error
     return Point(text, Fraction(found.cast(pa.int64())[0].as_py()), is_date=True)
