@@ -12,13 +12,13 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 
 _USERS, _SCORES = 64, 1 << 24  # most users and scores of a block
 Ids = Iterable[object]
+Times = Sequence[Sequence[int]]  # of each item; empty: none
 Found = list[tuple[str | int, float]]  # ids and their scores, best first
 _UNKNOWN = -(1 << 62)  # a time
 
@@ -66,7 +66,7 @@ class Recommender:
         seen: str = "drop",
         allow: Ids | None = None,
         deny: Ids = (),
-        times: Sequence[Sequence[int]] | None = None,
+        times: Times = (),
         at: int | None = None,
     ) -> list[Found]:
         """The best items of each history (oldest first), without those that were never trained.
@@ -102,9 +102,11 @@ class Recommender:
         usable[row] = False
         return self._best(self.vectors @ (self.vectors[row] / lengths[row]) / lengths, usable, k)
 
-    def user_vectors(self, histories: Sequence[Ids]) -> np.ndarray:
+    def user_vectors(
+        self, histories: Sequence[Ids], times: Times = (), at: int | None = None
+    ) -> np.ndarray:
         """float32 [users, width]; the product with an item's vector is its score."""
-        blocks = (vectors for _, vectors in self._encoded(histories))
+        blocks = (vectors for _, vectors in self._encoded(histories, times, at))
         return np.concatenate([np.empty((0, self.vectors.shape[1]), np.float32), *blocks])
 
     def rows(self, items: Ids) -> np.ndarray:
@@ -119,7 +121,7 @@ class Recommender:
         return np.array([self._rows.get(str(item).strip(), -1) for item in items], np.int64)
 
     def _encoded(
-        self, histories: Sequence[Ids], times: Any = None, at: int | None = None
+        self, histories: Sequence[Ids], times: Times, at: int | None
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Blocks of users: rows of their known items, and the users' vectors."""
         all_rows = [self._all_rows(history) for history in histories]
@@ -135,11 +137,11 @@ class Recommender:
             inputs = {"histories": padded}
             if "times" in self.config:  # of the item before the line, the line, the request
                 moments = np.full((len(block), padded.shape[1] + 2), _UNKNOWN)
-                for user, line in enumerate(moments if times is not None else (), low):
-                    own = np.asarray(times[user], np.int64)[all_rows[user] >= 0]
-                    newest = max([self.config["times"]["newest"], *own[-1:]])
-                    own = np.append(own, newest if at is None else at)[-len(line) :]
-                    line[len(line) - len(own) :] = own
+                for user, line in enumerate(moments if len(times) else (), low):
+                    seconds = np.asarray(times[user], np.int64)[all_rows[user] >= 0]
+                    newest = max([self.config["times"]["newest"], *seconds[-1:]])
+                    seconds = np.append(seconds, newest if at is None else at)[-len(line) :]
+                    line[len(line) - len(seconds) :] = seconds
                 inputs["times"] = moments
             yield block, self._session.run(None, inputs)[0]
 
