@@ -1,5 +1,6 @@
 """Times as input: seconds and gaps of each position, their vectors, and turns by time."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder
 from model.network.head import CatalogSlice
-from model.network.times import TimeVectors, with_times
+from model.network.times import TimeVectors, turns_a_second, with_times
 from model.run.build import train_loader
 from model.run.execution import plan_execution
 from model.run.trained import _teacher
@@ -186,9 +187,9 @@ def test_knots_by_hand(time: tuple[int, int], known: dict[int, float]) -> None:
     assert found == pytest.approx(known, abs=1e-6)
 
 
-def encoder_of(times_rotary: bool = False, **flags: Any) -> Encoder:
+def encoder_of(**flags: Any) -> Encoder:
     torch.manual_seed(3)
-    config = EncoderConfig(16, 2, use_times=True, times_rotary=times_rotary, **flags)
+    config = EncoderConfig(16, 2, use_times=True, **flags)
     encoder = Encoder(config, 8, TimeSpan(0, 1000, 1000)).eval()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -200,7 +201,7 @@ GIVEN = torch.tensor([[100, U], [160, 60], [400, 240], [50, U], [7200, 7150]])
 
 
 def test_vectors_are_added_to_the_items() -> None:
-    encoder, (items, *layout) = encoder_of(), ROWS
+    encoder, (items, *layout) = encoder_of(positions="none"), ROWS
     found = encoder(items, *layout, times=GIVEN)
     added = encoder.times(GIVEN, torch.float32)
     encoder.times = None
@@ -208,27 +209,26 @@ def test_vectors_are_added_to_the_items() -> None:
 
 
 def test_no_times_are_unknown_times() -> None:
-    encoder, unknown = encoder_of(times_rotary=True), torch.full((5, 2), U)
+    encoder, unknown = encoder_of(), torch.full((5, 2), U)
     assert torch.equal(encoder(*ROWS), encoder(*ROWS, times=unknown))
     assert not torch.allclose(encoder(*ROWS), encoder(*ROWS, times=GIVEN))
 
 
 def test_untrained_vectors_change_nothing() -> None:
-    plain = EncoderConfig(16, 2)
-    torch.manual_seed(0)
-    before = Encoder(plain, 8).eval()
-    with_them = Encoder(EncoderConfig(16, 2, use_times=True), 8, TimeSpan(0, 9, 9)).eval()
+    plain = EncoderConfig(16, 2, positions="none")
+    before, span = Encoder(plain, 8).eval(), TimeSpan(0, 9, 9)
+    with_them = Encoder(replace(plain, use_times=True), 8, span).eval()
     with_them.load_state_dict(before.state_dict(), strict=False)
     assert torch.equal(before(*ROWS), with_them(*ROWS, times=GIVEN))
 
 
 def test_turns_depend_on_differences_of_times() -> None:
     """Times moved alike change no product of a query and a key."""
-    encoder = encoder_of(times_rotary=True)
+    encoder = encoder_of()
     rotation = encoder.layers[0].attention.rotation[torch.tensor([1, 0])]  # [2, 2, 4]
-    day = 10**9
     near, far = (
-        with_times(rotation, torch.tensor([[t, U], [t + 90, U]]), first=0) for t in (0, day)
+        with_times(rotation, torch.tensor([[t, U], [t + 90, U]]), 0, turns_a_second(rotation))
+        for t in (0, 10**9)
     )
     turn = [torch.complex(*each.unbind(1)) for each in (near, far)]
     products = [one[0] * one[1].conj() for one in turn]
@@ -239,17 +239,12 @@ def test_turns_depend_on_differences_of_times() -> None:
     assert products[0][3].angle().item() == pytest.approx(-90 / (4 * 365.25 * 86400), abs=1e-6)
 
 
-def test_flags_that_need_others() -> None:
-    for flags in ({"times_rotary": True}, {"times_rotary": True, "positions": "none"}):
-        with pytest.raises(UserError, match="--times_rotary needs --use_times"):
-            EncoderConfig(**flags)
-
-
 @pytest.mark.parametrize("student_reads", [False, True])
 def test_a_teacher_reads_the_times_of_the_batch(student_reads: bool) -> None:
     """Teacher and student each have their own flag."""
     sizes, head = (30, 8), HeadConfig()
-    plain, timed = EncoderConfig(16, 2, dropout=0), EncoderConfig(16, 2, dropout=0, use_times=True)
+    plain = EncoderConfig(16, 2, dropout=0, positions="none")
+    timed = replace(plain, use_times=True)
     teacher, student = (
         BERT4Rec(
             ModelConfig(*sizes, encoder, head, span=TimeSpan(0, 9999, 9999)),

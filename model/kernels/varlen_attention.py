@@ -15,6 +15,7 @@ pass is correct for its keys, given output and log-sum-exp over all visible keys
 Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head, V windows.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -65,10 +66,15 @@ class RowLayout:
         self.place = torch.arange(num_positions, device=offsets.device)  # [T]
         self.from_end = offsets[1:][self.row] - self.place - 1  # [T]
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
-        # [T, 2, W / 2], of each position where they depend on more than ``steps_ago``.
-        self.rotation: Tensor | None = None
+        self.rotation: Tensor | None = None  # that of :meth:`turned`
         # V where there are second streams, else 0.
         self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
+
+    def turned(self, rotation: Tensor) -> "RowLayout":
+        """The same with rotations of positions, float [T, 2, W / 2], in place of the layers'."""
+        layout = copy(self)
+        layout.rotation = rotation
+        return layout
 
     def bounds(self, starts: Tensor) -> Tensor:
         """int32 [3], where call 1, call 2 and fillers begin; ``starts``: the offsets, int32."""

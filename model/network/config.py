@@ -27,14 +27,11 @@ class EncoderConfig(Config):
         True, "add a learned vector for a position's distance from the window's end"
     )
 
-    use_times: bool = flag(False, "read the times of the items, and of the item to predict")
-    times_rotary: bool = flag(
-        False, "with --use_times: attention encodes differences of times, too"
+    use_times: bool = flag(
+        False, "read the times of the items, and of the item to predict (of a known unit)"
     )
 
     def check(self) -> None:
-        if self.times_rotary and not (self.use_times and self.positions == "rotary"):
-            raise UserError("--times_rotary needs --use_times and --positions rotary")
         if self.emb_dim % 4:
             raise UserError(
                 f"--emb_dim must be a multiple of 4, not {self.emb_dim}: the embedding kernels "

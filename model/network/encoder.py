@@ -20,7 +20,7 @@ from model.kernels.dropout_bits import new_dropouts
 from model.kernels.varlen_attention import RowLayout
 from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig
-from model.network.times import TimeVectors, with_times
+from model.network.times import TimeVectors, turns_a_second, with_times
 from pipeline.batches.times import UNKNOWN, TimeSpan
 
 # offsets, masked, left_only, steps_ago, times of Encoder.forward
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, max_len: int, span: TimeSpan | None = None) -> None:
         super().__init__()
-        self.max_len, self.times_rotary = max_len, config.times_rotary
+        self.max_len = max_len
         self.positions = nn.Embedding(max_len, config.emb_dim) if config.learned_positions else None
         self.embedding_norm = nn.LayerNorm(config.emb_dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -106,8 +106,10 @@ class Encoder(nn.Module):
                 times = layout.from_end.new_full((items.shape[0], 2), UNKNOWN)
             dtype = torch.get_autocast_dtype("cuda") if fused else items.dtype
             items = items + self.times(times, dtype)
-            if self.times_rotary:
-                self._turn_by_time(layout, times, self.times.first)
+            rotation = cast(EncoderLayer, self.layers[0]).attention.rotation
+            if rotation is not None:
+                frequency, by_place = turns_a_second(rotation), rotation[layout.steps_ago]
+                layout = layout.turned(with_times(by_place, times, self.times.first, frequency))
         if fused:
             return self._encode_fused(items, layout, masked)
         if self.positions is not None:
@@ -119,11 +121,6 @@ class Encoder(nn.Module):
         # The loss reads only the masked positions: the last feed-forward runs only on them, about a
         # fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
-
-    def _turn_by_time(self, layout: RowLayout, times: Tensor, first: int) -> None:
-        attention = cast(EncoderLayer, self.layers[0]).attention
-        assert attention.rotation is not None
-        layout.rotation = with_times(attention.rotation[layout.steps_ago], times, first)
 
     def _encode_fused(self, items: Tensor, layout: RowLayout, masked: Tensor) -> Tensor:
         """The same on CUDA under autocast: one kernel between two matrix products."""

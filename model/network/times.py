@@ -1,6 +1,7 @@
 """Times as input: vectors to add to those of the items, and angles between queries and keys.
 
     seconds 978300760, gap 60 -> knots and weights -> learned rows, summed
+                              -> turns of queries and keys: attention sees differences of times
 
     gap       seconds since the user's item before, on a logarithmic scale: two knots an octave
     period    64 knots at equal distances over the training ratings; drift of popularity
@@ -10,7 +11,7 @@
 Between two knots the vector is the mean of theirs, weighted by distance: a knot of few ratings
 learns from its neighbours' too. Rows begin at zero: what was never trained adds nothing.
 
-Shapes: T positions of all rows, D width, K width of a head, L rows of a rotation.
+Shapes: T positions of all rows, D width, K width of a head.
 """
 
 import math
@@ -57,8 +58,8 @@ class TimeVectors(nn.Module):
         its own replaces the first, and the others have no weight.
         """
         seconds, gaps = times.unbind(1)
-        no_time, no_gap = seconds == UNKNOWN, gaps == UNKNOWN
-        seconds = seconds.masked_fill(no_time, self.first)
+        has_time, has_gap = seconds != UNKNOWN, gaps != UNKNOWN
+        seconds = torch.where(has_time, seconds, self.first)
         gap = (1 + gaps.clamp(min=0)).float().log2() * _A_OCTAVE
         period = (seconds - self.first).float() * ((_PERIODS - 1) / self.length)
         hour = (seconds % _DAY).float() * (_HOURS / _DAY)
@@ -67,20 +68,20 @@ class TimeVectors(nn.Module):
         hour_knot = hour.long()
         weekday = (seconds // _DAY + 3) % _WEEKDAYS  # 1 January 1970 was a Thursday
         columns = [
-            gap_knot.masked_fill(no_gap, _NO_GAP),
+            torch.where(has_gap, gap_knot, _NO_GAP),
             gap_knot + 1,
-            (_PERIOD + period_knot).masked_fill(no_time, _NO_TIME),
+            torch.where(has_time, _PERIOD + period_knot, _NO_TIME),
             _PERIOD + period_knot + 1,
             _HOUR + hour_knot,
             _HOUR + (hour_knot + 1) % _HOURS,
             _WEEKDAY + weekday,
         ]
         of_gap, of_period, of_hour = gap - gap_knot, period - period_knot, hour - hour_knot
-        known = (~no_time).float()
+        known = has_time.float()
         weights = [
-            (1 - of_gap).masked_fill(no_gap, 1),
-            of_gap.masked_fill(no_gap, 0),
-            (1 - of_period).masked_fill(no_time, 1),
+            torch.where(has_gap, 1 - of_gap, 1.0),
+            torch.where(has_gap, of_gap, 0.0),
+            torch.where(has_time, 1 - of_period, 1.0),
             of_period * known,
             (1 - of_hour) * known,
             of_hour * known,
@@ -94,22 +95,28 @@ def _knot(place: Tensor, knots: int) -> Tensor:
     return place.long().clamp(max=knots - 2)
 
 
-def with_times(rotation: Tensor, times: Tensor, first: int) -> Tensor:
+def turns_a_second(rotation: Tensor) -> Tensor:
+    """Frequencies of the pairs of a rotation, [T, 2, K / 2], that time turns: float64 [K / 4]."""
+    pairs = rotation.shape[2] // 2
+    steps = torch.arange(pairs, device=rotation.device, dtype=torch.float64)
+    frequency = _FASTEST * (_SLOWEST / _FASTEST) ** (steps / max(1, pairs - 1))
+    return frequency / (2 * math.pi)
+
+
+def with_times(rotation: Tensor, times: Tensor, first: int, frequency: Tensor) -> Tensor:
     """Rotations of positions, [T, 2, K / 2], with every second pair turned by time instead.
 
     Attention then depends on differences of times. Angles of unknown times are zero.
 
     Args:
         first: seconds since 1970 that have the angle zero.
+        frequency: that of :func:`turns_a_second`.
     """
-    pairs = rotation.shape[2] // 2
-    steps = torch.arange(pairs, device=rotation.device, dtype=torch.float64)
-    frequency = _FASTEST * (_SLOWEST / _FASTEST) ** (steps / max(1, pairs - 1))
-    seconds = (times[:, 0] - first).masked_fill(times[:, 0] == UNKNOWN, 0)
+    seconds = torch.where(times[:, 0] == UNKNOWN, 0, times[:, 0] - first)
     # float64, and whole turns removed: an angle may be 10^7.
-    turns = seconds[:, None] * (frequency / (2 * math.pi))
+    turns = seconds[:, None] * frequency
     angle = (turns - turns.floor()).float() * (2 * math.pi)
     by_time = torch.stack([angle.cos(), angle.sin()], dim=1)  # [T, 2, pairs]
     mixed = rotation.clone()
-    mixed[..., 1 : 2 * pairs : 2] = by_time
+    mixed[..., 1 : 2 * len(frequency) : 2] = by_time
     return mixed

@@ -34,6 +34,11 @@ class TimeSpan:
         assert self.first <= self.last <= self.newest
 
 
+def has_times(store: SequenceStore) -> bool:
+    """Whether a store has times of a known unit, by its manifest."""
+    return store.counts.get("times", {}).get("unit", "") in UNITS
+
+
 class ItemTimes:
     """The times of a store's items.
 
@@ -42,19 +47,18 @@ class ItemTimes:
     """
 
     def __init__(self, store: SequenceStore) -> None:
-        name, unit = store.counts.get("name", "the data"), ""
+        name = store.counts.get("name", "the data")
         if store.times is None:
             raise UserError(
                 f"--use_times: {name} has no times: name their column with --columns, or leave the "
                 "flag out"
             )
-        unit = store.counts.get("times", {}).get("unit", "")
-        if unit not in UNITS:
+        if not has_times(store):
             raise UserError(
                 f"--use_times: the times of {name} are numbers of unknown unit: give dates or "
                 "seconds since 1970, or leave the flag out"
             )
-        self._times, self._scale = np.asarray(store.times), UNITS[unit]
+        self._times, self._scale = np.asarray(store.times), UNITS[store.counts["times"]["unit"]]
         self._offsets, self._parts = store.offsets, store.parts
 
     def seconds(self, places: np.ndarray | slice) -> np.ndarray:
