@@ -235,6 +235,8 @@ def test_an_export_recommends_as_the_run(trained: Trained) -> None:
     assert serving.recommend(histories, times=times, at=at)[0] == [
         (item, pytest.approx(score)) for item, score in found[:10]
     ]
+    with pytest.raises(ValueError, match="zip"):
+        serving.recommend(histories, times=[each[1:] for each in times])
     # Without times, both know that they are unknown.
     alone = run.recommended(histories[1:])
     found = [pair for best in serving.recommend(histories[1:]) for pair in best]

@@ -111,21 +111,16 @@ class Recommender:
 
     def rows(self, items: Ids) -> np.ndarray:
         """int64 places in ``self.items`` of the known ones of these items, in their order."""
-        rows = self._all_rows(items)
-        return rows[rows >= 0]
-
-    def _all_rows(self, items: Ids) -> np.ndarray:
-        """int64 places in ``self.items``; -1: an unknown item."""
         if isinstance(items, (str, bytes)):
             raise TypeError(f"item ids must be a list, not the text {items!r}")
-        return np.array([self._rows.get(str(item).strip(), -1) for item in items], np.int64)
+        found = (self._rows.get(str(item).strip()) for item in items)
+        return np.array([row for row in found if row is not None], np.int64)
 
     def _encoded(
         self, histories: Sequence[Ids], times: Times, at: int | None
     ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Blocks of users: rows of their known items, and the users' vectors."""
-        all_rows = [self._all_rows(history) for history in histories]
-        known = [rows[rows >= 0] for rows in all_rows]
+        known = [self.rows(history) for history in histories]
         longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
         users = max(1, min(_USERS, _SCORES // len(self.items)))
         for low in range(0, len(known), users):
@@ -136,13 +131,13 @@ class Recommender:
                 line[len(line) - len(rows) :] = rows + 1  # 0 is padding
             inputs = {"histories": padded}
             if "times" in self.config:  # of the item before the line, the line, the request
-                moments = np.full((len(block), padded.shape[1] + 2), _UNKNOWN)
-                for user, line in enumerate(moments if len(times) else (), low):
-                    seconds = np.asarray(times[user], np.int64)[all_rows[user] >= 0]
-                    newest = max([self.config["times"]["newest"], *seconds[-1:]])
-                    seconds = np.append(seconds, newest if at is None else at)[-len(line) :]
-                    line[len(line) - len(seconds) :] = seconds
-                inputs["times"] = moments
+                inputs["times"] = np.full((len(block), padded.shape[1] + 2), _UNKNOWN)
+                for user, line in enumerate(inputs["times"] if len(times) else (), low):
+                    pairs = zip(histories[user], times[user], strict=True)
+                    of_items = [time for item, time in pairs if str(item).strip() in self._rows]
+                    newest = max([self.config["times"]["newest"], *of_items[-1:]])
+                    moments = [*of_items, newest if at is None else at][-len(line) :]
+                    line[len(line) - len(moments) :] = moments
             yield block, self._session.run(None, inputs)[0]
 
     def _best(self, scores: np.ndarray, usable: np.ndarray, k: int) -> Found:
