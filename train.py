@@ -112,8 +112,8 @@ def _train(
 
     plan = plan_execution(config, store.num_items, ranks)
     teachers = load_teachers(config, store, ranks, plan.precision)
-    span = time_span(config, store)
     loader = train_loader(config, store, ranks, plan, teachers)
+    span = time_span(config, store)
     model = build_model(config, store.num_items, ranks, plan, teachers, span)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)

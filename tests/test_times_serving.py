@@ -246,8 +246,9 @@ def test_an_export_recommends_as_the_run(trained: Trained) -> None:
 def test_a_config_without_its_times_is_damaged(trained: Trained, run_main: RunMain) -> None:
     config = trained.folder / "run" / "config.json"
     whole = config.read_text()
-    for times in (None, {"first": 5, "last": 4, "newest": 9}, {"first": 1, "last": True}):
-        config.write_text(json.dumps(json.loads(whole) | {"times": times}))
+    good = {"first": 1, "last": 4, "newest": 9}
+    for wrong in ({"first": 5}, {"last": True}, {"newest": 1 << 70}, {"newest": None}):
+        config.write_text(json.dumps(json.loads(whole) | {"times": good | wrong}))
         outcome = run_main("eval", *trained.flags)
         assert_one_line(outcome, "eval", "config.json is damaged (times is ")
     config.write_text(whole)

@@ -42,6 +42,7 @@ from pipeline.preparation.store import SequenceStore
 LOCK = ".lock"
 # Flags that say where the data are, or how they are read, not which.
 _PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
+_LATEST = 1 << 40  # seconds since 1970, beyond those of all times
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -331,6 +332,7 @@ def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
     names = [each.name for each in fields(TimeSpan)]
     found = [times.get(name) for name in names] if isinstance(times, dict) else []
     values = [value for value in found if type(value) is int]  # True is no int
-    if len(values) != len(names) or sorted(values) != values:
+    possible = len(values) == len(names) and -_LATEST < values[0] <= values[-1] < _LATEST
+    if not possible or sorted(values) != values:
         raise ValueError(f"times is {reprlib.repr(times)}")
     return TimeSpan(*values)
