@@ -79,6 +79,7 @@ def _train(
         build_plain_model,
         evaluator,
         prepared,
+        time_span,
         train_loader,
     )
     from model.run.config_file import recorded, versions
@@ -111,13 +112,14 @@ def _train(
     ranks.say("\n".join([decided, *reasons]))
 
     plan = plan_execution(config, store.num_items, ranks)
-    loader = train_loader(config, store, ranks, plan)
     teachers = load_teachers(config, store, ranks, plan.precision)
-    model = build_model(config, store.num_items, ranks, plan, teachers)
+    loader = train_loader(config, store, ranks, plan, teachers)
+    span = time_span(config, store)
+    model = build_model(config, store.num_items, ranks, plan, teachers, span)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
-    folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
+    folder = opened.enter_context(closing(RunFolder(config, ranks, store, span)))
     shards = describe_shards(model, ranks.world_size)
     executed = f"{ranks}: {plan.describe(shards)}; {optimizers}"
     ranks.say(executed)
@@ -174,7 +176,7 @@ def _train(
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
-        plain = build_plain_model(config, store.num_items, ALONE, table_device="meta")
+        plain = build_plain_model(config, store.num_items, ALONE, table_device="meta", span=span)
         output, metrics = config.output, {"test": result}
         known = best_step, metrics, folder.path, folder.path, best["epoch"]
         trained = Trained(plain, checkpoints.path(best_step), *known)

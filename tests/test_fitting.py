@@ -185,6 +185,19 @@ def test_any_data_and_flags_give_a_config_that_repeats(
     assert nothing == []
 
 
+def test_times_that_could_be_read_are_told() -> None:
+    store = store_of(9, 5)
+    told = "the data have times, which --use_times reads (not chosen by itself)"
+    given = {"dataset_path": "mine.csv"}
+    for unit, flags, expected in (
+        ("s", given, True),
+        ("s", given | {"use_times": False}, False),
+        ("", given, False),
+    ):
+        store.counts = {"times": {"unit": unit}}
+        assert (told in fitted(flags, store, GPU)[1]) == expected
+
+
 def test_other_recipes_are_not_fitted() -> None:
     assert fitted({"recipe": "none"}, store_of(9, 5), GPU) == (
         build(RunConfig, {"recipe": "none"}),

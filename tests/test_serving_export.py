@@ -268,17 +268,6 @@ def test_no_users(small: Path) -> None:
     assert serving.user_vectors([]).shape == (0, WIDTH)
 
 
-def test_the_script(small: Path) -> None:
-    script = small / "recommender.py"
-    outcome = run_process(script, "--history", "1193, none,661", "--k", "9")
-    assert outcome.err == "warning: 1 of 3 items are unknown: left out\n"
-    expected = Recommender(small).recommend([["1193", "661"]])[0]
-    rows = [line.split(maxsplit=2) for line in outcome.out.splitlines()]
-    assert rows == [[f"{score:.4f}", name, f"The {name}"] for name, score in expected]
-    outcome = run_process(script, "--history", "1193", "--k", "0")
-    assert outcome.code == 2 and outcome.err.endswith("--k must be at least 1\n")
-
-
 def test_axes_of_the_program_have_names(exported: Exported) -> None:
     session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
     assert [each.shape for each in session.get_inputs()] == [["users", "length"]]

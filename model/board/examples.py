@@ -16,6 +16,7 @@ from model.evaluation.catalog_scores import CatalogScores
 from model.evaluation.evaluate import EncodedUsers, encode, exact
 from model.evaluation.top_items import top_items, whole_chunks
 from model.tables.distribute import unwrap
+from pipeline.batches.times import ItemTimes
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
@@ -51,8 +52,13 @@ class Examples:
         self._users = evaluable[places.astype(np.int64)]
         begin, end = store.offsets[self._users], store.parts.history_end("validation")[self._users]
         self._targets = store.items[end]
-        items = store.items[jagged_positions(begin, end)]
-        self._histories = KnownHistories(pa.nulls(len(begin)), items, splits(end - begin))
+        places = jagged_positions(begin, end)
+        times = at = None
+        if unwrap(model).encoder.times is not None:
+            seconds = ItemTimes(store).seconds
+            times, at = seconds(places), seconds(end)  # the targets'
+        users, items = pa.nulls(len(begin)), store.items[places]
+        self._histories = KnownHistories(users, items, splits(end - begin), times=times, at=at)
         sizes = store.num_items, max_len, len(self._users)
         # The users are those of rank 0; the other ranks have filler rows.
         self._batches = HistoryBatches(

@@ -53,7 +53,7 @@ def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     offsets = rows.offsets()[: batch.num_rows + 1]
     left_only = offsets.new_ones(batch.num_rows, dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        layout = offsets, batch.masked, left_only
+        layout = offsets, batch.masked, left_only, None, batch.times
         hidden = bert.encoder(rows.values(), *layout, longest=batch.longest)
     hidden = bert.head.project(hidden)
     if batch.encoded_row is not None:

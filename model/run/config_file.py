@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from model.settings.fitting import FITTED
 from model.settings.flags import current_flags, flatten
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
+from pipeline.batches.times import TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 # Flags that say where the data are, or how they are read, not which.
 _PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
+_LATEST = 1 << 40  # seconds since 1970, beyond those of all times
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -130,6 +133,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         texts = (value for value in config["flags"].values() if isinstance(value, str))
         if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")
+        read_span(config)
     except OSError as error:
         raise UserError(
             f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
@@ -138,3 +142,21 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
     return config
+
+
+def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
+    """The span of the times in a config.json; None if the model reads none.
+
+    Raises:
+        ValueError: it has none, or an impossible one.
+    """
+    if not config["flags"].get("use_times"):
+        return None
+    times = config.get("times")
+    names = [each.name for each in fields(TimeSpan)]
+    found = [times.get(name) for name in names] if isinstance(times, dict) else []
+    values = [value for value in found if type(value) is int]  # True is no int
+    possible = len(values) == len(names) and -_LATEST < values[0] <= values[-1] < _LATEST
+    if not possible or sorted(values) != values:
+        raise ValueError(f"times is {reprlib.repr(times)}")
+    return TimeSpan(*values)

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +27,7 @@ from model.run.config_file import check_same_run, write_config
 from model.settings.config import RunConfig
 from model.settings.flags import flatten
 from model.settings.protocol import protocol_of
+from pipeline.batches.times import TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import lock, make_folder
 from pipeline.preparation.catalog import Catalog
@@ -47,6 +48,7 @@ class RunFolder:
     config: RunConfig
     ranks: Ranks
     store: SequenceStore
+    span: TimeSpan | None = None  # of the times that the model reads
 
     def __post_init__(self) -> None:
         self._facts = {
@@ -55,6 +57,8 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
+        if self.span is not None:
+            self._facts["times"] = asdict(self.span)
         self._lock: IO[str] | None = None
         try:
             self.path, token = from_first_rank(self.ranks, self._claim)

@@ -23,7 +23,7 @@ from model.run.build import (
     scored_slice,
     weightless_model,
 )
-from model.run.config_file import lasting_flags, read_config
+from model.run.config_file import lasting_flags, read_config, read_span
 from model.run.execution import plan_execution
 from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
@@ -47,6 +47,7 @@ class TrainedRun:
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         self._num_items = self._recorded["num_items"]
+        self.span = read_span(self._recorded)  # None: the model reads no times
         settings = dict(self._recorded["flags"])
         given = ("dataset_path", "cache_dir", "metrics_at")
         settings |= {name: value for name in given if (value := getattr(flags, name))}
@@ -133,7 +134,7 @@ class TrainedRun:
             checkpoints.check_fit(weightless, step)
             self._check_recorded(checkpoints.path(step))
         plan = plan_execution(config, self._num_items, ranks)
-        model = build_model(config, self._num_items, ranks, plan)
+        model = build_model(config, self._num_items, ranks, plan, span=self.span)
         if not self._exported:
             checkpoints.load_weights(model, step)
             return model
@@ -180,7 +181,7 @@ class TrainedRun:
         if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
         self._check_exported(self._exported, self._weightless_model(), ALONE)
-        model = build_plain_model(self.config, self._num_items, ALONE)
+        model = build_plain_model(self.config, self._num_items, ALONE, span=self.span)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
@@ -190,13 +191,14 @@ class TrainedRun:
         return model
 
     def _tableless_model(self) -> BERT4Rec:
-        return build_plain_model(self.config, self._num_items, ALONE, table_device="meta")
+        sizes = self.config, self._num_items
+        return build_plain_model(*sizes, ALONE, table_device="meta", span=self.span)
 
     def _weightless_model(self) -> BERT4Rec:
         try:
             if self.config.encoder.num_layers > _MOST_LAYERS:
                 raise OverflowError(f"more than {_MOST_LAYERS:,} layers")
-            return weightless_model(self.config, self._num_items)
+            return weightless_model(self.config, self._num_items, self.span)
         except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
             reason = str(error).splitlines()[0]
             path = self.folder / "config.json"

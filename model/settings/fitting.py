@@ -21,6 +21,7 @@ from model.distributed import Ranks
 from model.settings.config import RunConfig
 from model.settings.flags import build
 from model.settings.recipes import with_recipe
+from pipeline.batches.times import has_times
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import WindowConfig
 from pipeline.training.windows import WindowTable
@@ -86,6 +87,8 @@ def fitted(
             lines.append(f"  {reason}: {shown}")
     if lines:
         lines.insert(0, "flags that fit the data (give others to override, config.json has all):")
+    if "use_times" not in given and has_times(store):
+        lines.append("the data have times, which --use_times reads (not chosen by itself)")
     return build(RunConfig, flags), lines
 
 

@@ -35,6 +35,7 @@ class EvalBatch:
     longest: int
     candidate_range: tuple[int, int] | None = None
     encoded_row: Tensor | None = None  # [B], the row that has the history; None: each its own
+    times: Tensor | None = None  # [T, 2], as in ``TrainBatch``; a mask token has its target's
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""

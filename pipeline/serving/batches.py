@@ -16,6 +16,7 @@ import torch
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
+from pipeline.batches.times import UNKNOWN, with_gaps
 from pipeline.batches.train_batch import rounded_up
 from pipeline.jagged import jagged_positions, splits
 from pipeline.serving.histories import KnownHistories
@@ -73,6 +74,14 @@ class HistoryBatches:
         is_item[masked] = False
         values[is_item] = items[jagged_positions(start, end)]
 
+        times = None
+        known_times, at = self.histories.times, self.histories.at
+        if known_times is not None and at is not None and len(items):
+            seconds = np.empty(len(values), np.int64)
+            seconds[is_item] = known_times[jagged_positions(start, end)]
+            seconds[masked] = np.where(users >= 0, at[users], UNKNOWN)
+            before = np.where(start > begin, known_times[start - 1], UNKNOWN)
+            times = torch.from_numpy(with_gaps(seconds, masked + 1 - lengths, before))
         if self.keep_seen:
             begin = end
         none = np.zeros((len(users), 0), np.int64)
@@ -88,4 +97,5 @@ class HistoryBatches:
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
             candidate_range=(1, 1),  # the table needs both features
+            times=times,
         ).pin_memory()

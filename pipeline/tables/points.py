@@ -49,9 +49,9 @@ def read_points(times: str, until: str = "") -> list[Point]:
     Raises:
         UserError: one is neither a number nor a date, or they do not ascend.
     """
-    points = [_read(each.strip(), "--split_time") for each in times.split(",")]
+    points = [read_point(each.strip(), "--split_time") for each in times.split(",")]
     if until:
-        points.append(_read(until.strip(), "--split_until"))
+        points.append(read_point(until.strip(), "--split_until"))
     for one, other in pairwise(points):
         given = f"{other.flag} {until if other.flag == '--split_until' else times}"
         if one.is_date != other.is_date:
@@ -61,7 +61,8 @@ def read_points(times: str, until: str = "") -> list[Point]:
     return points
 
 
-def _read(text: str, flag: str) -> Point:
+def read_point(text: str, flag: str) -> Point:
+    """A number or a date; ``flag`` names it in a UserError if it is neither."""
     if _NUMBER.fullmatch(text):
         return Point(text, Fraction(Decimal(text)), False, flag)
     try:
