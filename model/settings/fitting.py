@@ -29,7 +29,7 @@ from pipeline.training.windows import WindowTable
 SHORT = 30  # items of a training history on average; no set was measured between 11 and 89
 EVALUATIONS = 20  # of a whole training
 # Steps without a better evaluation that end a training: a share of all, and at least as many.
-PATIENT_SHARE, PATIENT_STEPS = 7 / 20, 800
+PATIENT_SHARE, PATIENT_STEPS = 7 / 20, 1200
 # Windows up to which the passes are constant; the fewest and the most windows of a global batch.
 MANY_WINDOWS, LEAST_BATCH, MOST_BATCH = 100_000, 32, 1024
 # The part of this batch on a device: on a CPU a small step costs little more for each window.
