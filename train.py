@@ -48,9 +48,11 @@ def train(
         The best model's metrics on "validation" and "test", as in eval_test.json, of the last
         window; none if ``--max_steps`` ended the training before an evaluation.
     """
-    from model.run.rolling import each_window, print_windows
+    from model.run.rolling import check_windows, each_window, print_windows
 
     windows = each_window(given)
+    if len(windows) > 1:
+        check_windows(windows)
     results: dict[str, Result] = {}
     tested = []
     for window in windows:

@@ -314,6 +314,15 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
         "train", *flags, "--split_time=2011-04-03,2011-04-13,2011-04-01", "--run_dir=x"
     )
     assert_one_line(outcome, "train", "2011-04-01 is not after 2011-04-13")
+    # A window that cannot be evaluated is refused before the first one trains.
+    late = "--split_time=2011-04-03,2011-04-13,2011-04-23,2031-05-03"
+    outcome = run_main("train", *flags, late, f"--run_dir={run}")
+    assert_one_line(outcome, "train", "no rating of ratings is at or after 2031-05-03")
+    late = "--split_time=2011-04-03,2011-04-13,2011-04-23 00:01:00,2011-04-23 01:00:00"
+    outcome = run_main("train", *flags, late, f"--run_dir={run}")
+    lacking = "is at or after 2011-04-23 00:01:00 and before 2011-04-23 01:00:00; they are from"
+    assert_one_line(outcome, "train", lacking)
+    assert not run.exists()
     outcome = run_main("train", *rolling, f"--run_dir={run}", "--split_until=2011-05-08")
     assert outcome.code == 0, outcome.err
     results = [
@@ -334,6 +343,7 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
     # Each window is a run like any other.
     assert run_main("eval", f"--checkpoint={run / 'window-2'}").code == 0
     # The last window had an end, which another point takes away or moves.
+    log = (run / "window-1" / "metrics.jsonl").stat().st_mtime_ns
     for more in ((), ("--split_until=2011-05-09",)):
         outcome = run_main("train", *rolling, f"--run_dir={run}", "--resume=auto", *more)
         assert outcome.code == 2
@@ -342,6 +352,8 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
             f"window-3 was trained with --split_time 2011-04-23,2011-05-03 until 2011-05-08, not "
             f"2011-04-23,2011-05-03{end}: give the same value, or choose another --run_dir"
         )
+        # It is refused before an earlier window goes on.
+        assert log == (run / "window-1" / "metrics.jsonl").stat().st_mtime_ns
     # A folder holds windows or a run, not both.
     single = (*flags, "--split_time=2011-04-03,2011-04-13")
     outcome = run_main("train", *single, f"--run_dir={run}", "--resume=auto")
