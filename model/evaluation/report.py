@@ -49,12 +49,16 @@ def format_report(
         for protocol, columns in rankings(result, best_possible).items()
         for name, metrics in columns.items()
     ]
-    notes = "".join(f", {NOTES[key].format(result[key])}" for key in NOTES if key in result)
     users = f"{result['users']:,} users"
     if "targets" in result:
         users += f" with {result['targets']:,} targets"
-    table = f"{split}, {users}{notes}\n{format_table(rows)}"
+    table = f"{', '.join([split, users, *notes(result)])}\n{format_table(rows)}"
     return "\n".join([table, *about_lists(result), *_about_groups(result), *remarks(result)])
+
+
+def notes(result: Result) -> list[str]:
+    """In what the evaluation differs from that of training."""
+    return [NOTES[key].format(result[key]) for key in NOTES if key in result]
 
 
 def rankings(
