@@ -332,6 +332,11 @@ def files_of(folder: Path, form: str) -> Path:
             (folder / f"mine.{word}.csv").write_text(text)
         (folder / "readme.csv.md").write_text("other")
         return folder
+    if form == "inside":  # the files' own names come first
+        for word, text in texts.items():
+            (folder / "train-test-split" / "test").mkdir(parents=True, exist_ok=True)
+            (folder / "train-test-split" / "test" / f"mine.{word}.csv").write_text(text)
+        return folder
     if form == "folders":
         for word, text in texts.items():
             (folder / word).mkdir()
@@ -354,7 +359,15 @@ def of_path(folder: Path, path: Path, **flags: Any) -> SequenceStore:
     return prepare(DataConfig(**known | flags))
 
 
-@pytest.mark.parametrize("form", ["files", "folders", "parquet", "csv"])
+def test_a_file_named_after_two_parts_is_refused(tmp_path: Path) -> None:
+    files_of(tmp_path, "files")
+    (tmp_path / "mine.train-test.csv").write_text("user,item,time\na,1,5\n")
+    named = r"the name of mine\.train-test\.csv has words of several parts \(train, test\): rename"
+    with pytest.raises(UserError, match=named):
+        of_path(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["files", "inside", "folders", "parquet", "csv"])
 def test_a_split_of_the_users_own(tmp_path: Path, form: str) -> None:
     (data := tmp_path / "data").mkdir()
     store = of_path(tmp_path, files_of(data, form))
@@ -365,7 +378,9 @@ def test_a_split_of_the_users_own(tmp_path: Path, form: str) -> None:
     assert store.items.tolist() == by_time.items.tolist()
     assert "split by file: training 3 ratings" in describe(store)
     fewer = of_path(
-        tmp_path, data if form in ("files", "folders") else store_file(data), where="item != '9'"
+        tmp_path,
+        data if form in ("files", "inside", "folders") else store_file(data),
+        where="item != '9'",
     )
     assert targets_of(fewer, "test", every=True) == {"a": ["4"], "b": ["5"]}
 
@@ -466,6 +481,6 @@ def test_flags_that_do_not_fit(run_main: RunMain, tmp_path: Path) -> None:
         ([f"--split_path={path}", "--split_time=5"], "leave --split_time out"),
         ([of_file, "--targets=all"], "--targets all needs --split_time or --split_path"),
         (["--split_until=5"], "--split_until needs --split_time"),
-        ([f"--split_path={tmp_path / 'none.csv'}"], "no such file"),
+        ([f"--split_path={tmp_path / 'none.csv'}"], "none.csv; check the path"),
     ):
         assert_refused(run_main, tmp_path, flags, message)

@@ -61,14 +61,23 @@ def find_split(
 
 
 def _parts(names: list[str]) -> dict[str, list[str]]:
-    """The files of each part, by the words in their names."""
+    """The files of each part, by the words in their names, before those of their folders."""
     found: dict[str, list[str]] = {part: [] for part in PART_WORDS}
     for name in sorted(filter(format_of, names), key=numbers_in_order):
-        words = set(re.split(r"[/._-]+", name.lower()))
-        parts = [part for part, known in PART_WORDS.items() if words & {*known}]
-        if len(parts) == 1:
-            found[parts[0]].append(name)
+        of_each = [_parts_named(each) for each in reversed(name.lower().split("/"))]
+        if len(of_each[0]) > 1:
+            raise UserError(
+                f"--split_path: the name of {name} has words of several parts "
+                f"({', '.join(of_each[0])}): rename it, or move it elsewhere"
+            )
+        if part := next((parts[0] for parts in of_each if len(parts) == 1), ""):
+            found[part].append(name)
     return found
+
+
+def _parts_named(name: str) -> list[str]:
+    words = set(re.split(r"[._-]+", name))
+    return [part for part, known in PART_WORDS.items() if words & {*known}]
 
 
 def _missing(parts: dict[str, list[str]]) -> str:
