@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,9 @@ def test_ties_of_a_users_targets_count_once(scores: list[int], count: int, seed:
     expected = sorted(ranks_in_list(by, targets, others))
     for row in settled:
         assert sorted(row[:-1].tolist()) == expected and row[-1] == 5
+        # Each target has its own: one of a larger score is ahead.
+        for (one, rank), (other, behind) in permutations(zip(targets, row, strict=False), 2):
+            assert rank < behind or by[one] <= by[other]
 
 
 parts = st.lists(st.integers(1, V), max_size=5)
