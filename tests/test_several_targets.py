@@ -345,6 +345,8 @@ def test_a_run_for_each_window(run_main: RunMain, tmp_path: Path) -> None:
     assert mean.split()[-1] == f"{expected:.4f}"
     # Each window is a run like any other.
     assert run_main("eval", f"--checkpoint={run / 'window-2'}").code == 0
+    outcome = run_main("eval", f"--checkpoint={run}")
+    assert_one_line(outcome, "eval", f"several windows: give one of them, such as {run}/window-1")
     # The last window had an end, which another point takes away or moves.
     log = (run / "window-1" / "metrics.jsonl").stat().st_mtime_ns
     for more in ((), ("--split_until=2011-05-09",)):

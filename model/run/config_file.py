@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.distributed import Ranks, from_first_rank
-from model.settings.config import RunConfig
+from model.settings.config import WINDOW, RunConfig
 from model.settings.fitting import FITTED
 from model.settings.flags import current_flags, flatten
 from model.settings.recipes import with_recipe
@@ -135,9 +135,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
             raise ValueError("a value in it is impossible")
         read_span(config)
     except OSError as error:
+        wanted = "give the --run_dir of a training run"
+        first = run_dir / WINDOW.format(1)
+        if isinstance(error, FileNotFoundError) and first.is_dir():
+            wanted = f"it holds the runs of several windows: give one of them, such as {first}"
         raise UserError(
-            f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
-            "give the --run_dir of a training run"
+            f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); {wanted}"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
