@@ -82,7 +82,6 @@ def check_every_byte(
     expected = read()
 
     @settings(
-        deadline=None,
         max_examples=examples,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 
 import train
@@ -160,7 +159,6 @@ ANY = {
 }
 
 
-@settings(deadline=None)
 @drawn(
     st.lists(st.integers(0, 400), max_size=20),
     st.integers(1, 10**6),

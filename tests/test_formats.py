@@ -947,7 +947,7 @@ ID = st.sampled_from(["1", "2", "10", "007", "a", "A", "b c", "é", "-3", '"', "
 ROW = st.tuples(ID, ID, st.integers(-2, 5), st.integers(0, 4).map(lambda at: START + at))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(rows=st.lists(ROW, min_size=1, max_size=12), cut=st.integers(0, 12))
 def test_a_table_gives_one_store_in_every_format(rows: list[tuple], cut: int) -> None:
     rows = [*rows, *(("007", "a", 1, START) for _ in range(3))]

@@ -199,7 +199,7 @@ rows_of = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows_of, rows_of, st.integers(8, 20), st.integers(0, 4), st.integers(0, 4))
 def test_nothing_at_or_after_the_first_point_is_seen_by_training(
     rows: list[Row], others: list[Row], point: int, users: int, items: int
@@ -220,7 +220,7 @@ def test_nothing_at_or_after_the_first_point_is_seen_by_training(
         assert found[0][1] == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows_of, rows_of, st.integers(8, 20), st.booleans())
 def test_validation_sees_nothing_at_or_after_the_second_point(
     rows: list[Row], others: list[Row], point: int, keep: bool

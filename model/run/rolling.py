@@ -11,8 +11,9 @@ from model.distributed import start
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_table
 from model.run.build import prepared
+from model.run.config_file import recorded
 from model.run.execution import for_device
-from model.run.folder import check_run_dir, recorded
+from model.run.folder import check_run_dir
 from model.settings.config import WINDOW, RunConfig
 from model.settings.flags import build
 from model.settings.protocol import with_seen
