@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "blank lines only": ("r.csv", b"\n\n\n", "FILE:1: one column only when cut at ','"),
     "wrong separator": (
         "r.csv",
-        CSV.replace(b",", b";"),
+        CSV.replace(b",", b";") + b"1;2\n",
         "FILE:1: one column only when cut at ',': 'user;item;rating;timestamp'; is it ';'? Give "
         "--separator",
     ),

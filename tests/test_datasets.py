@@ -154,6 +154,11 @@ def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     ("members", "name", "message"),
     [
         ({"a.txt": "", "b.txt": ""}, "mine", "no ratings file in it; looked for ratings.csv, rat"),
+        (
+            {"p-0.csv": "", "p-0.json": ""},
+            "mine",
+            r"--dataset_path .there are p-0.csv, p-0.json; names of parts differ only in numbers",
+        ),
         ({"a/ratings.csv": "", "b/ratings.csv": ""}, "mine", "several ratings files .a/ratings.cs"),
         ({"ml-20m/ratings.csv": ""}, "ml-1m", "no ratings file in it; looked for ratings.dat"),
         ({"__MACOSX/ratings.csv": ""}, "mine", "no ratings file in it"),

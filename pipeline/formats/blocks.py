@@ -117,3 +117,17 @@ def _enclosing_marks(block: bytes, separator: str) -> np.ndarray:
     for found in re.finditer(field, block):
         places += [found.start(), found.end() - 1] if found[1] else [found.start()]
     return np.array(places, np.int64)
+
+
+def records_in(block: bytes, separator: str, whole: bool) -> list[str]:
+    """The records of a file's beginning that are not blank, without line ends.
+
+    Args:
+        whole: the block is the whole file; else its last record is left out unless it ends.
+    """
+    ends = record_ends(block, separator).tolist()
+    if whole and [len(block)] != ends[-1:]:
+        ends.append(len(block))
+    bounds = zip([0, *ends], ends, strict=False)
+    found = (block[start:end].rstrip(b"\r\n").decode(errors="replace") for start, end in bounds)
+    return [record for record in found if record.strip()]

@@ -67,7 +67,11 @@ def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], 
     if len(found) != 1:
         what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
         expected = "" if found else f"; looked for {', '.join(wanted)}"
-        raise UserError(f"{path}: {what} in it{expected}; give the file itself")
+        advice = "give the file itself"
+        if not found and len(names) > 1:
+            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            advice += f" (there are {shown}; names of parts differ only in numbers)"
+        raise UserError(f"{path}: {what} in it{expected}; {advice}")
     folder, _, file = found[0].rpartition("/")
     titles = f"{folder}/{_titles_file(file)}".lstrip("/")
     return [inside(path, found[0])], inside(path, titles) if titles in names else None
