@@ -157,7 +157,7 @@ def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
         (
             {"p-0.csv": "", "p-0.json": ""},
             "mine",
-            r"--dataset_path .there are p-0.csv, p-0.json; names of parts differ only in numbers",
+            r"itself .there are p-0.csv, p-0.json; names of parts differ only in numbers",
         ),
         ({"a/ratings.csv": "", "b/ratings.csv": ""}, "mine", "several ratings files .a/ratings.cs"),
         ({"ml-20m/ratings.csv": ""}, "ml-1m", "no ratings file in it; looked for ratings.dat"),
