@@ -8,9 +8,9 @@
     python eval.py --compare runs/ml-1m runs/taught
 
 Prints the metrics table and writes eval_<split>.json into the folder; with a discount
-eval_<split>-discount-<discount>.json, with another --seen than that of training
-eval_<split>-seen-<drop or keep>.json, on other ratings than those of training
-eval_<split>-ratings-<fingerprint>.json.
+eval_<split>-discount-<discount>.json, with another --seen or --targets than in training
+eval_<split>-seen-<drop or keep>.json or eval_<split>-targets-<next or all>.json, on other ratings
+than those of training eval_<split>-ratings-<fingerprint>.json.
 """
 
 import sys

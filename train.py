@@ -48,9 +48,11 @@ def train(
         The best model's metrics on "validation" and "test", as in eval_test.json, of the last
         window; none if ``--max_steps`` ended the training before an evaluation.
     """
-    from model.run.rolling import each_window, print_windows
+    from model.run.rolling import check_windows, each_window, print_windows
 
     windows = each_window(given)
+    if len(windows) > 1:
+        check_windows(windows)
     results: dict[str, Result] = {}
     tested = []
     for window in windows:
@@ -80,10 +82,12 @@ def _train(
         build_plain_model,
         evaluator,
         prepared,
+        time_span,
         train_loader,
     )
+    from model.run.config_file import recorded, versions
     from model.run.execution import for_device, plan_execution
-    from model.run.folder import RunFolder, check_run_dir, recorded, versions
+    from model.run.folder import RunFolder, check_run_dir
     from model.run.measure import measure
     from model.run.resumed import changed_flags, changed_rates
     from model.run.trained import load_teachers
@@ -116,16 +120,17 @@ def _train(
     ranks.say("\n".join([decided, *reasons]))
 
     plan = plan_execution(config, store.num_items, ranks)
-    loader = train_loader(config, store, ranks, plan)
-    stages.end("loader")
-    kernels.start(config, store.num_items, loader, plan)
     teachers = load_teachers(config, store, ranks, plan.precision)
-    model = build_model(config, store.num_items, ranks, plan, teachers)
+    loader = train_loader(config, store, ranks, plan, teachers)
+    stages.end("loader")
+    span = time_span(config, store)
+    kernels.start(config, store.num_items, loader, plan, span)
+    model = build_model(config, store.num_items, ranks, plan, teachers, span)
     optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     stages.end("model")
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
-    folder = opened.enter_context(closing(RunFolder(config, ranks, store)))
+    folder = opened.enter_context(closing(RunFolder(config, ranks, store, span)))
     shards = describe_shards(model, ranks.world_size)
     executed = f"{ranks}: {plan.describe(shards)}; {optimizers}"
     ranks.say(executed)
@@ -184,7 +189,7 @@ def _train(
         best_possible = (store.best_possible or {}).get("test")
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
-        plain = build_plain_model(config, store.num_items, ALONE, table_device="meta")
+        plain = build_plain_model(config, store.num_items, ALONE, table_device="meta", span=span)
         output, metrics = config.output, {"test": result}
         known = best_step, metrics, folder.path, folder.path, best["epoch"]
         trained = Trained(plain, checkpoints.path(best_step), *known)

@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import commit, processor
 from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.position import Position
-from model.distributed import Ranks, exit_rank, from_first_rank, start
+from model.distributed import Ranks, from_first_rank, start
+from model.ending import exit_rank
 from model.run.build import build_model
+from model.run.config_file import versions
 from model.run.execution import plan_execution
-from model.run.folder import versions
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from model.step.optimizers import Optimizers

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.distributed import Ranks, exit_rank, start
+from model.distributed import Ranks, start
+from model.ending import exit_rank
 from model.nodes import prepared_data
 from model.run.build import build_model, train_loader
 from model.run.execution import plan_execution

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.limits import table_ms
 from benchmarks.machine import ROOT, commit
-from model.run.folder import versions
+from model.run.config_file import versions
 
 WAYS = {
     "ddp": ("--mode=ddp",),

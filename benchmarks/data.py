@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.grouping import WAYS
 from benchmarks.machine import ROOT, commit, processor
-from model.run.folder import versions
+from model.run.config_file import versions
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig

@@ -22,7 +22,7 @@ from benchmarks.machine import commit, processor
 from model.distributed import start
 from model.nodes import prepared_data
 from model.run.build import evaluator
-from model.run.folder import versions
+from model.run.config_file import versions
 from model.run.script import start_script
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags

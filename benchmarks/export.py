@@ -27,10 +27,11 @@ from benchmarks.machine import commit
 from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.export import Trained, export
 from model.checkpoints.position import Position
-from model.distributed import ALONE, exit_rank, from_first_rank, start
+from model.distributed import ALONE, from_first_rank, start
+from model.ending import exit_rank
 from model.run.build import build_model, build_plain_model
+from model.run.config_file import write_config
 from model.run.execution import plan_execution
-from model.run.folder import write_config
 from model.settings.config import RunConfig
 from model.settings.flags import build, flatten
 from model.step.optimizers import Optimizers

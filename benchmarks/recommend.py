@@ -3,12 +3,14 @@
     python benchmarks/recommend.py ml-20m --share 0.02        on CPU, 2 % of the users
     python benchmarks/recommend.py million video-games        on a GPU
     torchrun --nproc_per_node 2 benchmarks/recommend.py million
+    python benchmarks/recommend.py million --profile          where the time goes
 
 A random model of 2 layers and random histories of half to one and a half times the row's length;
 seen items are dropped. The lists of 32 users are compared with a sort of all scores in float64.
-Beside it, where RecTools can be imported: the users per second of its BERT4Rec of the same sizes,
-after one training step. Seconds of the cores (``cpu_seconds``) can be compared even if other
-processes used the machine. The results go to results/recommend-<device>.json.
+Beside the file, on one rank: the seconds of ``recommended``, which returns the rows as a table, as
+RecTools' ``recommend`` does. Where RecTools can be imported: the users per second of its BERT4Rec
+of the same sizes, after one training step. Seconds of the cores (``cpu_seconds``) can be compared
+even if other processes used the machine. The results go to results/recommend-<device>.json.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import ROOT, commit, processor
-from model.distributed import Ranks, exit_rank, from_first_rank, start
+from benchmarks.sampling import Place, Sampled, kernels
+from model.distributed import Ranks, from_first_rank, start
+from model.ending import exit_rank
 from model.run.build import build_model
+from model.run.config_file import versions
 from model.run.execution import plan_execution
-from model.run.folder import versions
 from model.serving.answer import write_all
 from model.serving.config import Choice
 from model.serving.recommender import Recommender
@@ -45,6 +50,20 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.serving.histories import KnownHistories
 
 LAYERS, HEADS, COMPARED = 2, 4, 32
+IN_MEMORY = 4_000_000  # most rows of a table
+STAGES: dict[Place, str] = {
+    ("serving/batches.py", "_batch"): "thread: batches",
+    ("pipeline/stage.py", "__next__"): "wait for a batch",
+    ("evaluation/users.py", "encode"): "launch encoder",
+    ("serving/vectors.py", "_best"): "launch scores and top-k",
+    ("serving/vectors.py", "checked"): "wait for the device",
+    ("serving/vectors.py", "_on_host"): "launch copies",
+    ("serving/rows.py", "table"): "thread: rows",
+    ("serving/output.py", "sink"): "thread: Parquet",
+    ("serving/output.py", "write"): "wait for the threads",
+    ("serving/output.py", "row_writer"): "wait for the threads",
+    ("pipeline/files.py", "whole_file"): "fsync of the file",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +118,12 @@ def random_recommender(row: Row, ranks: Ranks, batch_size: int | None) -> Recomm
 
 
 def measure(
-    name: str, share: float, ranks: Ranks, folder: Path, batch_size: int | None
+    name: str,
+    share: float,
+    ranks: Ranks,
+    folder: Path,
+    batch_size: int | None,
+    profiled: bool = False,
 ) -> dict[str, Any]:
     """Recommend to a share of a row's users; the users per second and the seconds for all."""
     row = ROWS[name]
@@ -107,10 +131,9 @@ def measure(
     recommender = random_recommender(row, ranks, batch_size)
     histories = random_histories(row, users)
     eligible = recommender.eligible(Choice(k=row.k), None, ())
-    warm = 2 * recommender.batch_size * ranks.world_size
-    write_all(
-        recommender, histories.only(np.arange(min(users, warm))), eligible, folder / "w.parquet"
-    )
+    warm = 4 * recommender.batch_size * ranks.world_size
+    some = histories.only(np.arange(min(users, warm)))
+    write_all(recommender, some, eligible, folder / "warm.parquet")
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     output = folder / "recs.parquet"
@@ -121,7 +144,17 @@ def measure(
     found |= speeds(users, seconds, cpu_seconds) | {"seconds_for_all": row.users * seconds / users}
     if ranks.device.type == "cuda":
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    if profiled:
+        with Sampled(STAGES) as sampled:
+            write_all(recommender, histories, eligible, output)
+        found["profile"] = {"seconds_of_stages": sampled.seconds}
+        if ranks.device.type == "cuda":
+            work = partial(write_all, recommender, some, eligible, folder / "warm.parquet")
+            found["profile"] |= {f"kernels, {len(some):,} users": kernels(work)}
     if ranks.world_size == 1:
+        if row.k * users <= IN_MEMORY:
+            call = partial(recommender.recommended, histories, row.k)
+            found["table_seconds"] = min(timed(call)[0] for _ in range(3))
         found["same_as_sorted"] = same_as_sorted(recommender, histories, row.k, output)
     return found
 
@@ -178,6 +211,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="users per batch and rank")
     parser.add_argument("--rectools_share", type=float, help="of the users (default: --share)")
     parser.add_argument("--skip_rectools", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="run again, and say what takes time")
     parser.add_argument("--folder", type=Path, help="of the written rows (default: temporary)")
     parser.add_argument("--out", type=Path, help="results (default: results/recommend-*.json)")
     flags = parser.parse_args()
@@ -187,7 +221,7 @@ def main() -> None:
     kept = json.loads(out.read_text()) if out.exists() else []
     try:
         for name in flags.rows:
-            found = measure(name, flags.share, ranks, Path(made), flags.batch_size)
+            found = measure(name, flags.share, ranks, Path(made), flags.batch_size, flags.profile)
             if ranks.is_first and not flags.skip_rectools:
                 try:
                     found["rectools"] = of_rectools(name, flags.rectools_share or flags.share)

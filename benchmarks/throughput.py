@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.limits import least_ms
 from benchmarks.machine import ROOT, commit, processor
 from benchmarks.rows import ROWS, SETS, Row
-from model.run.folder import versions
+from model.run.config_file import versions
 
 Result = dict[str, Any]
 # A result replaces an earlier one that agrees with it in these fields.

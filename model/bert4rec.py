@@ -25,6 +25,7 @@ from model.network.distillation import Teachers
 from model.network.encoder import Encoder
 from model.network.head import CatalogSlice, ScoringHead
 from pipeline.batches.features import CANDIDATE, ITEM, Lookup
+from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch, TrainBatch
 
 # FBGEMM's kernels train these and float8 tables, not bfloat16 ones.
@@ -40,6 +41,7 @@ class ModelConfig:
     encoder: EncoderConfig
     head: HeadConfig
     table_precision: str = "fp32"
+    span: TimeSpan | None = None  # of the times, with ``encoder.use_times``
 
 
 class ItemTable(EmbeddingCollection):
@@ -74,7 +76,7 @@ class BERT4Rec(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embeddings = ItemTable(tables=_tables(config), device=torch.device(table_device))
-            self.encoder = Encoder(config.encoder, config.max_len)
+            self.encoder = Encoder(config.encoder, config.max_len, config.span)
         self.head = ScoringHead(config.head, catalog, config.num_items)
         self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
@@ -88,7 +90,7 @@ class BERT4Rec(nn.Module):
         # TorchRec would have to sum lengths for the offsets of ``rows``.
         layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
         scored = batch.targets, batch.negatives, batch.log_counts, batch.all_targets
-        given = StepInput(*layout, *scored, batch.ids)
+        given = StepInput(*layout, *scored, batch.ids, batch.times)
         items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):

@@ -1,53 +1,22 @@
-"""The ranks of a run: how they start, share what rank 0 computes, and end after an error."""
+"""The ranks of a run: how they start, and share what rank 0 computes."""
 
-import errno
-import logging
 import os
-import re
-import signal
 import socket
-import sys
-import threading
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import REMEDIES, UserError, exit_with_message, remedy, say, warn
+from pipeline.errors import UserError, say, warn
 
 T = TypeVar("T")
 
-_FAILURE = "failure"  # the store's key of the first failure of a rank
-_PRINTED = f"printed on {socket.gethostname()}"  # its key once this host has shown a failure's line
 _starts = 0  # calls of `start` in this process
-
-# Warnings of libraries about their own code, shown at every start; they would hide ours.
-_WARNINGS = (
-    (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
-    (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
-    (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # torch 2.13
-    (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
-    # TorchRec 1.6 with torch 2.11
-    (UserWarning, "`_get_pg_default_device` will be deprecated"),
-    (UserWarning, "Multiple backends are registered with this ProcessGroup"),
-    (UserWarning, r"(?s).*\[FBGEMM_GPU\] NOTE: The training optimizer 'adam'"),
-)
-# Only a write fails so.
-_OF_WRITING = REMEDIES.keys() - {errno.EACCES, errno.EPERM}
-_NO_MEMORY = re.compile(r"can't allocate memory|Maximum allowed dimension|array is too big", re.I)
-# Messages of gloo and NCCL when another rank has ended, to explain an error to the user.
-GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe", re.IGNORECASE)
-
-
-class LostRankError(UserError):
-    """Another rank has ended or is stuck: this one is not the cause."""
 
 
 @dataclass(frozen=True)
@@ -194,120 +163,3 @@ def writing(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
-
-
-def failure_of_another_rank() -> str | None:
-    """What the first rank that failed has stored, e.g. "rank 1 failed: KeyError: 7"."""
-    with suppress(RuntimeError, ValueError):  # the store has ended with its process
-        store = _store()
-        if store.check([_FAILURE]):
-            return store.get(_FAILURE).decode()
-    return None
-
-
-def _tell_other_ranks(reason: str) -> None:
-    with suppress(RuntimeError, ValueError):
-        _store().compare_set(_FAILURE, "", f"rank {dist.get_rank()} failed: {reason}")
-
-
-def _note_printed() -> None:
-    """Ranks that fail as a consequence need not repeat the line of the cause."""
-    with suppress(RuntimeError, ValueError):
-        _store().set(_PRINTED, "")
-
-
-def _is_printed() -> bool:
-    with suppress(RuntimeError, ValueError):
-        return _store().check([_PRINTED])
-    return False
-
-
-def _store() -> dist.Store:
-    # Private: the only way to the store of the default group.
-    return dist.distributed_c10d._get_default_store()
-
-
-def exit_rank(code: int = 0) -> NoReturn:
-    """End this rank's process without finalizing the interpreter.
-
-    A gloo thread frees the tensors of the last collective late; during finalization this aborts
-    the process (torch 2.13), and the job would count as failed. NCCL communicators are not
-    destroyed: that waits for the other ranks, without end while a CUDA graph communicates.
-    """
-    if _has_nccl():
-        with suppress(RuntimeError):  # another rank has ended
-            torch.cuda.synchronize()
-            dist.all_reduce(torch.zeros(1))  # afterwards no rank reads this rank's memory
-    elif dist.is_initialized():
-        dist.destroy_process_group()
-    with suppress(OSError):  # the reader of the output (e.g. head) may have ended
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
-
-
-def _has_nccl() -> bool:
-    return _has_other_ranks() and torch.cuda.is_available()
-
-
-def _has_other_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
-    silence_libraries()
-    try:
-        main()
-        exit_rank()
-    except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)
-    except SystemExit as end:
-        exit_rank(int(end.code or 0))
-    except Exception as error:
-        message = _users_to_fix(error)
-        is_lost = message is None and GONE.search(str(error))
-        if _has_other_ranks() and (is_lost or isinstance(error, LostRankError)):
-            if _is_printed():
-                os._exit(2)
-            message = message or failure_of_another_rank() or "another rank ended: see its error"
-        elif _has_other_ranks():
-            _tell_other_ranks(message or f"{type(error).__name__}: {error}")
-        if message is None:
-            say(traceback.format_exc().rstrip(), sys.stderr)
-            os._exit(1)
-        exit_with_message(message, _note_printed)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _users_to_fix(error: Exception) -> str | None:
-    """The message about an error, None for a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(reason):
-        return (
-            f"not enough memory ({reason}): lower --train_batch_size, --max_len, --emb_dim or "
-            "--val_batch_size, or use more ranks"
-        )
-    if isinstance(error, OSError) and error.errno in _OF_WRITING:
-        what = error.filename or "output"
-        return f"{what} cannot be written: {error.strerror}; {remedy(error, 'try again')}"
-    return None
-
-
-def silence_libraries() -> None:
-    """Drop only the messages listed above, so that new ones are still shown."""
-    # Private: TensorBoard's writer thread, _AsyncWriterThread. Its traceback is redundant, because
-    # the next write raises the error.
-    show = threading.excepthook
-    threading.excepthook = lambda failed: (
-        None if type(failed.thread).__name__ == "_AsyncWriterThread" else show(failed)
-    )
-    for category, message in _WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(
-        lambda record: not record.getMessage().startswith("is_fx_tracing will return true")
-    )

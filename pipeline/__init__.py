@@ -1,6 +1,6 @@
 """The data pipeline: from a ratings file to the batches of one training step.
 
-    sources/       ratings files or generators -> tables: user, item, rating, timestamp
+    sources/       ratings files (formats/) or generators -> tables: user, item, rating, timestamp
     preparation/   number the ids, filter, group by user -> SequenceStore, mapped by every rank
     training/      draw windows, mask items, pad, draw negatives -> batches/: TrainBatch
     evaluation/    held-out items, sampled negatives -> batches/: EvalBatch
@@ -9,7 +9,7 @@ Every stage is one small class on `torchdata.nodes` (stage.py), usable separatel
 a file ``clicks.csv`` whose columns are user, item and time::
 
     from pipeline.preparation.prepare import describe, prepare
-    from pipeline.sources.datasets import DataConfig
+    from pipeline.sources.config import DataConfig
     from pipeline.training.cloze import MaskConfig
     from pipeline.training.loader import LoaderConfig, TrainLoader
     from pipeline.training.windows import WindowConfig

@@ -70,6 +70,8 @@ def exit_with_message(message: str, printed: Callable[[], None] = lambda: None) 
         time.sleep(3)
         message = f"rank {rank}: {message}"
     with suppress(OSError):  # the exit code tells it too
-        say(f"{Path(sys.argv[0]).name}: {printable(message)}", sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name  # python -m
+        say(f"{name}: {printable(message)}", sys.stderr)
     printed()
     os._exit(2)

@@ -22,6 +22,8 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 _TIMEOUT_SECONDS = 20
+# Google's, also for credentials that are not found: by default Arrow tries for 15 minutes.
+_RETRY, _RETRY_SECONDS = "retry_limit_seconds", 30
 _HTTP = ("http://", "https://")
 
 
@@ -46,7 +48,10 @@ class RemotePath:
         scheme = self.url.partition("://")[0]
         if scheme in ("s3", "gs", "gcs", "file"):
             try:
-                return FileSystem.from_uri(self.url)
+                url = self.url
+                if scheme in ("gs", "gcs") and _RETRY not in url:
+                    url += f"{'&' if '?' in url else '?'}{_RETRY}={_RETRY_SECONDS}"
+                return FileSystem.from_uri(url)
             except ValueError as error:  # ArrowInvalid
                 raise OSError(22, str(error).splitlines()[0]) from error
         try:

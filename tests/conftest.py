@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from safetensors.torch import load_file
 
 from model.checkpoints.manifest import describe_files
@@ -31,6 +32,10 @@ needs_ml_100k = pytest.mark.skipif(
 # One thread per process: the models are tiny, and threads that wait for each other on shared cores
 # are many times slower.
 torch.set_num_threads(1)
+
+# A machine may be busy: an example's time says nothing.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # A training run of about a second: 60 users, 80 items, 4 steps an epoch on one rank.
 TINY = (

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from model.checkpoints.checkpoints import Checkpoints
-from model.checkpoints.export import WEIGHTS, Trained, export
+from model.checkpoints.export import Trained, export
+from model.checkpoints.exported import WEIGHTS
 from model.checkpoints.manifest import DamagedError
 from model.distributed import ALONE, Ranks
 from model.programs.recommender import Recommender
-from model.run.folder import lasting_flags
+from model.run.config_file import lasting_flags
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags
 from pipeline.errors import UserError
@@ -55,8 +56,10 @@ def of_export(folder: Path) -> Any:
 def of_run(folder: Path) -> Any:
     """What they read of a run that has not ended."""
     run = TrainedRun(EvalFlags(checkpoint=str(folder)))
-    trained = run.trained(ALONE)
-    return copied_weights(trained), trained.step, lasting_flags(run.config)
+    trained, catalog = run.trained(ALONE), run.catalog()
+    names = catalog.items, catalog.titles, catalog.users
+    known = *(each.to_pylist() for each in names), catalog.train_counts.tolist()
+    return copied_weights(trained), known, trained.step, lasting_flags(run.config)
 
 
 def copied_weights(trained: Trained) -> dict[str, list[Any]]:
@@ -79,7 +82,6 @@ def check_every_byte(
     expected = read()
 
     @settings(
-        deadline=None,
         max_examples=examples,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
@@ -119,7 +121,8 @@ def test_files_of_a_checkpoint(run_dir: Path, one_rank: Ranks, tmp_path: Path) -
     (checkpoint,) = (copied / "checkpoints").iterdir()
     names = [f"checkpoints/{checkpoint.name}/{each.name}" for each in checkpoint.iterdir()]
     assert len(names) == 3
-    check_every_byte(copied, [*names, "config.json"], lambda: of_run(copied), [UserError])
+    own = ["config.json", "catalog.parquet", "users.parquet", "checksums.json"]
+    check_every_byte(copied, [*names, *own], lambda: of_run(copied), [UserError])
     checkpoints = Checkpoints(copied, one_rank)
     read = lambda: checkpoints._verified(checkpoint)  # noqa: E731  what --resume auto takes
     check_every_byte(copied, names, read, [DamagedError, UserError])
@@ -142,6 +145,26 @@ def test_a_checkpoint_that_is_altered_before_training_ends(
     outcome = run_main("train", *TINY, *flags)
     assert_one_line(outcome, "train", "the best model of this run, is damaged: __0_0.distcp was al")
     assert "test, 60 users" not in outcome.out
+
+
+@pytest.mark.parametrize("name", ["catalog.parquet", "users.parquet"])
+def test_an_altered_catalog_of_a_run_is_refused_in_one_line(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, name: str
+) -> None:
+    copied = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    message = f"{path} cannot be used ({name} was altered: its checksum differs): restore it, or"
+    outcome = run_main("recommend", f"--checkpoint={copied}", "--history=1")
+    assert_one_line(outcome, "recommend", message)
+    # The model in it was exported before: the users come from the run.
+    flags = f"--checkpoint={copied}", f"--output={tmp_path / 'again'}", "--with_users"
+    assert_one_line(run_main("export", *flags), "export", message)
+    (copied / "checksums.json").unlink()  # as earlier versions wrote a run
+    path.write_bytes((run_dir / name).read_bytes())
+    assert run_main("recommend", f"--checkpoint={copied}", "--history=1").code == 0
 
 
 @pytest.mark.parametrize("script", ["eval", "recommend", "export", "train"])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from model.checkpoints.export import check_exported, load_exported
+from model.checkpoints.exported import check_exported, load_exported
 from model.checkpoints.manifest import DamagedError, position_of, read_manifest, verify
 from model.checkpoints.safe_reader import read_index, stored_weights
 from model.checkpoints.weights import check_fit
@@ -40,9 +40,7 @@ JSON = st.recursive(
 )
 NAMES = st.sampled_from(["__0_0.distcp", ".metadata", "../a", "/dev/zero", "", ".", "a\0b"])
 
-quick = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
@@ -128,7 +126,7 @@ def test_any_bytes_as_index(checkpoint: Path) -> None:
     path, wanted = checkpoint / ".metadata", nn.Linear(3, 2).state_dict()
     whole = path.read_bytes()
 
-    @settings(deadline=None, max_examples=400)
+    @settings(max_examples=400)
     @given(content=damaged(whole))
     def examples(content: bytes) -> None:
         path.write_bytes(content)
@@ -161,7 +159,7 @@ def test_any_values_in_an_index(checkpoint: Path, part: str) -> None:
         "storage_meta": ("load_id", "save_id"),
     }[part]
 
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(value=VALUES, where=st.sampled_from(["all", *fields]))
     def examples(value: Any, where: str) -> None:
         index = pickle.loads(whole)
@@ -190,7 +188,7 @@ def test_any_bytes_as_weights(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(nn.Linear(3, 2).state_dict(), path, {"trained": json.dumps({"step": 1})})
 
-    @settings(deadline=None, max_examples=400)
+    @settings(max_examples=400)
     @given(content=damaged(path.read_bytes()))
     def examples(content: bytes) -> None:
         path.unlink()
@@ -212,7 +210,7 @@ def test_any_bytes_as_catalog(tmp_path: Path) -> None:
     store.catalog.write_to(tmp_path)
     whole = {name: (tmp_path / name).read_bytes() for name in FILES}
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(data=st.data(), name=st.sampled_from(FILES))
     def examples(data: st.DataObject, name: str) -> None:
         for each in FILES:

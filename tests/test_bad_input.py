@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
+from pipeline.formats import source_file as sources
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import source_file as sources
 from tests.conftest import TINY, RunMain, assert_one_line, assert_refused
 
 HEAD = b"user,item,rating,timestamp\n"
@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "blank lines only": ("r.csv", b"\n\n\n", "FILE:1: one column only when cut at ','"),
     "wrong separator": (
         "r.csv",
-        CSV.replace(b",", b";"),
+        CSV.replace(b",", b";") + b"1;2\n",
         "FILE:1: one column only when cut at ',': 'user;item;rating;timestamp'; is it ';'? Give "
         "--separator",
     ),
@@ -509,7 +509,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "zip with two": (
         "r.zip",
         zipped(("a/ratings.csv", CSV), ("b/ratings.csv", CSV)),
-        "FILE: several ratings files (a/ratings.csv, b/ratings.csv) in it; give the file with",
+        "FILE: several ratings files (a/ratings.csv, b/ratings.csv) in it; give the file itself",
     ),
     "zip in zip": ("r.zip", zipped(("r.zip", zipped())), "FILE/r.zip is not a text file"),
     "zip with a bomb": (
@@ -583,7 +583,7 @@ def empty_folder(folder: Path) -> str:
 
 
 def nothing_there(folder: Path) -> str:
-    return f"no such file: {folder}; see --dataset_path"
+    return f"no such file: {folder}; check the path"
 
 
 def link_to_itself(folder: Path) -> str:
@@ -593,7 +593,7 @@ def link_to_itself(folder: Path) -> str:
 
 def pipe(folder: Path) -> str:
     os.mkfifo(folder)
-    return f"{folder} is neither a file nor a folder; see --dataset_path"
+    return f"{folder} is neither a file nor a folder: give one"
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "ratings that are gone": (
         lambda config: config["flags"].update(dataset_path="gone.csv"),
-        "no such file: gone.csv; see --dataset_path",
+        "no such file: gone.csv; check the path",
     ),
 }
 
@@ -215,11 +215,20 @@ def test_checkpoints_without_their_index(run_main: RunMain, train: Train, run_di
     without_model(run_dir)
     outcome = run_main("eval", f"--checkpoint={run_dir}")
     assert_one_line(outcome, "eval", "the best model of this run, is damaged: .metadata cannot be")
-    # No good checkpoint is left: training starts again from step 0.
+    config = (run_dir / "config.json").read_bytes()
+    checkpoints = run_dir / "checkpoints"
+    steps = sorted(each.name for each in checkpoints.iterdir())
+    for _ in range(2):  # a refusal changes nothing, so that the next one does not start anew
+        outcome = train(run_dir, "--resume=auto")
+        newest = checkpoints / steps[-1]
+        message = f"all checkpoints are damaged ({newest}: .metadata cannot be read (No such file"
+        assert_one_line(outcome, "train", message)
+        assert f"restore one, or delete {checkpoints} to train from" in outcome.err
+    assert sorted(each.name for each in checkpoints.iterdir()) == steps
+    assert (run_dir / "config.json").read_bytes() == config
+    shutil.rmtree(checkpoints)
     outcome = train(run_dir, "--resume=auto")
-    assert outcome.code == 0
-    assert outcome.err.count("is damaged: .metadata cannot be read") == 2
-    assert "resumed from" not in outcome.out
+    assert outcome.code == 0 and "resumed from" not in outcome.out, outcome.err
 
 
 def test_an_invalid_position(run_main: RunMain, train: Train, run_dir: Path) -> None:

@@ -328,9 +328,19 @@ def test_recommending_is_measured_and_compared_with_a_sort(
 ) -> None:
     sizes = recommend.Row(users=80, items=300, length=6, width=16, k=7)
     monkeypatch.setitem(recommend.ROWS, "tiny", sizes)
-    found = recommend.measure("tiny", 0.5, one_rank, tmp_path, batch_size=16)
+    found = recommend.measure("tiny", 0.5, one_rank, tmp_path, batch_size=16, profiled=True)
     assert found["measured_users"] == 40 and found["same_as_sorted"] == 1
     assert found["seconds_for_all"] == pytest.approx(2 * found["seconds"])
+    stages = found["profile"]["seconds_of_stages"]
+    assert stages and stages.keys() <= {*recommend.STAGES.values(), "other"}
+    assert found["table_seconds"] > 0
+
+
+def test_stages_are_functions_that_exist() -> None:
+    for path, name in recommend.STAGES:
+        files = [each for room in ("pipeline", "model") for each in (ROOT / room).rglob("*.py")]
+        (file,) = (each for each in files if each.as_posix().endswith(path))
+        assert f"def {name}(" in file.read_text(), f"{path} has no {name}"
 
 
 @pytest.mark.parametrize("kind", ["geometric", "zipf"])

@@ -13,15 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.util.tensor_util import make_ndarray
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from model.board import markdown, tags
 from model.board.examples import Examples
 from model.board.projector import popular_items
+from model.board.result import Measured, write_measured
 from model.distributed import Ranks
 from model.evaluation.metrics import METRICS
 from model.run.build import build_model
@@ -145,7 +148,8 @@ def read_config(folder: Path) -> ProjectorConfig:
 
 def test_what_a_run_shows(run_main: RunMain, run_dir: Path, cache_dir: Path) -> None:
     places = [f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
-    outcome = run_main("train", *TINY, *places, "--max_grad_norm=1e-3", "--lr=2e-3")
+    more = ["--max_grad_norm=1e-3", "--lr=2e-3", "--metrics_at=2"]
+    outcome = run_main("train", *TINY, *places, *more)
     assert outcome.code == 0, outcome.err
     main, steps = events_of(run_dir), [5, 10]
     scalars = set(main.Tags()["scalars"])
@@ -170,23 +174,59 @@ def test_what_a_run_shows(run_main: RunMain, run_dir: Path, cache_dir: Path) -> 
         **{"data": "synthetic", "recipe": "none", "max_grad_norm": 1e-3, "lr": 2e-3},
         **{"synthetic_user_count": 60, "synthetic_item_count": 80, "max_len": 16, "emb_dim": 16},
         **{"num_layers": 1, "train_batch_size": 32, "num_epochs": 2},
+        **{"loss": "softmax", "dropout": 0.2},  # the defaults, which other runs may not have
         "seen": "drop",  # which "auto" decided
+        "metrics_at": "2",
     }
     assert texts(run_dir, "examples").keys() == set(steps)
     (about,) = texts(run_dir, "run").values()
     for part in ("train.py --recipe=none", "what each stage kept", "1 rank on cpu", "torchrec "):
         assert part in about
     (result,) = texts(run_dir / "results" / "eval_test", "result").values()
-    assert "| full, best possible |" in result
+    shown = json.loads((run_dir / "eval_test.json").read_text())
+    heads = [line for line in result.splitlines() if "| model |" in line]
+    assert heads == [
+        "| full | model | ± (95 %) | popularity alone | best possible on this data |",
+        "| sampled | model | ± (95 %) | popularity alone |",
+    ]
+    for metric, value in shown["full"].items():
+        assert f"\n| {metric} | {value:.4f} | " in result
+    assert "lists of 10: " in result
     assert re.search(r"\| history: 20-49, [0-9]+ users \| [0-9.]+ \|", result)
     for protocol in ("full", "sampled"):
-        (ranks,) = events_of(run_dir / "results" / "eval_test").Histograms(f"ranks/{protocol}")
-        counts = json.loads((run_dir / "eval_test.json").read_text())["rank_histogram"]
+        (ranks,) = events_of(run_dir / "results" / "eval_test").Histograms(
+            f"log10_of_ranks/{protocol}"
+        )
+        counts = shown["rank_histogram"]
         assert ranks.histogram_value.bucket == counts[protocol] and sum(counts[protocol]) == 60
-        assert ranks.histogram_value.bucket_limit == counts["limits"] and ranks.step == test.step
+        assert ranks.step == test.step
     (layout,) = main.Tensors("custom_scalars__config__")
     parsed = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0])
     assert [each.title for each in parsed.category] == ["full and sampled", "learning rates"]
+    charts = ["NDCG@10", "HR@2", "HR@10", "NDCG@2", "MRR"]
+    assert [chart.title for chart in parsed.category[0].chart] == charts
+
+
+def test_ranks_are_drawn_where_they_are(tmp_path: Path) -> None:
+    limits = [1, 2, 5, 10, 20, 50, 80]
+    histogram = {"limits": limits, "full": [0, 3, 0, 2, 1, 0, 0], "sampled": [4, 0, 0, 2, 0, 0, 0]}
+    metrics = {"sampled": {"MRR": 0.5}, "full": {"MRR": 0.5}, "users": 6}
+    result = {**metrics, "rank_histogram": histogram}
+    folder = write_measured(tmp_path, Measured("eval_test", 7, result, {}), full=True)
+    (path,) = folder.glob("events.*")
+    drawn = {
+        value.tag: make_ndarray(value.tensor)
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag.startswith("log10_of_ranks")
+    }
+    # Left, right and count of each interval: without the empty ones at both ends.
+    edges = np.log10([0.5, *limits])
+    expected = {"full": (1, [3, 0, 2, 1]), "sampled": (0, [4, 0, 0, 2])}
+    for protocol, (first, counts) in expected.items():
+        lefts, rights = (edges[at : at + len(counts)] for at in (first, first + 1))
+        found = drawn[f"log10_of_ranks/{protocol}"]
+        np.testing.assert_allclose(found, np.stack([lefts, rights, counts], axis=1), atol=1e-6)
 
 
 def test_minimal_is_curves_alone(run_main: RunMain, run_dir: Path, cache_dir: Path) -> None:

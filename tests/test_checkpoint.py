@@ -235,8 +235,9 @@ def test_what_another_rank_found(
         checkpoints._newest_good()
     assert path.is_dir()
     other_finds(DamagedError("__1_0.distcp was altered"))
-    assert checkpoints._newest_good() is None
-    assert [each.name for each in path.parent.iterdir()] == ["damaged-00000007"]
+    with pytest.raises(UserError, match=r"all checkpoints are damaged .*__1_0.distcp was altered"):
+        checkpoints._newest_good()
+    assert path.is_dir()
 
 
 def hide(aside: Path) -> None:

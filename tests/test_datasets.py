@@ -17,8 +17,10 @@ from pipeline.errors import UserError
 from pipeline.preparation.prepare import prepare
 from pipeline.sources import download as download_module
 from pipeline.sources.config import DataConfig
-from pipeline.sources.datasets import RandomRatings, find_ratings, resolve
+from pipeline.sources.datasets import resolve
 from pipeline.sources.download import download
+from pipeline.sources.random_ratings import RandomRatings
+from pipeline.sources.ratings_files import find_ratings
 
 REAL_DATA = Path(os.environ.get("BERT4REC_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RATINGS = "".join(f"{user}::{item}::5::{item}\n" for user in (1, 2) for item in range(1, 6))
@@ -152,6 +154,11 @@ def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     ("members", "name", "message"),
     [
         ({"a.txt": "", "b.txt": ""}, "mine", "no ratings file in it; looked for ratings.csv, rat"),
+        (
+            {"p-0.csv": "", "p-0.json": ""},
+            "mine",
+            r"itself .there are p-0.csv, p-0.json; names of parts differ only in numbers",
+        ),
         ({"a/ratings.csv": "", "b/ratings.csv": ""}, "mine", "several ratings files .a/ratings.cs"),
         ({"ml-20m/ratings.csv": ""}, "ml-1m", "no ratings file in it; looked for ratings.dat"),
         ({"__MACOSX/ratings.csv": ""}, "mine", "no ratings file in it"),
@@ -184,7 +191,7 @@ def test_members_outside_the_archive_are_harmless(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_paths(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such file: .*nothing\.csv; see --dataset_path"):
+    with pytest.raises(UserError, match=r"no such file: .*nothing\.csv; check the path"):
         resolve(DataConfig(dataset_path=str(tmp_path / "nothing.csv")))
     write(tmp_path / "x.zip", ML_1M[:300])
     with pytest.raises(UserError, match=r"cannot read .*x\.zip"):

@@ -247,7 +247,7 @@ def test_a_real_process_prints_one_line() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; see --dataset_path"),
+        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; check the path"),
         ("eval", ["--chekpoint", "x"], "unknown argument --chekpoint: did you mean --checkpoint?"),
     ],
 )
@@ -262,3 +262,10 @@ def test_all_ranks_end_and_one_prints_the_error(
     assert outcome.err.count("Traceback (most recent call last)") == 1
     assert "ChildFailedError" in outcome.err and "exitcode  : 2" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_is_run_is_named(tmp_path: Path) -> None:
+    command = ["-m", "pipeline.preparation", "--dataset_path", str(tmp_path / "none.csv")]
+    outcome = run_process(*command)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"preparation: no such file: {tmp_path}/none.csv")

@@ -183,6 +183,7 @@ def test_ranks_of_every_user_in_a_file(run_main: RunMain, tmp_path: Path) -> Non
 
 def test_two_models_are_compared(run_main: RunMain, tmp_path: Path) -> None:
     ratings, others = tmp_path / "ratings.parquet", tmp_path / "other.parquet"
+    later = tmp_path / "later.parquet"
     numbered_ratings(ratings)
     numbered_ratings(others, (100, 26, 9), (101, 26, 9))
     flags = (*TINY, f"--cache_dir={tmp_path / 'cache'}", "--num_epochs=1", "--metrics_at=5")
@@ -207,6 +208,13 @@ def test_two_models_are_compared(run_main: RunMain, tmp_path: Path) -> None:
     assert rows[-1].startswith(f"{pair[1]} is not shown to differ from {pair[0]} by full NDCG@10")
     outcome = run_main("eval", "--compare", pair[0], pair[0])
     assert "+0.0000 ± 0.0000, p 1.0000" in outcome.out.splitlines()[-1]
+    # What is not as in training is said of each model.
+    numbered_ratings(later, (100, 7, 99))
+    more = ("--seen=keep", "--popularity_discount=0.5", f"--dataset_path={later}")
+    outcome = run_main("eval", "--compare", *pair, *more)
+    noted = "popularity discount 0.5, seen items not as in training (keep), on other ratings than"
+    for row, run in zip(outcome.out.splitlines()[1:], pair, strict=False):
+        assert row.startswith(f"{run}: {noted} those of training (")
     after = [(tmp_path / name / "eval_test.json").stat().st_mtime_ns for name in "ab"]
     assert before == after
 

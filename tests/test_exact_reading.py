@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.formats import blocks
+from pipeline.formats import text as text_reader
+from pipeline.formats.readers import ReadRatings
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.stages import Densify, EncodeIds
-from pipeline.sources import blocks
-from pipeline.sources import text as text_reader
-from pipeline.sources.readers import ReadRatings
 from pipeline.tables.values import first_failing
 
 # Times that float64 merges with their neighbours, and times that it does not hold.
@@ -83,7 +83,7 @@ def parquet_schema(time: pa.DataType) -> pa.Schema:
     return pa.schema([("user", pa.string()), ("item", pa.int64()), ("time", time)])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(times=st.lists(WRITTEN, min_size=1, max_size=12), block=st.integers(40, 300))
 def test_times_in_text_are_sorted_exactly(times: list[str], block: int) -> None:
     try:
@@ -97,14 +97,14 @@ def test_times_in_text_are_sorted_exactly(times: list[str], block: int) -> None:
     assert found == expected([Fraction(time.strip()) for time in times])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(times=st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=8), block=st.just(200))
 def test_dates_in_text_are_sorted_exactly(times: list[int], block: int) -> None:
     dates = [str(np.datetime64(time, "ns")) for time in times]
     assert order_in_text(dates, block) == expected(times)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(times=st.lists(WHOLE, min_size=1, max_size=12), cut=st.integers(0, 12))
 def test_whole_times_in_parquet_are_sorted_exactly(times: list[int], cut: int) -> None:
     for kind in (pa.int64(), pa.decimal128(20, 0), pa.decimal256(60, 20)):
@@ -112,7 +112,7 @@ def test_whole_times_in_parquet_are_sorted_exactly(times: list[int], cut: int) -
         assert order_in_parquet(pa.array(values, kind)) == expected(times)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     times=st.lists(
         st.builds(lambda whole, digits: Decimal(f"{whole}{digits}"), WHOLE, DIGITS), min_size=1
@@ -123,7 +123,7 @@ def test_decimal_times_in_parquet_are_sorted_exactly(times: list[Decimal]) -> No
     assert order_in_parquet(array) == expected(list(map(Fraction, times)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(times=st.lists(FLOATS, min_size=1, max_size=12), more=st.lists(WHOLE, max_size=3))
 def test_float_times_in_parquet_are_sorted_exactly(times: list[float], more: list[int]) -> None:
     whole = [time for time in map(float, more) if time < 2.0**63]
@@ -131,7 +131,7 @@ def test_float_times_in_parquet_are_sorted_exactly(times: list[float], more: lis
     assert order_in_parquet(*parts) == expected(list(map(Fraction, times + whole)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     times=st.lists(st.integers(-(2**63) // 10**9 + 1, 2**63 // 10**9 - 1), min_size=1),
     unit=st.sampled_from(list(UNITS)),
@@ -150,7 +150,7 @@ ID = st.one_of(
 ).filter(lambda each: each.strip())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(ids=st.lists(ID, min_size=1, max_size=12))
 def test_ids_in_parquet_are_kept_apart(ids: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +163,7 @@ def test_ids_in_parquet_are_kept_apart(ids: list[str]) -> None:
     assert len(encoded.items) == len(set(ids))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     ids=st.lists(ID, min_size=1, max_size=12),
     notes=st.lists(st.text(st.sampled_from(' ab",\n\r'), max_size=8), min_size=12, max_size=12),
@@ -194,7 +194,7 @@ def test_ids_in_text_are_kept_apart_except_for_blanks_which_are_counted(
     assert source.trimmed == ({"user": trimmed, "item": trimmed} if trimmed else {})
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(content=st.text(st.sampled_from('a",\n\r'), max_size=40), literal=st.booleans())
 def test_records_end_where_they_end_for_a_slow_reader(content: str, literal: bool) -> None:
     """A state machine, character by character, agrees on every place."""

@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from model.checkpoints import export as exporting
 from model.checkpoints import manifest, weights_file
 from model.checkpoints.export import Trained, check_target, export
+from model.checkpoints.safe_reader import SafeReader
 from model.checkpoints.weights import StoredTensor, check_finite, check_fit
 from model.checkpoints.weights_file import Part, WeightsFile
 from model.distributed import ALONE, Ranks
 from model.run.build import build_plain_model
-from model.run.folder import write_config
+from model.run.config_file import write_config
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, flatten
@@ -89,7 +90,7 @@ def one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, checkpoint: Path) -> None:
             self.index = checkpoint
 
-        def copy_parts(self, put: Callable[[Part], None]) -> None:
+        def copy_parts(self, put: Callable[[Part], None], check: Callable[[str], None]) -> None:
             for name, tensor in shapes.items():
                 value = torch.full_like(tensor, float(self.index.name))
                 put(Part(name, (0,) * tensor.dim(), value))
@@ -97,7 +98,7 @@ def one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     def stored(_: Any) -> dict[str, StoredTensor]:
         return {k: StoredTensor([*v.shape], "", True) for k, v in shapes.items()}
 
-    monkeypatch.setattr(exporting, "verify", lambda checkpoint: None)
+    monkeypatch.setattr(exporting, "checker", lambda checkpoint: lambda name: None)
     monkeypatch.setattr(exporting, "SafeReader", Reader)
     monkeypatch.setattr(exporting, "stored_weights", stored)
 
@@ -321,6 +322,25 @@ def test_folders_of_a_run_are_no_target(
     assert sorted(run_dir.rglob("*")) == before and not new.exists()
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_the_root_is_no_target(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, cache_dir: Path, link: bool
+) -> None:
+    root, new = Path("/"), tmp_path / "new"
+    if link:
+        root = tmp_path / "root"
+        root.symlink_to("/")
+    message = f"{root} is the root of all files: name a folder in it"
+    arguments = [f"--checkpoint={run_dir}", f"--output={root}"]
+    assert_one_line(run_main("export", *arguments), "export", f"--output {message}")
+    flags = [*TINY, f"--cache_dir={cache_dir}"]
+    outcome = run_main("train", *flags, f"--run_dir={new}", f"--export_root={root}")
+    assert_one_line(outcome, "train", f"--export_root {message}")
+    outcome = run_main("train", *flags, f"--run_dir={root}")
+    assert_one_line(outcome, "train", f"--run_dir {message}")
+    assert not new.exists()
+
+
 def test_another_run_s_model_is_no_target(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -504,6 +524,30 @@ def test_a_checkpoint_that_is_damaged_after_training(run_dir: Path, one_rank: Ra
     with pytest.raises(UserError, match=message):
         export(trained, run_dir / "again", with_users=False, with_programs=False)
     assert not any((run_dir / "again").iterdir())
+
+
+def test_an_export_reads_each_file_once_before_its_parts(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of a checkpoint is checked once, just before its parts are copied."""
+    shutil.rmtree(run_dir / "model")
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    done, check, read = [], manifest.size_and_crc32, SafeReader._read
+
+    def checked(path: Path) -> tuple[int, int]:
+        if path.parent == checkpoint:
+            done.append(path.name)
+        return check(path)
+
+    def copied(*given: Any) -> torch.Tensor:
+        done.append("part")
+        return read(*given)
+
+    monkeypatch.setattr(manifest, "size_and_crc32", checked)
+    monkeypatch.setattr(SafeReader, "_read", copied)
+    flags = f"--checkpoint={run_dir}", f"--output={tmp_path / 'once'}"
+    assert run_main("export", *flags).code == 0
+    assert done[:3] == [".metadata", "__0_0.distcp", "part"] and {*done[3:]} == {"part"}
 
 
 def test_an_export_has_its_metrics(run_dir: Path) -> None:

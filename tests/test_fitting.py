@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
 
 import train
@@ -63,6 +62,14 @@ def test_the_batch_is_near_the_root_of_twice_the_windows(
     assert fit(store_of(users, length))["train_batch_size"] == batch
 
 
+@pytest.mark.parametrize(("users", "batch"), [(1, 8), (1100, 16), (8192, 32)])
+def test_a_cpu_has_a_quarter_of_the_batch(users: int, batch: int) -> None:
+    store = store_of(users, 5)
+    assert fit(store, Machine())["train_batch_size"] == batch
+    assert fit(store)["train_batch_size"] == 4 * batch
+    assert fit(store, Machine(ranks=2))["train_batch_size"] == batch // 2
+
+
 def test_ranks_share_the_batch() -> None:
     for ranks, batch in ((1, 128), (2, 64), (3, 42), (500, 1)):
         machine = Machine("cuda", 80 << 30, ranks)
@@ -72,6 +79,39 @@ def test_ranks_share_the_batch() -> None:
 def test_passes_fall_with_the_root_of_the_windows() -> None:
     assert fit(store_of(100_000, 1))["num_epochs"] == 60
     assert fit(store_of(400_000, 1))["num_epochs"] == 30
+
+
+@pytest.mark.parametrize(
+    ("users", "given", "patience"),
+    [
+        (8192, {}, 7),  # 64 steps a pass, 60 passes, an evaluation each 3: 35 % are 21 passes
+        (8192, {"eval_every": 1}, 21),
+        (8192, {"eval_every": 6}, 4),  # 3.5
+        (8192, {"eval_every": 60}, 1),
+        (8192, {"num_epochs": 600}, 7),  # an evaluation each 30 passes
+        (8192, {"num_epochs": 20}, 19),  # 35 % are 448 steps: 1,200 are 18.75 passes
+        (8192, {"train_batch_size": 1024, "eval_every": 1}, 150),  # 8 steps a pass
+        (8192, {"dupe_factor": 10, "eval_every": 1}, 21),
+        (320, {}, 40),  # 10 steps a pass, an evaluation each 30 steps: more than there are
+        (0, {}, 400),  # one step a pass
+    ],
+)
+def test_patience_is_of_steps(users: int, given: dict[str, Any], patience: int) -> None:
+    store = store_of(users, 5)
+    assert fit(store, **given)["patience"] == patience
+    halves = {**given, "train_batch_size": given.get("train_batch_size", 128) // 2}
+    if users == 8192:
+        assert fit(store, Machine("cuda", 1 << 36, 2), **halves)["patience"] == patience
+
+
+@pytest.mark.parametrize(
+    ("windows", "length"),
+    [(6489, 100), (13115, 100), (22381, 6), (30476, 8), (40272, 6)],
+)
+def test_larger_data_sets_that_the_rule_is_made_from_have_seven(windows: int, length: int) -> None:
+    assert chosen(store_of(windows, length), "patience", machine=Machine()) == [7]
+    assert chosen(store_of(windows, length), "patience") == [7]
+    assert chosen(store_of(1519, 100), "patience") == [10]  # the smallest, 24 steps a pass
 
 
 def test_the_catalog_and_the_device_decide_width_and_loss() -> None:
@@ -119,7 +159,6 @@ ANY = {
 }
 
 
-@settings(deadline=None)
 @drawn(
     st.lists(st.integers(0, 400), max_size=20),
     st.integers(1, 10**6),
@@ -145,6 +184,19 @@ def test_any_data_and_flags_give_a_config_that_repeats(
     assert nothing == []
 
 
+def test_times_that_could_be_read_are_told() -> None:
+    store = store_of(9, 5)
+    told = "the data have times, which --use_times reads (not chosen by itself)"
+    given = {"dataset_path": "mine.csv"}
+    for unit, flags, expected in (
+        ("s", given, True),
+        ("s", given | {"use_times": False}, False),
+        ("", given, False),
+    ):
+        store.counts = {"times": {"unit": unit}}
+        assert (told in fitted(flags, store, GPU)[1]) == expected
+
+
 def test_other_recipes_are_not_fitted() -> None:
     assert fitted({"recipe": "none"}, store_of(9, 5), GPU) == (
         build(RunConfig, {"recipe": "none"}),
@@ -165,9 +217,10 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     flags = [*SMALL, f"--run_dir={run_dir}", f"--cache_dir={cache_dir}"]
     outcome = run_main("train", *flags, "--num_epochs=1")
     assert outcome.code == 0, outcome.err
-    assert "10 windows, 1 rank: --train_batch_size 32 --eval_every 1 --patience 7" in outcome.out
+    fit_to_size = "--train_batch_size 8 --eval_every 1 --patience 600"
+    assert f"10 windows, 1 rank, cpu: {fit_to_size}" in outcome.out
     recorded = json.loads((run_dir / "config.json").read_text())["flags"]
-    assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 32)
+    assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 8)
     # Flags that were fitted once are kept: another rule may come with another version.
     recorded |= {"train_batch_size": 20, "dropout": 0.3}
     config = json.loads((run_dir / "config.json").read_text()) | {"flags": recorded}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from model.bert4rec import TABLE_PRECISIONS
-from model.run.folder import read_config, write_config
+from model.run.config_file import read_config, write_config
 from model.settings.config import MAIN_FLAGS, EvalFlags, RunConfig
 from model.settings.flags import FlagParser, build, current_flags, flags_of, flatten
 from model.tables.config import EMBEDDING_OPTIMIZERS

@@ -163,7 +163,7 @@ def test_splits_and_seeds_draw_other_negatives() -> None:
 histories = st.lists(st.lists(st.integers(1, 30), max_size=12), min_size=1, max_size=9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     histories=histories.filter(lambda all_of: max(map(len, all_of)) >= 3),
     split=st.sampled_from(["validation", "test"]),

@@ -240,7 +240,7 @@ def test_an_epoch_may_be_consumed_in_segments() -> None:
     assert rows == rows_of(loader().epoch(0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     world_sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     batch_sizes=st.lists(st.integers(1, 6), min_size=3, max_size=3),

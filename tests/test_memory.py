@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.run.board import compared_flags
-from model.run.folder import lasting_flags
+from model.run.config_file import lasting_flags
 from model.settings.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.files import lock
@@ -84,7 +84,7 @@ def written(table: pa.Table, **flags: Any) -> dict[str, bytes] | str:
         return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     table=logs(),
     memory_gb=st.sampled_from([TINY, 3e-6]),
@@ -98,7 +98,7 @@ def test_the_store_is_the_same(table: pa.Table, memory_gb: float, **flags: Any) 
     assert written(table, memory_gb=memory_gb, **flags) == written(table, **flags)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     logs(),
     st.sampled_from(["1", "1,2", "1500000001,1500000002", "0.25", "0,5"]),

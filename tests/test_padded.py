@@ -33,7 +33,7 @@ def outcome(attend: object, layout: RowLayout) -> list[Tensor]:
     return [mixed, *torch.autograd.grad((mixed * weights).sum(), projected)]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(LENGTHS, st.booleans(), st.lists(st.booleans(), min_size=7, max_size=7), st.integers(0, 2))
 def test_groups_of_rows_change_nothing(
     lengths: list[int], two_streams: bool, left: list[bool], fillers: int

@@ -1,5 +1,7 @@
 """Training, validation and test parts: by hand, by time, by a file; nothing after a point leaks."""
 
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -132,8 +134,17 @@ def test_ratings_from_a_last_point_on_are_left_out() -> None:
     assert store.catalog.items.to_pylist() == ["1", "2", "3", "4", "5"]
     assert store.split["until"] == "42"
     assert "at 30 and 40, until 42: training 3 ratings" in describe(store)
-    with pytest.raises(UserError, match="35 is not after 40"):
-        split(ROWS, "30,40", split_until="35")
+    for until, message in (
+        ("35", "--split_until 35: 35 is not after 40"),
+        ("2011-01-01", "--split_until 2011-01-01: give dates or numbers, not both"),
+        ("soon", "--split_until: 'soon' is neither"),
+    ):
+        with pytest.raises(UserError) as found:
+            split(ROWS, "30,40", split_until=until)
+        assert str(found.value).startswith(message), found.value
+    message = "no rating of table is at or after 42.5 and before 42.7 (--split_until)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        split(ROWS, "30,42.5", split_until="42.7")
 
 
 def test_points_keep_their_unit_if_a_filter_drops_other_times() -> None:
@@ -173,7 +184,12 @@ def test_filters_count_the_training_part_alone() -> None:
     with pytest.raises(UserError, match="--min_user_count 3 drops all"):
         split(ROWS, "30,40", min_user_count=3)
     more = [*ROWS, ("a", "1", 47), ("b", "1", 48), ("a", "1", 35), ("b", "1", 36)]
-    assert split(more, "30,40", min_item_count=2).catalog.items.to_pylist() == ["1"]
+    popular = split(more, "30,40", min_item_count=2)
+    assert popular.catalog.items.to_pylist() == ["1"]
+    # Of the validation and the test part.
+    for kept, dropped in ((store, (1, 3)), (popular, (2, 6))):
+        assert tuple(kept.counts[part]["dropped"] for part in ("validation", "test")) == dropped
+    assert "validation 1 ratings and 1 dropped by filters, 1 users evaluated" in describe(store)
 
 
 rows_of = st.lists(
@@ -183,7 +199,7 @@ rows_of = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows_of, rows_of, st.integers(8, 20), st.integers(0, 4), st.integers(0, 4))
 def test_nothing_at_or_after_the_first_point_is_seen_by_training(
     rows: list[Row], others: list[Row], point: int, users: int, items: int
@@ -204,7 +220,7 @@ def test_nothing_at_or_after_the_first_point_is_seen_by_training(
         assert found[0][1] == expected
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows_of, rows_of, st.integers(8, 20), st.booleans())
 def test_validation_sees_nothing_at_or_after_the_second_point(
     rows: list[Row], others: list[Row], point: int, keep: bool
@@ -316,6 +332,11 @@ def files_of(folder: Path, form: str) -> Path:
             (folder / f"mine.{word}.csv").write_text(text)
         (folder / "readme.csv.md").write_text("other")
         return folder
+    if form == "inside":  # the files' own names come first
+        for word, text in texts.items():
+            (folder / "train-test-split" / "test").mkdir(parents=True, exist_ok=True)
+            (folder / "train-test-split" / "test" / f"mine.{word}.csv").write_text(text)
+        return folder
     if form == "folders":
         for word, text in texts.items():
             (folder / word).mkdir()
@@ -338,7 +359,15 @@ def of_path(folder: Path, path: Path, **flags: Any) -> SequenceStore:
     return prepare(DataConfig(**known | flags))
 
 
-@pytest.mark.parametrize("form", ["files", "folders", "parquet", "csv"])
+def test_a_file_named_after_two_parts_is_refused(tmp_path: Path) -> None:
+    files_of(tmp_path, "files")
+    (tmp_path / "mine.train-test.csv").write_text("user,item,time\na,1,5\n")
+    named = r"the name of mine\.train-test\.csv has words of several parts \(train, test\): rename"
+    with pytest.raises(UserError, match=named):
+        of_path(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["files", "inside", "folders", "parquet", "csv"])
 def test_a_split_of_the_users_own(tmp_path: Path, form: str) -> None:
     (data := tmp_path / "data").mkdir()
     store = of_path(tmp_path, files_of(data, form))
@@ -349,7 +378,9 @@ def test_a_split_of_the_users_own(tmp_path: Path, form: str) -> None:
     assert store.items.tolist() == by_time.items.tolist()
     assert "split by file: training 3 ratings" in describe(store)
     fewer = of_path(
-        tmp_path, data if form in ("files", "folders") else store_file(data), where="item != '9'"
+        tmp_path,
+        data if form in ("files", "inside", "folders") else store_file(data),
+        where="item != '9'",
     )
     assert targets_of(fewer, "test", every=True) == {"a": ["4"], "b": ["5"]}
 
@@ -371,6 +402,50 @@ def test_parts_come_before_times(tmp_path: Path) -> None:
     store = of_path(tmp_path, path)
     assert trained(store) == {"a": ["2"]}
     assert targets_of(store, "validation") == {"a": ["3"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("x.train.csv", "x.valid.csv"),
+            "give a file of test (test or testing in its name) beside x.train.csv of train, "
+            "x.valid.csv of validation, or a column split",
+        ),
+        (
+            ("x.csv", "test/y.csv"),
+            "give a file of train (train or training in its name) beside test/y.csv of test",
+        ),
+        (
+            ("part-0.csv", "part-1.csv"),
+            "part-0.csv:1: no column 'split' (--split_path); there are user, item; give a file of "
+            "train (train or training in its name) and a file of test (test or testing in its name)"
+            " in a folder or zip, or a column split",
+        ),
+        (("train.csv",), "there are user, item; give a file of test (test or testing in its name)"),
+        ((), "give a file of train (train or training in its name) and a file of test"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_folders_without_a_split(
+    tmp_path: Path, names: tuple[str, ...], message: str, packed: bool
+) -> None:
+    (data := tmp_path / "data").mkdir()
+    for name in names:
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_text("user,item\na,1\n")
+    if packed:
+        data = Path(shutil.make_archive(str(data), "zip", data))
+    with pytest.raises(UserError) as found:
+        of_path(tmp_path, data)
+    assert str(data) in str(found.value) and message in str(found.value), found.value
+    assert "--dataset_path" not in str(found.value)
+
+
+def test_a_column_split_in_a_file_that_is_called_train(tmp_path: Path) -> None:
+    (data := tmp_path / "train").mkdir()
+    (data / "train.csv").write_text("user,item,split\na,1,train\na,2,train\na,3,test\n")
+    assert targets_of(of_path(tmp_path, data), "test") == {"a": ["3"]}
 
 
 @pytest.mark.parametrize(
@@ -406,6 +481,6 @@ def test_flags_that_do_not_fit(run_main: RunMain, tmp_path: Path) -> None:
         ([f"--split_path={path}", "--split_time=5"], "leave --split_time out"),
         ([of_file, "--targets=all"], "--targets all needs --split_time or --split_path"),
         (["--split_until=5"], "--split_until needs --split_time"),
-        ([f"--split_path={tmp_path / 'none.csv'}"], "no such file"),
+        ([f"--split_path={tmp_path / 'none.csv'}"], "none.csv; check the path"),
     ):
         assert_refused(run_main, tmp_path, flags, message)

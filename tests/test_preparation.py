@@ -237,7 +237,7 @@ IDS = st.sampled_from(["1", "2", "10", "007", "a", "b c", "é", "-3"])
 RATING = st.tuples(IDS, IDS, st.integers(1, 5), st.integers(-3, 3))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.lists(RATING, min_size=1, max_size=30),
     cut=st.integers(1, 30),

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from pipeline.batches.features import ITEM
 from pipeline.errors import UserError
+from pipeline.formats import blocks
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources import blocks
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
@@ -49,7 +49,7 @@ def histories(store: SequenceStore) -> dict[str, list[str]]:
     }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(RATING, min_size=1, max_size=40),
     min_rating=st.integers(0, 4),
@@ -94,7 +94,7 @@ def test_every_rating_of_a_file_is_kept_in_order_or_counted_as_dropped(
         assert histories(SequenceStore.open(store.path)) == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8).filter(lambda n: max(n) >= 3),
     max_len=st.integers(1, 6),
@@ -176,14 +176,14 @@ def read_or_refuse(path: Path) -> None:
         assert not any(column.null_count for column in table.columns)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(name=st.sampled_from(NAMES), content=st.binary(max_size=200))
 def test_readers_survive_random_bytes(name: str, content: bytes) -> None:
     with on_disk(name, content) as path:
         read_or_refuse(path)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(NAMES),
     changes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),

@@ -10,8 +10,9 @@ from typing import NoReturn
 import pytest
 import torch.distributed as dist
 
-from model import distributed
-from model.distributed import LostRankError, Ranks, failure_of_another_rank, run_script, start
+from model import ending
+from model.distributed import Ranks, start
+from model.ending import LostRankError, failure_of_another_rank, run_script
 from model.run import script
 from model.training import agreement
 from model.training.agreement import NOTHING, STOP, Agreement
@@ -28,7 +29,7 @@ def ends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
         raise error
 
     monkeypatch.setattr(os, "_exit", exits)
-    monkeypatch.setattr(distributed, "_has_other_ranks", lambda: True)
+    monkeypatch.setattr(ending, "_has_other_ranks", lambda: True)
     with pytest.raises(SystemExit) as end:
         run_script(fail)
     return int(str(end.value.code))
@@ -41,10 +42,10 @@ def test_the_first_failure_is_told_by_the_others(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert failure_of_another_rank() is None
-    distributed._tell_other_ranks("KeyError: 7")
-    distributed._tell_other_ranks("a consequence")
+    ending._tell_other_ranks("KeyError: 7")
+    ending._tell_other_ranks("a consequence")
     assert failure_of_another_rank() == "rank 0 failed: KeyError: 7"
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
 
@@ -56,7 +57,7 @@ def test_a_line_that_its_rank_has_printed_is_not_repeated(
     capsys: pytest.CaptureFixture[str],
     lost: Exception,
 ) -> None:
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("pipeline.errors.time.sleep", lambda _: None)
     assert ends(UserError("no file"), monkeypatch) == 2
@@ -69,11 +70,11 @@ def test_a_line_that_its_rank_has_printed_is_not_repeated(
 def test_a_line_of_a_rank_on_another_host_is_repeated(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(distributed, "_PRINTED", "printed on another host")
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending, "_PRINTED", "printed on another host")
     assert ends(UserError("no file"), monkeypatch) == 2
     monkeypatch.undo()
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     capsys.readouterr()
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": rank 0 failed: no file\n")
@@ -94,7 +95,7 @@ def test_ranks_that_are_not_started_by_torchrun(
 def test_a_rank_that_ended_without_a_word(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": another rank ended: see its error\n")
     assert failure_of_another_rank() is None  # this rank is not the cause
@@ -110,7 +111,7 @@ def test_a_rank_that_ended_without_a_word(
 def test_a_failure_is_stored_for_the_others(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, stored: str
 ) -> None:
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     assert ends(error, monkeypatch) == code
     assert failure_of_another_rank() == stored
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import blocks, text
-from pipeline.sources.readers import ReadRatings
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats import blocks, text
+from pipeline.formats.readers import ReadRatings
+from pipeline.formats.source_file import SourceFile
 
 ROWS = {
     "user": ["1", "1", "2"],
@@ -201,8 +201,12 @@ HEADER = b"user,item,rating,timestamp\n"
         ("a.csv", b"", r"a\.csv: no ratings"),
         ("a.csv", HEADER, r"a\.csv: no ratings"),
         ("a.csv", b"\n\n", r"a\.csv:1: one column only"),
-        ("a.csv", CSV.replace(b",", b";"), r"a\.csv:1: one column only .* ';'\? Give --separator"),
-        ("a.tsv", CSV, r"a\.tsv:1: one column only when cut at a tab: .* ','"),
+        (
+            "a.csv",
+            CSV.replace(b",", b";") + b"1;2\n",
+            r"a\.csv:1: one column only .* ';'\? Give --separator",
+        ),
+        ("a.tsv", CSV + b"1,2\n", r"a\.tsv:1: one column only when cut at a tab: .* ','"),
         ("a.csv", b"a,b,c\n1,2,3\n", r"a\.csv:1: cannot tell the user column among a, b, c"),
         ("a.csv", b"user,b\n1,2\n", r"a\.csv:1: cannot tell the item column among user, b"),
         ("a.csv", BODY, r"a\.csv:1: cannot tell the user column among 1, 10, 5, 30; .*no header"),
@@ -220,7 +224,7 @@ HEADER = b"user,item,rating,timestamp\n"
         ("a.csv", HEADER + b"1,\xc3\xa9,3,4\n1,\xe9,3,4\n", r"a\.csv:3: not UTF-8"),
         ("a.csv", b"\xe9,item\n1,2\n", r"a\.csv:1: cannot tell the user column among \?, item"),
         ("a.dat", b"1::2::3::4\n1::2::3\n", r"a\.dat:2: 3 fields where 4 are expected"),
-        ("a.dat", b"1,2,3,4\n", r"a\.dat:1: one column only when cut at '::'.* ','"),
+        ("a.dat", b"1,2,3,4\n1,2\n", r"a\.dat:1: one column only when cut at '::'.* ','"),
         ("a.txt", b"1 2\n1  2\n", r"a\.txt:2: 3 fields where 2 are expected"),
         ("a.csv", b"user,item\n\x00\x01\n", r"a\.csv is not a text file"),
         ("a.png", b"\x89PNG\r\n\x1a\n\x00\x00", r"a\.png is not a text file"),

@@ -279,7 +279,7 @@ def test_a_pipe_beside_the_output(trained: Trained, run_main: RunMain, tmp_path:
         (["--user=42", "--output={empty}/recs.csv"], "cannot be written"),
         (
             ["--histories=missing.csv", "--output=recs.csv"],
-            "no such file: missing.csv; see --histories",
+            "no such file: missing.csv; check the path",
         ),
         (["--user=42", "--allow=/dev/zero"], "cannot be read: it is a pipe or device"),
         (["--user=42", "--deny={pipe}"], "cannot be read: it is a pipe or device"),

@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from model.checkpoints import export as export_module
 from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.config import CheckpointConfig
-from model.distributed import Ranks, _users_to_fix, writing
+from model.distributed import Ranks, writing
+from model.ending import _users_to_fix
 from model.training.run_log import At, RunLog
 from pipeline.errors import UserError, remedy
 

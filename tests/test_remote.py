@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.feather
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.preparation.prepare import build
+from pipeline.remote import RemotePath
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 
@@ -105,7 +107,7 @@ def test_http(url: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.csv", "no such file: http://127.0.0.1:PORT/none.csv; see --dataset_path"),
+        ("none.csv", "no such file: http://127.0.0.1:PORT/none.csv; check the path"),
         ("secret.csv", "cannot read http://127.0.0.1:PORT/secret.csv: HTTP 403 Forbidden"),
         ("short-r.csv", "cannot read http://127.0.0.1:PORT/short-r.csv: the connection ended 5 by"),
         ("short-r.parquet", "cannot read http://127.0.0.1:PORT/short-r.parquet: the connection"),
@@ -147,3 +149,20 @@ def test_a_folder_in_memory() -> None:
 def test_unknown_places() -> None:
     with pytest.raises(UserError, match="cannot read nowhere://x: Protocol not known: nowhere"):
         history("nowhere://x")
+
+
+@pytest.mark.parametrize(
+    ("url", "asked"),
+    [
+        ("gs://bucket/events/", "gs://bucket/events/?retry_limit_seconds=30"),
+        ("gs://bucket/x?scheme=http", "gs://bucket/x?scheme=http&retry_limit_seconds=30"),
+        ("gs://bucket/x?retry_limit_seconds=7", "gs://bucket/x?retry_limit_seconds=7"),
+        ("s3://bucket/events/", "s3://bucket/events/"),
+    ],
+)
+def test_google_storage_is_not_tried_for_a_quarter_of_an_hour(
+    monkeypatch: pytest.MonkeyPatch, url: str, asked: str
+) -> None:
+    system = SimpleNamespace(from_uri=lambda url: (None, url))
+    monkeypatch.setattr("pyarrow.fs.FileSystem", system)
+    assert RemotePath(url)._found == (None, asked)

@@ -80,7 +80,7 @@ def test_rankings_of_own_items_by_hand() -> None:
 histories = st.lists(st.lists(st.integers(1, 9), max_size=8), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     histories=histories.filter(lambda all_of: max(map(len, all_of)) >= 3),
     split=st.sampled_from(["validation", "test"]),

@@ -36,13 +36,13 @@ from model.serving.recommender import _ONE_CALL, Recommender
 from model.serving.rows import ItemRows, Lists, UserRows
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
+from pipeline.formats.readers import ReadRatings
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.serving import histories as known
 from pipeline.serving.batches import HistoryBatches
 from pipeline.serving.histories import KnownHistories, of_lists, of_ratings
 from pipeline.sources.config import DataConfig
-from pipeline.sources.readers import ReadRatings
 from tests.conftest import ROOT, environment
 from tests.test_evaluation import model_with, store_of
 
@@ -306,6 +306,31 @@ def test_blocks_and_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found.equals(expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_host_does_not_wait_within_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA the lists are those of the CPU, and one batch is computed while another is read."""
+    monkeypatch.setattr(serving, "CUDA_PART_ITEMS", 70)
+    monkeypatch.setattr(serving, "CUDA_SCORES", 500)
+    model = random_model(300, 8)
+    generator, device = np.random.default_rng(3), torch.device("cuda", 0)
+    store = store_of([generator.integers(1, 301, size=9) for _ in range(40)], 300)
+    everyone, found = known.of_store(store), []
+    for ranks in (ALONE, Ranks(0, 1, 1, device)):
+        moved = model.to(ranks.device)
+        recommender = Recommender(moved, store.catalog, 8, ranks, batch_size=5)
+        eligible = recommender.eligible(Choice(k=20, cold="keep"), None, ())
+        lists = recommender.lists(everyone, eligible)
+        first = next(lists)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found.append([first, *lists])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(*found, strict=True):
+        assert (one.items == other.items).mean() > 0.99  # but for almost equal scores
+        assert one.scores == pytest.approx(other.scores, abs=1e-4)
+
+
 def test_batches_do_not_depend_on_the_number_of_ranks() -> None:
     histories = of_lists([["a"], [], list("abcd"), ["e", "x"], ["b", "b"]], CATALOG)
     alone = list(HistoryBatches(histories, 5, 4, 2))
@@ -313,7 +338,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks() -> None:
     first, second, third = ([*batch.features.values().tolist()] for batch in alone)
     assert (first, second, third) == ([1, 6, 6], [2, 3, 4, 6, 5, 6], [2, 2, 6, 6])
     assert [batch.masked.tolist() for batch in alone] == [[1, 2], [3, 5], [2, 3]]
-    assert [batch.seen.tolist() for batch in alone] == [[1], [1, 2, 3, 4, 5], [2]]
+    assert [batch.seen.tolist() for batch in alone] == [[1], [1, 2, 3, 4, 5], [2, 2]]
     assert alone[1].seen_offsets.tolist() == [0, 4, 5]
     ranks = [list(HistoryBatches(histories, 5, 4, 2, rank=r, world_size=2)) for r in (0, 1)]
     rounds = [batch for pair in zip(*ranks, strict=True) for batch in pair]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.checkpoints import export as export_module
-from model.checkpoints.export import CHECKSUMS
+from model.checkpoints.exported import CHECKSUMS
 from model.checkpoints.manifest import describe_files
+from model.distributed import Ranks
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.programs import vectors as vectors_module
@@ -27,6 +28,7 @@ from model.programs.exporters import item_table_name
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
 from model.programs.recommender import Recommender
+from model.serving import recommender
 from pipeline.files import write_json
 from pipeline.preparation.catalog import Catalog
 from tests.conftest import run_process
@@ -53,6 +55,11 @@ class Exported:
     folder: Path
 
 
+def write_config(folder: Path, head: HeadConfig) -> None:
+    flags = {"max_len": MAX_LEN, "logit_temperature": head.logit_temperature}
+    write_json(folder / "config.json", {"flags": flags})
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     head, encoder, left_only, precision = KINDS[request.param]
@@ -67,7 +74,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported
     titles = ["", *[f"The {name}" for name in names[1:]]]
     catalog = Catalog(pa.array(names), pa.array(titles), counts, pa.array(["u"]))
     save_file(bert.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
+    write_config(folder, head)
     write_programs(bert, catalog, folder, "model.safetensors")
     write_json(folder / CHECKSUMS, describe_files(folder, "*"))
     return Exported(bert, catalog, folder)
@@ -186,6 +193,23 @@ def test_the_folder_serves_alone(exported: Exported) -> None:
     assert similar == sorted(similar, key=lambda pair: -pair[1])
 
 
+def test_a_discount_is_that_of_recommend_py(exported: Exported) -> None:
+    catalog, ranks = exported.catalog, Ranks(0, 1, 1, torch.device("cpu"))
+    whole = recommender.Recommender(exported.bert, catalog, MAX_LEN, ranks)
+    histories = [[f"i{row}" for row in history] for history in HISTORIES]
+    table = whole.recommended(histories, k=V, popularity_discount=0.7).to_pylist()
+    serving = Recommender(exported.folder)
+    found = serving.recommend([*histories, []], V, popularity_discount=0.7)
+    assert found[:-1] != serving.recommend(histories, V)
+    assert [name for each in found[:-1] for name, _ in each] == [row["item"] for row in table]
+    assert [score for each in found[:-1] for _, score in each] == pytest.approx(
+        [row["score"] for row in table], abs=1e-5
+    )
+    assert found[-1][0] == ("i4", 9)  # popular items are not discounted
+    with pytest.raises(ValueError, match="popularity_discount 0 to 1"):
+        serving.recommend(histories, popularity_discount=2.0)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Exports of untrained models, the second of fewer items."""
@@ -195,7 +219,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         bert = BERT4Rec(config, CatalogSlice(1, len(names) + 1, shared=False)).eval()
         folder = tmp_path_factory.mktemp("two")
         save_file(bert.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"flags": {"max_len": MAX_LEN}}))
+        write_config(folder, config.head)
         titles = pa.array([f"The {name}" for name in names])
         catalog = Catalog(pa.array(names), titles, np.arange(len(names)) + 1, pa.array(["u"]))
         write_programs(bert, catalog, folder, "model.safetensors")
@@ -242,17 +266,6 @@ def test_no_users(small: Path) -> None:
     serving = Recommender(small)
     assert serving.recommend([]) == []
     assert serving.user_vectors([]).shape == (0, WIDTH)
-
-
-def test_the_script(small: Path) -> None:
-    script = small / "recommender.py"
-    outcome = run_process(script, "--history", "1193, none,661", "--k", "9")
-    assert outcome.err == "warning: 1 of 3 items are unknown: left out\n"
-    expected = Recommender(small).recommend([["1193", "661"]])[0]
-    rows = [line.split(maxsplit=2) for line in outcome.out.splitlines()]
-    assert rows == [[f"{score:.4f}", name, f"The {name}"] for name, score in expected]
-    outcome = run_process(script, "--history", "1193", "--k", "0")
-    assert outcome.code == 2 and outcome.err.endswith("--k must be at least 1\n")
 
 
 def test_axes_of_the_program_have_names(exported: Exported) -> None:

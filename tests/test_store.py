@@ -271,7 +271,7 @@ def test_a_large_file_that_changed_within_its_size_and_time_is_noticed(
     small = prepare(config)
     change()
     assert prepare(config).path != small.path  # by its checksum
-    monkeypatch.setattr("pipeline.sources.source_file._SMALL", 0)
+    monkeypatch.setattr("pipeline.formats.source_file._SMALL", 0)
     large = prepare(config)
     assert prepare(config).path == large.path
     assert capfd.readouterr().err == ""

@@ -8,7 +8,7 @@
 Lines of one chart are runs of their own for TensorBoard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +34,14 @@ class About:
         flags: that differ from their defaults.
         texts: shown as they are, by heading.
         validates: whether the run evaluates while it trains.
+        metrics: names of the metrics.
     """
 
     store: SequenceStore
     flags: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     validates: bool = True
+    metrics: Sequence[str] = METRICS
 
 
 class Board:
@@ -65,7 +67,7 @@ class Board:
             for name, folder in folders.items()
         }
         if full:
-            self._events[""].add_custom_scalars(tags.layout(METRICS))
+            self._events[""].add_custom_scalars(tags.layout(about.metrics))
             self._add_text("run", markdown.sections(about.texts), step)
 
     def add_steps(self, step: int, values: Mapping[str, float]) -> None:

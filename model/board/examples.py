@@ -16,6 +16,7 @@ from model.evaluation.catalog_scores import CatalogScores
 from model.evaluation.evaluate import EncodedUsers, encode, exact
 from model.evaluation.top_items import top_items, whole_chunks
 from model.tables.distribute import unwrap
+from pipeline.batches.times import ItemTimes
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
@@ -24,6 +25,7 @@ from pipeline.serving.histories import KnownHistories
 
 _USERS, _ITEMS = 5, 10
 _SHOWN = 3  # newest items of a history
+_TARGET = "✓"
 
 
 class Examples:
@@ -50,8 +52,13 @@ class Examples:
         self._users = evaluable[places.astype(np.int64)]
         begin, end = store.offsets[self._users], store.parts.history_end("validation")[self._users]
         self._targets = store.items[end]
-        items = store.items[jagged_positions(begin, end)]
-        self._histories = KnownHistories(pa.nulls(len(begin)), items, splits(end - begin))
+        places = jagged_positions(begin, end)
+        times = at = None
+        if unwrap(model).encoder.times is not None:
+            seconds = ItemTimes(store).seconds
+            times, at = seconds(places), seconds(end)  # the targets'
+        users, items = pa.nulls(len(begin)), store.items[places]
+        self._histories = KnownHistories(users, items, splits(end - begin), times=times, at=at)
         sizes = store.num_items, max_len, len(self._users)
         # The users are those of rank 0; the other ranks have filler rows.
         self._batches = HistoryBatches(
@@ -100,8 +107,10 @@ class Examples:
             shown = [""] * (_SHOWN - len(shown)) + shown
             best = [_marked(catalog, item, target) for item in found[row].tolist()]
             head = f"user {escaped(catalog.users[user].as_py())}, {len(history):,} items"
-            columns.append([head, *shown, f"target **{_name(catalog, target)}**", *best])
-        labels = ["", *(f"-{n}" for n in range(_SHOWN, 0, -1)), ""]
+            columns.append([head, *shown, f"**{_name(catalog, target)}**", *best])
+        # TensorBoard breaks words of narrow columns: the heading makes the first one wide enough.
+        labels = [f"history, target {_TARGET}, best items"]
+        labels += [*(f"\u2212{n}" for n in range(_SHOWN, 0, -1)), _TARGET]
         labels += [f"{rank}" for rank in range(1, found.shape[1] + 1)]
         header, *rows = zip(labels, *columns, strict=True)
         return table(header, rows)
@@ -114,4 +123,4 @@ def _name(catalog: Catalog, item: int) -> str:
 def _marked(catalog: Catalog, item: int, target: int) -> str:
     if not item:
         return ""
-    return f"**{_name(catalog, item)}** ✓" if item == target else _name(catalog, item)
+    return f"**{_name(catalog, item)}** {_TARGET}" if item == target else _name(catalog, item)

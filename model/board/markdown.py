@@ -36,11 +36,11 @@ def sections(parts: Mapping[str, str]) -> str:
     return "\n\n".join(f"### {title}\n\n{as_written(text)}" for title, text in parts.items())
 
 
-def metrics_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A row of metrics for each label; a metric that a row lacks is blank."""
+def metrics_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A line of numbers for each label; one that a line lacks is blank."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = (
         [label, *(f"{row[name]:.4f}" if name in row else "" for name in names)]
         for label, row in rows.items()
     )
-    return table(["", *names], lines)
+    return table([title, *names], lines)

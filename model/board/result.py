@@ -6,6 +6,7 @@ The folder is a run of its own for TensorBoard: the result is a point beside the
 validation, and HParams lists only the metrics of results.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from model.board import markdown, tags
 from model.board.hparams import add_flags
 from model.evaluation.evaluate import Result
-from model.evaluation.report import remarks
+from model.evaluation.report import MODEL, about_lists, rankings, remarks
 
 RESULTS = "results"
+_PROTOCOLS = ("full", "sampled")  # the first one chooses the best model
 _OF_GROUPS = ("HR@10", "NDCG@10", "MRR")
 
 
@@ -70,18 +72,19 @@ def write_measured(run_dir: Path, measured: Measured, full: bool) -> Path:
 
 
 def _text(measured: Measured) -> str:
-    result, known = measured.result, measured.result.get("popularity", {})
-    rows: dict[str, Mapping[str, float]] = {}
-    for protocol in ("sampled", "full"):
-        rows[protocol] = result[protocol]
-        if protocol in known:
-            rows[f"{protocol}, popularity"] = known[protocol]
-    if measured.best_possible:
-        rows["full, best possible"] = measured.best_possible
+    """A table of each protocol, with a line for each metric: narrow enough for the page."""
+    result = measured.result
     users, step = f"{result['users']:,} users", f"step {measured.step:,}"
-    title = f"**{markdown.escaped(measured.name)}**, {users}, {step}"
-    parts = [title, markdown.metrics_table(rows), *_groups(result), *remarks(result)]
-    return "\n\n".join(parts)
+    parts = [f"**{markdown.escaped(measured.name)}**, {users}, {step}"]
+    found = rankings(result, measured.best_possible)
+    for protocol in _PROTOCOLS:
+        lines = {name: _across(found[protocol], name) for name in found[protocol][MODEL]}
+        parts.append(markdown.metrics_table(protocol, lines))
+    return "\n\n".join([*parts, *about_lists(result), *_groups(result), *remarks(result)])
+
+
+def _across(columns: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, float]:
+    return {name: values[metric] for name, values in columns.items() if metric in values}
 
 
 def _groups(result: Result) -> list[str]:
@@ -91,21 +94,27 @@ def _groups(result: Result) -> list[str]:
         for name, group in groups.items():
             label = f"{kind.replace('_', ' ')}: {name}, {group['users']:,} users"
             rows[label] = {metric: group["full"][metric] for metric in _OF_GROUPS}
-    return [markdown.metrics_table(rows)] if rows else []
+    return [markdown.metrics_table("full, by group", rows)] if rows else []
 
 
 def _add_histograms(events: SummaryWriter, result: Result, step: int) -> None:
-    """Ranks of the targets, from 1, in intervals that grow with the rank."""
+    """Ranks of the targets, by their logarithm to base 10: 0 is rank 1, 1 is rank 10.
+
+    An interval of ranks begins at the limit before it, that of rank 1 at 1/2. TensorBoard draws the
+    first and the last interval with targets from ``min`` and to ``max``.
+    """
     histogram = result.get("rank_histogram", {"limits": []})
-    limits = histogram["limits"]
-    for protocol in ("full", "sampled") if limits else ():
+    limits = [math.log10(limit) for limit in histogram["limits"]]
+    edges = [math.log10(0.5), *limits]
+    for protocol in _PROTOCOLS if limits else ():
         counts = histogram[protocol]
+        occupied = [at for at, count in enumerate(counts) if count]
         # The sums are those of the intervals' ends: no view of TensorBoard shows them.
         pairs = [*zip(counts, limits, strict=True)]
         events.add_histogram_raw(
-            f"ranks/{protocol}",
-            min=1,
-            max=limits[-1],
+            f"log10_of_ranks/{protocol}",
+            min=edges[occupied[0]],
+            max=limits[occupied[-1]],
             num=sum(counts),
             sum=sum(count * limit for count, limit in pairs),
             sum_squares=sum(count * limit**2 for count, limit in pairs),

@@ -1,7 +1,7 @@
 """Names of TensorBoard's charts, which it sorts: the numbers put the first page in order."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Of a line of training steps in metrics.jsonl.
@@ -45,7 +45,7 @@ def tag(protocol: str, metric: str) -> str:
     return f"{_PROTOCOLS[protocol]}/{metric}"
 
 
-def layout(metrics: tuple[str, ...]) -> dict[str, Any]:
+def layout(metrics: Sequence[str]) -> dict[str, Any]:
     """Of the custom scalars: a chart for each metric with both protocols; both learning rates."""
     first = sorted(metrics, key=lambda name: name != _CHOSEN)
     both = {name: _chart(*(tag(each, name) for each in _PROTOCOLS)) for name in first}

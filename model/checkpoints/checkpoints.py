@@ -29,7 +29,8 @@ from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader, read_index, stored_weights
 from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.writer import CheckpointWriter, host_copy, in_background
-from model.distributed import GONE, Ranks, from_first_rank, raise_on_all
+from model.distributed import Ranks, from_first_rank, raise_on_all
+from model.ending import GONE
 from model.step.optimizers import Optimizers
 from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError, remedy
@@ -140,7 +141,10 @@ class Checkpoints:
         return True
 
     def resume(self, model: DistributedModelParallel, optimizers: Optimizers) -> Position:
-        """Load the newest undamaged checkpoint, if any; called on all ranks."""
+        """Load the newest undamaged checkpoint; called on all ranks.
+
+        Without any checkpoint training begins. UserError: there are some, but all are damaged.
+        """
         position = self._newest_good()
         if position is None:
             return Position()
@@ -152,28 +156,37 @@ class Checkpoints:
         return position
 
     def _newest_good(self) -> Position | None:
-        steps = from_first_rank(self.ranks, self.steps)
-        position = next(filter(None, map(self._checked, reversed(steps))), None)
+        steps, damaged = from_first_rank(self.ranks, self.steps), dict[int, str]()
+        checked = (self._checked(step, damaged) for step in reversed(steps))
+        position = next(filter(None, checked), None)
+        if position is None and damaged:
+            newest = max(damaged)
+            raise UserError(
+                f"--resume auto: all checkpoints are damaged ({self.path(newest)}: "
+                f"{damaged[newest]}): restore one, or delete {self.folder} to train from the "
+                "beginning"
+            )
         if position is None:
             return None
         best, step = position.best_step, position.step
-        if best not in (0, step) and not (best in steps and self._checked(best)):
+        is_lost = best not in (0, step) and not (best in steps and self._checked(best, damaged))
+        for each, reason in damaged.items():
+            self.ranks.warn(f"{self.path(each)} is damaged: {reason}; it is not used")
+            if self.ranks.is_first:
+                clear(away := self.folder / f"damaged-{each:08d}")
+                with contextlib.suppress(OSError):
+                    self.path(each).rename(away)
+        if is_lost:
             self.ranks.warn(f"{self.path(best)}, the best model, is lost: using step {step}")
             position = dataclasses.replace(position, best=-1.0, best_step=step, stale=0)
         return position
 
-    def _checked(self, step: int) -> Position | None:
-        """Verify a checkpoint; rename a damaged one, and return None."""
-        path = self.path(step)
+    def _checked(self, step: int, damaged: dict[int, str]) -> Position | None:
+        """The position of a checkpoint; None if it is damaged, and ``damaged`` says why."""
         try:
-            return self._verified(path)
+            return self._verified(self.path(step))
         except DamagedError as error:
-            self.ranks.warn(f"{path} is damaged: {error}; it is not used")
-            if self.ranks.is_first:
-                away = self.folder / f"damaged-{step:08d}"
-                clear(away)
-                with contextlib.suppress(OSError):
-                    path.rename(away)
+            damaged[step] = str(error)
             return None
 
     def _verified(self, path: Path) -> Position:
@@ -203,10 +216,15 @@ class Checkpoints:
         position = position_of(read_manifest(self.path(step)))
         return position.epoch + (position.sample > 0)
 
-    def best_step(self) -> int:
-        """Step of the best checkpoint; called on all ranks; UserError without a good one."""
+    def best_step(self, checks_bytes: bool = True) -> int:
+        """Step of the best checkpoint; called on all ranks; UserError without a good one.
+
+        Args:
+            checks_bytes: read all its files; False for whoever checks those that it reads.
+        """
         best = from_first_rank(self.ranks, self._best_step)
-        self.check_bytes(best)
+        if checks_bytes:
+            self.check_bytes(best)
         return best
 
     def check_bytes(self, best: int) -> None:

@@ -22,25 +22,27 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
 
 from model.bert4rec import BERT4Rec
-from model.checkpoints.manifest import (
-    DamagedError,
-    check_file,
-    describe_files,
-    verify,
+from model.checkpoints.exported import (
+    CHECKSUMS,
+    CONFIG,
+    SEALED,
+    TIE,
+    WEIGHTS,
+    check_bytes,
+    check_catalog,
+    loading,
 )
+from model.checkpoints.manifest import DamagedError, checker, describe_files
 from model.checkpoints.safe_reader import SafeReader, stored_weights
-from model.checkpoints.weights import StoredTensor, check_finite, check_fit
+from model.checkpoints.weights import check_finite, check_fit
 from model.checkpoints.weights_file import Part, WeightsFile, row_blocks
 from model.programs.folder import PROGRAM_FILES, write_programs
 from pipeline.errors import UserError, remedy
 from pipeline.files import (
     clear,
     make_folder,
-    open_regular,
     read_json,
     remove_folder,
     sync,
@@ -49,13 +51,7 @@ from pipeline.files import (
 )
 from pipeline.preparation.catalog import FILES, Catalog
 
-WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "checksums.json"
-_FLOATING = ("F16", "BF16", "F32", "F64")
 _ASIDE = ".export.part"
-# Key of the metadata; one, because safetensors writes several in random order.
-_TIE = "trained"
-_TIED = ("step", "fingerprint")
-_SEALED = "sealed"  # in the metadata: there are checksums
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,8 @@ def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool
     try:
         with _aside(folder) as aside:
             config = read_json(trained.folder / CONFIG)
-            check_catalog(trained.folder)
+            for each in {trained.folder, trained.users}:
+                check_catalog(each)
             catalog = Catalog.read(trained.folder, config.get("catalog", ""))
             config |= _copy_weights(trained, aside) | {"metrics": trained.metrics}
             if trained.epoch:
@@ -167,7 +164,7 @@ def _copy_weights(trained: Trained, folder: Path) -> dict[str, Any]:
 
 
 def _metadata(tie: Mapping[str, Any]) -> dict[str, str]:
-    return {_TIE: json.dumps({**tie, _SEALED: True})}
+    return {TIE: json.dumps({**tie, SEALED: True})}
 
 
 def _copy_checkpoint(
@@ -178,19 +175,22 @@ def _copy_checkpoint(
         put(part)
 
     try:
-        reader = SafeReader(checkpoint)
-        verify(checkpoint)
+        reader, check = SafeReader(checkpoint), checker(checkpoint)
+        check(".metadata")
         check_fit(stored_weights(reader.index), shapes)
-        reader.copy_parts(checked)
+        reader.copy_parts(checked, check)
     except (DamagedError, ValueError) as error:
-        raise UserError(f"{checkpoint} cannot be exported: {error}") from error
+        raise UserError(
+            f"{checkpoint} cannot be exported: {error}; go on with training by --resume auto, or "
+            "restore it"
+        ) from error
 
 
 def _exported_parts(folder: Path, shapes: Mapping[str, torch.Tensor]) -> Iterator[Part]:
     if (folder / CHECKSUMS).exists():
-        with _loading(folder):
-            _check_bytes(folder, WEIGHTS)
-    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
+        with loading(folder):
+            check_bytes(folder, WEIGHTS)
+    with loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
         for name, whole in shapes.items():
             stored = weights.get_slice(name)
             for rows in row_blocks(whole):
@@ -216,97 +216,3 @@ def _replace(folder: Path, aside: Path) -> None:
     sync(folder)
     with suppress(OSError):  # only needed if ``folder`` is new; a parent may be unreadable
         sync(folder.parent)
-
-
-def check_exported(folder: Path, config: Mapping[str, Any], plain: nn.Module) -> int | None:
-    """Check that exported weights fit ``plain``, which may be on "meta", and config.json.
-
-    Args:
-        config: the content of the folder's config.json.
-
-    Returns:
-        The training step of the weights; None if an earlier version exported them, without
-        checksums.
-    """
-    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights:
-        slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-        stored = {
-            name: StoredTensor(each.get_shape(), each.get_dtype(), each.get_dtype() in _FLOATING)
-            for name, each in slices.items()
-        }
-        check_fit(stored, plain.state_dict())
-        tie = json.loads((weights.metadata() or {}).get(_TIE, "{}"))
-        if unknown := tie.keys() - {*_TIED, _SEALED}:
-            raise ValueError(f"its metadata have {min(unknown)!r}")
-        for name in _TIED:
-            found, wanted = tie.get(name), config.get(name)
-            if found != wanted:
-                raise ValueError(f"its {name} is {found}, that of {CONFIG} {wanted}")
-        if not tie.get(_SEALED):
-            return None
-        _check_bytes(folder, CONFIG)
-        return tie["step"]
-
-
-def check_catalog(folder: Path) -> None:
-    """UserError if the catalog of an export was altered; a run folder has no checksums."""
-    if not (folder / CHECKSUMS).exists():
-        return
-    for name in (each for each in FILES if (folder / each).exists()):
-        try:
-            _check_bytes(folder, name)
-        except (DamagedError, OSError, ValueError) as error:
-            raise UserError(f"{folder / name} cannot be used ({error}): export it again") from error
-
-
-def _check_bytes(folder: Path, name: str) -> None:
-    """DamagedError, OSError or ValueError unless a file of an export has its checksum."""
-    checksums = read_json(folder / CHECKSUMS)
-    try:
-        check_file(folder, name, checksums[name])
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{CHECKSUMS} does not have {name}") from error
-
-
-def load_exported(folder: Path, model: nn.Module, checks_bytes: bool = True) -> None:
-    """Load checked weights into a model, plain or sharded; each rank reads only its own rows.
-
-    A UserError may be raised on some ranks only.
-
-    Args:
-        checks_bytes: read the whole file first; one rank of each host does.
-    """
-    if checks_bytes and (folder / CHECKSUMS).exists():
-        with _loading(folder):
-            _check_bytes(folder, WEIGHTS)
-    with _loading(folder), safe_open(folder / WEIGHTS, framework="pt") as weights, torch.no_grad():
-        loaded = model.state_dict()
-        for name, tensor in loaded.items():
-            _read(weights.get_slice(name), tensor)
-        check_finite(loaded)
-
-
-@contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    path = folder / WEIGHTS
-    try:
-        open_regular(path).close()
-        yield
-    except Exception as error:  # of safetensors: any
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise UserError(
-            f"{path} cannot be loaded ({reason.splitlines()[-1].strip()}): its {CONFIG} belongs to "
-            "another model, or it is damaged; export it again"
-        ) from error
-
-
-def _read(stored: Any, tensor: torch.Tensor | ShardedTensor) -> None:
-    parts = [(tensor, [0] * tensor.dim())]
-    if isinstance(tensor, ShardedTensor):
-        parts = [(each.tensor, each.metadata.shard_offsets) for each in tensor.local_shards()]
-    for values, offsets in parts:
-        cut = zip(offsets[1:], values.shape[1:], strict=True)
-        columns = [slice(low, low + width) for low, width in cut]
-        for rows in row_blocks(values):
-            wanted = slice(offsets[0] + rows.start, offsets[0] + rows.stop)
-            values[rows].copy_(stored[(wanted, *columns)])

@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,18 @@ def verify(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
     for name, expected in sorted(content["files"].items())[part]:
         check_file(folder, name, expected)
     return content
+
+
+def checker(folder: Path) -> Callable[[str], None]:
+    """What checks one file of a checkpoint by its name; both raise like ``read_manifest``."""
+    files = read_manifest(folder)["files"]
+
+    def check(name: str) -> None:
+        if name not in files:
+            raise DamagedError(f"{NAME} does not list {name}")
+        check_file(folder, name, files[name])
+
+    return check
 
 
 def check_file(folder: Path, name: str, expected: Mapping[str, int]) -> None:

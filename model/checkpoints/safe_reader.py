@@ -61,15 +61,27 @@ class SafeReader(dcp.FileSystemReader):
         self.index.storage_meta.load_id = self.load_id
         return self.index
 
-    def copy_parts(self, put: Callable[[Part], None]) -> None:
+    def copy_parts(self, put: Callable[[Part], None], check: Callable[[str], None]) -> None:
         """Call ``put`` with each part of the model's tensors: what one rank has stored of one.
 
         Only one part is in memory at a time. DamagedError if one cannot be read or is missing.
+
+        Args:
+            check: called with the name of each file before its parts are read, which then are still
+                in the system's memory: the disk is read once.
         """
+        files: dict[str, list[tuple[str, ChunkStorageMetadata]]] = {}
         for name, about in _weights(self.index).items():
             if sum(chunk.sizes.numel() for chunk in about.chunks) != about.size.numel():
                 raise DamagedError(f"it has not all of {name}")
             for chunk in about.chunks:
+                stored = self.storage_data.get(MetadataIndex(_MODEL + name, chunk.offsets))
+                if stored is None:
+                    raise DamagedError(f"it has not all of {name}")
+                files.setdefault(stored.relative_path, []).append((name, chunk))
+        for file, parts in sorted(files.items()):
+            check(file)
+            for name, chunk in parts:
                 put(Part(name, tuple(chunk.offsets), self._read(_MODEL + name, chunk)))
 
     def _read(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:

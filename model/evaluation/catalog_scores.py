@@ -32,6 +32,7 @@ class CatalogScores:
     Args:
         lowered: float32 [V + 2], subtracted from the items' scores.
         laid_out: applied to the scoring rows of each part.
+        part_items: most items of a part; None: ``PART_ITEMS``.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class CatalogScores:
         device: torch.device,
         lowered: Tensor | None = None,
         laid_out: Callable[[Tensor], Tensor] | None = None,
+        part_items: int | None = None,
     ) -> None:
         self._bert, self._device, self._lowered = bert, device, lowered
         self._laid_out = laid_out
@@ -48,7 +50,7 @@ class CatalogScores:
         largest = torch.tensor(whole.high - whole.low)
         if self.shared:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        self.part_items = max(1, min(int(largest), PART_ITEMS))
+        self.part_items = max(1, min(int(largest), part_items or PART_ITEMS))
         self.parts = [
             CatalogSlice(min(at, whole.high), min(at + self.part_items, whole.high), whole.shared)
             for at in range(whole.low, whole.low + max(1, int(largest)), self.part_items)

@@ -73,10 +73,21 @@ def p_value(differences: np.ndarray, generator: np.random.Generator) -> float:
 
 
 def format_comparison(
-    names: Sequence[str], found: dict[str, dict[str, Difference]], split: str, users: int
+    names: Sequence[str],
+    found: dict[str, dict[str, Difference]],
+    split: str,
+    users: int,
+    noted: Sequence[Sequence[str]] = (),
 ) -> str:
-    """A table of two models, named by ``names``, and whether the second differs from the first."""
+    """A table of two models, named by ``names``, and whether the second differs from the first.
+
+    Args:
+        noted: of each model, in what this evaluation differs from that of its training.
+    """
     lines = [f"{split}, {users:,} users of both"]
+    for name, notes in zip(names, noted, strict=False):
+        if notes:
+            lines.append(f"{name}: {', '.join(notes)}")
     for protocol, metrics in found.items():
         rows = [
             (f"{protocol}, {names[0]}", {name: each.one for name, each in metrics.items()}),

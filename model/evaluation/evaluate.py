@@ -190,13 +190,15 @@ def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
 def exact(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode and float32 products are not rounded to TF32."""
     was_training, precision = model.training, torch.get_float32_matmul_precision()
-    model.eval()
+    if was_training:  # else a walk through its modules would change nothing
+        model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def target_ranks(

@@ -79,9 +79,9 @@ def metrics_of_several(
 def one_list(ranks: np.ndarray, users: np.ndarray) -> np.ndarray:
     """Ranks of a user's targets in one list, distinct: int64 [2 or 4, T] of the same.
 
-    Rows alternate: ranks among a user's negatives alone, which the user's other targets join here,
-    and ranks among all items, where equal ranks are targets that tie: of m with the rank r, behind
-    all others of their score, the ranks are r - m + 1 ... r.
+    Rows alternate: ranks among a user's negatives alone, which the user's other targets join here
+    in the order of the next row, and ranks among all items, where equal ranks are targets that tie:
+    of m with the rank r, behind all others of their score, the ranks are r - m + 1 ... r.
 
     Args:
         users: int64 [T], whose targets they are, ascending.
@@ -90,10 +90,10 @@ def one_list(ranks: np.ndarray, users: np.ndarray) -> np.ndarray:
     first = np.flatnonzero(np.diff(users, prepend=-1))
     place = np.arange(len(users)) - np.repeat(first, np.diff(first, append=len(users)))
     for row, of_row in enumerate(ranks):
-        order = np.lexsort((of_row, users))
         if row % 2 == 0:
-            settled[row, order] += place
+            settled[row, np.lexsort((ranks[row + 1], of_row, users))] += place
             continue
+        order = np.lexsort((of_row, users))
         ordered = of_row[order]
         changes = (np.diff(ordered, prepend=-1) != 0) | (place == 0)
         last = np.append(np.flatnonzero(changes)[1:], len(ordered)) - 1  # of each run of ties

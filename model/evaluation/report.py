@@ -1,5 +1,6 @@
 """The output of an evaluation: a printed table and ``eval_<split>.json``."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.evaluation.evaluate import Result
@@ -16,7 +17,7 @@ _PROTOCOLS = {
         "full": "full (all items, seen ones kept)",
     },
 }
-_HALF_WIDTH = "  ± (95 %)"
+MODEL, _HALF_WIDTH = "model", "± (95 %)"
 _BASELINES = {
     "repeat_last": "repeat last",
     "most_frequent": "most frequent of the user",
@@ -28,56 +29,80 @@ _KINDS = {
     "target": "kind of target (users)",
 }
 # Keys of a result that is not the one of training, by which its file is named, too.
-_NOTES = {
+NOTES = {
     "popularity_discount": "popularity discount {:g}",
     "other_seen": "seen items not as in training ({})",
+    "other_targets": "targets not as in training ({})",
     "other_ratings": "on other ratings than those of training ({})",
 }
 
 
-def format_report(split: str, result: Result, best_possible: dict[str, float] | None = None) -> str:
+def format_report(
+    split: str, result: Result, best_possible: Mapping[str, float] | None = None
+) -> str:
     """The table of a split: for each protocol the model's row, then the popularity ranking's.
 
     Then the :func:`remarks`.
     """
-    rows: list[tuple[str, dict[str, float]]] = []
-    for protocol, label in _PROTOCOLS[_seen(result)].items():
-        rows.append((label, result[protocol]))
-        if "intervals" in result:
-            rows.append((_HALF_WIDTH, _half_widths(result["intervals"][protocol])))
-        if "popularity" in result:
-            rows.append((f"{protocol}, popularity alone", result["popularity"][protocol]))
-        for name, metrics in result.get("baselines", {}).items():
-            label = _BASELINES[name].format_map(result)
-            rows.append((f"{protocol}, {label}", metrics[protocol]))
-    if best_possible and _seen(result) == "drop":  # it never repeats an item
-        rows.append(("full, best possible on this data", best_possible))
-    notes = "".join(f", {_NOTES[key].format(result[key])}" for key in _NOTES if key in result)
+    rows = [
+        (_PROTOCOLS[_seen(result)][protocol] if name == MODEL else _row(protocol, name), metrics)
+        for protocol, columns in rankings(result, best_possible).items()
+        for name, metrics in columns.items()
+    ]
     users = f"{result['users']:,} users"
     if "targets" in result:
         users += f" with {result['targets']:,} targets"
-    table = f"{split}, {users}{notes}\n{format_table(rows)}"
-    return "\n".join([table, *_about_lists_and_groups(result), *remarks(result)])
+    table = f"{', '.join([split, users, *notes(result)])}\n{format_table(rows)}"
+    return "\n".join([table, *about_lists(result), *_about_groups(result), *remarks(result)])
+
+
+def notes(result: Result) -> list[str]:
+    """In what the evaluation differs from that of training."""
+    return [NOTES[key].format(result[key]) for key in NOTES if key in result]
+
+
+def rankings(
+    result: Result, best_possible: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Mapping[str, float]]]:
+    """By protocol the metrics of the model, half of their intervals, and those of its rivals."""
+    found: dict[str, dict[str, Mapping[str, float]]] = {}
+    for protocol in _PROTOCOLS[_seen(result)]:
+        rows = found[protocol] = {MODEL: result[protocol]}
+        if "intervals" in result:
+            rows[_HALF_WIDTH] = _half_widths(result["intervals"][protocol])
+        if "popularity" in result:
+            rows["popularity alone"] = result["popularity"][protocol]
+        for name, metrics in result.get("baselines", {}).items():
+            rows[_BASELINES[name].format_map(result)] = metrics[protocol]
+    if best_possible and _seen(result) == "drop":  # it never repeats an item
+        found["full"]["best possible on this data"] = best_possible
+    return found
+
+
+def _row(protocol: str, name: str) -> str:
+    return f"  {name}" if name == _HALF_WIDTH else f"{protocol}, {name}"
 
 
 def _half_widths(bounds: dict[str, list[float]]) -> dict[str, float]:
     return {name: (high - low) / 2 for name, (low, high) in bounds.items()}
 
 
-def _about_lists_and_groups(result: Result) -> list[str]:
+def about_lists(result: Result) -> list[str]:
     """Metrics that are not in the table, at 10; all are in the result file."""
     if "lists" not in result:
         return []
-    lists, debiased, lines = result["lists"], result["debiased"], []
-    lines.append(
+    lists, debiased = result["lists"], result["debiased"]
+    return [
         f"lists of 10: {lists['coverage@10']:.1%} of the catalog, mean popularity "
-        f"{lists['popularity@10']:,.1f}, novelty {lists['novelty@10']:.2f} bits"
-    )
-    lines.append(
+        f"{lists['popularity@10']:,.1f}, novelty {lists['novelty@10']:.2f} bits",
         f"debiased of popularity: full HR@10 {debiased['HR@10']:.4f}, NDCG@10 "
-        f"{debiased['NDCG@10']:.4f}; {result['cold_targets']:.1%} of targets are cold"
-    )
-    for kind, groups in result["groups"].items():
+        f"{debiased['NDCG@10']:.4f}; {result['cold_targets']:.1%} of targets are cold",
+    ]
+
+
+def _about_groups(result: Result) -> list[str]:
+    lines = []
+    for kind, groups in result.get("groups", {}).items():
         shown = (
             f"{name} {group['full']['NDCG@10']:.4f} ({group['users']:,})"
             for name, group in groups.items()
@@ -98,6 +123,11 @@ def remarks(result: Result) -> list[str]:
         if result.get("protocol", {}).get("split", "leave_one_out") != "leave_one_out":
             lack = "have no item of this part, or none before it: they are not evaluated"
         found.append(f"{left_out:,} of {left_out + result['users']:,} users {lack}")
+    if dropped := result.get("ratings_dropped"):
+        found.append(
+            f"{dropped:,} ratings of this part are not evaluated: their items or users have too "
+            "few training ratings (--min_item_count, --min_user_count)"
+        )
     if fewer := result.get("fewer_negatives"):
         unseen = "unseen items" if _seen(result) == "drop" else "items to draw"
         found.append(
@@ -132,7 +162,7 @@ def remarks(result: Result) -> list[str]:
     return found
 
 
-def format_table(rows: list[tuple[str, dict[str, float]]]) -> str:
+def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """Rows of (label, metrics) as aligned text with a header, the metrics of the first row."""
     width = max(len(label) for label, _ in rows)
     names = {name: max(9, 2 + len(name)) for name in rows[0][1]}
@@ -152,6 +182,8 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
         name += f"-discount-{discount:g}"
     if seen := result.get("other_seen"):
         name += f"-seen-{seen}"
+    if targets := result.get("other_targets"):
+        name += f"-targets-{targets}"
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"

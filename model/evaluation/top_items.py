@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.evaluation.chunk_maxima import chunk_maxima
 from model.evaluation.users import EncodedUsers
 from model.losses.sharded_softmax import all_gather_rows
 from model.network.head import CatalogSlice
@@ -70,19 +71,27 @@ def top_items(
         added: float32 [V + 2], added to the items' scores; -inf leaves an item out.
         shared: whether other ranks have the rest of the catalog.
     """
-    # -inf and the last item: behind every item.
-    nothing = keys_of(torch.tensor(-torch.inf), torch.tensor(_LOW_BITS)).item()
-    best = users.seen.new_full((len(users.hidden), k), nothing)
+    found: list[Tensor] = []
     for part, rows in parts:
         if part.high > part.low:
-            found = _best_of_part(users, part, rows, added, k)
-            best = torch.cat([best, found], dim=1).topk(k).values
+            found = [_merged([*found, _best_of_part(users, part, rows, added, k)], k)]
+    # -inf and the last item: behind every item.
+    nothing = keys_of(torch.tensor(-torch.inf), torch.tensor(_LOW_BITS)).item()
+    missing = k - sum(each.shape[1] for each in found)
+    best = torch.cat([*found, users.seen.new_full((len(users.hidden), missing), nothing)], dim=1)
     if shared:
         gathered, sizes = all_gather_rows(best)
-        of_ranks = gathered.view(len(sizes), len(best), k).transpose(0, 1)
-        best = of_ranks.reshape(len(best), -1).topk(k).values
+        best = _merged([*gathered.view(len(sizes), len(best), k)], k)
     scores = scores_of(best)
     return items_of(best).masked_fill(scores == -torch.inf, 0), scores
+
+
+def _merged(found: list[Tensor], k: int) -> Tensor:
+    """The largest keys of all parts or ranks, at most k: int64 [U, <= k], descending."""
+    if len(found) == 1:
+        return found[0]
+    keys = torch.cat(found, dim=1)
+    return keys.topk(min(k, keys.shape[1])).values
 
 
 def _best_of_part(
@@ -94,7 +103,7 @@ def _best_of_part(
     scores = torch.addmm(added, users.hidden, rows.T)
     column = users.seen - part.low
     column = torch.where((column >= 0) & (column < items), column, items)  # or the padding
-    scores[users.seen_row, column] = -torch.inf
+    scores[users.seen_row, column] = added[items]  # -inf; for a number the host would wait
     keys = _largest(scores, min(k + SPARE, scores.shape[1]))
     column = items_of(keys)
     again = (users.hidden.double()[:, None] * rows[column].double()).sum(dim=2) + added[column]
@@ -112,8 +121,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     chunks = scores.view(len(scores), -1, CHUNK)
     if chunks.shape[1] <= k:
         return keys_of(scores, columns).topk(k).values
-    numbers = columns[: chunks.shape[1]]
-    chosen = items_of(keys_of(chunks.amax(dim=2), numbers).topk(k).values)[:, :, None]
+    maxima = keys_of(chunk_maxima(scores, CHUNK), columns[: chunks.shape[1]])
+    chosen = items_of(maxima.topk(k).values)[:, :, None]
     picked = chunks.gather(1, chosen.expand(-1, -1, CHUNK)).flatten(1)
     columns = (chosen * CHUNK + columns[:CHUNK]).flatten(1)
     return keys_of(picked, columns).topk(k).values

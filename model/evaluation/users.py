@@ -39,20 +39,26 @@ class EncodedUsers:
             return
         for start in range(0, users, size):
             block = slice(start, start + size)
-            inside = (self.seen_row >= start) & (self.seen_row < start + size)
             each = self.hidden, self.targets, self.negatives, self.own, self.first
             hidden, targets, negatives, own, first = (part[block] for part in each)
-            seen = self.seen[inside], self.seen_row[inside] - start
+            # The others' items become 0: to leave them out, the host would wait for their number.
+            inside = (self.seen_row >= start) & (self.seen_row < start + size)
+            seen = self.seen * inside, (self.seen_row - start) * inside
             yield EncodedUsers(hidden, targets, negatives, own, first, *seen)
 
 
 def vectors(
-    bert: BERT4Rec, items: Tensor, offsets: Tensor, masked: Tensor, longest: int | None
+    bert: BERT4Rec,
+    items: Tensor,
+    offsets: Tensor,
+    masked: Tensor,
+    longest: int | None,
+    times: Tensor | None = None,
 ) -> Tensor:
     """Vectors [U, D] of the positions ``masked`` of rows, as :meth:`Encoder.forward` takes them."""
     left_only = torch.ones_like(offsets[1:], dtype=torch.bool) if bert.left_only else None
     with torch.autocast("cuda", torch.bfloat16, enabled=bert.autocast):
-        hidden = bert.encoder(items, offsets, masked, left_only, longest=longest)
+        hidden = bert.encoder(items, offsets, masked, left_only, None, times, longest=longest)
     return bert.head.project(hidden)
 
 
@@ -60,7 +66,7 @@ def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
     rows = bert.embeddings(batch)[ITEM]
     offsets = rows.offsets()[: batch.num_rows + 1]
-    hidden = vectors(bert, rows.values(), offsets, batch.masked, batch.longest)
+    hidden = vectors(bert, rows.values(), offsets, batch.masked, batch.longest, batch.times)
     if batch.encoded_row is not None:
         hidden = hidden[batch.encoded_row]
     counts = batch.seen_offsets.diff()

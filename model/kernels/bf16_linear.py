@@ -71,7 +71,8 @@ class _Linear(torch.autograd.Function):
             of_weight = torch.mm(grad.t(), rows, out_dtype=torch.float32)  # not rounded afterwards
         else:
             of_weight = torch.zeros(weight.shape, device=rows.device)
-        return grad @ weight, of_weight, of_bias
+        of_rows = grad @ weight if ctx.needs_input_grad[0] else None
+        return of_rows, of_weight, of_bias
 
 
 class _GeluDropout(torch.autograd.Function):

@@ -15,6 +15,7 @@ pass is correct for its keys, given output and log-sum-exp over all visible keys
 Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head, V windows.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -62,11 +63,18 @@ class RowLayout:
         self.left_only = left_only
         # T from the host: no synchronisation.
         self.row = torch.repeat_interleave(offsets.diff(), output_size=num_positions)
-        flat = torch.arange(num_positions, device=offsets.device)
-        self.from_end = offsets[1:][self.row] - flat - 1  # [T]
+        self.place = torch.arange(num_positions, device=offsets.device)  # [T]
+        self.from_end = offsets[1:][self.row] - self.place - 1  # [T]
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
+        self.rotation: Tensor | None = None  # that of :meth:`turned`
         # V where there are second streams, else 0.
         self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
+
+    def turned(self, rotation: Tensor) -> "RowLayout":
+        """The same with rotations of positions, float [T, 2, W / 2], in place of the layers'."""
+        layout = copy(self)
+        layout.rotation = rotation
+        return layout
 
     def bounds(self, starts: Tensor) -> Tensor:
         """int32 [3], where call 1, call 2 and fillers begin; ``starts``: the offsets, int32."""
@@ -90,25 +98,27 @@ class RowLayout:
         return calls
 
 
-def attend(projected: Tensor, layout: RowLayout, rotation: Tensor | None) -> Tensor:
+def attend(projected: Tensor, layout: RowLayout, rotation: Tensor | None, row: Tensor) -> Tensor:
     """Attention of every position to its visible positions: [T, H, W], zeros for fillers.
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
-        rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys, a row for
-            each of ``layout.steps_ago``; or None.
+        rotation: float32 [R, 2, W / 2], cosines and sines that rotate queries and keys; or None.
+        row: int64 [T], that of ``rotation`` for each position.
     """
-    return _Attend.apply(projected, layout, rotation)
+    return _Attend.apply(projected, layout, rotation, row)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, layout: RowLayout, rotation: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, projected: Tensor, layout: RowLayout, rotation: Tensor | None, row: Tensor
+    ) -> Tensor:
         starts, rotated = layout.offsets.int(), projected
         positions, _, heads, width = projected.shape
         if rotation is not None:
             rotated = torch.empty_like(projected)
-            given, sizes = (projected, rotation, layout.steps_ago), (heads * width, width // 2)
+            given, sizes = (projected, rotation, row), (heads * width, width // 2)
             launch(kernels.rotate, (positions,), *given, rotated, *sizes)
         bounds = layout.bounds(starts)
         outputs: list[Any] = [None] * 3
@@ -127,14 +137,14 @@ class _Attend(torch.autograd.Function):
             calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
             rest = bounds, results, positions, width**-0.5, *sizes
             launch(kernels.choose, (positions,), rotated, calls, *rest)
-        ctx.save_for_backward(rotated, rotation, starts, bounds, *results)
+        ctx.save_for_backward(rotated, rotation, row, starts, bounds, *results)
         ctx.layout = layout
         return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rotated, rotation, starts, bounds, *results = ctx.saved_tensors
+        rotated, rotation, row, starts, bounds, *results = ctx.saved_tensors
         grad, longest = grad.contiguous(), ctx.layout.longest
         found: list[Any] = [[None] * 3] * 3  # of queries, keys and values, for each call
         for number, (*row_starts, causal) in ctx.layout.calls(starts, bounds).items():
@@ -145,8 +155,8 @@ class _Attend(torch.autograd.Function):
             found[number] = [gradient.contiguous() for gradient in gradients]
         positions, _, heads, width = rotated.shape
         gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
-        given = *results, grad, bounds, rotation, ctx.layout.steps_ago
+        given = *results, grad, bounds, rotation, row
         sizes = heads, width // 2
         rest = given, gradient, positions, width**-0.5, *sizes
         launch(kernels.join, (positions,), rotated, kinds, *rest)
-        return gradient, None, None
+        return gradient, None, None, None

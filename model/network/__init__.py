@@ -3,7 +3,8 @@
 encoder       transformer layers        attention     within rows of a jagged batch
 padded        the same on padded rows
 head          scores and loss           distillation  teachers' logits
+times         times as input
 dense_step    encoder and head of a training step, through CUDA graphs
 config        flags
-Imports: ``model.losses``, ``model.kernels``, ``model.execution``.
+Imports: ``model.losses``, ``model.kernels``, ``model.execution``, ``pipeline.batches``.
 """

@@ -35,12 +35,15 @@ class SelfAttention(nn.Module):
     def mix(self, packed: Tensor, layout: RowLayout, wanted: Tensor | None) -> Tensor:
         """:meth:`forward` without the output projection."""
         projected = linear(self.project_in, packed).view(packed.shape[0], 3, self.heads, -1)
+        rotation, row = self.rotation, layout.steps_ago
+        if layout.rotation is not None:
+            rotation, row = layout.rotation, layout.place
         half = projected.dtype in (torch.bfloat16, torch.float16)
         if half and projected.is_cuda and takes(projected.shape[-1]):
-            mixed = attend(projected, layout, self.rotation)
+            mixed = attend(projected, layout, rotation, row)
         else:
-            if self.rotation is not None:
-                projected = _rotate(projected, self.rotation[layout.steps_ago])
+            if rotation is not None:
+                projected = _rotate(projected, rotation[row])
             # On CUDA the host would wait for the lengths.
             padded = attend_padded_by_length if projected.device.type == "cpu" else attend_padded
             mixed = padded(layout, projected)

@@ -27,6 +27,10 @@ class EncoderConfig(Config):
         True, "add a learned vector for a position's distance from the window's end"
     )
 
+    use_times: bool = flag(
+        False, "read the times of the items, and of the item to predict (of a known unit)"
+    )
+
     def check(self) -> None:
         if self.emb_dim % 4:
             raise UserError(

@@ -34,10 +34,11 @@ class StepInput(NamedTuple):
     log_counts: Tensor | None
     all_targets: Tensor | None
     ids: Tensor | None
+    times: Tensor | None = None
 
     @property
     def layout(self) -> Layout:
-        return self.offsets, self.masked, self.left_only, self.steps_ago
+        return self.offsets, self.masked, self.left_only, self.steps_ago, self.times
 
 
 class DenseStep(nn.Module):

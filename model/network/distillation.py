@@ -38,6 +38,7 @@ class Teacher:
         dtype: torch.dtype,
     ) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
+        self.uses_times = encoder.times is not None
         self._head, self._items = head, items
         self._rows = head.project(candidates).to(dtype)
         self._bound = head.scale if head.config.logit_temperature > 0 else torch.inf
@@ -56,3 +57,8 @@ class Teachers:
 
     models: list[Teacher]
     share: float
+
+    @property
+    def use_times(self) -> bool:
+        """Whether one of them reads times."""
+        return any(teacher.uses_times for teacher in self.models)

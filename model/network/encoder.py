@@ -1,6 +1,6 @@
 """The bidirectional transformer of BERT4Rec (arXiv 1904.06690, section 3.3), in plain torch.
 
-    items [T, D] + positions -> layer x N -> norm -> vectors of the masked positions [M, D]
+    items [T, D] + positions + times -> layer x N -> norm -> vectors of the masked positions [M, D]
 
 Norms, projections and feed-forward layers work on the packed positions of all rows; only attention
 depends on the rows. Under autocast on CUDA the fused kernels of :mod:`model.kernels.residual`
@@ -20,9 +20,11 @@ from model.kernels.dropout_bits import new_dropouts
 from model.kernels.varlen_attention import RowLayout
 from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig
+from model.network.times import TimeVectors, turns_a_second, with_times
+from pipeline.batches.times import UNKNOWN, TimeSpan
 
-# offsets, masked, left_only, steps_ago of Encoder.forward
-Layout = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# offsets, masked, left_only, steps_ago, times of Encoder.forward
+Layout = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class EncoderLayer(nn.Module):
@@ -52,9 +54,13 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Contextual vectors of the masked positions."""
+    """Contextual vectors of the masked positions.
 
-    def __init__(self, config: EncoderConfig, max_len: int) -> None:
+    Args:
+        span: of the times, with ``config.use_times``.
+    """
+
+    def __init__(self, config: EncoderConfig, max_len: int, span: TimeSpan | None = None) -> None:
         super().__init__()
         self.max_len = max_len
         self.positions = nn.Embedding(max_len, config.emb_dim) if config.learned_positions else None
@@ -63,6 +69,10 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config, max_len) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.emb_dim)
         self.apply(_initialise)
+        self.times: TimeVectors | None = None
+        if config.use_times:
+            assert span is not None
+            self.times = TimeVectors(config.emb_dim, span.first, span.last)
 
     def forward(
         self,
@@ -71,6 +81,7 @@ class Encoder(nn.Module):
         masked: Tensor,
         left_only: Tensor | None = None,
         steps_ago: Tensor | None = None,
+        times: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
         """Encode the masked positions of a jagged batch: float [M, D].
@@ -82,13 +93,24 @@ class Encoder(nn.Module):
             masked: int64 [M], positions in ``items`` to encode.
             left_only: bool [V], as in :class:`~model.kernels.varlen_attention.RowLayout`.
             steps_ago: int64 [T], below ``max_len``, as there.
+            times: int64 [T, 2], as in ``TrainBatch``; None: all unknown.
             longest: length to which padded attention pads the rows; may exceed ``max_len``. None:
                 the longest possible, which depends only on shapes, as CUDA graphs require.
         """
         limit = self.max_len if steps_ago is None else self.max_len + 1
         longest = limit if longest is None else min(longest, limit)
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
-        if residual.takes(items):
+        fused = residual.takes(items)
+        if self.times is not None:
+            if times is None:
+                times = layout.from_end.new_full((items.shape[0], 2), UNKNOWN)
+            dtype = torch.get_autocast_dtype("cuda") if fused else items.dtype
+            items = items + self.times(times, dtype)
+            rotation = cast(EncoderLayer, self.layers[0]).attention.rotation
+            if rotation is not None:
+                frequency, by_place = turns_a_second(rotation), rotation[layout.steps_ago]
+                layout = layout.turned(with_times(by_place, times, self.times.first, frequency))
+        if fused:
             return self._encode_fused(items, layout, masked)
         if self.positions is not None:
             items = items + self.positions(layout.steps_ago)

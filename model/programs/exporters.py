@@ -3,6 +3,8 @@
     torch.export.load("model.pt2").module()(histories, item_table)      -> vectors [B, D]
     onnxruntime.InferenceSession("model.onnx").run(None, {"histories": histories})
 
+A model that reads times has ``times`` as another input, the last one (``padded.py``).
+
 The ONNX graph reads the item table from model.safetensors, as external data: the table is stored
 once. The torch program takes it as an argument (tensor ``item_table`` of ``item_table_of``).
 
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import Dim
 
 from model.bert4rec import BERT4Rec
@@ -27,7 +30,7 @@ from pipeline.batches.features import ITEM
 
 TORCH_PROGRAM, ONNX_PROGRAM = "model.pt2", "model.onnx"
 _OPSET = 18
-_HISTORIES, _TABLE, _VECTORS = "histories", "item_table", "user_vectors"
+_HISTORIES, _TABLE, _TIMES, _VECTORS = "histories", "item_table", "times", "user_vectors"
 
 
 def item_table_name(bert: BERT4Rec) -> str:
@@ -51,18 +54,26 @@ def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
     histories = torch.ones(2, min(2, longest), dtype=torch.int64)
     length = Dim("length", min=1, max=longest) if longest > 1 else None
     # A program of any number of users: Dim.DYNAMIC would exclude one user.
-    shapes = ({0: Dim("users", min=1), 1: length}, None)
-    names = {0: "users"} | ({1: "length"} if length else {})
+    users = Dim("users", min=1)
+    given: tuple[Tensor, ...] = histories, table
+    shapes: tuple[Any, ...] = {0: users, 1: length}, None
+    names: tuple[Any, ...] = {0: "users"} | ({1: "length"} if length else {}), None
+    inputs = [_HISTORIES, _TABLE]
+    if encoder.times is not None:
+        given += (torch.zeros(2, histories.shape[1] + 2, dtype=torch.int64),)
+        shapes += ({0: users, 1: length + 2 if length else None},)
+        names += ({0: "users"} | ({1: "length + 2"} if length else {}),)
+        inputs.append(_TIMES)
     with torch.no_grad(), _quiet():
-        program = torch.export.export(encoder, (histories, table), dynamic_shapes=shapes)
+        program = torch.export.export(encoder, given, dynamic_shapes=shapes)
         program.example_inputs = None  # else the file would hold the table
         torch.export.save(program, folder / TORCH_PROGRAM)
         exported = torch.onnx.export(
             program,
             opset_version=_OPSET,
-            input_names=[_HISTORIES, _TABLE],
+            input_names=inputs,
             output_names=[_VECTORS],
-            dynamic_shapes=(names, None),  # the program's own names are numbers by now
+            dynamic_shapes=names,  # the program's own names are numbers by now
             dynamo=True,
             verbose=False,
         )

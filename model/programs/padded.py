@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from model.bert4rec import BERT4Rec
 from model.network.attention import SelfAttention
 from model.network.encoder import EncoderLayer
+from model.network.times import turns_a_second, with_times
+from pipeline.batches.times import UNKNOWN
 
 
 class PaddedEncoder(nn.Module):
@@ -25,6 +27,8 @@ class PaddedEncoder(nn.Module):
         bert: a plain model; its weights are shared, not copied.
     """
 
+    frequency: Tensor
+
     def __init__(self, bert: BERT4Rec) -> None:
         super().__init__()
         encoder = bert.encoder
@@ -33,14 +37,22 @@ class PaddedEncoder(nn.Module):
         self._left_only = bert.left_only
         self.positions, self.embedding_norm = encoder.positions, encoder.embedding_norm
         self.layers, self.final_norm = encoder.layers, encoder.final_norm
+        self.times = encoder.times
+        rotation = cast(EncoderLayer, encoder.layers[0]).attention.rotation
+        if self.times is not None and rotation is not None:
+            # A tensor, because ONNX rounds constants of the code to float32.
+            self.register_buffer("frequency", turns_a_second(rotation))
 
-    def forward(self, histories: Tensor, item_table: Tensor) -> Tensor:
+    def forward(self, histories: Tensor, item_table: Tensor, times: Tensor | None = None) -> Tensor:
         """float32 [B, D].
 
         Args:
             histories: int64 [B, L], items 1 ... V, oldest first, padded with 0 on the left; L is
                 at most ``longest``.
             item_table: float [V + 2, D]: padding, items, mask token.
+            times: int64 [B, L + 2], for a model that reads times, in seconds since 1970 or
+                `UNKNOWN`: of the item before the first one, of the items, and of the request. All
+                are unknown, or those of the items and of the request are known.
         """
         mask = torch.full_like(histories[:, :1], item_table.shape[0] - 1)
         items = torch.cat([histories, mask], dim=1)
@@ -52,14 +64,24 @@ class PaddedEncoder(nn.Module):
         if self._left_only:
             visible = visible & (columns <= columns[:, None])
         visible = (visible | itself)[:, None]  # [B, 1, L, L]
+        layers = cast(list[EncoderLayer], list(self.layers))
+        rotation = layers[0].attention.rotation
+        turns = None if rotation is None else rotation[steps_ago]  # [L + 1, 2, K / 2]
         hidden = F.embedding(items, item_table).float()
         if self.positions is not None:
             hidden = hidden + self.positions(steps_ago)
+        if self.times is not None:
+            assert times is not None
+            given = _with_gaps(times)
+            hidden = hidden + self.times(given, torch.float32).view_as(hidden)
+            if turns is not None:
+                turns = turns.repeat(items.shape[0], 1, 1)
+                turns = with_times(turns, given, self.times.first, self.frequency)
+                turns = turns.view(items.shape[0], 1, items.shape[1], 2, -1)
         hidden = self.embedding_norm(hidden)
-        layers = cast(list[EncoderLayer], list(self.layers))
         for layer in layers:
             is_last = layer is layers[-1]
-            attended = _attend(layer, hidden, visible, steps_ago, is_last)
+            attended = _attend(layer, hidden, visible, turns, is_last)
             hidden = hidden[:, -1:] if is_last else hidden
             hidden = hidden + attended
             hidden = hidden + layer.feed_forward(layer.feed_forward_norm(hidden))
@@ -67,16 +89,24 @@ class PaddedEncoder(nn.Module):
         return F.normalize(vectors, dim=-1) if self._is_cosine else vectors
 
 
+def _with_gaps(times: Tensor) -> Tensor:
+    """Seconds and gaps, [B (L + 1), 2], of times [B, L + 2]."""
+    before, seconds = times[:, :-1], times[:, 1:]
+    gaps = (seconds - before).clamp(min=0)
+    gaps = gaps.masked_fill((seconds == UNKNOWN) | (before == UNKNOWN), UNKNOWN)
+    return torch.stack([seconds, gaps], dim=-1).flatten(0, 1)
+
+
 def _attend(
-    layer: EncoderLayer, hidden: Tensor, visible: Tensor, steps_ago: Tensor, is_last: bool
+    layer: EncoderLayer, hidden: Tensor, visible: Tensor, turns: Tensor | None, is_last: bool
 ) -> Tensor:
     """Attention [B, L, D]; of the last position only, [B, 1, D], if ``is_last``."""
     attention: SelfAttention = layer.attention
     projected = attention.project_in(layer.attention_norm(hidden))
     projected = projected.unflatten(-1, (3, attention.heads, -1))  # [B, L, 3, H, K]
     query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, K]
-    if attention.rotation is not None:
-        cos, sin = attention.rotation[steps_ago].unbind(1)  # [L, K / 2]
+    if turns is not None:
+        cos, sin = turns.unbind(-2)  # [L, K / 2] or [B, 1, L, K / 2]
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     if is_last:
         query, visible = query[:, :, -1:], visible[:, :, -1:]

@@ -1,7 +1,8 @@
 """The parts that train.py and eval.py connect.
 
     script              runs a script: flags first, then the slow imports
-    folder, trained     the folder of a run; the trained model in one, or an exported model
+    folder, config_file the folder of a run; its flags, versions and facts
+    trained             the trained model in a run folder, or an exported model
     resumed             learning rates and other flags that change when a run is resumed
     board               what TensorBoard shows of a run and of a result
     execution, build    decides how a run is executed; builds model, loader, evaluator

@@ -11,10 +11,12 @@ from model.board.projector import ItemVectors, popular_items
 from model.board.result import Measured, write_measured
 from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
-from model.run.folder import command, versions
+from model.evaluation.metrics import metric_names, names_of_several
+from model.evaluation.report import NOTES
+from model.run.config_file import command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
-from model.settings.flags import changed
+from model.settings.flags import changed, flatten
 from pipeline.preparation.prepare import describe
 from pipeline.preparation.store import SequenceStore
 
@@ -32,6 +34,12 @@ _NOT_COMPARED = (
         "dataset_name",
     ),
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),
+)
+
+# A default here and another value there are no blank beside a value.
+_ALWAYS = (
+    *("recipe", "max_len", "emb_dim", "num_layers", "loss", "num_epochs", "train_batch_size"),
+    *("lr", "dropout"),
 )
 
 
@@ -55,7 +63,9 @@ class RunBoard:
         if ranks.is_first:
             texts = {"command": command(), "data": describe(store), "plan": plan}
             texts["versions"] = ", ".join(f"{name} {each}" for name, each in versions().items())
-            about = About(store, compared_flags(config), texts, validates)
+            of_user = names_of_several if config.holdout.targets == "all" else metric_names
+            names = of_user(config.holdout.cutoffs)
+            about = About(store, compared_flags(config), texts, validates, names)
             with writing(f"--run_dir {run_dir}"):
                 self.board = Board(run_dir, step, about, self._is_full)
         self._examples: Examples | None = None
@@ -73,8 +83,10 @@ class RunBoard:
 
 
 def compared_flags(config: RunConfig) -> dict[str, Any]:
-    """The flags in which runs may differ: those that are not at their defaults, and the recipe."""
-    flags = {"data": config.data.name, "recipe": config.recipe} | changed(config)
+    """The flags in which runs may differ: the main ones, and those not at their defaults."""
+    all_flags = flatten(config)
+    flags = {"data": config.data.name, **{name: all_flags[name] for name in _ALWAYS}}
+    flags |= changed(config)
     return {name: value for name, value in flags.items() if name not in _NOT_COMPARED}
 
 
@@ -89,11 +101,7 @@ def write_evaluated(
     if not (run.folder / "checkpoints").is_dir():
         return
     flags = compared_flags(run.config)
-    flags |= {
-        key: result[key]
-        for key in ("popularity_discount", "other_seen", "other_ratings")
-        if key in result
-    }
+    flags |= {key: result[key] for key in NOTES if key in result}
     with writing(f"{run.folder}"):
         measured = Measured(name, run.step(ranks), result, flags, best)
         write_measured(run.folder, measured, run.config.board.is_full)

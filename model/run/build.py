@@ -23,6 +23,7 @@ from model.settings.config import RunConfig
 from model.settings.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
+from pipeline.batches.times import ItemTimes, TimeSpan
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
@@ -56,15 +57,15 @@ def build_plain_model(
     plan: ExecutionPlan | None = None,
     teachers: Teachers | None = None,
     table_device: str = "",
+    span: TimeSpan | None = None,
 ) -> BERT4Rec:
     """An unsharded model with the seed's initial weights, the same on every rank.
 
-    ``table_device``: by default "meta" if the sharding makes tables of this size, else "cpu".
+    Args:
+        table_device: by default "meta" if the sharding makes tables of this size, else "cpu".
+        span: of the times, with ``--use_times``.
     """
-    precision = config.sharding.table_precision
-    model_config = ModelConfig(
-        num_items, config.windows.max_len, config.encoder, config.head, precision
-    )
+    model_config = _model_config(config, num_items, span)
     huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
     is_sharded = config.sharding.mode == "dmp"
     return BERT4Rec(
@@ -78,12 +79,14 @@ def build_plain_model(
     )
 
 
-def weightless_model(config: RunConfig, num_items: int) -> BERT4Rec:
+def _model_config(config: RunConfig, num_items: int, span: TimeSpan | None) -> ModelConfig:
+    sizes, precision = (num_items, config.windows.max_len), config.sharding.table_precision
+    return ModelConfig(*sizes, config.encoder, config.head, precision, span)
+
+
+def weightless_model(config: RunConfig, num_items: int, span: TimeSpan | None = None) -> BERT4Rec:
     """An unsharded model on the device "meta": only names, shapes and types of its weights."""
-    precision = config.sharding.table_precision
-    model_config = ModelConfig(
-        num_items, config.windows.max_len, config.encoder, config.head, precision
-    )
+    model_config = _model_config(config, num_items, span)
     with torch.device("meta"):
         return BERT4Rec(model_config, catalog_slice(num_items, 0, 1, False), table_device="meta")
 
@@ -94,17 +97,30 @@ def build_model(
     ranks: Ranks,
     plan: ExecutionPlan,
     teachers: Teachers | None = None,
+    span: TimeSpan | None = None,
 ) -> DistributedModelParallel:
     """The same, sharded or replicated over the ranks."""
-    plain = build_plain_model(config, num_items, ranks, plan, teachers)
+    plain = build_plain_model(config, num_items, ranks, plan, teachers, span=span)
     rows = config.loader.train_batch_size
     return distribute(plain, plan, config.sharding, config.optimizer.beta2, rows, ranks)
 
 
+def time_span(config: RunConfig, store: SequenceStore) -> TimeSpan | None:
+    """Of the times of the data; None without ``--use_times``, UserError if there are no times."""
+    if not config.encoder.use_times:
+        return None
+    return ItemTimes(store).span(config.windows.train_on_validation)
+
+
 def train_loader(
-    config: RunConfig, store: SequenceStore, ranks: Ranks, plan: ExecutionPlan
+    config: RunConfig,
+    store: SequenceStore,
+    ranks: Ranks,
+    plan: ExecutionPlan,
+    teachers: Teachers | None = None,
 ) -> TrainLoader:
     """This rank's training batches, each with the candidates that the rank scores."""
+    use_times = config.encoder.use_times or (teachers is not None and teachers.use_times)
     catalog = scored_slice(config, store.num_items, ranks)
     block = shard_rows(store.num_items, ranks.world_size)
     return TrainLoader(
@@ -119,6 +135,7 @@ def train_loader(
         negatives=_negatives(config, store),
         all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
         shard_rows=block if plan.exchange == "all_to_all" else None,
+        times=ItemTimes(store) if use_times else None,
         shared=partial(shared_arrays, ranks),
     )
 
@@ -150,6 +167,7 @@ def eval_loader(config: RunConfig, store: SequenceStore, split: str, ranks: Rank
         world_size=ranks.world_size,
         candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
         keep_seen=protocol["seen"] == "keep",
+        times=ItemTimes(store) if config.encoder.use_times else None,
     )
 
 

@@ -3,45 +3,37 @@
 runs/mine/
     .lock             a word of the run that has locked it; every rank must be able to read it
     config.json       every flag, versions, command: enough to rebuild the model
-    catalog.parquet   the items and users that the model was trained on
+    catalog.parquet   the items that the model was trained on; users.parquet: the users
+    checksums.json    of these two
     checkpoints/      and the files of the log (``model/training/run_log.py``)
 """
 
 import os
-import reprlib
-import shlex
-import sys
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 import torch.distributed as dist
 
 from model.checkpoints.checkpoints import PORTABLE
-from model.checkpoints.export import WEIGHTS, check_target
+from model.checkpoints.export import check_target
+from model.checkpoints.exported import WEIGHTS, record_catalog
 from model.distributed import Ranks, from_first_rank, writing
 from model.programs.folder import check_exporters
+from model.run.config_file import check_same_run, write_config
 from model.settings.config import RunConfig
-from model.settings.fitting import FITTED
-from model.settings.flags import current_flags, flatten
+from model.settings.flags import flatten
 from model.settings.protocol import protocol_of
-from model.settings.recipes import with_recipe
-from model.tables.sharding_plan import table_optimizer
+from pipeline.batches.times import TimeSpan
 from pipeline.errors import UserError
-from pipeline.files import lock, make_folder, read_json, write_json
+from pipeline.files import lock, make_folder
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 
 LOCK = ".lock"
-# Flags that say where the data are, or how they are read, not which.
-_PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
-_PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
 @dataclass(eq=False)
@@ -56,6 +48,7 @@ class RunFolder:
     config: RunConfig
     ranks: Ranks
     store: SequenceStore
+    span: TimeSpan | None = None  # of the times that the model reads
 
     def __post_init__(self) -> None:
         self._facts = {
@@ -64,6 +57,8 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
+        if self.span is not None:
+            self._facts["times"] = asdict(self.span)
         self._lock: IO[str] | None = None
         try:
             self.path, token = from_first_rank(self.ranks, self._claim)
@@ -105,12 +100,15 @@ class RunFolder:
             evaluation = protocol_of(self.config, self.store)
             facts = self._facts | {"execution": execution, "evaluation": evaluation}
             write_config(self.path, flatten(self.config), facts)
-            if self.store.path is None:
-                self.store.catalog.write_to(self.path)
-            else:
-                Catalog.copy(self.store.path, self.path, users=self.store.path)
+            record_catalog(self.path, self._write_catalog)
 
         from_first_rank(self.ranks, write)
+
+    def _write_catalog(self) -> None:
+        if self.store.path is None:
+            self.store.catalog.write_to(self.path)
+        else:
+            Catalog.copy(self.store.path, self.path, users=self.store.path)
 
     def _claim(self) -> tuple[Path, str]:
         """The locked folder, and what its lock file holds from now on."""
@@ -155,25 +153,6 @@ def check_run_dir(config: RunConfig, ranks: Ranks) -> None:
         from_first_rank(ranks, lambda: _check_contents(config, Path(config.output.run_dir), {}))
 
 
-def recorded(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The flags given, and those that were fitted to the data when the run that goes on began."""
-    again = given.get("resume") == "auto" or _is_restarted()
-    if not again or not given.get("run_dir") or with_recipe(given)["recipe"] != "auto":
-        return dict(given)
-
-    def read() -> dict[str, Any]:
-        with suppress(UserError):  # check_run_dir says why
-            flags = current_flags(RunConfig, read_config(Path(given["run_dir"]))["flags"])
-            return {name: flags[name] for name in FITTED if name in flags}
-        return {}
-
-    return {**from_first_rank(ranks, read), **given}
-
-
-def _is_restarted() -> bool:
-    return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-
-
 def _new_folder(wanted: Path) -> Path:
     """Make a folder, of another name if there is one: two runs may start in one second."""
     path, number = wanted, 1
@@ -192,6 +171,7 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         for path in (folder, run_dir):
             with suppress(FileNotFoundError):
                 path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
+        _check_no_root(flag, folder)
         real, run = folder.resolve(), run_dir.resolve()
         if real == run or (real / "checkpoints").exists():
             raise UserError(f"{flag} {folder} is the folder of a run: choose another one")
@@ -202,6 +182,12 @@ def check_export(flag: str, folder: Path, run_dir: Path) -> None:
         check_target(folder)
 
 
+def _check_no_root(flag: str, folder: Path) -> None:
+    real = Path(os.path.realpath(folder))  # resolve() is a RuntimeError at a loop of links
+    if real == real.parent:
+        raise UserError(f"{flag} {folder} is the root of all files: name a folder in it")
+
+
 def _is_of_run(folder: Path, run: Path) -> bool:
     """Whether a folder is what a run, perhaps this one, fills with other files than a model's."""
     is_named = folder.name in ("checkpoints", "results")
@@ -210,105 +196,15 @@ def _is_of_run(folder: Path, run: Path) -> bool:
 
 def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
     with writing(f"--run_dir {path}"):
+        _check_no_root("--run_dir", path)
         is_export, has_config = ((path / name).exists() for name in (WEIGHTS, "config.json"))
         has_checkpoints = any((path / "checkpoints").glob("step-*"))
     if is_export:
         raise UserError(f"--run_dir {path} is an exported model: choose another folder")
     if has_config:
-        _check_same_run(config, path, facts)
+        check_same_run(config, path, facts)
     elif has_checkpoints:
         raise UserError(
             f"--run_dir {path} has checkpoints, but config.json is missing: restore it, or "
             "choose another folder"
         )
-
-
-def _check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
-    if config.output.resume == "never" and not _is_restarted():
-        raise UserError(
-            f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "
-            "another folder"
-        )
-    recorded = read_config(path)
-    try:
-        before = current_flags(RunConfig, recorded["flags"])
-    except UserError as error:
-        raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    sharding = config.sharding
-    now = lasting_flags(config) | {"mode": sharding.mode}
-    # What "auto" stood for: earlier versions had another optimizer on CPU.
-    execution = recorded.get("execution")
-    if isinstance(execution, dict) and "table_optimizer" in execution:
-        before["embedding_optimizer"] = execution["table_optimizer"]
-        now["embedding_optimizer"] = table_optimizer(sharding)
-    if config.holdout.seen != "auto":  # else the data decide, as before
-        now["seen"] = config.holdout.seen
-        before.setdefault("seen", "drop")  # the only way of earlier versions
-    now["targets"] = config.holdout.targets
-    before.setdefault("targets", "next")
-    for name in now:
-        if before.get(name, now[name]) != now[name]:
-            raise UserError(
-                f"--resume auto: {path} was trained with --{name} {before[name]}, not "
-                f"{now[name]}: give the same value, or choose another --run_dir"
-            )
-    for name, value in facts.items():
-        if recorded.get(name, value) != value:
-            raise UserError(
-                f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
-                f"{value}): give the ratings of that run, or choose another --run_dir"
-            )
-
-
-def lasting_flags(config: RunConfig) -> dict[str, Any]:
-    """The flags that a run keeps when it is resumed: they decide the model and its data."""
-    kept = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
-    for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
-        kept |= flatten(getattr(config, group))
-    return {name: kept[name] for name in kept if name not in _PLACES}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide results and speed, and the device's name."""
-    found = {name: version(name) for name in _PACKAGES}
-    for name in ("fbgemm-gpu", "fbgemm-gpu-cpu"):
-        with suppress(PackageNotFoundError):
-            found["fbgemm-gpu"] = version(name)
-    found["python"] = sys.version.split()[0]
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
-
-
-def command() -> str:
-    """The command line of this process."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def write_config(run_dir: Path, flags: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write config.json: flags, facts of the data and of the execution, versions."""
-    content = {"flags": flags, **facts, "versions": versions(), "command": command()}
-    write_json(run_dir / "config.json", content)
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Read config.json and check its parts."""
-    path = run_dir / "config.json"
-    try:
-        config = read_json(path)
-        expected = {"flags": dict, "num_items": int, "catalog": str}
-        if not isinstance(config, dict) or not expected.keys() <= config.keys():
-            raise ValueError("keys are missing")
-        for key, kind in expected.items():
-            if type(config[key]) is not kind:  # True is no int
-                raise ValueError(f"{key} is {reprlib.repr(config[key])}")
-        texts = (value for value in config["flags"].values() if isinstance(value, str))
-        if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
-            raise ValueError("a value in it is impossible")
-    except OSError as error:
-        raise UserError(
-            f"{run_dir} is no run folder: {path.name} cannot be read ({error.strerror}); "
-            "give the --run_dir of a training run"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
-    return config

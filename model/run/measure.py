@@ -1,6 +1,7 @@
 """The final evaluation of a trained model: all metrics, and every user's ranks."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from model.evaluation.evaluate import Result, rank_users, summed
 from model.evaluation.listed import LONGEST
 from model.evaluation.metrics import names_of_several, one_list, sums_of_several
 from model.evaluation.ranked_users import RankedUsers, gathered
+from model.evaluation.report import notes
 from model.run.build import eval_loader, prepared
 from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags, RunConfig
@@ -57,6 +59,8 @@ def measure(
     result["lists"] = ranking.listed.metrics(store.train_item_counts)
     if left_out := store.num_users - result["users"]:
         result["users_left_out"] = left_out
+    if dropped := store.counts.get(split, {}).get("dropped"):
+        result["ratings_dropped"] = dropped
     result["protocol"] = protocol_of(config, store)
     result |= {"ratings": store.ratings_fingerprint, "catalog": store.catalog_fingerprint}
     return result, users
@@ -106,14 +110,19 @@ def measure_trained(flags: EvalFlags, ranks: Ranks) -> Measured:
     config, _ = with_seen(run.config, store)
     discount = flags.popularity_discount
     result, users = measure(config, run.model(ranks), store, flags.split, ranks, discount)
-    result |= run.trained_to(ranks)
-    if discount:
-        result["popularity_discount"] = discount
-    if not run.has_seen_of(config):
-        result["other_seen"] = config.holdout.seen
-    if not run.has_ratings_of(store):
-        result["other_ratings"] = store.ratings_fingerprint
+    result |= run.trained_to(ranks) | _otherwise(run, config, store, discount)
     return Measured(run, config, store, result, users)
+
+
+def _otherwise(
+    run: TrainedRun, config: RunConfig, store: SequenceStore, discount: float
+) -> dict[str, Any]:
+    """Keys of a result that is not evaluated as in training."""
+    found: dict[str, Any] = {"popularity_discount": discount} if discount else {}
+    found |= run.other_protocol(config)
+    if not run.has_ratings_of(store):
+        found["other_ratings"] = store.ratings_fingerprint
+    return found
 
 
 def compared(flags: EvalFlags, ranks: Ranks) -> str:
@@ -132,14 +141,15 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
             "train one again"
         )
     config, _ = with_seen(runs[0].config, stores[0])
-    users = []
+    users, noted, discount = [], [], flags.popularity_discount
     for run in runs:
-        of_run = replace(run.config, holdout=config.holdout)
-        model, discount = run.model(ranks), flags.popularity_discount
+        of_run, model = replace(run.config, holdout=config.holdout), run.model(ranks)
+        noted.append(notes(_otherwise(run, config, stores[0], discount)))
         users.append(measure(of_run, model, stores[0], flags.split, ranks, discount)[1])
     holdout = config.holdout
     found = compare(users[0], users[1], holdout.cutoffs, holdout.eval_negatives_seed)
-    return format_comparison(flags.compare, found, flags.split, len(users[0].users))
+    number = len(np.unique(users[0].users))  # of which each may have several targets
+    return format_comparison(flags.compare, found, flags.split, number, noted)
 
 
 def _ratings(run: TrainedRun, ranks: Ranks) -> SequenceStore:

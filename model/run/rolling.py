@@ -1,15 +1,22 @@
 """Rolling windows: a training for each two neighbours of --split_time, and a table of all."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from model.distributed import start
 from model.evaluation.evaluate import Result
 from model.evaluation.report import format_table
+from model.run.build import prepared
+from model.run.config_file import recorded
+from model.run.execution import for_device
+from model.run.folder import check_run_dir
 from model.settings.config import WINDOW, RunConfig
 from model.settings.flags import build
+from model.settings.protocol import with_seen
 from model.settings.recipes import with_recipe
 from pipeline.errors import UserError, say
 from pipeline.tables.points import read_points
@@ -35,7 +42,7 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise UserError(
             f"--run_dir {folder} holds a run: choose another folder for those of several windows"
         )
-    read_points(",".join(filter(None, (config.data.split_time, config.data.split_until))))
+    read_points(config.data.split_time, config.data.split_until)
     return [
         {
             **given,
@@ -45,6 +52,22 @@ def each_window(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for window in windows
     ]
+
+
+def check_windows(windows: Sequence[Mapping[str, Any]]) -> None:
+    """Prepare the data of all windows: a mistake in the last one does not wait for the trainings.
+
+    Raises:
+        UserError: the data or the folder of a window do not fit, or nobody can be evaluated in it.
+    """
+    config = build(RunConfig, with_recipe(windows[0]))
+    ranks = start(timedelta(minutes=config.training.rank_timeout))
+    for_device(config, ranks.device)
+    for window in windows:
+        check_run_dir(build(RunConfig, with_recipe(recorded(window, ranks))), ranks)
+    for window in windows:
+        config = build(RunConfig, with_recipe(window))
+        with_seen(config, prepared(config, ranks))
 
 
 def _holds(folder: str, name: str) -> bool:

@@ -53,7 +53,7 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
         flags = read_flags()
     except UserError as error:
         exit_with_message(str(error))
-    from model.distributed import run_script
+    from model.ending import run_script
 
     run_script(lambda: main(flags))
 

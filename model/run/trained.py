@@ -10,13 +10,8 @@ from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec
 from model.checkpoints.checkpoints import PORTABLE, Checkpoints
-from model.checkpoints.export import (
-    WEIGHTS,
-    Trained,
-    check_catalog,
-    check_exported,
-    load_exported,
-)
+from model.checkpoints.export import Trained
+from model.checkpoints.exported import WEIGHTS, check_catalog, check_exported, load_exported
 from model.checkpoints.manifest import read_manifest
 from model.distributed import ALONE, Ranks, raise_on_all
 from model.network.distillation import Teacher, Teachers
@@ -28,14 +23,15 @@ from model.run.build import (
     scored_slice,
     weightless_model,
 )
+from model.run.config_file import lasting_flags, read_config, read_span
 from model.run.execution import plan_execution
-from model.run.folder import lasting_flags, read_config
 from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog
+from pipeline.preparation.parts import LEAVE_ONE_OUT
 from pipeline.preparation.store import SequenceStore
 
 USERS = FILES[1]
@@ -51,6 +47,7 @@ class TrainedRun:
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         self._num_items = self._recorded["num_items"]
+        self.span = read_span(self._recorded)  # None: the model reads no times
         settings = dict(self._recorded["flags"])
         given = ("dataset_path", "cache_dir", "metrics_at")
         settings |= {name: value for name in given if (value := getattr(flags, name))}
@@ -64,11 +61,21 @@ class TrainedRun:
             self.config = build(RunConfig, current_flags(RunConfig, settings))
         except UserError as error:
             raise UserError(f"{self.folder / 'config.json'}: {error}") from error
+        if flags.targets != "trained":
+            self.config = self._with_targets(flags.targets)
         if flags.split == "validation" and self.config.windows.train_on_validation:
             raise UserError(
                 f"{self.folder} was trained on the validation items (--train_on_validation): only "
                 "--split test can evaluate it"
             )
+
+    def _with_targets(self, choice: str) -> RunConfig:
+        if choice == "all" and self.config.data.split_by == LEAVE_ONE_OUT:
+            raise UserError(
+                f"--targets all: {self.folder} was trained with --split {LEAVE_ONE_OUT}, which "
+                "holds out one item of a user for each split: leave it out"
+            )
+        return replace(self.config, holdout=replace(self.config.holdout, targets=choice))
 
     def trained_to(self, ranks: Ranks) -> dict[str, int]:
         """Step and epoch of the weights, as far as they are known."""
@@ -93,9 +100,19 @@ class TrainedRun:
         check_catalog(self.folder)
         return Catalog.read(self.folder, self._recorded["catalog"])
 
-    def has_seen_of(self, config: RunConfig) -> bool:
-        """Whether a config with a decided ``--seen`` ranks seen items as training did."""
-        return config.holdout.seen == self._recorded["flags"].get("seen", config.holdout.seen)
+    def other_protocol(self, config: RunConfig) -> dict[str, str]:
+        """Keys of a result that ranks by another ``--seen`` or ``--targets`` than training did.
+
+        Args:
+            config: with a decided ``--seen``.
+        """
+        recorded, holdout = self._recorded["flags"], config.holdout
+        found = {}
+        if recorded.get("seen", holdout.seen) != holdout.seen:
+            found["other_seen"] = holdout.seen
+        if recorded.get("targets", "next") != holdout.targets:  # not in earlier versions
+            found["other_targets"] = holdout.targets
+        return found
 
     def has_ratings_of(self, store: SequenceStore) -> bool:
         """Whether the data has the ratings of training, not only its items."""
@@ -117,7 +134,7 @@ class TrainedRun:
             checkpoints.check_fit(weightless, step)
             self._check_recorded(checkpoints.path(step))
         plan = plan_execution(config, self._num_items, ranks)
-        model = build_model(config, self._num_items, ranks, plan)
+        model = build_model(config, self._num_items, ranks, plan, span=self.span)
         if not self._exported:
             checkpoints.load_weights(model, step)
             return model
@@ -146,7 +163,7 @@ class TrainedRun:
             known = step, metrics, self._exported, self.folder, recorded.get("epoch", 0)
             return Trained(self._tableless_model(), self._exported, *known)
         checkpoints = Checkpoints(self.folder, ranks)
-        step = checkpoints.best_step()
+        step = checkpoints.best_step(checks_bytes=False)  # the export does
         checkpoints.check_fit(self._weightless_model(), step)
         self._check_recorded(checkpoints.path(step))
         known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
@@ -164,7 +181,7 @@ class TrainedRun:
         if self._exported is None:
             raise UserError(f"{self.folder} has no exported model: training writes it when it ends")
         self._check_exported(self._exported, self._weightless_model(), ALONE)
-        model = build_plain_model(self.config, self._num_items, ALONE)
+        model = build_plain_model(self.config, self._num_items, ALONE, span=self.span)
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError(
                 f"{self.folder} has a table of more than {WHOLE_TABLE_BYTES >> 30} GiB: too large "
@@ -174,13 +191,14 @@ class TrainedRun:
         return model
 
     def _tableless_model(self) -> BERT4Rec:
-        return build_plain_model(self.config, self._num_items, ALONE, table_device="meta")
+        sizes = self.config, self._num_items
+        return build_plain_model(*sizes, ALONE, table_device="meta", span=self.span)
 
     def _weightless_model(self) -> BERT4Rec:
         try:
             if self.config.encoder.num_layers > _MOST_LAYERS:
                 raise OverflowError(f"more than {_MOST_LAYERS:,} layers")
-            return weightless_model(self.config, self._num_items)
+            return weightless_model(self.config, self._num_items, self.span)
         except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
             reason = str(error).splitlines()[0]
             path = self.folder / "config.json"

@@ -44,6 +44,7 @@ from model.tables.item_table import TableShard
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from pipeline.batches.features import CANDIDATE, ITEM
+from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
 from pipeline.training.loader import TrainLoader
@@ -70,12 +71,17 @@ class KernelsAhead:
             )
 
     def start(
-        self, config: RunConfig, num_items: int, loader: TrainLoader, plan: ExecutionPlan
+        self,
+        config: RunConfig,
+        num_items: int,
+        loader: TrainLoader,
+        plan: ExecutionPlan,
+        span: TimeSpan | None = None,
     ) -> None:
         """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
             # Made here: another thread would change the generator of this one's initial weights.
-            step = FakeStep(config, num_items, plan, self._ranks)
+            step = FakeStep(config, num_items, plan, self._ranks, span)
             captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
@@ -119,14 +125,19 @@ class FakeStep:
     """Steps on fake tensors, with this rank's part of the table but no other rank."""
 
     def __init__(
-        self, config: RunConfig, num_items: int, plan: ExecutionPlan, ranks: Ranks
+        self,
+        config: RunConfig,
+        num_items: int,
+        plan: ExecutionPlan,
+        ranks: Ranks,
+        span: TimeSpan | None = None,
     ) -> None:
         self._mode, self._device = FakeTensorMode(), ranks.device
         self._users = config.output.val_batch_size
         self._trained = set[tuple[int, ...]]()
         self._plan = replace(plan, graphs="none")
         with self._mode, self._device:
-            self._model = build_plain_model(config, num_items, ranks, self._plan)
+            self._model = build_plain_model(config, num_items, ranks, self._plan, span=span)
         head = self._model.head
         head.catalog = replace(head.catalog, shared=False)
         self._exchange = RowExchange(num_items, ranks)

@@ -34,6 +34,7 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     if flags.output:
         from_first_rank(ranks, lambda: check_output(output))
     allow, deny = _read_ids("allow", flags.allow), _read_ids("deny", flags.deny)
+    at = known.moment(flags.at, "--at") if flags.at else None
     run = TrainedRun(
         EvalFlags(flags.checkpoint, dataset_path=flags.dataset_path, cache_dir=flags.cache_dir)
     )
@@ -50,6 +51,7 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     histories = histories_of(flags, run, catalog, ranks)
     recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)
     recommender.report_unknown(histories)
+    histories = recommender.requested(histories, at)
     eligible = recommender.eligible(flags.choice, allow, deny or ())
     if flags.all or flags.histories:
         write_all(recommender, histories, eligible, output)
@@ -76,12 +78,13 @@ def histories_of(
         data = DataConfig(dataset_path=path, columns=columns, separator=separator)
         try:
             source = resolve(data)
-            return known.of_ratings(source.ratings, catalog, run.config.data.min_rating)
+            kept = run.config.data.min_rating, run.span is not None
+            return known.of_ratings(source.ratings, catalog, *kept)
         except UserError as error:
             raise UserError(str(error).replace("--dataset_path", "--histories")) from error
     store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
-    everyone = known.of_store(store)
+    everyone = known.of_store(store, run.span is not None)
     if flags.user is None:
         return everyone
     place = pc.index(store.catalog.users, flags.user).as_py()

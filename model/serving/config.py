@@ -44,11 +44,15 @@ class RecommendFlags(Config):
     output: str = flag("", f"file to write: {', '.join(EXTENSIONS)} (default: a printed table)")
     columns: str = flag("", "columns of --histories, as for train.py (default: known names)")
     separator: str = flag("", "column separator of --histories (default: by file extension)")
+    at: str = flag(
+        "",
+        "with --use_times: date or number, when users are recommended to (default: newest known)",
+    )
     dataset_path: str = flag("", "path of the training ratings (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
         None,
-        "users per batch and rank (default: 65,536 positions on CUDA, 4,096 on CPU)",
+        "users per batch and rank (default: 262,144 positions on CUDA, 4,096 on CPU)",
         at_least=1,
     )
 
@@ -72,5 +76,8 @@ class RecommendFlags(Config):
             raise UserError(f"{given} needs --output: the file to write the recommendations to")
         if self.similar is not None and self.choice.popularity_discount:
             raise UserError("--popularity_discount ranks items for users: leave --similar out")
+        if self.at and (self.similar is not None or self.history is not None):
+            given = "--similar" if self.history is None else "--history"
+            raise UserError(f"--at needs histories with times, which {given} has not: leave it out")
         if (self.columns or self.separator) and not self.histories:
             raise UserError("--columns and --separator describe --histories: leave them out")

@@ -56,8 +56,10 @@ class Eligible:
 
         The popularity discount is that of an evaluation.
         """
-        counts = F.pad(torch.from_numpy(self._counts.astype(np.float32)), (1, 1))
-        lowered = (counts + 1).log() * (self.choice.popularity_discount / scale)
+        lowered = torch.zeros(len(self.mask))
+        if discount := self.choice.popularity_discount:
+            counts = F.pad(torch.from_numpy(self._counts.astype(np.float32)), (1, 1))
+            lowered = (counts + 1).log() * (discount / scale)
         return torch.where(torch.from_numpy(self.mask), -lowered, -torch.inf).to(device)
 
     def popular(self) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Files of rows, complete or absent: Parquet, CSV or JSON lines, by the file's extension.
 
-A thread makes and writes the rows of a block while the device scores the next ones.
+One thread makes the rows of a block, another writes them, while the device scores the next ones.
 """
 
 import json
@@ -49,13 +49,15 @@ def row_writer(path: Path, rows: ItemRows) -> Iterator[Callable[[Lists], None]]:
         writing(f"--output {path}"),
         whole_file(path) as file,
         sinks[path.suffix.lower()](file, rows.schema) as sink,
-        ThreadPoolExecutor(1) as thread,
+        ThreadPoolExecutor(1) as maker,
+        ThreadPoolExecutor(1) as writer,
     ):
 
         def write(lists: Lists) -> None:
             if len(waiting) >= _BLOCKS_AHEAD:
                 waiting.popleft().result()
-            waiting.append(thread.submit(lambda: sink(rows.table(lists))))
+            made = maker.submit(rows.table, lists)
+            waiting.append(writer.submit(lambda: sink(made.result())))
 
         yield write
         while waiting:
@@ -66,7 +68,9 @@ def row_writer(path: Path, rows: ItemRows) -> Iterator[Callable[[Lists], None]]:
 def _parquet(file: IO[bytes], schema: pa.Schema) -> Iterator[Sink]:
     """Groups of about a million rows."""
     group: list[pa.Table] = []
-    with pq.ParquetWriter(file, schema) as writer:
+    # Numbers of a score, most of which occur once, would fill a dictionary in vain.
+    repeated = [name for name in schema.names if name != "score"]
+    with pq.ParquetWriter(file, schema, use_dictionary=repeated) as writer:
 
         def flush() -> None:
             writer.write_table(pa.concat_tables([schema.empty_table(), *group]))

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.distributed import Ranks, silence_libraries
+from model.distributed import Ranks
+from model.ending import silence_libraries
 from model.run.trained import TrainedRun
 from model.serving.config import Choice
 from model.serving.eligible import Eligible
@@ -40,7 +41,7 @@ from pipeline.serving.histories import KnownHistories, item_number
 
 # Positions of a batch, without --batch_size, and most users of one. On CPU the layers' outputs of
 # more positions leave the caches, and allocating them takes as long as computing them.
-BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 16}, 1 << 12
+BATCH_POSITIONS, BATCH_USERS = {"cpu": 1 << 12, "cuda": 1 << 18}, 1 << 12
 
 # A call changes the modes of model and torch, and the model's modules hold its batch.
 _ONE_CALL = threading.Lock()
@@ -59,6 +60,7 @@ class Recommender:
         batch_size: users per batch and rank; None: by the number of positions.
         min_rating: ratings below it do not belong to a history; None: all do.
         seen: what ``seen="trained"`` stands for, "drop" or "keep".
+        newest: of a model that reads times, the newest one of its log, in seconds since 1970.
 
     Raises:
         UserError: catalog and model do not fit, or the model's vectors are not finite.
@@ -73,9 +75,11 @@ class Recommender:
         batch_size: int | None = None,
         min_rating: float | None = None,
         seen: str = "drop",
+        newest: int | None = None,
     ) -> None:
-        self.model, self.catalog, self.ranks = model, catalog, ranks
+        self.model, self.catalog, self.ranks = model.eval(), catalog, ranks
         self.max_len, self.min_rating, self.seen = max_len, min_rating, seen
+        self.newest = newest
         positions = BATCH_POSITIONS[ranks.device.type]
         self.batch_size = batch_size or max(1, min(BATCH_USERS, positions // max_len))
         self._vectors = Vectors(model, ranks)
@@ -104,7 +108,8 @@ class Recommender:
         sizes = config.windows.max_len, ranks, batch_size
         # An earlier version recorded no choice: it dropped them.
         seen = "keep" if config.holdout.seen == "keep" else "drop"
-        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating, seen)
+        newest = None if run.span is None else run.span.newest
+        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating, seen, newest)
 
     def recommend(self, histories: Histories, k: int = 10, **options: Any) -> Any:
         """:meth:`recommended` as a pandas DataFrame."""
@@ -123,6 +128,7 @@ class Recommender:
         deny: Iterable[object] = (),
         cold: str = "drop",
         popularity_discount: float = 0.0,
+        at: object = None,
     ) -> pa.Table:
         """The best k items of each user, a row each: user, rank, item, score[, title].
 
@@ -139,8 +145,10 @@ class Recommender:
             deny: never recommend these items.
             cold: "keep" recommends items without a training rating too.
             popularity_discount: as in eval.py.
+            at: for a model that reads times and a table that has them, when the users are
+                recommended to: a date or a number, as in ratings; None: the newest time known.
         """
-        given = self.histories_of(histories)
+        given = self.requested(self.histories_of(histories), _moment(at))
         eligible = self.eligible(Choice(k, seen, cold, popularity_discount), allow, deny)
         rows = UserRows(self.catalog, given)
         with _ONE_CALL:
@@ -166,13 +174,14 @@ class Recommender:
         with _ONE_CALL:
             return self._vectors.of_items()
 
-    def user_vectors(self, histories: Histories) -> np.ndarray:
+    def user_vectors(self, histories: Histories, at: object = None) -> np.ndarray:
         """float32 [U, D], in the order of :meth:`recommend`."""
         given = self.histories_of(histories, without="their vectors are one and the same")
+        given = self.requested(given, _moment(at))
         batches = self._batches(given, keep_seen=True)
         with _ONE_CALL:
-            vectors = [users.hidden.cpu() for users in self._vectors.of_users(batches)]
-            return torch.cat([torch.empty(0, self._vectors.width), *vectors])[: len(given)].numpy()
+            none = np.empty((0, self._vectors.width), np.float32)
+            return np.concatenate([none, *self._vectors.of_users(batches)])[: len(given)]
 
     def histories_of(
         self, given: Histories, without: str = "ranked by popularity"
@@ -188,7 +197,8 @@ class Recommender:
                 raise UserError(f"the data frame: {reason}") from error
         if isinstance(given, pa.Table):
             ratings = known.ratings_in_memory(given)
-            found = known.of_ratings(ratings, self.catalog, self.min_rating)
+            kept = self.min_rating, self.newest is not None
+            found = known.of_ratings(ratings, self.catalog, *kept)
         else:
             found = known.of_lists(list(given), self.catalog)
         self.report_unknown(found, without)
@@ -206,6 +216,18 @@ class Recommender:
             )
         if empty := int(histories.empty().sum()):
             self.ranks.warn(f"{empty:,} of {len(histories):,} users have no known item: {without}")
+
+    def requested(self, histories: KnownHistories, at: int | None) -> KnownHistories:
+        """The histories, recommended to ``at`` this time, if the model reads times.
+
+        Raises:
+            UserError: there is a time, but the model reads none, or the histories have none.
+        """
+        if at is not None and self.newest is None:
+            raise UserError("at: the model reads no times, it was trained without --use_times")
+        if at is not None and histories.times is None:
+            raise UserError("at: the histories have no times (or of unknown unit): leave it out")
+        return histories if self.newest is None else histories.requested(at, self.newest)
 
     def eligible(
         self, choice: Choice, allow: Iterable[object] | None, deny: Iterable[object]
@@ -235,10 +257,9 @@ class Recommender:
         popular, counts = eligible.popular()
         empty, first = histories.empty(), 0
         batches = self._batches(histories, eligible.choice.seen == "keep")
-        for users in self._vectors.of_users(batches, around):
-            found = self._vectors.best(users, added, eligible.k)
+        for found in self._vectors.best(around(batches), added, eligible.k):
             rows = min(len(found[0]), len(histories) - first)
-            items, scores = (each[:rows].cpu().numpy() for each in found)
+            items, scores = (each[:rows] for each in found)
             without = empty[first : first + rows]
             items[without], scores[without] = popular, counts
             yield Lists(first, items, scores)
@@ -273,6 +294,10 @@ def _alone(device: str | torch.device | None) -> Ranks:
     if dist.get_world_size() > 1:
         raise UserError("Recommender.load works in one process: on several ranks use recommend.py")
     return Ranks(0, 1, 1, chosen)
+
+
+def _moment(at: object) -> int | None:
+    return None if at is None else known.moment(at, "at")
 
 
 def _data_frame(table: pa.Table) -> Any:

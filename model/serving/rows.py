@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.jagged import jagged_positions
 from pipeline.preparation.catalog import Catalog
 from pipeline.serving.histories import KnownHistories
 
@@ -20,6 +21,10 @@ class Lists:
     first: int
     items: np.ndarray  # int64 [U, k], dense ids; 0: fewer than k items may be recommended
     scores: np.ndarray  # float32 [U, k]
+
+    def counts(self) -> np.ndarray:
+        """int64 [U]: items of each list; places without one are at its end."""
+        return np.count_nonzero(self.items, axis=1)
 
 
 class ItemRows:
@@ -35,13 +40,13 @@ class ItemRows:
 
     def columns(self, lists: Lists) -> dict[str, pa.Array]:
         """The columns of the lists' items, user by user."""
-        is_item = lists.items > 0
-        ranks = np.nonzero(is_item)[1] + 1
-        places = pa.array(lists.items[is_item] - 1)
+        counts = lists.counts()
+        places = pa.array(lists.items[lists.items > 0] - 1)
+        ranks = jagged_positions(np.zeros_like(counts), counts) + 1
         columns = {
             "rank": pa.array(ranks, pa.int32()),
             "item": self._items.take(places),
-            "score": pa.array(lists.scores[is_item], pa.float32()),
+            "score": pa.array(lists.scores[lists.items > 0]),
         }
         if self._has_titles:
             columns["title"] = self._titles.take(places)
@@ -68,7 +73,8 @@ class UserRows(ItemRows):
 
     def columns(self, lists: Lists) -> dict[str, pa.Array]:
         """The columns of the users' recommendations, user by user."""
-        users = lists.first + np.nonzero(lists.items > 0)[0]
+        counts = lists.counts()
+        users = np.repeat(lists.first + np.arange(len(counts)), counts)
         columns = {"user": self._users.take(pa.array(users)), **super().columns(lists)}
         if "popularity" in self.schema.names:
             columns["popularity"] = pa.array(self._empty[users])

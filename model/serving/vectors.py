@@ -25,6 +25,14 @@ from model.tables.distribute import unwrap
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
 
+# On CUDA, one search of many items is less work than several of few, and the host has to launch 150
+# kernels for each: at most 4 GiB of scores, of 1,024 users for a million items.
+CUDA_SCORES, CUDA_PART_ITEMS = 1 << 30, 1 << 20
+# Bytes of the device for each score: scores take a sixteenth of its memory.
+_BYTES_A_SCORE = 64
+# Matrix products are computed in blocks of as many users.
+_TILE = 128
+
 
 class Vectors:
     """Of a BERT4Rec that may be sharded over the ranks; a UserError if one is not finite.
@@ -37,6 +45,10 @@ class Vectors:
         self._bert = unwrap(model)
         self.num_items: int = self._bert.head.num_items
         self.scale: float = self._bert.head.scale
+        self._on_cuda, self._most_scores = ranks.device.type == "cuda", MAX_SCORES
+        if self._on_cuda:
+            memory = torch.cuda.get_device_properties(ranks.device).total_memory
+            self._most_scores = min(CUDA_SCORES, memory // _BYTES_A_SCORE)
 
     @property
     def width(self) -> int:
@@ -49,30 +61,49 @@ class Vectors:
         parts = self._scored.rows_of_parts()
         return torch.cat([rows[: part.high - part.low].cpu() for part, rows in parts]).numpy()
 
-    def of_users(
-        self, batches: Iterable[EvalBatch], around: Callable[..., Iterable[EvalBatch]] = iter
-    ) -> Iterator[EncodedUsers]:
-        """The users of each batch; ``around`` wraps the batches, for a progress bar."""
-        for batch in around(batches):
+    def of_users(self, batches: Iterable[EvalBatch]) -> Iterator[np.ndarray]:
+        """float32 [U, D] of each batch's users."""
+        return (vectors for (vectors,) in self._on_host(batches, lambda users: (users.hidden,)))
+
+    def best(
+        self, batches: Iterable[EvalBatch], added: Tensor, k: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Items and scores of a batch of every rank, in the users' order: [U, k]."""
+        found = self._on_host(batches, lambda users: self._best(users, added, k))
+        return ((items, scores) for items, scores in found)
+
+    def _on_host(
+        self,
+        batches: Iterable[EvalBatch],
+        computed: Callable[[EncodedUsers], tuple[Tensor, ...]],
+    ) -> Iterator[list[np.ndarray]]:
+        """What is computed of each batch; read when the device has the work of the next one."""
+        before: _HostCopy | None = None
+        for batch in batches:
             with torch.no_grad(), exact(self._model):
                 users = encode(self._bert, batch.to(self._ranks.device, non_blocking=True))
-            _check_finite(users.hidden)
-            yield users
+                launched = _HostCopy(_largest(users.hidden), *computed(users))
+            if before is not None:
+                yield before.checked()
+            before = launched
+        if before is not None:
+            yield before.checked()
 
-    def best(self, users: EncodedUsers, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _best(self, users: EncodedUsers, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Items and scores of a batch of every rank, in the users' order: [U, k]."""
         scored = self._scored
         # Rows in float64, or the numbers of chunks, of each item found.
         found_each = 4 * (k + SPARE) * max(CHUNK, users.hidden.shape[1])
-        block = max(1, MAX_SCORES // max(scored.part_items, found_each))
-        with torch.no_grad(), exact(self._model):
-            found = [
-                top_items(each, scored.rows_of_parts(), added, k, scored.shared)
-                for each in users.blocks(block)
-            ]
-            items, scores = (torch.cat(part) for part in zip(*found, strict=True))
-            if not scored.shared and self._ranks.world_size > 1:
-                items, scores = all_gather_rows(items)[0], all_gather_rows(scores)[0]
+        block = max(1, self._most_scores // max(scored.part_items, found_each))
+        if block > _TILE:
+            block -= block % _TILE
+        found = [
+            top_items(each, scored.rows_of_parts(), added, k, scored.shared)
+            for each in users.blocks(block)
+        ]
+        items, scores = (torch.cat(part) for part in zip(*found, strict=True))
+        if not scored.shared and self._ranks.world_size > 1:
+            items, scores = all_gather_rows(items)[0], all_gather_rows(scores)[0]
         return items, scores
 
     def similar(self, item: int, added: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -96,14 +127,42 @@ class Vectors:
     def _scored(self) -> CatalogScores:
         """The rows of this rank's slice of the catalog."""
         with torch.no_grad(), exact(self._model):
-            scored = CatalogScores(self._bert, self._ranks.device, laid_out=whole_chunks)
+            device, part_items = self._ranks.device, CUDA_PART_ITEMS if self._on_cuda else None
+            scored = CatalogScores(self._bert, device, None, whole_chunks, part_items)
             for _, rows in scored.rows_of_parts():
-                _check_finite(rows)
+                _check_finite(_largest(rows))
         return scored
 
 
-def _check_finite(vectors: Tensor) -> None:
-    if not bool(torch.isfinite(vectors).all()):
+class _HostCopy:
+    """Copies of tensors on the host, ready when the device has done what it had to do so far.
+
+    Args:
+        largest: of the vectors that they were computed from, by :func:`_largest`.
+    """
+
+    def __init__(self, largest: Tensor, *tensors: Tensor) -> None:
+        # On CUDA into page-locked memory: the host does not wait.
+        self._largest, *self._copies = (
+            each.to("cpu", non_blocking=True) for each in (largest, *tensors)
+        )
+        self._ready = torch.cuda.current_stream().record_event() if largest.is_cuda else None
+
+    def checked(self) -> list[np.ndarray]:
+        """The tensors; UserError if the vectors are not finite."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        _check_finite(self._largest)
+        return [each.numpy() for each in self._copies]
+
+
+def _largest(vectors: Tensor) -> Tensor:
+    """The largest absolute value, []; NaN if one is."""
+    return torch.linalg.vector_norm(vectors, torch.inf)
+
+
+def _check_finite(largest: Tensor) -> None:
+    if not torch.isfinite(largest):
         raise UserError(
             "the model gives vectors that are not finite numbers: it diverged in training, take "
             "another checkpoint"

@@ -144,6 +144,11 @@ class EvalFlags(Config):
         "a user's earlier items in the ranking, as --seen of train.py; trained: as in training",
         choices=("trained", "drop", "keep", "auto"),
     )
+    targets: str = flag(
+        "trained",
+        "a user's held-out items, as --targets of train.py; trained: as in training",
+        choices=("trained", "next", "all"),
+    )
     compare: tuple[str, ...] = flag(
         (), "two run folders or exported models to compare, no --checkpoint (no default)", values=2
     )

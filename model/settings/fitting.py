@@ -21,14 +21,19 @@ from model.distributed import Ranks
 from model.settings.config import RunConfig
 from model.settings.flags import build
 from model.settings.recipes import with_recipe
+from pipeline.batches.times import has_times
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import WindowConfig
 from pipeline.training.windows import WindowTable
 
 SHORT = 30  # items of a training history on average; no set was measured between 11 and 89
-EVALUATIONS, PATIENCE = 20, 7  # of a whole training; those without a better one that end it
+EVALUATIONS = 20  # of a whole training
+# Steps without a better evaluation that end a training: a share of all, and at least as many.
+PATIENT_SHARE, PATIENT_STEPS = 7 / 20, 1200
 # Windows up to which the passes are constant; the fewest and the most windows of a global batch.
 MANY_WINDOWS, LEAST_BATCH, MOST_BATCH = 100_000, 32, 1024
+# The part of this batch on a device: on a CPU a small step costs little more for each window.
+BATCH_PART = {"cuda": 1, "cpu": 4}
 EXACT_ITEMS = {"cuda": 100_000, "cpu": 5_000}  # above, a sampled softmax
 WIDTHS, LEAST_HEAD = {"cuda": (256, 128, 64), "cpu": (64,)}, 32
 # The part of a rank's memory for its shard of the table: weights and two moments, all fp32.
@@ -42,6 +47,9 @@ class Machine:
     device: str = "cpu"
     memory: int = 1 << 34
     ranks: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.device}"
 
     @classmethod
     def of(cls, ranks: Ranks) -> "Machine":
@@ -64,11 +72,11 @@ def fitted(
     for_lengths = _for_lengths(short, given)
     for_catalog = _for_catalog(store.num_items, machine, given)
     windows = _windows(store, {**for_lengths, **given})
-    for_size = _for_size(windows, machine.ranks, 60 if short else 100, given)
+    for_size = _for_size(windows, machine, 60 if short else 100, given)
     parts = {
         f"{'short' if short else 'long'} histories, {mean:.1f} items on average": for_lengths,
         f"{store.num_items:,} items, {machine.device}": for_catalog,
-        f"{windows:,} windows, {machine.ranks} rank{'s' * (machine.ranks > 1)}": for_size,
+        f"{windows:,} windows, {machine}": for_size,
     }
     lines = []
     for reason, part in parts.items():
@@ -79,6 +87,8 @@ def fitted(
             lines.append(f"  {reason}: {shown}")
     if lines:
         lines.insert(0, "flags that fit the data (give others to override, config.json has all):")
+    if "use_times" not in given and has_times(store):
+        lines.append("the data have times, which --use_times reads (not chosen by itself)")
     return build(RunConfig, flags), lines
 
 
@@ -131,15 +141,26 @@ def _windows(store: SequenceStore, flags: Mapping[str, Any]) -> int:
     return len(WindowTable.build(store, config, shared=lambda _: []))  # cuts none
 
 
-def _for_size(windows: int, ranks: int, passes: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch, passes and evaluations: both batch and steps grow with the root of the windows."""
+def _for_size(
+    windows: int, machine: Machine, passes: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Batch, passes and evaluations: both batch and steps grow with the root of the windows.
+
+    An end without a better evaluation comes after as many steps, however often one evaluates.
+    """
     batch = 2 ** round(math.log2(max(1, 2 * windows)) / 2)
-    batch = min(max(batch, LEAST_BATCH), MOST_BATCH)
+    batch = min(max(batch, LEAST_BATCH), MOST_BATCH) // BATCH_PART[machine.device]
     epochs = round(passes * min(1.0, math.sqrt(MANY_WINDOWS / max(1, windows))))
-    flags = {"train_batch_size": max(1, batch // ranks), "num_epochs": max(1, epochs)}
+    flags = {"train_batch_size": max(1, batch // machine.ranks), "num_epochs": max(1, epochs)}
     epochs = given.get("num_epochs", flags["num_epochs"])
     flags["eval_every"] = max(1, round(epochs / EVALUATIONS))
-    return flags | ({} if given.get("train_on_validation") else {"patience": PATIENCE})
+    if given.get("train_on_validation"):
+        return flags
+    together = given.get("train_batch_size", flags["train_batch_size"]) * machine.ranks
+    steps = math.ceil(max(1, windows * given.get("dupe_factor", 1)) / together)  # of a pass
+    patient = max(PATIENT_SHARE * epochs * steps, PATIENT_STEPS)
+    every = given.get("eval_every", flags["eval_every"]) * steps
+    return flags | {"patience": max(1, round(patient / every))}
 
 
 def _text(value: Any) -> str:

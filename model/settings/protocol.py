@@ -37,4 +37,5 @@ def protocol_of(config: RunConfig, store: SequenceStore) -> dict[str, Any]:
         "negatives": config.holdout.eval_negatives,
         "negatives_seed": config.holdout.eval_negatives_seed,
         "metrics_at": list(config.holdout.cutoffs),
+        **({"times": True} if config.encoder.use_times else {}),
     }

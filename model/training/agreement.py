@@ -22,7 +22,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from model.distributed import GONE, LostRankError, Ranks, failure_of_another_rank
+from model.distributed import Ranks
+from model.ending import GONE, LostRankError, failure_of_another_rank
 
 # Requests and decisions, in ascending priority. STOP is added to the number of the signal.
 NOTHING, SAVE, CHECK_LOSS, STOP = 0, 1, 2, 100

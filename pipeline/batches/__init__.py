@@ -1,7 +1,8 @@
-"""The batches that are copied to the device. Imports no other room.
+"""The batches that are copied to the device. May import preparation.
 
 train_batch    one rank's rows of one training step, packed or not
 eval_batch     users whose held-out items are ranked at once
 features       items and candidates as one KeyedJaggedTensor
 packing        all tensors of a step in one allocation
+times          times of items, and the gaps between them
 """

@@ -29,12 +29,13 @@ class EvalBatch:
     users: Tensor  # [B], number in the sequence store; -1: a filler row, not counted
     is_first: Tensor  # bool [B], whether it is the first target of its user
     negatives: Tensor  # [B, N], distinct items the user never rated; 0 where there are too few
-    seen: Tensor  # [S], distinct items of the whole history before the targets, without these
+    seen: Tensor  # [S], items of the whole history before the targets, without these; distinct
     seen_offsets: Tensor  # [B + 1]; row b has seen[seen_offsets[b]:seen_offsets[b + 1]]
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
     encoded_row: Tensor | None = None  # [B], the row that has the history; None: each its own
+    times: Tensor | None = None  # [T, 2], as in ``TrainBatch``; a mask token has its target's
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
         """A copy on ``device``, with the candidates appended."""

@@ -44,7 +44,8 @@ class TrainBatch(Pipelineable):
 
     Tensors are int64 unless noted. If ``steps_ago`` is None, it is each position's distance from
     its row's end; else rows W ... 2 W - 1 are the second streams of the W windows
-    (``pipeline/training/two_stream.py``).
+    (``pipeline/training/two_stream.py``). Times may be unknown (``pipeline/batches/times.py``); a
+    masked position has its target's.
     """
 
     features: KeyedJaggedTensor  # key "item", [T] in B rows; the candidates may need more rows
@@ -56,6 +57,7 @@ class TrainBatch(Pipelineable):
     candidate_range: tuple[int, int] | None = None  # half-open; the items that this rank scores
     left_only: Tensor | None = None  # bool [W], windows with left context only
     steps_ago: Tensor | None = None  # [T], number of its window's items after a position
+    times: Tensor | None = None  # [T, 2], seconds since 1970 and since the user's item before
     negatives: Tensor | None = None  # [K], scored with the targets instead of the candidate range
     log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
     all_targets: Tensor | None = None  # [1], masked positions of all ranks; None: not counted
@@ -154,6 +156,8 @@ class PackedBatch(Pipelineable):
         features = jagged_items(parts.pop("values"), parts.pop("lengths"), parts.pop("offsets"))
         if "left_only" in parts:
             parts["left_only"] = as_bools(parts["left_only"])
+        if "times" in parts:
+            parts["times"] = parts["times"].view(-1, 2)
         if "log_counts" in parts:
             parts["log_counts"] = as_floats(parts["log_counts"], parts["negatives"].numel())
         return TrainBatch(

@@ -28,6 +28,7 @@ import torch
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
+from pipeline.batches.times import ItemTimes
 from pipeline.batches.train_batch import rounded_up
 from pipeline.errors import UserError
 from pipeline.evaluation.config import HoldoutConfig
@@ -129,6 +130,7 @@ class EvalLoader:
         batch_size: targets per batch.
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         keep_seen: rank a user's seen items like all others.
+        times: of the store's items, put into each batch; None: batches have no times.
 
     Raises:
         UserError: no user has a target, or ``batch_size`` is below 1.
@@ -145,6 +147,7 @@ class EvalLoader:
         world_size: int = 1,
         candidate_range: tuple[int, int] | None = None,
         keep_seen: bool = False,
+        times: ItemTimes | None = None,
     ) -> None:
         assert split in SPLITS and 0 <= rank < world_size and max_len >= 1
         if batch_size < 1:
@@ -160,7 +163,7 @@ class EvalLoader:
             raise UserError(f"no user has {needed}: nothing to evaluate")
         self.store, self.split = store, split
         self.max_len, self.batch_size = max_len, batch_size
-        self.candidate_range, self.keep_seen = candidate_range, keep_seen
+        self.candidate_range, self.keep_seen, self._times = candidate_range, keep_seen, times
         is_first = np.diff(users, prepend=-1) > 0
         of_rank = (np.cumsum(is_first) - 1) % world_size
         fillers = np.bincount(of_rank, minlength=world_size).max() - (of_rank == rank).sum()
@@ -219,6 +222,9 @@ class EvalLoader:
         masked = np.cumsum(lengths) - 1
         values[masked] = self.store.num_items + 1
         targets = np.where(is_user, items[places], 1)
+        times = None
+        if self._times is not None:  # the first target of a part is its first item
+            times = _int64(self._times.rows(start, known_end + 1))
 
         id_bound = self.store.num_items + 2
         rows = np.arange(len(users))
@@ -251,6 +257,7 @@ class EvalLoader:
             longest=rounded_up(int(lengths.max())),
             candidate_range=self.candidate_range,
             encoded_row=_int64(np.maximum.accumulate(has_history * rows)) if self._every else None,
+            times=times,
         ).pin_memory()
 
 

@@ -22,6 +22,8 @@ _FROM, _TO = 631_152_000, 2_524_608_000
 # Numbers of 64 bits beyond these are in one unit only, whenever it was: seconds from 1973 to 5138.
 _FIRST, _LAST = 10**8, 10**11
 _LAST_TIME = (1 << 63) - 1
+# Missing values as pandas, R, SQL, MySQL, Hive and JavaScript write them.
+_MISSING = r"^(nan|NaN|NA|<NA>|N/A|None|null|NULL|\\N|undefined|__HIVE_DEFAULT_PARTITION__)$"
 
 
 def time_unit(times: np.ndarray, name: str) -> str:
@@ -98,8 +100,14 @@ def warn_of_order(grouped: GroupByUser, name: str) -> None:
 
 
 def warn_of_look_alikes(ids: pa.StringArray, role: str, name: str) -> None:
-    """Warn of ids that differ only in the case of letters or in blanks."""
-    plain = pc.replace_substring_regex(pc.utf8_lower(ids), r"\s+", "")
+    """Warn of ids that other programs write for a missing value, and of ids that differ little."""
+    for missing in ids.filter(pc.match_substring_regex(ids, _MISSING)).to_pylist():
+        warn(
+            f"the {role} id {missing} of {name} is an id like any other: if it stands for a "
+            "missing one, leave its rows out with --where"
+        )
+    plain = pc.replace_substring_regex(pc.utf8_lower(ids), r"[\s\pZ]+", "")
+    plain = pc.replace_substring_regex(plain, r"^(-?[0-9]+)\.0$", r"\1")
     encoded = plain.dictionary_encode()
     count = len(ids) - len(encoded.dictionary)
     if not count:
@@ -109,9 +117,9 @@ def warn_of_look_alikes(ids: pa.StringArray, role: str, name: str) -> None:
     first = order[np.flatnonzero(codes[order][1:] == codes[order][:-1])[0] + np.arange(2)]
     examples = " and ".join(repr(ids[int(at)].as_py()) for at in first)
     warn(
-        f"{count:,} {role} ids of {name} differ from others only in the case of letters or in "
-        f"blanks, for example {examples}: they are different {role}s; if they are not, write them "
-        "in one way"
+        f"{count:,} {role} ids of {name} differ from others only in the case of letters, in "
+        f"blanks or in a final .0, for example {examples}: they are different "
+        f"{role}s; if they are not, write them in one way"
     )
 
 

@@ -6,6 +6,8 @@ GroupLens' movies.dat (``::``) and u.item (``|``) have no header: the title is t
 """
 
 import io
+import json
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,11 +17,11 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError, warn
+from pipeline.formats.jsonlines import is_json
+from pipeline.formats.layout import split_line
+from pipeline.formats.parquet import is_typed
+from pipeline.formats.source_file import SourceFile, reading
 from pipeline.remote import seekable
-from pipeline.sources.jsonlines import is_json
-from pipeline.sources.layout import split_line
-from pipeline.sources.parquet import is_typed
-from pipeline.sources.source_file import SourceFile, reading
 from pipeline.tables.names import canonical, known_places, list_names
 from pipeline.tables.values import BLANKS
 
@@ -77,8 +79,12 @@ def read_items(file: SourceFile, items: pa.StringArray) -> tuple[pa.StringArray,
     if titles is not None:
         text = found[titles].cast(pa.string()).fill_null("")
         title = pa.concat_arrays(text.chunks) if text.num_chunks else title
-    rest = [name for name in names if name not in (key, titles)]
-    return title.cast(pa.string()), found.select(rest)
+    rest = found.select([name for name in names if name not in (key, titles)])
+    for at, attribute in enumerate(rest.schema):
+        if "struct<>" in str(attribute.type):  # Parquet has no objects without fields
+            text = _as_text(rest[at].to_pylist())
+            rest = rest.set_column(at, attribute.name, text)
+    return title.cast(pa.string()), rest
 
 
 def _table(file: SourceFile) -> pa.Table:
@@ -91,16 +97,18 @@ def _table(file: SourceFile) -> pa.Table:
                 return read(seekable(file.path))
             if is_json(file):
                 with file.open() as stream:
-                    return pajson.read_json(pa.py_buffer(stream.read()))
+                    return _of_json(stream.read())
             extension = file.name.rsplit(".", 1)[-1].lower()
             if extension not in ("csv", "item", "tsv"):
                 raise UserError(
                     f"{file}: a table of items is .csv, .tsv, .item, .json, .parquet or .arrow"
                 )
-            content = pa.py_buffer(_text(file).encode())
-            parse = pacsv.ParseOptions(
-                delimiter=_SEPARATORS[extension], newlines_in_values=extension == "csv"
-            )
+            text = _text(file)
+            first, separator = text.partition("\n")[0], _SEPARATORS[extension]
+            if separator not in first:
+                separator = next((mark for mark in ",\t;|" if mark in first), separator)
+            content = pa.py_buffer(text.encode())
+            parse = pacsv.ParseOptions(delimiter=separator, newlines_in_values=extension == "csv")
             header = pacsv.open_csv(content, parse_options=parse).schema.names
             kinds = {header[_item_place(file, header)]: pa.string()}
             table = pacsv.read_csv(
@@ -111,6 +119,35 @@ def _table(file: SourceFile) -> pa.Table:
             return table.rename_columns([name.split(":")[0] for name in table.column_names])
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+
+
+def _of_json(content: bytes) -> pa.Table:
+    """The table of lines of JSON, or of an array; a column with values of several types is text."""
+    try:
+        return pajson.read_json(pa.py_buffer(content))
+    except pa.ArrowInvalid as error:
+        try:
+            text = content.decode("utf-8-sig").strip()
+            lines = filter(str.strip, text.split("\n"))
+            rows = json.loads(text) if text.startswith("[") else [*map(json.loads, lines)]
+        except (ValueError, RecursionError):
+            raise error from None
+        if not all(isinstance(row, dict) for row in rows):
+            raise
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return _as_text(values)
+
+
+def _as_text(values: list[Any]) -> pa.Array:
+    texts = (v if isinstance(v, str | None) else json.dumps(v, default=str) for v in values)
+    return pa.array(texts, pa.string())
 
 
 def _item_place(file: SourceFile, names: list[str]) -> int:

@@ -13,18 +13,24 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError
+from pipeline.formats.parquet import ReadTable
+from pipeline.formats.source_file import SourceFile
 from pipeline.preparation import checks, stages
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
 from pipeline.preparation.items import read_items, read_titles
 from pipeline.preparation.memory import Memory
-from pipeline.preparation.parts import BY_TIME, SPLITS, validation_from_training
+from pipeline.preparation.parts import (
+    BY_TIME,
+    SPLITS,
+    TEST,
+    VALIDATION,
+    validation_from_training,
+)
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.preparation.time_split import MarkParts, stored_points
 from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.sources.datasets import DataSource, resolve, wanted
-from pipeline.sources.parquet import ReadTable
-from pipeline.sources.source_file import SourceFile
 from pipeline.tables.points import Point, read_points
 
 
@@ -118,6 +124,10 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
     store.catalog = Catalog(items, titles, counts, users, *types, attributes)
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
+    dropped = parted.ratings_of_parts - dense.ratings_of_parts
+    for split, part in zip(SPLITS, (VALIDATION, TEST), strict=True):
+        if dropped[part]:
+            store.counts[split]["dropped"] = int(dropped[part])
     dates = getattr(source.ratings, "dates", False)
     _keep_times(store, histories, grouped, dates, marked, memory)
     checks.warn_of_order(grouped, config.name)
@@ -141,7 +151,7 @@ def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
         )
     if not config.split_until:
         return points, None
-    *points, until = read_points(f"{config.split_time},{config.split_until}")
+    *points, until = read_points(config.split_time, config.split_until)
     return points, until
 
 
@@ -219,11 +229,14 @@ def _split_line(store: SequenceStore) -> str:
     training = int((store.parts.training_end - store.parts.begin).sum())
     how = f" at {' and '.join(split['points'])}" if "points" in split else ""
     how += f", until {split['until']}" if "until" in split else ""
-    parts = ", ".join(
-        f"{name} {counts[name]['ratings']:,} ratings, {counts[name]['users']:,} users evaluated"
-        for name in SPLITS
-    )
-    return f"split by {split['by']}{how}: training {training:,} ratings; {parts}"
+    parts = []
+    for name in SPLITS:
+        about = counts[name]
+        dropped = f" and {about['dropped']:,} dropped by filters" if "dropped" in about else ""
+        parts.append(
+            f"{name} {about['ratings']:,} ratings{dropped}, {about['users']:,} users evaluated"
+        )
+    return f"split by {split['by']}{how}: training {training:,} ratings; {', '.join(parts)}"
 
 
 def _times_line(times: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.preparation.held import Held, added, drained, enlarged
 from pipeline.preparation.memory import Memory
-from pipeline.preparation.parts import TRAINING
+from pipeline.preparation.parts import PARTS, TRAINING
 from pipeline.stage import Stage
 
 _MANY_IDS = 1 << 22  # not yet numbered; numbering them costs as much as numbering all of before
@@ -49,9 +49,12 @@ class CountingStage(Stage[RatingChunk]):
 
     def stream(self) -> Iterator[RatingChunk]:
         self._ratings, self._users, self._items = 0, np.zeros(0, bool), np.zeros(0, bool)
+        self.ratings_of_parts = np.zeros(PARTS, np.int64)  # 0 with leave-one-out
         for chunk in self.chunks():
             if len(chunk.user):
                 self._ratings += len(chunk.user)
+                if chunk.part is not None:
+                    self.ratings_of_parts += np.bincount(chunk.part, minlength=PARTS)
                 self._users = _marked(self._users, chunk.user)
                 self._items = _marked(self._items, chunk.item)
                 yield chunk

@@ -74,12 +74,15 @@ class MarkParts(CountingStage):
             parts = self._parts(kept)
             kinds += np.bincount(parts, minlength=PARTS)
             yield replace(kept, part=parts)
-        for part, where, point in ((TRAINING, "before", 0), (TEST, "at or after", -1)):
+        first, last = self.points[0].text, f"at or after {self.points[-1].text}"
+        if self.until is not None:
+            last += f" and before {self.until.text} (--split_until)"
+        for part, where in ((TRAINING, f"before {first}"), (TEST, last)):
             if not kinds[part]:
                 ends = [checks.shown_time(each, unit) for each in checks.ends(times)]
                 raise UserError(
-                    f"{flag}: no rating of {self.name} is {where} {self.points[point].text}; they "
-                    f"are from {ends[0]} to {ends[1]}"
+                    f"{flag}: no rating of {self.name} is {where}; they are from {ends[0]} to "
+                    f"{ends[1]}"
                 )
 
     def _parts(self, chunk: RatingChunk) -> np.ndarray:

@@ -5,7 +5,8 @@
 
 A history is the newest ``max_len - 1`` items and the mask token, as in an evaluation. All batches
 have the same number of rows, and a batch's contents do not depend on the number of ranks: nor do
-the vectors that a model computes from it.
+the vectors that a model computes from it. Its seen items are those of the whole history, in its
+order, as often as they occur there.
 """
 
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ import torch
 
 from pipeline.batches.eval_batch import EvalBatch
 from pipeline.batches.features import jagged_items
+from pipeline.batches.times import UNKNOWN, with_gaps
 from pipeline.batches.train_batch import rounded_up
-from pipeline.jagged import jagged_positions, row_item_keys
+from pipeline.jagged import jagged_positions, splits
 from pipeline.serving.histories import KnownHistories
 from pipeline.stage import Prefetch
 
@@ -72,10 +74,16 @@ class HistoryBatches:
         is_item[masked] = False
         values[is_item] = items[jagged_positions(start, end)]
 
-        id_bound = self.num_items + 2
-        seen = np.zeros(0, np.int64)
-        if not self.keep_seen:
-            seen = row_item_keys(items, begin, end, id_bound)
+        times = None
+        known_times, at = self.histories.times, self.histories.at
+        if known_times is not None and at is not None and len(items):
+            seconds = np.empty(len(values), np.int64)
+            seconds[is_item] = known_times[jagged_positions(start, end)]
+            seconds[masked] = np.where(users >= 0, at[users], UNKNOWN)
+            before = np.where(start > begin, known_times[start - 1], UNKNOWN)
+            times = torch.from_numpy(with_gaps(seconds, masked + 1 - lengths, before))
+        if self.keep_seen:
+            begin = end
         none = np.zeros((len(users), 0), np.int64)
         return EvalBatch(
             features=jagged_items(torch.from_numpy(values), torch.from_numpy(lengths)),
@@ -84,11 +92,10 @@ class HistoryBatches:
             users=torch.from_numpy(users),
             is_first=torch.from_numpy(users >= 0),
             negatives=torch.from_numpy(none),
-            seen=torch.from_numpy(seen % id_bound),
-            seen_offsets=torch.from_numpy(
-                np.searchsorted(seen, np.append(rows, len(rows)) * id_bound)
-            ),
+            seen=torch.from_numpy(items[jagged_positions(begin, end)].astype(np.int64)),
+            seen_offsets=torch.from_numpy(splits(end - begin)),
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
             candidate_range=(1, 1),  # the table needs both features
+            times=times,
         ).pin_memory()

@@ -4,11 +4,13 @@
     of_lists([["1193", "661"], []], catalog)   somebody new: original ids, oldest first
     of_ratings(ReadRatings(file), catalog)     ratings in any format that training reads
 
-Items that the catalog does not have are left out and counted. Users without a known item stay.
+Items that the catalog does not have are left out and counted. Users without a known item stay. For
+models that read times, histories of a store or of ratings have them, in seconds since 1970.
 
 Shapes: U users, R known items of all, V items.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,14 +19,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torchdata.nodes import BaseNode, IterableWrapper
 
+from pipeline.batches.times import ItemTimes
 from pipeline.errors import UserError
+from pipeline.formats.parquet import ReadTable
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.catalog import Catalog
+from pipeline.preparation.checks import UNITS, time_unit
 from pipeline.preparation.grouping import GroupByUser
 from pipeline.preparation.stages import EncodeIds
 from pipeline.preparation.store import SequenceStore
-from pipeline.sources.parquet import ReadTable
 from pipeline.tables.names import Wanted
+from pipeline.tables.points import read_point
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,8 @@ class KnownHistories:
     items: np.ndarray  # int32 [R], dense ids
     offsets: np.ndarray  # int64 [U + 1]
     unknown: int = 0  # items of the source that the catalog does not have
+    times: np.ndarray | None = None  # int64 [R], of the items; None: unknown, or not read
+    at: np.ndarray | None = None  # int64 [U], when users are recommended to; with ``times``
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -46,10 +53,27 @@ class KnownHistories:
     def only(self, users: np.ndarray) -> "KnownHistories":
         """The histories of these users, int64 places, in this order."""
         begin, end = self.offsets[users], self.offsets[users + 1]
-        items = self.items[jagged_positions(begin, end)]
+        places = jagged_positions(begin, end)
+        times = None if self.times is None else self.times[places]
+        at = None if self.at is None else self.at[users]
+        chosen, offsets = self.users.take(pa.array(users)), splits(end - begin)
         return replace(
-            self, users=self.users.take(pa.array(users)), items=items, offsets=splits(end - begin)
+            self, users=chosen, items=self.items[places], offsets=offsets, times=times, at=at
         )
+
+    def requested(self, at: int | None, newest: int) -> "KnownHistories":
+        """The histories that have times, recommended to ``at`` this time, in seconds since 1970.
+
+        None: at ``newest``, or at the time of the user's last item if that is later.
+        """
+        if self.times is None or self.at is not None:
+            return self
+        moments = np.full(len(self), newest if at is None else at)
+        known = ~self.empty()
+        if at is None:
+            last = self.times[self.offsets[1:][known] - 1]
+            moments[known] = np.maximum(moments[known], last)
+        return replace(self, at=moments)
 
 
 def dense_ids(ids: Iterable[object] | pa.Array, catalog: Catalog) -> np.ndarray:
@@ -74,10 +98,27 @@ def item_number(item: object, catalog: Catalog) -> int:
     return int(found)
 
 
-def of_store(store: SequenceStore) -> KnownHistories:
+def moment(at: object, flag: str) -> int:
+    """Seconds since 1970 of a date, or of a number, whose size shows its unit as in ratings.
+
+    Raises:
+        UserError: it is neither.
+    """
+    point = read_point(str(at).strip(), flag)
+    if point.is_date:
+        return math.floor(point.value / UNITS["ns"])
+    whole = math.floor(point.value)
+    unit = time_unit(np.array([whole]), flag) if abs(whole) < 1 << 63 else ""
+    if not unit:
+        raise UserError(f"{flag} {at}: no date, and no seconds (or ms, us, ns) since 1970")
+    return math.floor(point.value / UNITS[unit])
+
+
+def of_store(store: SequenceStore, with_times: bool = False) -> KnownHistories:
     """The whole histories of all users, held-out items included."""
     users = store.catalog.users.cast(store.catalog.user_type)
-    return KnownHistories(users, store.items, store.offsets)
+    times = ItemTimes(store).seconds(slice(None)) if with_times else None
+    return KnownHistories(users, store.items, store.offsets, times=times)
 
 
 def of_lists(histories: Sequence[Iterable[object]], catalog: Catalog) -> KnownHistories:
@@ -98,13 +139,17 @@ def of_lists(histories: Sequence[Iterable[object]], catalog: Catalog) -> KnownHi
 
 
 def of_ratings(
-    source: BaseNode[pa.Table], catalog: Catalog, min_rating: float | None = None
+    source: BaseNode[pa.Table],
+    catalog: Catalog,
+    min_rating: float | None = None,
+    with_times: bool = False,
 ) -> KnownHistories:
     """Histories of tables of ratings, users in ascending order of their ids.
 
     Args:
         min_rating: ratings below it are dropped, as in training, where there is a rating column;
             None: no rating is.
+        with_times: the histories have times, if those of the ratings have a known unit.
     """
     encoded, chunks = EncodeIds(source), []
     for chunk in encoded:
@@ -121,7 +166,11 @@ def of_ratings(
     grouped = next(GroupByUser(IterableWrapper(known)))
     without = np.full(len(users) + 1 - len(grouped.offsets), len(grouped.items))
     offsets = np.concatenate([grouped.offsets, without])
-    return KnownHistories(users, grouped.items, offsets, unknown)
+    found = KnownHistories(users, grouped.items, offsets, unknown)
+    if not with_times or grouped.times is None:
+        return found
+    unit = "ns" if getattr(source, "dates", False) else time_unit(grouped.times, "the histories")
+    return replace(found, times=grouped.times // UNITS[unit]) if unit else found
 
 
 def ratings_in_memory(table: pa.Table) -> BaseNode[pa.Table]:

@@ -36,6 +36,7 @@ def roles_by_values(rows: Rows) -> dict[str, int] | None:
             'a user and its items, else for example "1,2,,4"'
         )
     whole = [row for row in rows if len(row) == width]
+    _check_times(whole, width)
     places = {role: place for place, role in enumerate(_ROLES[:width])}
     if width == 3:
         kind = _kind([row[2] for row in whole])
@@ -58,6 +59,22 @@ def roles_by_values(rows: Rows) -> dict[str, int] | None:
                 "item, ..."
             )
     return places
+
+
+def _check_times(rows: Rows, width: int) -> None:
+    """ValueError if a column that would not be read as the time is one.
+
+    In the first two only dates are: ids may be large numbers.
+    """
+    kinds = [_kind([row[at] for row in rows]) for at in range(width)]
+    dates = [not any(map(date_mistake, {row[at] for row in rows})) for at in range(min(2, width))]
+    later = [] if "time" in kinds[2:4] else kinds[4:]
+    if any(dates) or "time" in later:
+        place = dates.index(True) if any(dates) else kinds.index("time", 4)
+        raise ValueError(
+            f"column {place + 1} is a time; give the numbers of user, item, rating (or none) and "
+            f'time: for example --columns "1,{2 if place > 1 else 3},,{place + 1}"'
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -6,7 +6,7 @@ header ("1,2,4,3"). Without the flag, columns are found by the well-known names 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,18 +20,24 @@ ROLES = ("user", "item", "rating", "timestamp")
 _KNOWN = {
     "user": "user_id user uid reviewer_id customer_id visitor_id session_id author_id buyer_id "
     "client_id account_id member_id user_name customer client username reviewer author session",
-    "item": "item_id item movie_id iid sid asin parent_asin product_id business_id book_id "
+    "item": "item_id item movie_id iid sid parent_asin asin product_id business_id book_id "
     "artist_id track_id article_id news_id song_id video_id anime_id game_id app_id recipe_id "
     "beer_id gmap_id stock_code product_code variant_id sku isbn product "
+    "venue_id place_id poi_id location_id "
     # lists, one a user
     "item_ids items item_id_list item_list item_sequence movie_ids product_ids asins history "
     "sequence",
     "rating": "rating ratings stars overall score review_overall user_rating",
-    "timestamp": "timestamp time ts unixreviewtime unix_timestamp date datetime event_time "
-    "event_timestamp created_at time_stamp invoice_date order_date review_time review_date "
-    "event_date click_time rated_at timestamps times timestamp_list time_list",
+    "timestamp": "timestamp time ts unixreviewtime unix_timestamp time_ms utc_timestamp "
+    "date datetime event_time event_timestamp created_at time_stamp invoice_date order_date "
+    "review_time review_date event_date click_time rated_at date_added timestamps times "
+    "timestamp_list time_list",
 }
 LISTS = "itemids items itemidlist itemlist itemsequence movieids productids asins history sequence"
+
+_TIME_LIKE = re.compile(
+    "(?<!up)(?<!candi)(?<!play)(?<!life)(?<!run)(date|time)(?!zone)|stamp|da?t$|day$"
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,14 @@ class Wanted:
     separator: str = ""  # --separator
     rows: "Where | None" = None  # --where
     needs_rating: bool = True  # False: a rating may be missing
-    of_split: bool = False  # the rows of one part of --split_path, by its column split
+    # Of the rows of one part of --split_path, by its column split: what there may be in its place.
+    of_split: str = ""
 
     def no_column(self, where: str, name: str, names: Sequence[str]) -> str:
-        flag = "--split_path" if self.of_split and name == "split" else "--where"
-        return f"{where}: no column {name!r} ({flag}); there are {list_names(names)}"
+        flag, other = "--where", ""
+        if self.of_split and name == "split":
+            flag, other = "--split_path", f"; {self.of_split}"
+        return f"{where}: no column {name!r} ({flag}); there are {list_names(names)}{other}"
 
 
 class NoRatings(UserError):
@@ -99,6 +108,18 @@ def find_columns(
                 '("1,2,3,4") if the file has no header'
             )
     return places
+
+
+def unread_time(names: Sequence[str], roles: Container[str], columns: str | None) -> list[str]:
+    """A line for the user if no column is the time, unless --columns said so, but one may be it."""
+    found = [name for name in names if _TIME_LIKE.search(canonical(name))]
+    if columns or "timestamp" in roles or not found:
+        return []
+    advice = "rename it to timestamp" if columns is None else 'give --columns "user,item,,time"'
+    return [
+        "no column is known as the time, so the order of the rows is taken for that of time; if "
+        f"{list_names(found)} is the time, {advice} with the names of the columns"
+    ]
 
 
 def several(where: str, name: str, columns: str | None) -> str:

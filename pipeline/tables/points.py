@@ -25,6 +25,7 @@ class Point:
     text: str
     value: Fraction
     is_date: bool
+    flag: str = "--split_time"
 
     def in_unit(self, unit: str, are_dates: bool) -> Fraction:
         """The point in the data's unit ("s", "ms", "us", "ns"; "": unknown).
@@ -34,34 +35,38 @@ class Point:
         """
         if self.is_date and unit not in _UNITS:
             raise UserError(
-                f"--split_time {self.text}: the times of the data are numbers of unknown unit: "
+                f"{self.flag} {self.text}: the times of the data are numbers of unknown unit: "
                 "give a number"
             )
         if not self.is_date and are_dates:
-            raise UserError(f"--split_time {self.text}: the times of the data are dates: give one")
+            raise UserError(f"{self.flag} {self.text}: the times of the data are dates: give one")
         return self.value / _UNITS[unit] if self.is_date else self.value
 
 
-def read_points(text: str) -> list[Point]:
-    """The points with commas between them.
+def read_points(times: str, until: str = "") -> list[Point]:
+    """The points of --split_time, with commas between them, and that of --split_until, if any.
 
     Raises:
         UserError: one is neither a number nor a date, or they do not ascend.
     """
-    points = [_read(each.strip()) for each in text.split(",")]
-    if len({point.is_date for point in points}) > 1:
-        raise UserError(f"--split_time {text}: give dates or numbers, not both")
+    points = [read_point(each.strip(), "--split_time") for each in times.split(",")]
+    if until:
+        points.append(read_point(until.strip(), "--split_until"))
     for one, other in pairwise(points):
+        given = f"{other.flag} {until if other.flag == '--split_until' else times}"
+        if one.is_date != other.is_date:
+            raise UserError(f"{given}: give dates or numbers, not both")
         if one.value >= other.value:
-            raise UserError(f"--split_time {text}: {other.text} is not after {one.text}")
+            raise UserError(f"{given}: {other.text} is not after {one.text}")
     return points
 
 
-def _read(text: str) -> Point:
+def read_point(text: str, flag: str) -> Point:
+    """A number or a date; ``flag`` names it in a UserError if it is neither."""
     if _NUMBER.fullmatch(text):
-        return Point(text, Fraction(Decimal(text)), is_date=False)
+        return Point(text, Fraction(Decimal(text)), False, flag)
     try:
         found = read_dates(pa.chunked_array([[text]], pa.string()))
     except ValueError as error:
-        raise UserError(f"--split_time: {text!r} {date_mistake(text)}") from error
-    return Point(text, Fraction(found.cast(pa.int64())[0].as_py()), is_date=True)
+        raise UserError(f"{flag}: {text!r} {date_mistake(text)}") from error
+    return Point(text, Fraction(found.cast(pa.int64())[0].as_py()), True, flag)

@@ -89,6 +89,8 @@ def date_mistake(text: str) -> str:
         return _NOT_WRITTEN if inside else OUT_OF_RANGE
     if re.match(r"[0-9]{1,2}([./-])[0-9]{1,2}\1[0-9]{2,4}", text):
         return "does not tell the day from the month: write it like 2015-01-31"
-    if zone := re.search(r"[0-9] +([A-Z][A-Za-z/_]+)( [0-9]{4})?$", text):
+    if re.search(r"[0-9] ?[AaPp]\.?[Mm]\b", text):
+        return "is of a 12-hour clock, which is not read: write it like 2015-01-31 23:59:59"
+    if zone := re.search(r":[0-9:.,]+ +(?!(?:UTC|GMT|UT)\b)([A-Z][A-Za-z/_]+)( [0-9]{4})?$", text):
         return f"has the time zone {zone[1]}, which is not read: convert the times to UTC"
     return _UNKNOWN

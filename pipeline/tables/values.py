@@ -49,9 +49,11 @@ def checked(table: pa.Table, needs_rating: bool = True) -> pa.Table:
         elif pa.types.is_floating(column.type) and pc.any(pc.invert(pc.is_finite(column))).as_py():
             raise ValueError(f"a {role} is not a finite number")
         elif pa.types.is_dictionary(column.type):
-            for ids in (chunk.dictionary for chunk in column.chunks):
-                ids.validate(full=True)  # Parquet may hold text that is no UTF-8
-                if pc.any(pc.equal(pc.utf8_trim_whitespace(ids), "")).as_py():
+            for chunk in column.chunks:
+                chunk.dictionary.validate(full=True)  # Parquet may hold text that is no UTF-8
+                empty = pc.equal(pc.utf8_trim_whitespace(chunk.dictionary), "")
+                # --where may have left out all rows with an id.
+                if pc.any(empty).as_py() and pc.any(empty.take(chunk.indices)).as_py():
                     raise ValueError(f"the {role} id is empty")
     return table
 

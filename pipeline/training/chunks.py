@@ -34,6 +34,7 @@ class JaggedWindows(SampledWindows):
 
     values: np.ndarray  # int32 [T]
     offsets: np.ndarray  # int64 [B + 1]; row b is values[offsets[b]:offsets[b + 1]]
+    times: np.ndarray | None = None  # int64 [T, 2], as in `TrainBatch`
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

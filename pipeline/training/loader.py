@@ -1,9 +1,9 @@
 """Training batches: every window once an epoch over all ranks, in a new order each epoch.
 
-    ShuffledSamples -> LeftContextFirst -> CutWindows -> MaskItems or TwoStreams -> InThread
-    which windows      order in a step     items         cloze task
-        [-> PadToBuckets] [-> DrawNegatives] [-> CountSlots] -> ToTensors -> Prefetch -> PackedBatch
-        few shapes        sampled losses     all-to-all                      a thread
+    ShuffledSamples -> LeftContextFirst -> CutWindows [-> AddTimes] -> MaskItems or TwoStreams
+    which windows      order in a step     items                       cloze task
+        -> InThread [-> PadToBuckets] [-> DrawNegatives] [-> CountSlots] -> ToTensors -> Prefetch
+                    few shapes        sampled losses     all-to-all                   a thread
 
 All ranks have the same number of batches: a rank without a share of an epoch's last, partial step
 gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torchdata.nodes import BaseNode
 
+from pipeline.batches.times import ItemTimes
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.stage import InThread, Prefetch
-from pipeline.training.chunks import MaskedWindows
+from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskItems
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
 from pipeline.training.negatives import DrawNegatives, SharedNegatives
@@ -36,7 +37,7 @@ from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 from pipeline.training.slots import CountSlots
 from pipeline.training.to_tensors import Steps, ToTensors
 from pipeline.training.two_stream import TwoStreams
-from pipeline.training.windows import CutWindows, WindowTable
+from pipeline.training.windows import AddTimes, CutWindows, WindowTable
 
 # Integers of all ranks, [W, ...], from this rank's.
 AllSizes = Callable[[np.ndarray], np.ndarray]
@@ -56,6 +57,7 @@ class TrainLoader:
             have the same number of positions, rows and masked positions on all ranks.
         shard_rows: rows of a rank's shard of the item table, to count the slots of each step
             (slots.py); needs ``all_sizes``.
+        times: of the store's items, put into each batch; None: batches have no times.
         shared: of arrays that are the same on all ranks; they may be made once for several.
 
     Raises:
@@ -75,6 +77,7 @@ class TrainLoader:
         negatives: SharedNegatives | None = None,
         all_sizes: AllSizes | None = None,
         shard_rows: int | None = None,
+        times: ItemTimes | None = None,
         shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
         table = WindowTable.build(store, windows, shared=shared)
@@ -100,7 +103,10 @@ class TrainLoader:
         few = has_cuda if few_shapes is None else few_shapes
 
         def stages(samples: ShuffledSamples, all_sizes: AllSizes | None) -> ToTensors:
-            cut = CutWindows(LeftContextFirst(samples, cloze), np.asarray(store.items), table)
+            ordered = LeftContextFirst(samples, cloze)
+            cut: BaseNode[JaggedWindows] = CutWindows(ordered, np.asarray(store.items), table)
+            if times is not None:
+                cut = AddTimes(cut, times, table, config.seed)
             make_rows = TwoStreams if mask.two_stream else MaskItems
             # Two threads, each for half of the work.
             chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.batches.times import UNKNOWN
 from pipeline.jagged import jagged_positions, splits
 from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
@@ -75,7 +76,7 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         moved = np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
         masked = np.repeat(new_value_splits[:-1], new_masks)  # the step's first position
         masked[mask_heads] = chunk.masked + moved
-        steps_ago, size = chunk.steps_ago, new_value_splits[-1]
+        steps_ago, times, size = chunk.steps_ago, chunk.times, new_value_splits[-1]
         return replace(
             chunk,
             values=_padded(chunk.values, heads, size, self.mask_token),
@@ -85,6 +86,7 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
             targets=_padded(chunk.targets, mask_heads, new_mask_splits[-1], 0),
             mask_splits=new_mask_splits,
             steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
+            times=None if times is None else _padded(times, heads, size, UNKNOWN),
             equal_shapes=equal_shapes,
             all_targets=all_targets,
         )
@@ -100,6 +102,6 @@ def _heads(splits: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _padded(entries: np.ndarray, places: np.ndarray, size: int, fill: int) -> np.ndarray:
-    padded = np.full(size, fill, dtype=entries.dtype)
+    padded = np.full((size, *entries.shape[1:]), fill, dtype=entries.dtype)
     padded[places] = entries
     return padded

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.batches.packing import float_pairs, pack
+from pipeline.batches.times import UNKNOWN
 from pipeline.batches.train_batch import PackedBatch, rounded_up
 from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
@@ -49,6 +50,7 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
             offsets=np.array([0, 1]),
             row_splits=np.array([0, 1]),
             steps_ago=None if chunk.steps_ago is None else np.zeros(1, dtype=np.int64),
+            times=None if chunk.times is None else np.full((1, 2), UNKNOWN),
         )
 
 
@@ -71,6 +73,8 @@ def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndar
         parts["left_only"] = (chunk.left_only, chunk.window_splits)
     if chunk.steps_ago is not None:
         parts["steps_ago"] = (chunk.steps_ago, items)
+    if chunk.times is not None:
+        parts["times"] = (chunk.times.ravel(), 2 * items)
     if chunk.log_counts is not None:
         parts["log_counts"] = _even(float_pairs(chunk.log_counts))
     return parts

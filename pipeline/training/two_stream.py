@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.batches.times import UNKNOWN
 from pipeline.jagged import jagged_positions, splits
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import MaskItems
@@ -61,9 +62,13 @@ class TwoStreams(MaskItems):
         targets = np.zeros(offsets[-1], dtype=masked_items.dtype)  # 0: not a target
         targets[items[at[masked]]], targets[queries] = masked_items, chunk.values[predicted]
         values[items] = chunk.values
+        times = None
+        if chunk.times is not None:  # M t has those of item t
+            times = np.full((offsets[-1], 2), UNKNOWN)
+            times[items], times[queries] = chunk.times, chunk.times[predicted]
         masked, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
         return MaskedWindows(
-            **vars(replace(chunk, values=values, offsets=offsets)),
+            **vars(replace(chunk, values=values, offsets=offsets, times=times)),
             row_splits=row_splits,
             masked=masked,
             targets=targets[masked],

@@ -14,19 +14,25 @@ item. With ``window_stride`` 1 only the oldest window overlaps its successor.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from pipeline.batches.times import UNKNOWN, ItemTimes
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.store import SequenceStore
+from pipeline.rng import below, child_keys, key64, low32
 from pipeline.stage import MapStage
 from pipeline.training.chunks import JaggedWindows, SampledWindows
-from pipeline.training.config import WindowConfig
+from pipeline.training.config import MAX_COPIES, WindowConfig
 
 _HELD = 1 << 24  # windows whose places are held (256 MiB); those of more are computed when needed
 _BLOCK = 1 << 20
+# Windows without times, so that the model knows histories that have none.
+_TIMELESS_SHARE = 0.05
+# Makes these draws independent of others with the same key.
+_TIMELESS = 0x1F83D9AB
 
 
 @dataclass(eq=False)
@@ -95,3 +101,20 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
         # All positions are in range: "clip" changes none and skips the range check.
         values = np.take(self.items, jagged_positions(start, end), mode="clip")
         return JaggedWindows(**vars(chunk), values=values, offsets=splits(end - start))
+
+
+@dataclass(eq=False)
+class AddTimes(MapStage[JaggedWindows, JaggedWindows]):
+    """Give the windows' items their times; in a share of the windows all are unknown."""
+
+    times: ItemTimes
+    table: WindowTable
+    seed: int
+
+    def apply(self, chunk: JaggedWindows) -> JaggedWindows:
+        times = self.times.rows(*self.table.bounds(chunk.windows))
+        keys = key64(self.seed, chunk.epoch, _TIMELESS)
+        draws = low32(child_keys(keys, chunk.windows * MAX_COPIES + chunk.copies))
+        timeless = np.repeat(below(draws, _TIMELESS_SHARE), np.diff(chunk.offsets))
+        times[timeless] = UNKNOWN
+        return replace(chunk, times=times)

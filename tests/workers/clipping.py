@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.distributed import Ranks, run_script, start
+from model.distributed import Ranks, start
+from model.ending import run_script
 from model.network.config import EncoderConfig
 from model.run.build import build_model, train_loader
 from model.run.execution import plan_execution

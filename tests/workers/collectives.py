@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.collectives import CollectiveCounter, count_steps
-from model.distributed import exit_rank, start
+from model.distributed import start
+from model.ending import exit_rank
 
 FLAGS = (
     "--dataset_name=random",

@@ -8,7 +8,8 @@ Rank 0 writes recs-3.parquet into each folder.
 import sys
 from pathlib import Path
 
-from model.distributed import exit_rank, start
+from model.distributed import start
+from model.ending import exit_rank
 from model.evaluation import catalog_scores
 from model.serving.answer import answer
 from model.serving.config import Choice, RecommendFlags

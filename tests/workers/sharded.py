@@ -28,11 +28,13 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from model.checkpoints import export as export_module
 from model.checkpoints.checkpoints import Checkpoints
-from model.checkpoints.export import WEIGHTS, Trained
+from model.checkpoints.export import Trained
+from model.checkpoints.exported import WEIGHTS
 from model.checkpoints.position import Position
 from model.checkpoints.safe_reader import SafeReader
 from model.checkpoints.weights_file import Part, WeightsFile
-from model.distributed import ALONE, Ranks, exit_rank, from_first_rank, start
+from model.distributed import ALONE, Ranks, from_first_rank, start
+from model.ending import exit_rank
 from model.evaluation import catalog_scores
 from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.users import encode

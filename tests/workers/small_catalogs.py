@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.distributed import Ranks, exit_rank, start
+from model.distributed import Ranks, start
+from model.ending import exit_rank
 from model.network.config import LOSSES, EncoderConfig, HeadConfig
 from model.run.build import build_model, evaluator, train_loader
 from model.run.execution import plan_execution

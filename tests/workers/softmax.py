@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.distributed import exit_rank
+from model.ending import exit_rank
 from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
 
 # By world size: positions of each rank, and items [low, high) of each rank.

@@ -10,16 +10,26 @@ beauty.txt    1 17                                no header, one space; time ord
 import csv
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import UserError
 from pipeline.tables.headerless import roles_by_values
-from pipeline.tables.names import LISTS, Wanted, canonical, check_columns, find_columns, untyped
+from pipeline.tables.names import (
+    LISTS,
+    Wanted,
+    canonical,
+    check_columns,
+    find_columns,
+    known_places,
+    unread_time,
+    untyped,
+)
 from pipeline.tables.sequences import looks_like_list
 
 _SEPARATORS = {"csv": ",", "tsv": "\t", "inter": "\t", "data": "\t", "dat": "::", "txt": " "}
+_MARKS = ("::", "\t", ",", ";", "|")
 _HEADERLESS = {"dat", "data", "txt"}
 # With these separators quotation marks enclose fields; with others they belong to an id.
 QUOTING = ",;|"
@@ -39,10 +49,11 @@ class Layout:
     rest: bool = False  # all fields from the item's place on are items: user item item item ...
     conditions: dict[str, int] = field(default_factory=dict)  # places of the columns of --where
     names: tuple[str, ...] = ()  # of the columns, if there is a header
+    columns: str | None = ""  # --columns
 
     @property
-    def described(self) -> str:
-        """The layout as a line for the user."""
+    def described(self) -> list[str]:
+        """The layout as lines for the user."""
         columns = {
             role: repr(self.names[at]) if self.names else f"column {at + 1}"
             for role, at in self.places.items()
@@ -53,7 +64,8 @@ class Layout:
             columns[role] += " (lists)"
         header = "with a header" if self.has_header else "without a header"
         found = ", ".join(f"{role} = {column}" for role, column in columns.items())
-        return f"format: text cut at {_spell(self.separator)}, {header}; columns: {found}"
+        line = f"format: text cut at {_spell(self.separator)}, {header}; columns: {found}"
+        return [line, *unread_time(self.names, self.places, self.columns)]
 
 
 def split_line(line: str, separator: str) -> list[str]:
@@ -67,6 +79,21 @@ def split_line(line: str, separator: str) -> list[str]:
 def find_separator(name: str, separator: str) -> str:
     """The separator by the flag, or else by the file's name; "" if neither tells."""
     return _SPELLED.get(separator.lower(), separator) or _SEPARATORS.get(_extension(name), "")
+
+
+def other_separator(separator: str, records: Callable[[str], Sequence[str]]) -> str:
+    """The only mark that cuts all records into as many fields, if `separator` cuts none; else "".
+
+    Args:
+        records: the first records of a file with a separator, which decides what marks enclose.
+    """
+    if not separator or any(
+        len(split_line(record, separator)) > 1 for record in records(separator)[:1]
+    ):
+        return ""
+    widths = {mark: {len(split_line(each, mark)) for each in records(mark)} for mark in _MARKS}
+    found = [mark for mark, counts in widths.items() if len(counts) == 1 and max(counts) > 1]
+    return found[0] if len(found) == 1 else ""
 
 
 def text_layout(
@@ -98,7 +125,7 @@ def text_layout(
     numbers = check_columns(wanted.columns) if wanted.columns else {}
     if numbers and all(re.fullmatch(r"[0-9]+(\.\.\.)?", number) for number in numbers.values()):
         layout = _by_numbers(where, numbers, Layout(separator, len(names), {}, has_header=False))
-    elif extension in _HEADERLESS and not numbers:
+    elif extension in _HEADERLESS and not numbers and not _is_header(names):
         try:
             places = roles_by_values(rows)
         except ValueError as error:
@@ -111,10 +138,15 @@ def text_layout(
         width = len(names)
         names += [key for key in keys if key not in names]
         places = find_columns(f"{where}:1", names, wanted.columns, width)
-        layout = Layout(separator, width, places, has_header=True, names=tuple(names))
+        layout = Layout(separator, width, places, True, names=tuple(names), columns=wanted.columns)
         if len(rows) > 1 and max(places.values()) < width == len(rows[1]):
             layout = replace(layout, lists=_lists(names[:width], rows[1:], places))
     return replace(layout, conditions=_conditions(where, names, layout, wanted))
+
+
+def _is_header(names: Sequence[str]) -> bool:
+    """Whether a first line holds well-known names of a user and an item column."""
+    return all(known_places(role, names) for role in ("user", "item"))
 
 
 def _by_numbers(where: str, numbers: dict[str, str], layout: Layout) -> Layout:
@@ -184,7 +216,7 @@ def _extension(name: str) -> str:
 
 
 def _wrong_separator(where: str, line: str, separator: str) -> UserError:
-    counts = {mark: len(split_line(line, mark)) for mark in ("::", "\t", ",", ";", "|", " ")}
+    counts = {mark: len(split_line(line, mark)) for mark in (*_MARKS, " ")}
     likely = max(counts, key=lambda mark: counts[mark])
     hint = "; a ratings file has at least a user and an item column"
     if counts[likely] > 1:

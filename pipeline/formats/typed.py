@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
-from pipeline.tables.names import Wanted, find_columns, several
+from pipeline.tables.names import Wanted, find_columns, several, unread_time
 from pipeline.tables.sequences import explode, field_names, open_structs
 from pipeline.tables.times import OUT_OF_RANGE, date_mistake, read_dates
 from pipeline.tables.values import checked, first_failing, is_number, time_mistake
@@ -50,15 +50,16 @@ class TypedColumns:
                 raise UserError(several(self.where, name, self.wanted.columns))
         return {role: names[place] for role, place in places.items()}
 
-    def described(self, form: str) -> str:
-        """The columns as a line for the user."""
+    def described(self, form: str) -> list[str]:
+        """The columns as lines for the user."""
         names = self.schema.names
         kinds = {
             name: self.schema.field(column).type if column in names else "a folder's name"
             for name, column in self.fields.items()
         }
         found = ", ".join(f"{role} = {name!r} ({kinds[name]})" for role, name in self.roles.items())
-        return f"format: {form}; columns: {found}"
+        line = f"format: {form}; columns: {found}"
+        return [line, *unread_time(list(self.fields), self.roles, self.wanted.columns)]
 
     @cached_property
     def columns(self) -> list[str]:

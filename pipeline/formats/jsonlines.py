@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.json as pajson
 
 from pipeline.errors import UserError
-from pipeline.sources.blocks import BOM, read_blocks
-from pipeline.sources.source_file import SourceFile
-from pipeline.sources.typed import TypedColumns
+from pipeline.formats.blocks import BOM, read_blocks
+from pipeline.formats.source_file import SourceFile
+from pipeline.formats.typed import TypedColumns
 from pipeline.tables.names import Wanted
 from pipeline.tables.sequences import field_names
 
@@ -49,7 +49,7 @@ def read_json(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa
             typed = _typed(
                 [lines.object(at) for at in range(min(_SAMPLE, len(lines)))], file, wanted
             )
-            notes.append(typed.described("JSON lines"))
+            notes += typed.described("JSON lines")
         table = _parse(block, lines, typed)
         if table is None:
             table = _table([lines.object(at) for at in range(len(lines))], typed, lines.place)
@@ -212,7 +212,7 @@ def _read_array(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[
             raise UserError(f"{place(row)}: a JSON {type(each).__name__}, not an object")
     if objects:
         typed = _typed(objects[:_SAMPLE], file, wanted)
-        notes.append(typed.described("a JSON array"))
+        notes += typed.described("a JSON array")
         yield typed.ratings(_table(objects, typed, place), place)
 
 

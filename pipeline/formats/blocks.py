@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.sources.layout import QUOTING
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats.layout import QUOTING
+from pipeline.formats.source_file import SourceFile
 
 BLOCK_BYTES = 1 << 24  # text parsed at a time: about half a million ratings
 BOM = b"\xef\xbb\xbf"
@@ -33,7 +33,7 @@ def read_blocks(file: SourceFile, separator: str) -> Iterator[tuple[int, bytes]]
                     raise UserError(
                         f"{file} looks like UTF-16 without a byte order mark: convert it to UTF-8"
                     )
-                raise UserError(f"{file} is not a text file; known formats: see --dataset_path")
+                raise UserError(f"{file} is not a text file; known formats: docs/data.md")
             if not read:
                 break
             end = _last_end(block, separator)
@@ -117,3 +117,17 @@ def _enclosing_marks(block: bytes, separator: str) -> np.ndarray:
     for found in re.finditer(field, block):
         places += [found.start(), found.end() - 1] if found[1] else [found.start()]
     return np.array(places, np.int64)
+
+
+def records_in(block: bytes, separator: str, whole: bool) -> list[str]:
+    """The records of a file's beginning that are not blank, without line ends.
+
+    Args:
+        whole: the block is the whole file; else its last record is left out unless it ends.
+    """
+    ends = record_ends(block, separator).tolist()
+    if whole and [len(block)] != ends[-1:]:
+        ends.append(len(block))
+    bounds = zip([0, *ends], ends, strict=False)
+    found = (block[start:end].rstrip(b"\r\n").decode(errors="replace") for start, end in bounds)
+    return [record for record in found if record.strip()]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.errors import UserError
-from pipeline.sources.jsonlines import is_json, read_json
-from pipeline.sources.parquet import is_typed, read_typed
-from pipeline.sources.source_file import SourceFile
-from pipeline.sources.text import read_text
+from pipeline.errors import UserError, warn
+from pipeline.formats.jsonlines import is_json, read_json
+from pipeline.formats.parquet import is_typed, read_typed
+from pipeline.formats.source_file import SourceFile
+from pipeline.formats.text import read_text
 from pipeline.stage import Stage
 from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.values import with_whole_times
@@ -61,6 +61,8 @@ class ReadRatings(Stage[pa.Table]):
             rows = 0
             notes = self.recognised if file is self.files[0] else []
             for table in _tables(file, self.wanted, self.trimmed, notes):
+                if file is self.files[0]:
+                    _warn_of(notes)
                 rows += table.num_rows
                 table, form = with_whole_times(table)
                 self.dates = form != ""
@@ -79,6 +81,13 @@ class ReadRatings(Stage[pa.Table]):
         if not any_rows:
             where = f" for which --where {self.wanted.rows.text!r}" if self.wanted.rows else ""
             raise NoRatings(f"{self.files[0].path}: no ratings in it{where}")
+
+
+def _warn_of(notes: list[str]) -> None:
+    """Print all but the lines on the files and on the format as warnings, and remove them."""
+    for note in notes[2:]:
+        warn(note)
+    del notes[2:]
 
 
 def _files_line(files: list[SourceFile]) -> str:

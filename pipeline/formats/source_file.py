@@ -159,7 +159,7 @@ def reading(source: SourceFile | Path | RemotePath) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"no such file: {source}; see --dataset_path") from error
+        raise UserError(f"no such file: {source}; check the path") from error
     except KeyError as error:
         raise UserError(f"no such member: {source}") from error
     except _BROKEN as error:

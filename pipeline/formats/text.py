@@ -8,15 +8,22 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from pipeline.errors import UserError
-from pipeline.sources.blocks import BOM, encloses, read_blocks, record_ends
-from pipeline.sources.layout import Layout, find_separator, split_line, text_layout
-from pipeline.sources.source_file import SourceFile
+from pipeline.formats.blocks import BOM, encloses, read_blocks, record_ends, records_in
+from pipeline.formats.layout import (
+    Layout,
+    find_separator,
+    other_separator,
+    split_line,
+    text_layout,
+)
+from pipeline.formats.source_file import SourceFile, reading
 from pipeline.tables.encoding import Encoding
 from pipeline.tables.names import ROLES, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
@@ -29,6 +36,7 @@ _ID = pa.dictionary(pa.int32(), pa.string())
 _PARSED_BYTES = 1 << 21  # text that one thread parses at a time
 _HEXADECIMAL = re.compile(b"0[xX]")  # as whole numbers Arrow reads it, as others it does not
 _UNIT = "\x1f"  # takes the place of "::", for Arrow separates at one byte
+_BEGINNING = 1 << 16  # bytes in which another separator is looked for
 _SAMPLE = 1000  # records that are looked at to recognise the columns
 
 
@@ -39,8 +47,32 @@ def read_text(
 
     Args:
         trimmed: counts, for each role, the ids that had blanks around them.
-        notes: gets a line for the user on the format and the columns.
+        notes: gets a line for the user on the format and the columns, and another one if a column
+            that may be the time is not read.
     """
+    begun = False
+    try:
+        for table in _read(file, wanted, trimmed, notes):
+            begun = True
+            yield table
+    except UserError:
+        separator = "" if begun or wanted.separator else _other_separator(file)
+        if not separator:
+            raise
+        yield from _read(file, replace(wanted, separator=separator), trimmed, notes)
+
+
+def _other_separator(file: SourceFile) -> str:
+    """The separator of a file whose name stands for another one, "" if none is certain."""
+    with reading(file), file.open() as stream:
+        block = stream.read(_BEGINNING)
+    whole, named = len(block) < _BEGINNING, find_separator(file.name, "")
+    return other_separator(named, lambda separator: records_in(block, separator, whole))
+
+
+def _read(
+    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
+) -> Iterator[pa.Table]:
     text = None
     separator = find_separator(file.name, wanted.separator)
     encoding = Encoding(str(file))
@@ -53,7 +85,7 @@ def read_text(
                 first_line += block.count(b"\n", 0, ends[0])
                 block = block[ends[0] :]
             text = _Text(file, layout, wanted, block)
-            notes.append(layout.described)
+            notes += layout.described
         yield _trimmed(text.table(block, first_line), trimmed)
 
 

@@ -14,10 +14,10 @@ import pyarrow.ipc
 import pyarrow.orc
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn
+from pipeline.formats.source_file import SourceFile, reading
+from pipeline.formats.typed import TypedColumns
 from pipeline.remote import seekable
-from pipeline.sources.source_file import SourceFile, reading
-from pipeline.sources.typed import TypedColumns
 from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
 from pipeline.tables.values import with_whole_times
@@ -78,7 +78,7 @@ def _read_parquet(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterato
         seekable(file.path), pre_buffer=False, page_checksum_verification=True
     ) as parquet:
         typed = TypedColumns(str(file), parquet.schema_arrow, wanted, file.keys)
-        notes.append(typed.described("Parquet"))
+        notes += typed.described("Parquet")
         time = typed.roles.get("timestamp")
         if time is not None:
             _check_int96(file, parquet, time, typed)
@@ -90,7 +90,7 @@ def _read_orc(file: SourceFile, wanted: Wanted, notes: list[str]) -> Iterator[pa
     with seekable(file.path) as stream:
         orc = pyarrow.orc.ORCFile(stream)
         typed = TypedColumns(str(file), orc.schema, wanted, file.keys)
-        notes.append(typed.described("ORC"))
+        notes += typed.described("ORC")
         stripes = (orc.read_stripe(at, typed.columns) for at in range(orc.nstripes))
         yield from _ratings(typed, stripes)
 
@@ -117,7 +117,7 @@ def _arrow_ratings(
     file: SourceFile, schema: pa.Schema, batches: Any, wanted: Wanted, notes: list[str]
 ) -> Iterator[pa.Table]:
     typed = TypedColumns(str(file), schema, wanted, file.keys)
-    notes.append(typed.described("Arrow"))
+    notes += typed.described("Arrow")
     return _ratings(typed, batches)
 
 
@@ -149,6 +149,8 @@ class ReadTable(Stage[pa.Table]):
         try:
             reader = pa.RecordBatchReader.from_stream(self.data)
             typed = TypedColumns("the table", reader.schema, self.wanted)
+            for line in typed.described("table")[1:]:
+                warn(line)
             for table in _ratings(typed, reader):
                 table, form = with_whole_times(table)
                 self.dates = form != ""
