@@ -19,13 +19,12 @@ from model.settings.fitting import FITTED
 from model.settings.flags import current_flags, flatten
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
-from pipeline.batches.times import TimeSpan
+from pipeline.batches.times import LATEST, TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 # Flags that say where the data are, or how they are read, not which.
 _PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
-_LATEST = 1 << 40  # seconds since 1970, beyond those of all times
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -159,7 +158,7 @@ def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
     names = [each.name for each in fields(TimeSpan)]
     found = [times.get(name) for name in names] if isinstance(times, dict) else []
     values = [value for value in found if type(value) is int]  # True is no int
-    possible = len(values) == len(names) and -_LATEST < values[0] <= values[-1] < _LATEST
+    possible = len(values) == len(names) and -LATEST < values[0] <= values[-1] < LATEST
     if not possible or sorted(values) != values:
         raise ValueError(f"times is {reprlib.repr(times)}")
     return TimeSpan(*values)
