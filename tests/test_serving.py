@@ -106,6 +106,14 @@ def test_a_discount_changes_scores_as_in_an_evaluation() -> None:
     assert table["score"].to_pylist() == pytest.approx(expected)
 
 
+def test_a_discount_lowers_cold_items_like_the_most_popular_one() -> None:
+    """As an evaluation does; e is cold."""
+    table = five_items().recommended([["d"]], popularity_discount=0.5, cold="keep")
+    assert lists_of(table) == {0: "beac"}
+    expected = [s - 0.5 * math.log(c + 1) for s, c in ((0.9, 1), (0.8, 7), (0.5, 5), (0.5, 7))]
+    assert table["score"].to_pylist() == pytest.approx(expected)
+
+
 def test_ties_are_in_the_order_of_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
     for part_items in (100, 2):
         monkeypatch.setattr(catalog_scores, "PART_ITEMS", part_items)

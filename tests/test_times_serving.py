@@ -297,10 +297,24 @@ def test_an_export_recommends_as_the_run(trained: Trained) -> None:
     ]
     with pytest.raises(ValueError, match="zip"):
         serving.recommend(histories, times=[each[1:] for each in times])
+    for wrong in (times[1:], [*times, [5]], []):  # a list too few, one too many, at without times
+        with pytest.raises(ValueError, match="one list a history"):
+            serving.recommend(histories, times=wrong, at=at)
     # Without times, both know that they are unknown.
     alone = run.recommended(histories[1:])
     found = [pair for best in serving.recommend(histories[1:]) for pair in best]
     assert [item for item, _ in found] == alone["item"].to_pylist()
+    # Also of one user beside others.
+    some = [times[0], *([] for _ in times[1:])]
+    assert serving.user_vectors(histories, times=some, at=at) == pytest.approx(
+        np.concatenate(
+            [
+                serving.user_vectors(histories[:1], times=times[:1], at=at),
+                serving.user_vectors(histories[1:]),
+            ]
+        ),
+        abs=1e-5,
+    )
 
 
 def test_a_config_without_its_times_is_damaged(trained: Trained, run_main: RunMain) -> None:

@@ -222,6 +222,9 @@ class Recommender:
     ) -> KnownHistories:
         """The histories, recommended to ``at`` this time, if the model reads times.
 
+        Args:
+            flag: what the user calls ``at``.
+
         Raises:
             UserError: there is a time, but the model reads none, or the histories have none.
         """
