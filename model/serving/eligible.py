@@ -59,7 +59,7 @@ class Eligible:
         """
         lowered = torch.zeros(len(self.mask))
         if discount := self.choice.popularity_discount:
-            counts = F.pad(torch.from_numpy(self._counts), (1, 1))
+            counts = F.pad(torch.from_numpy(self._counts.astype(np.float32)), (1, 1))
             lowered = popularity_penalty(counts) * (discount / scale)
         return torch.where(torch.from_numpy(self.mask), -lowered, -torch.inf).to(device)
 
