@@ -394,6 +394,8 @@ def test_histories_of_a_table_keep_the_types_of_ids() -> None:
     # There is no --columns to give.
     with pytest.raises(UserError, match=r"cannot tell the user column.*rename them to user, item"):
         read_in_memory(pa.table({"item": ["a"], "who": [1]}))
+    others = pa.Table.from_arrays([pa.array(["a"])] * 4, names=["user", "item", "x", "x"])
+    assert read_in_memory(others).items.tolist() == [1]
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["user", "item", "item"])
     with pytest.raises(UserError, match=r"several columns are called 'item': rename them$"):
         read_in_memory(twice)
