@@ -48,6 +48,14 @@ def _is_restarted() -> bool:
 
 
 def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
+    """Check that a run may go on in the folder of another one.
+
+    Args:
+        facts: of the data, by name, as :func:`write_config` records them.
+
+    Raises:
+        UserError: it was not told to, or lasting flags or facts differ.
+    """
     if config.output.resume == "never" and not _is_restarted():
         raise UserError(
             f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "

@@ -57,7 +57,7 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
-        if self.span is not None:
+        if self.span is not None and self.ranks.is_first:  # which alone writes and compares
             seconds = ItemTimes(self.store).fingerprint()
             self._facts |= {"times": asdict(self.span), "rating_times": seconds}
         self._lock: IO[str] | None = None
