@@ -1,7 +1,7 @@
 """Export a trained BERT4Rec into a folder that serves it without this project.
 
     python export.py --checkpoint runs/ml-1m --output exported/
-    python exported/recommender.py --history 1193,661,914
+    python recommend.py --checkpoint exported/ --history "1193,661,914"
 
 Reads the run's exported model, or its best checkpoint if training has not ended. docs/serving.md
 describes the files.

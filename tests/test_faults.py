@@ -135,11 +135,19 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("kill", r"another rank ended at step \d+; earlier checkpoints are intact: go on"),
-        ("error", r"rank 1 failed: LookupError: a bug\\x1b\[2J; earlier checkpoints are intact$"),
-        ("mistake", r"^lost.py: rank 1: no such file$"),
+        pytest.param(
+            "kill",
+            r"another rank ended at step \d+; earlier checkpoints are intact: go on",
+            id="killed",
+        ),
+        pytest.param(
+            "error",
+            r"rank 1 failed: LookupError: a bug\\x1b\[2J; earlier checkpoints are intact$",
+            id="failed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("mistake", r"^lost.py: rank 1: no such file$", id="a UserError"),
     ],
-    ids=["killed", "failed", "a UserError"],
 )
 def test_a_lost_rank_is_reported_before_torchrun_ends_the_others(
     start: Start, monkeypatch: pytest.MonkeyPatch, how: str, told: str
@@ -241,7 +249,9 @@ def test_a_loss_that_is_not_finite(start: Start) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        pytest.param("__1_0.distcp", "its checksum differs", id="a byte flipped"),
+        pytest.param(
+            "__1_0.distcp", "its checksum differs", id="a byte flipped", marks=pytest.mark.slow
+        ),
         pytest.param("__0_0.distcp", "bytes instead of", id="cut", marks=pytest.mark.slow),
         pytest.param("manifest.json", "is missing", id="no manifest", marks=pytest.mark.slow),
     ],

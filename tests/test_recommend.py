@@ -286,6 +286,7 @@ def test_a_pipe_beside_the_output(trained: Trained, run_main: RunMain, tmp_path:
         ([f"--checkpoint={'a' * 300}", "--user=42"], "cannot be read (File name too long)"),
         (["--user=42", f"--output={'a' * 300}.csv"], "cannot be written: File name too long"),
         (["--user=42", "--kk=3"], "unknown argument --kk=3"),
+        (["--user=42", "--at=2001-02-03"], "--at: the model reads no times"),
         (["--checkpoint=missing", "--user=42"], "missing is no run folder"),
     ],
 )

@@ -106,6 +106,14 @@ def test_a_discount_changes_scores_as_in_an_evaluation() -> None:
     assert table["score"].to_pylist() == pytest.approx(expected)
 
 
+def test_a_discount_lowers_cold_items_like_the_most_popular_one() -> None:
+    """As an evaluation does; e is cold."""
+    table = five_items().recommended([["d"]], popularity_discount=0.5, cold="keep")
+    assert lists_of(table) == {0: "beac"}
+    expected = [s - 0.5 * math.log(c + 1) for s, c in ((0.9, 1), (0.8, 7), (0.5, 5), (0.5, 7))]
+    assert table["score"].to_pylist() == pytest.approx(expected)
+
+
 def test_ties_are_in_the_order_of_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
     for part_items in (100, 2):
         monkeypatch.setattr(catalog_scores, "PART_ITEMS", part_items)
@@ -386,6 +394,8 @@ def test_histories_of_a_table_keep_the_types_of_ids() -> None:
     # There is no --columns to give.
     with pytest.raises(UserError, match=r"cannot tell the user column.*rename them to user, item"):
         read_in_memory(pa.table({"item": ["a"], "who": [1]}))
+    others = pa.Table.from_arrays([pa.array(["a"])] * 4, names=["user", "item", "x", "x"])
+    assert read_in_memory(others).items.tolist() == [1]
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["user", "item", "item"])
     with pytest.raises(UserError, match=r"several columns are called 'item': rename them$"):
         read_in_memory(twice)

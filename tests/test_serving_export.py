@@ -193,6 +193,23 @@ def test_the_folder_serves_alone(exported: Exported) -> None:
     assert similar == sorted(similar, key=lambda pair: -pair[1])
 
 
+def test_a_list_has_at_least_one_place(exported: Exported) -> None:
+    serving = Recommender(exported.folder)
+    for k in (0, -2):
+        with pytest.raises(ValueError, match="k is at least 1"):
+            serving.recommend([["i1"]], k=k)
+        with pytest.raises(ValueError, match="k is at least 1"):
+            serving.similar("i1", k=k)
+
+
+def test_times_need_a_model_that_reads_them(exported: Exported) -> None:
+    serving = Recommender(exported.folder)
+    with pytest.raises(ValueError, match="for a model with times"):
+        serving.recommend([["i1"]], times=[[5]])
+    with pytest.raises(ValueError, match="for a model with times"):
+        serving.user_vectors([["i1"]], at=5)
+
+
 def test_a_discount_is_that_of_recommend_py(exported: Exported) -> None:
     catalog, ranks = exported.catalog, Ranks(0, 1, 1, torch.device("cpu"))
     whole = recommender.Recommender(exported.bert, catalog, MAX_LEN, ranks)
@@ -242,6 +259,36 @@ def replace_small(small: Path, tmp_path: Path, two: tuple[Path, Path]) -> Callab
         export_module._replace(small, aside)
 
     return replace
+
+
+@pytest.mark.parametrize("trained", ["keep", "drop", None])
+def test_seen_items_are_ranked_as_the_run_ranked_them(small: Path, trained: str | None) -> None:
+    """An export of an earlier version names no choice: it dropped them."""
+    config = json.loads((small / "config.json").read_text("utf-8"))
+    config["flags"] |= {"seen": trained} if trained else {}
+    write_json(small / "config.json", config)
+    (small / CHECKSUMS).unlink()
+    write_json(small / CHECKSUMS, describe_files(small, "*"))
+    serving, histories = Recommender(small), [["1193", "x"]]
+    found = {item for item, _ in serving.recommend(histories)[0]}
+    assert found == {"661", "914"} | ({"1193", "x"} if trained == "keep" else set())
+    assert serving.recommend(histories) == serving.recommend(histories, seen=trained or "drop")
+
+
+def test_blanks_of_an_id_count_where_the_catalog_has_them(small: Path) -> None:
+    """As Parquet may have them, or texts with other blanks than those that readers trim."""
+    ids = ["7", " 7", "7\u00a0", "\u3000x"]
+    known = json.loads((small / "items.json").read_text("utf-8")) | {"items": ids}
+    write_json(small / "items.json", known)
+    (small / CHECKSUMS).unlink()
+    write_json(small / CHECKSUMS, describe_files(small, "*"))
+    serving = Recommender(small)
+    assert serving.rows([*ids, "7 ", " x"]).tolist() == [0, 1, 2, 3, 0]
+    assert {item for item, _ in serving.similar("\u3000x")} == set(ids[:3])
+    assert {item for item, _ in serving.recommend([[" 7"]], deny=["7\u00a0"])[0]} == {
+        "7",
+        "\u3000x",
+    }
 
 
 def test_ids_are_items_of_lists(small: Path) -> None:

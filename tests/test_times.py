@@ -65,6 +65,22 @@ def test_rows_have_the_gaps_of_the_whole_history(unit: str, scale: int) -> None:
     assert found[4:].tolist() == [[50, U], [50, 0], [7200, 7150]]
 
 
+def test_a_fingerprint_of_times_does_not_depend_on_their_unit() -> None:
+    found = [ItemTimes(store_of(*each)).fingerprint() for each in (("s", 1), ("ms", 1000))]
+    assert found[0] == found[1]
+    moved = store_of()
+    moved.times[2] -= 1
+    assert ItemTimes(moved).fingerprint() != found[0]
+
+
+def test_times_long_before_all_others_are_refused() -> None:
+    """The periods would be too long to tell the others apart, and config.json damaged."""
+    store = store_of()
+    store.times[0] = -(1 << 50)
+    with pytest.raises(UserError, match="--use_times: mine has the time -1125899906842624"):
+        ItemTimes(store).span()
+
+
 def test_the_span_is_of_the_training_parts() -> None:
     times = ItemTimes(store_of())
     assert times.span() == TimeSpan(first=50, last=160, newest=9000)
@@ -73,12 +89,12 @@ def test_the_span_is_of_the_training_parts() -> None:
 
 @pytest.mark.parametrize("unit", ["", "1e-6"])
 def test_times_of_unknown_unit_are_refused(unit: str) -> None:
-    with pytest.raises(UserError, match="--use_times: the times of mine are numbers of unknown"):
+    with pytest.raises(UserError, match="the times of mine are numbers of unknown unit: give"):
         ItemTimes(store_of(unit))
 
 
 def test_data_without_times_are_refused() -> None:
-    with pytest.raises(UserError, match="--use_times: the data has no times: name their column"):
+    with pytest.raises(UserError, match="the data has no times: name their column with --columns"):
         ItemTimes(SequenceStore.from_arrays(ITEMS, [0, 5, 9], 7))
 
 
@@ -163,6 +179,28 @@ def test_the_mask_token_of_an_evaluation_has_the_targets_time(split: str) -> Non
     assert batch.times.tolist() == rows[split]
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_knows_of_the_target_its_time_alone(split: str) -> None:
+    """Neither its item, nor what follows it, are in the model's input."""
+    inputs = []
+    for later in (False, True):
+        store = store_of()
+        items, times = store.items.copy(), store.times.copy()
+        for place in store.parts.targets(split, items)[1]:
+            end = store.offsets[np.searchsorted(store.offsets, place, "right")]
+            if later:
+                items[place:end] = 7
+                times[place + 1 : end] += 999
+        changed = SequenceStore.from_arrays(items, store.offsets, 7)
+        changed.times, changed.counts = times, store.counts
+        config = HoldoutConfig(eval_negatives=1)
+        (batch,) = EvalLoader(changed, split, 3, 8, config, times=ItemTimes(changed))
+        inputs.append((batch.features.values(), batch.times, batch.targets))
+    (items, times, targets), (same_items, same_times, others) = inputs
+    assert torch.equal(items, same_items) and torch.equal(times, same_times)
+    assert not torch.equal(targets, others)
+
+
 # A knot a second of the periods. 1 January 1970 was a Thursday.
 VECTORS = TimeVectors(4, first=0, last=63)
 
@@ -212,6 +250,32 @@ def test_no_times_are_unknown_times() -> None:
     encoder, unknown = encoder_of(), torch.full((5, 2), U)
     assert torch.equal(encoder(*ROWS), encoder(*ROWS, times=unknown))
     assert not torch.allclose(encoder(*ROWS), encoder(*ROWS, times=GIVEN))
+
+
+@pytest.mark.parametrize("two_stream", [False, True])
+def test_left_context_knows_no_later_time(two_stream: bool) -> None:
+    """The time of item j changes what is predicted of j and later items, and nothing before."""
+    encoder, size = encoder_of(), 5
+    seconds, offsets, at = torch.tensor([100, 160, 400, 4000, 9000]), [0, size], range(size)
+    rows, steps_ago = torch.randn(size, 16), None
+    if two_stream:  # and the extra mask token
+        rows = torch.cat([rows, torch.randn(1, 16).expand(size + 1, 16)])
+        offsets, at = [0, size, 2 * size + 1], range(size, 2 * size)
+        steps_ago = torch.tensor([*range(size)[::-1], *range(size)[::-1], 0])
+
+    def predicted(seconds: torch.Tensor) -> torch.Tensor:
+        times = torch.from_numpy(with_gaps(seconds.numpy(), np.array([0]), np.array([50])))
+        if two_stream:
+            times = torch.cat([times, times, torch.tensor([[U, U]])])
+        left = torch.tensor([True])
+        return encoder(rows, torch.tensor(offsets), torch.tensor(at), left, steps_ago, times)
+
+    before = predicted(seconds)
+    for j in range(size):
+        moved = seconds.clone()
+        moved[j] += 37
+        changed = (predicted(moved) - before).abs().amax(dim=1) > 1e-5
+        assert changed.tolist() == [place >= j for place in range(size)]
 
 
 def test_untrained_vectors_change_nothing() -> None:

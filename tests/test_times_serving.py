@@ -1,6 +1,7 @@
 """Times of histories and of requests: read, recommended by, exported; a run from end to end."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ class Trained:
 
     folder: Path
     cache: Path
+    command: tuple[str, ...]
 
     @property
     def flags(self) -> list[str]:
@@ -185,7 +187,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Traine
     more = [f"--run_dir={folder / 'run'}", f"--export_root={folder / 'exported'}"]
     outcome = run_process(ROOT / "train.py", *command, *more)
     assert outcome.code == 0, outcome.err
-    return Trained(folder, cache_dir)
+    return Trained(folder, cache_dir, tuple(command))
 
 
 def test_two_ranks_evaluate_as_one(trained: Trained, run_main: RunMain) -> None:
@@ -197,6 +199,64 @@ def test_two_ranks_evaluate_as_one(trained: Trained, run_main: RunMain) -> None:
     again = json.loads(result.read_text())
     assert again["users"] == alone["users"] == 50
     assert again["full"] == pytest.approx(alone["full"], rel=1e-12)
+
+
+@pytest.fixture(scope="module")
+def moved(trained: Trained) -> Path:
+    """The ratings in their order, from the first time to the last, but with others between."""
+    head, *lines = (trained.folder / "ratings.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    times = [int(time) for _, _, time in rows]
+    low, high = min(times), max(times)
+    lines = [f"{u},{i},{low + (int(t) - low) ** 2 // (high - low)}" for u, i, t in rows]
+    (trained.folder / "moved.csv").write_text("\n".join([head, *lines]))
+    return trained.folder / "moved.csv"
+
+
+def full_ndcg(run: Path, name: str = "eval_test*") -> float:
+    (path,) = run.glob(f"{name}.json")
+    return json.loads(path.read_text())["full"]["NDCG@10"]
+
+
+def test_ratings_of_other_times_are_others(
+    trained: Trained, moved: Path, run_main: RunMain
+) -> None:
+    run, data = trained.folder / "run", f"--dataset_path={moved}"
+    outcome = run_main("eval", *trained.flags, data)
+    assert outcome.code == 0 and "on other ratings than those of training" in outcome.out
+    assert full_ndcg(run, "eval_test-ratings-*") != full_ndcg(run, "eval_test")
+    outcome = run_main("train", *trained.command, data, f"--run_dir={run}", "--resume=auto")
+    assert_one_line(outcome, "train", "was trained on other data (")
+
+
+def test_compared_models_read_the_times_of_their_own_data(
+    trained: Trained, moved: Path, run_main: RunMain, tmp_path: Path
+) -> None:
+    run, other = trained.folder / "run", tmp_path / "other"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("eval_*"))
+    config = json.loads((other / "config.json").read_text())
+    config["flags"]["dataset_path"] = str(moved)
+    (other / "config.json").write_text(json.dumps(config))
+    assert run_main("eval", "--checkpoint", other, *trained.flags[2:]).code == 0
+    outcome = run_main("eval", "--compare", run, other, *trained.flags[2:])
+    assert outcome.code == 0, outcome.err
+    metrics = full_ndcg(run, "eval_test"), full_ndcg(other)
+    assert metrics[0] != metrics[1]
+    assert all(f"{each:.4f}" in outcome.out for each in metrics)
+
+
+def test_ratings_without_the_times_that_are_read(
+    trained: Trained, run_main: RunMain, tmp_path: Path
+) -> None:
+    """The message is true where there is no --use_times flag."""
+    lines = (trained.folder / "ratings.csv").read_text().splitlines()
+    (tmp_path / "new.csv").write_text("\n".join(line.rsplit(",", 1)[0] for line in lines))
+    outcome = run_main("eval", *trained.flags, f"--dataset_path={tmp_path / 'new.csv'}")
+    expected = "--use_times, of the model or a teacher: new has no times: name their column with "
+    assert_one_line(outcome, "eval", expected + "--columns, or train without the flag")
+    given = ["--histories", tmp_path / "new.csv", "--output", tmp_path / "recs.csv"]
+    outcome = run_main("recommend", *trained.flags, *given, "--at", "2001-12-17")
+    assert_one_line(outcome, "recommend", "--at: the histories have no times")
 
 
 def test_recommendations_depend_on_the_time(trained: Trained, run_main: RunMain) -> None:
@@ -237,10 +297,24 @@ def test_an_export_recommends_as_the_run(trained: Trained) -> None:
     ]
     with pytest.raises(ValueError, match="zip"):
         serving.recommend(histories, times=[each[1:] for each in times])
+    for wrong in (times[1:], [*times, [5]], []):  # a list too few, one too many, at without times
+        with pytest.raises(ValueError, match="one list a history"):
+            serving.recommend(histories, times=wrong, at=at)
     # Without times, both know that they are unknown.
     alone = run.recommended(histories[1:])
     found = [pair for best in serving.recommend(histories[1:]) for pair in best]
     assert [item for item, _ in found] == alone["item"].to_pylist()
+    # Also of one user beside others.
+    some = [times[0], *([] for _ in times[1:])]
+    assert serving.user_vectors(histories, times=some, at=at) == pytest.approx(
+        np.concatenate(
+            [
+                serving.user_vectors(histories[:1], times=times[:1], at=at),
+                serving.user_vectors(histories[1:]),
+            ]
+        ),
+        abs=1e-5,
+    )
 
 
 def test_a_config_without_its_times_is_damaged(trained: Trained, run_main: RunMain) -> None:

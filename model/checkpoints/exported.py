@@ -110,6 +110,7 @@ def load_exported(folder: Path, model: nn.Module, checks_bytes: bool = True) -> 
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
+    """Turn every failure to read a folder's weights into a UserError."""
     path = folder / WEIGHTS
     try:
         open_regular(path).close()

@@ -26,6 +26,15 @@ KEPT_BYTES = 2 << 30
 Scored = Callable[[], Iterable[tuple[CatalogSlice, Tensor]]]
 
 
+def popularity_penalty(counts: Tensor) -> Tensor:
+    """What a popularity discount of 1 subtracts from logits, float32, by items' training counts.
+
+    An item of count 0, whose logit was never trained, is lowered like the most popular one.
+    """
+    penalty = (counts.float() + 1).log()
+    return torch.where(counts > 0, penalty, penalty.max())
+
+
 class CatalogScores:
     """This rank's slice of the catalog in parts; every rank has the same number of them.
 

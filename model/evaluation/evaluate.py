@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.evaluation.catalog_scores import CatalogScores, Scored
+from model.evaluation.catalog_scores import CatalogScores, Scored, popularity_penalty
 from model.evaluation.listed import ListedItems
 from model.evaluation.metrics import (
     CUTOFFS,
@@ -118,9 +118,7 @@ def rank_users(
         counts = None if popularity is None else popularity.to(device, torch.float32)
         lowered = None
         if counts is not None and discount:
-            penalty = (counts + 1).log()
-            penalty = torch.where(counts > 0, penalty, penalty.max())
-            lowered = penalty * (discount / bert.head.scale)
+            lowered = popularity_penalty(counts) * (discount / bert.head.scale)
         catalog = CatalogScores(bert, device, lowered)
         listed = None
         if list_lengths:

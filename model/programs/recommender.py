@@ -1,8 +1,4 @@
-"""Recommendations from an exported model, with numpy and onnxruntime alone.
-
-from recommender import Recommender
-Recommender("exported").recommend([["1193", "661"], ["2571"]], k=10)
-"""
+"""Recommender("exported").recommend([["1193", "661"]], k=10), by numpy and onnxruntime alone."""
 
 import json
 import zlib
@@ -14,7 +10,9 @@ import onnxruntime
 
 _USERS, _SCORES = 64, 1 << 24  # most users and scores of a block
 Ids = Iterable[object]
-Times = Sequence[Sequence[int]]  # of each item; empty: none
+Many = Sequence[Ids]  # histories, oldest item first
+Times = Sequence[Sequence[int]]  # of each item; empty, or a user's empty: unknown
+Block = tuple[list[np.ndarray], np.ndarray]
 Found = list[tuple[str | int, float]]  # ids and their scores, best first
 
 
@@ -57,9 +55,9 @@ class Recommender:
 
     def recommend(
         self,
-        histories: Sequence[Ids],
+        histories: Many,
         k: int = 10,
-        seen: str = "drop",
+        seen: str = "trained",
         allow: Ids | None = None,
         deny: Ids = (),
         popularity_discount: float = 0.0,
@@ -71,12 +69,13 @@ class Recommender:
         One without known items gets the most popular, with their training counts as scores.
 
         Args:
-            seen: "drop" or "keep" the history's items. popularity_discount: as in eval.py.
+            seen: of the history's items; trained: as the run. popularity_discount: as in eval.py.
             allow, deny: the only items to choose from (None: all), and items to leave out.
             times, at: seconds since 1970 of the histories' items and of the request, if it has any.
         """
-        if seen not in ("drop", "keep") or k < 1 or not 0 <= popularity_discount <= 1:
-            raise ValueError("seen is drop or keep, k at least 1, popularity_discount 0 to 1")
+        if seen not in ("trained", "drop", "keep") or not 0 <= popularity_discount <= 1:
+            raise ValueError("seen is trained, drop or keep, popularity_discount 0 to 1")
+        keep = (self.config["flags"].get("seen") if seen == "trained" else seen) == "keep"
         usable = self.train_counts > 0
         if allow is not None:
             usable &= np.isin(np.arange(len(usable)), self.rows(allow))
@@ -84,37 +83,37 @@ class Recommender:
         lowered, best = popularity_discount * self._popularity, []
         for block, vectors in self._encoded(histories, times, at):
             for rows, scores in zip(block, vectors @ self.vectors.T - lowered, strict=True):
-                if seen == "drop":
-                    scores[rows] = -np.inf
+                scores[rows[:0] if keep else rows] = -np.inf
                 best.append(self._best(scores if len(rows) else 1.0 * self.train_counts, usable, k))
         return best
 
     def similar(self, item: object, k: int = 10) -> Found:
         """The items with the highest cosine to an item; KeyError if it is unknown."""
-        row, usable = self._rows[str(item).strip()], self.train_counts > 0
+        row, usable = self._rows[self._key(item)], self.train_counts > 0
         lengths = np.maximum(np.linalg.norm(self.vectors, axis=1), 1e-12)
         usable[row] = False
         return self._best(self.vectors @ (self.vectors[row] / lengths[row]) / lengths, usable, k)
 
-    def user_vectors(
-        self, histories: Sequence[Ids], times: Times = (), at: int | None = None
-    ) -> np.ndarray:
+    def user_vectors(self, histories: Many, times: Times = (), at: int | None = None) -> np.ndarray:
         """float32 [users, width]; the product with an item's vector is its score."""
-        blocks = [vectors for _, vectors in self._encoded(histories, times, at)]
-        return np.concatenate([self.vectors[:0], *blocks])
+        encoded = self._encoded(histories, times, at)
+        return np.concatenate([self.vectors[:0], *(vectors for _, vectors in encoded)])
 
     def rows(self, items: Ids) -> np.ndarray:
         """int64 places in ``self.items`` of the known ones of these items, in their order."""
         if isinstance(items, (str, bytes)):
             raise TypeError(f"item ids must be a list, not the text {items!r}")
-        found = (self._rows.get(str(item).strip()) for item in items)
-        return np.array([row for row in found if row is not None], np.int64)
+        return np.array([self._rows[k] for k in map(self._key, items) if k in self._rows], np.int64)
 
-    def _encoded(
-        self, histories: Sequence[Ids], times: Times, at: int | None
-    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    def _key(self, item: object) -> str:  # blanks around an id count where the catalog has them
+        return str(item) if str(item) in self._rows else str(item).strip()
+
+    def _encoded(self, histories: Many, times: Times, at: int | None) -> Iterator[Block]:
         """Blocks of users: rows of their known items, and the users' vectors."""
         known = [self.rows(history) for history in histories]
+        lists = len(known) if "times" in self.config else -1
+        if (len(times) or at is not None) and len(times) != lists:
+            raise ValueError("times: one list a history, for a model with times; at needs them")
         longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
         users = max(1, min(_USERS, _SCORES // len(self.items)))
         for low in range(0, len(known), users):
@@ -127,15 +126,17 @@ class Recommender:
             if "times" in self.config:  # -2^62: unknown
                 inputs["times"] = np.full((len(block), padded.shape[1] + 2), -(2**62))
                 for user, line in enumerate(inputs["times"] if len(times) else (), low):
-                    pairs = zip(histories[user], times[user], strict=True)
-                    of_items = [time for item, time in pairs if str(item).strip() in self._rows]
+                    pairs = zip(histories[user], times[user], strict=len(times[user]) > 0)
+                    of_items = [time for item, time in pairs if self._key(item) in self._rows]
                     newest = max([self.config["times"]["newest"], *of_items[-1:]])
-                    moments = [*of_items, newest if at is None else at][-len(line) :]
+                    moments = of_items and [*of_items, newest if at is None else at][-len(line) :]
                     line[len(line) - len(moments) :] = moments
             yield block, self._session.run(None, inputs)[0]
 
     def _best(self, scores: np.ndarray, usable: np.ndarray, k: int) -> Found:
         """The highest finite scores of usable items; equal ones in the catalog's order."""
+        if k < 1:
+            raise ValueError("k is at least 1")
         scores[~usable] = -np.inf
         kth = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
         rows = np.flatnonzero((scores >= kth) & (scores > -np.inf))
@@ -145,5 +146,4 @@ class Recommender:
 
 def _written(folder: Path) -> tuple[int, int]:
     """Identifies an export: its weights are removed before another is written, and written last."""
-    weights = (folder / "model.safetensors").stat()
-    return weights.st_ino, weights.st_mtime_ns
+    return (weights := (folder / "model.safetensors").stat()).st_ino, weights.st_mtime_ns

@@ -36,7 +36,7 @@ _NOT_COMPARED = (
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),
 )
 
-# A default here and another value there are no blank beside a value.
+# Flags of every row of HParams: where a run has the default, its cell would else be blank.
 _ALWAYS = (
     *("recipe", "max_len", "emb_dim", "num_layers", "loss", "num_epochs", "train_batch_size"),
     *("lr", "dropout"),

@@ -19,13 +19,12 @@ from model.settings.fitting import FITTED
 from model.settings.flags import current_flags, flatten
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
-from pipeline.batches.times import TimeSpan
+from pipeline.batches.times import LATEST, TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 # Flags that say where the data are, or how they are read, not which.
 _PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
-_LATEST = 1 << 40  # seconds since 1970, beyond those of all times
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -49,6 +48,14 @@ def _is_restarted() -> bool:
 
 
 def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
+    """Check that a run may go on in the folder of another one.
+
+    Args:
+        facts: of the data, by name, as :func:`write_config` records them.
+
+    Raises:
+        UserError: it was not told to, or lasting flags or facts differ.
+    """
     if config.output.resume == "never" and not _is_restarted():
         raise UserError(
             f"--run_dir {path} already holds a run: go on with it by --resume auto, or choose "
@@ -159,7 +166,7 @@ def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
     names = [each.name for each in fields(TimeSpan)]
     found = [times.get(name) for name in names] if isinstance(times, dict) else []
     values = [value for value in found if type(value) is int]  # True is no int
-    possible = len(values) == len(names) and -_LATEST < values[0] <= values[-1] < _LATEST
+    possible = len(values) == len(names) and -LATEST < values[0] <= values[-1] < LATEST
     if not possible or sorted(values) != values:
         raise ValueError(f"times is {reprlib.repr(times)}")
     return TimeSpan(*values)

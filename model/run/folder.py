@@ -27,7 +27,7 @@ from model.run.config_file import check_same_run, write_config
 from model.settings.config import RunConfig
 from model.settings.flags import flatten
 from model.settings.protocol import protocol_of
-from pipeline.batches.times import TimeSpan
+from pipeline.batches.times import ItemTimes, TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import lock, make_folder
 from pipeline.preparation.catalog import Catalog
@@ -57,8 +57,9 @@ class RunFolder:
             "catalog": self.store.catalog_fingerprint,
             "ratings": self.store.ratings_fingerprint,
         }
-        if self.span is not None:
-            self._facts["times"] = asdict(self.span)
+        if self.span is not None and self.ranks.is_first:  # which alone writes and compares
+            seconds = ItemTimes(self.store).fingerprint()
+            self._facts |= {"times": asdict(self.span), "rating_times": seconds}
         self._lock: IO[str] | None = None
         try:
             self.path, token = from_first_rank(self.ranks, self._claim)

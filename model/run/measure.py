@@ -120,8 +120,8 @@ def _otherwise(
     """Keys of a result that is not evaluated as in training."""
     found: dict[str, Any] = {"popularity_discount": discount} if discount else {}
     found |= run.other_protocol(config)
-    if not run.has_ratings_of(store):
-        found["other_ratings"] = store.ratings_fingerprint
+    if ratings := run.other_ratings(store):
+        found["other_ratings"] = ratings
     return found
 
 
@@ -142,10 +142,16 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
         )
     config, _ = with_seen(runs[0].config, stores[0])
     users, noted, discount = [], [], flags.popularity_discount
-    for run in runs:
+    timed = [name for name, run in zip(flags.compare, runs, strict=True) if run.span is not None]
+    if len(timed) == 1:
+        ranks.warn(
+            f"{timed[0]} knows the targets' times (--use_times), the other does not: a part of the "
+            "difference may be theirs"
+        )
+    for run, store in zip(runs, stores, strict=True):  # equal ratings; times may differ
         of_run, model = replace(run.config, holdout=config.holdout), run.model(ranks)
-        noted.append(notes(_otherwise(run, config, stores[0], discount)))
-        users.append(measure(of_run, model, stores[0], flags.split, ranks, discount)[1])
+        noted.append(notes(_otherwise(run, config, store, discount)))
+        users.append(measure(of_run, model, store, flags.split, ranks, discount)[1])
     holdout = config.holdout
     found = compare(users[0], users[1], holdout.cutoffs, holdout.eval_negatives_seed)
     number = len(np.unique(users[0].users))  # of which each may have several targets

@@ -29,6 +29,7 @@ from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags
 from pipeline.batches.features import CANDIDATE, ITEM
+from pipeline.batches.times import ItemTimes
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog
 from pipeline.preparation.parts import LEAVE_ONE_OUT
@@ -114,10 +115,22 @@ class TrainedRun:
             found["other_targets"] = holdout.targets
         return found
 
-    def has_ratings_of(self, store: SequenceStore) -> bool:
-        """Whether the data has the ratings of training, not only its items."""
-        found = {"ratings": store.ratings_fingerprint, "num_ratings": len(store.items)}
-        return all(self._recorded.get(name, value) == value for name, value in found.items())
+    def other_ratings(self, store: SequenceStore) -> str | None:
+        """Fingerprint of the data's ratings if they are not those of training, None if they are.
+
+        Of their times, if the model reads these and only they differ.
+        """
+        ratings = store.ratings_fingerprint
+        if self._differs(ratings=ratings, num_ratings=len(store.items)):
+            return ratings
+        if self.span is None:
+            return None
+        times = ItemTimes(store).fingerprint()
+        return times if self._differs(rating_times=times) else None
+
+    def _differs(self, **found: object) -> bool:
+        """Whether config.json says otherwise; an earlier version may have recorded nothing."""
+        return any(self._recorded.get(name, value) != value for name, value in found.items())
 
     def model(self, ranks: Ranks) -> DistributedModelParallel:
         """The trained model, sharded over the ranks."""
@@ -250,7 +263,7 @@ def load_teachers(
     for folder in config.teaching.folders:
         run = TrainedRun(EvalFlags(checkpoint=folder))
         run.check_catalog(store)
-        if not run.has_ratings_of(store):
+        if run.other_ratings(store):
             ranks.warn(
                 f"--teachers {folder} was trained on other ratings of these items, or with another "
                 "split: it may know the held-out ones, and metrics would be too good"

@@ -51,7 +51,7 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
     histories = histories_of(flags, run, catalog, ranks)
     recommender = Recommender.of_run(run, catalog, ranks, flags.batch_size)
     recommender.report_unknown(histories)
-    histories = recommender.requested(histories, at)
+    histories = recommender.requested(histories, at, "--at")
     eligible = recommender.eligible(flags.choice, allow, deny or ())
     if flags.all or flags.histories:
         write_all(recommender, histories, eligible, output)

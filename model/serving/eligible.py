@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.evaluation.catalog_scores import popularity_penalty
 from model.serving.config import Choice
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
@@ -59,7 +60,7 @@ class Eligible:
         lowered = torch.zeros(len(self.mask))
         if discount := self.choice.popularity_discount:
             counts = F.pad(torch.from_numpy(self._counts.astype(np.float32)), (1, 1))
-            lowered = (counts + 1).log() * (discount / scale)
+            lowered = popularity_penalty(counts) * (discount / scale)
         return torch.where(torch.from_numpy(self.mask), -lowered, -torch.inf).to(device)
 
     def popular(self) -> tuple[np.ndarray, np.ndarray]:

@@ -217,16 +217,23 @@ class Recommender:
         if empty := int(histories.empty().sum()):
             self.ranks.warn(f"{empty:,} of {len(histories):,} users have no known item: {without}")
 
-    def requested(self, histories: KnownHistories, at: int | None) -> KnownHistories:
+    def requested(
+        self, histories: KnownHistories, at: int | None, flag: str = "at"
+    ) -> KnownHistories:
         """The histories, recommended to ``at`` this time, if the model reads times.
+
+        Args:
+            flag: what the user calls ``at``.
 
         Raises:
             UserError: there is a time, but the model reads none, or the histories have none.
         """
         if at is not None and self.newest is None:
-            raise UserError("at: the model reads no times, it was trained without --use_times")
+            raise UserError(f"{flag}: the model reads no times, it was trained without --use_times")
         if at is not None and histories.times is None:
-            raise UserError("at: the histories have no times (or of unknown unit): leave it out")
+            raise UserError(
+                f"{flag}: the histories have no times (or of unknown unit): leave it out"
+            )
         return histories if self.newest is None else histories.requested(at, self.newest)
 
     def eligible(

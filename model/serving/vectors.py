@@ -26,8 +26,8 @@ from pipeline.batches.eval_batch import EvalBatch
 from pipeline.errors import UserError
 
 # On CUDA, one search of many items is less work than several of few, and the host has to launch 150
-# kernels for each: at most 4 GiB of scores, of 1,024 users for a million items.
-CUDA_SCORES, CUDA_PART_ITEMS = 1 << 30, 1 << 20
+# kernels for each: at most 1 GiB of scores, of 256 users for a million items.
+CUDA_SCORES, CUDA_PART_ITEMS = 1 << 28, 1 << 20
 # Bytes of the device for each score: scores take a sixteenth of its memory.
 _BYTES_A_SCORE = 64
 # Matrix products are computed in blocks of as many users.

@@ -32,8 +32,8 @@ EVALUATIONS = 20  # of a whole training
 PATIENT_SHARE, PATIENT_STEPS = 7 / 20, 1200
 # Windows up to which the passes are constant; the fewest and the most windows of a global batch.
 MANY_WINDOWS, LEAST_BATCH, MOST_BATCH = 100_000, 32, 1024
-# The part of this batch on a device: on a CPU a small step costs little more for each window.
-BATCH_PART = {"cuda": 1, "cpu": 4}
+# What the batch is divided by: on a CPU a small step costs little more for each window.
+BATCH_DIVISOR = {"cuda": 1, "cpu": 4}
 EXACT_ITEMS = {"cuda": 100_000, "cpu": 5_000}  # above, a sampled softmax
 WIDTHS, LEAST_HEAD = {"cuda": (256, 128, 64), "cpu": (64,)}, 32
 # The part of a rank's memory for its shard of the table: weights and two moments, all fp32.
@@ -149,7 +149,7 @@ def _for_size(
     An end without a better evaluation comes after as many steps, however often one evaluates.
     """
     batch = 2 ** round(math.log2(max(1, 2 * windows)) / 2)
-    batch = min(max(batch, LEAST_BATCH), MOST_BATCH) // BATCH_PART[machine.device]
+    batch = min(max(batch, LEAST_BATCH), MOST_BATCH) // BATCH_DIVISOR[machine.device]
     epochs = round(passes * min(1.0, math.sqrt(MANY_WINDOWS / max(1, windows))))
     flags = {"train_batch_size": max(1, batch // machine.ranks), "num_epochs": max(1, epochs)}
     epochs = given.get("num_epochs", flags["num_epochs"])

@@ -16,8 +16,8 @@ from pipeline.batches.features import tensors_of, with_candidates
 class EvalBatch:
     """One rank's B targets to rank; each row ends with the mask token in the target's place.
 
-    A user with several targets has as many rows, one after the other. Only the first in a batch has
-    the history, the others the mask token alone.
+    In an evaluation a row's seen items are distinct. A user with several targets has as many rows,
+    one after the other. Only the first in a batch has the history, the others the mask token alone.
 
     ``num_rows``, ``longest`` and ``candidate_range`` are as in
     :class:`~pipeline.batches.train_batch.TrainBatch`; tensors are int64 unless said.
@@ -29,7 +29,7 @@ class EvalBatch:
     users: Tensor  # [B], number in the sequence store; -1: a filler row, not counted
     is_first: Tensor  # bool [B], whether it is the first target of its user
     negatives: Tensor  # [B, N], distinct items the user never rated; 0 where there are too few
-    seen: Tensor  # [S], items of the whole history before the targets, without these; distinct
+    seen: Tensor  # [S], items of the whole history before the targets, without these
     seen_offsets: Tensor  # [B + 1]; row b has seen[seen_offsets[b]:seen_offsets[b + 1]]
     num_rows: int
     longest: int

@@ -9,6 +9,7 @@ Gaps are those of the whole history: a window that begins with c has the gap 60 
 Shapes: B rows, T positions of all rows.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,13 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions, splits
 from pipeline.preparation.checks import UNITS
+from pipeline.preparation.memory import blocks
 from pipeline.preparation.store import SequenceStore
 
 # Far from every time, also after a subtraction of one.
 UNKNOWN = -(1 << 62)
+# Seconds since 1970, beyond those of all times.
+LATEST = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,16 @@ class ItemTimes:
         name = store.counts.get("name", "the data")
         if store.times is None:
             raise UserError(
-                f"--use_times: {name} has no times: name their column with --columns, or leave the "
-                "flag out"
+                f"--use_times, of the model or a teacher: {name} has no times: name their column "
+                "with --columns, or train without the flag"
             )
         if not has_times(store):
             raise UserError(
-                f"--use_times: the times of {name} are numbers of unknown unit: give dates or "
-                "seconds since 1970, or leave the flag out"
+                f"--use_times, of the model or a teacher: the times of {name} are numbers of "
+                "unknown unit: give dates or seconds since 1970, or train without the flag"
             )
         self._times, self._scale = np.asarray(store.times), UNITS[store.counts["times"]["unit"]]
-        self._offsets, self._parts = store.offsets, store.parts
+        self._offsets, self._parts, self._name = store.offsets, store.parts, name
 
     def seconds(self, places: np.ndarray | slice) -> np.ndarray:
         """Seconds since 1970 of the items at these places of the store: int64."""
@@ -73,14 +77,30 @@ class ItemTimes:
         before = np.where(is_first, UNKNOWN, self.seconds(start - 1))
         return with_gaps(seconds, splits(end - start)[:-1], before)
 
+    def fingerprint(self) -> str:
+        """Hash of the seconds of all items, whatever the unit of their times."""
+        digest = hashlib.sha256()
+        for (part,) in blocks(self._times):
+            digest.update(np.ascontiguousarray(part // self._scale).data)
+        return digest.hexdigest()[:16]
+
     def span(self, train_on_validation: bool = False) -> TimeSpan:
-        """The span of the training parts, with the validation parts if these train, too."""
+        """The span of the training parts, with the validation parts if these train, too.
+
+        Raises:
+            UserError: it begins long before all times, which would leave one period for the others.
+        """
         parts = self._parts
         ends = parts.validation_end if train_on_validation else parts.training_end
         trained = ends > parts.begin
         first = self.seconds(parts.begin[trained]).min()
         last = self.seconds(ends[trained] - 1).max()
         newest = self.seconds(parts.end[parts.end > parts.begin] - 1).max()
+        if first <= -LATEST:
+            raise UserError(
+                f"--use_times: {self._name} has the time {int(first)} in seconds since 1970: leave "
+                "such ratings out by --where, or train without the flag"
+            )
         return TimeSpan(int(first), int(last), int(max(last, newest)))
 
 

@@ -52,12 +52,14 @@ class TypedColumns:
 
     def described(self, form: str) -> list[str]:
         """The columns as lines for the user."""
-        names = self.schema.names
-        kinds = {
-            name: self.schema.field(column).type if column in names else "a folder's name"
-            for name, column in self.fields.items()
+        columns = {role: self.fields[name] for role, name in self.roles.items()}
+        kinds = {  # other columns may have the same name twice
+            role: self.schema.field(column).type
+            if column in self.schema.names
+            else "a folder's name"
+            for role, column in columns.items()
         }
-        found = ", ".join(f"{role} = {name!r} ({kinds[name]})" for role, name in self.roles.items())
+        found = ", ".join(f"{role} = {name!r} ({kinds[role]})" for role, name in self.roles.items())
         line = f"format: {form}; columns: {found}"
         return [line, *unread_time(list(self.fields), self.roles, self.wanted.columns)]
 

@@ -30,7 +30,7 @@ from pipeline.stage import Stage
 from pipeline.tables.names import Wanted
 from pipeline.tables.where import Where
 
-_READING = 3  # raised when the same file gives other ratings, so that no store of before is reused
+_READING = 4  # raised when the same file gives other ratings, so that no store of before is reused
 
 
 @dataclass(frozen=True)

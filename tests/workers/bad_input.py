@@ -36,7 +36,7 @@ def cases(folder: Path) -> Iterator[tuple[str, int, list[str]]]:
         "header only": HEAD,
         "text for a number": ONE_USER + "1,2,four\n",
         "histories of length 2": HEAD + "1,1,4\n1,2,4\n2,1,4\n2,2,4\n",
-        "wrong separator": ONE_USER.replace(",", ";"),
+        "no separator": ONE_USER.replace(",", " "),
     }
     for name, text in texts.items():
         path = folder / f"{name.replace(' ', '_')}.csv"
