@@ -137,7 +137,8 @@ def assert_refused(
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a new process: no GPU, one thread."""
-    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return {**os.environ, **alone, **more}
 
 

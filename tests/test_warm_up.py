@@ -1,5 +1,7 @@
 """The kernels of a run are compiled before its first step, for the arguments of its launches."""
 
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent import futures
@@ -35,7 +37,7 @@ from model.run.warm_up import FakeStep, KernelsAhead
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from pipeline.training.loader import TrainLoader
-from tests.conftest import ROOT, TINY, RunMain
+from tests.conftest import ROOT, TINY, environment
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -350,18 +352,24 @@ def test_noted_types_are_those_that_triton_compiles_for(
         ["--loss=sampled_softmax", "--train_negatives=96", "--train_batch_size=128"],
     ],
 )
-def test_the_first_step_on_a_gpu_compiles_nothing(
-    flags: list[str], run_main: RunMain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: dict[bool, set[str]] = {True: set(), False: set()}
+def test_the_first_step_on_a_gpu_compiles_nothing(flags: list[str], tmp_path: Path) -> None:
+    code = """
+import triton
+from train import main
 
-    def keep(*, is_manual_warmup: bool, fn: Any, **about: Any) -> None:
-        compiled[is_manual_warmup].add(fn.name)
+def tell(*, is_manual_warmup, fn, **about):
+    print("compiled", "ahead" if is_manual_warmup else "late", fn.name, flush=True)
 
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", keep)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
-    # A width of no other test, so that no kernel is in memory.
+triton.knobs.runtime.jit_post_compile_hook = tell
+main()
+"""
     places = [f"--run_dir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'data'}"]
-    outcome = run_main("train", *TINY, "--emb_dim=48", "--max_steps=1", *flags, *places)
-    assert outcome.code == 0, outcome.err
-    assert compiled[True] and not compiled[False], compiled
+    done = subprocess.run(
+        [sys.executable, "-c", code, *TINY, "--max_steps=1", *flags, *places],
+        cwd=ROOT,
+        env=environment(CUDA_VISIBLE_DEVICES="0", TRITON_CACHE_DIR=str(tmp_path / "kernels")),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled ahead" in done.stdout and "compiled late" not in done.stdout, done.stdout
