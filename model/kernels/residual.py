@@ -115,6 +115,7 @@ class _Enter(torch.autograd.Function):
         given = ctx.saved_tensors, grads, partial, tiles
         launch(kernels.enter_gradient, (len(partial),), *given, *ctx.options)
         gradient, of_table = grads[-1], None
+        side_stream.mark(gradient)
         if table is not None:
             of_table = torch.zeros_like(table)
             add_rows(of_table, ctx.line.result(), gradient)

@@ -25,7 +25,6 @@ from model.execution import ExecutionPlan
 from model.kernels import side_stream
 from model.kernels.l2_normalize import join_gradients
 from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
-from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
 from model.tables.collections import RequestingCollection, with_lengths
@@ -65,7 +64,11 @@ class TableShard:
     def look_up(
         self, request: Any, num_items: int, candidates: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Rows of items and candidates, see :class:`RequestingCollection`; backward, the update."""
+        """Rows of items and candidates, see :class:`RequestingCollection`.
+
+        The backward pass sends their gradients and updates the rows, on the side stream if one is
+        open: the caller of ``running_on`` averages the encoder's gradients by another communicator.
+        """
         return _LookUp.apply(self._trigger, self, request, num_items, candidates)
 
     def begin_step(self) -> None:
@@ -89,9 +92,9 @@ class TableShard:
         return sort_index(index, count)
 
     def update(
-        self, index: Pending[SortedIndex], of_rows: Tensor, of_candidates: Tensor | None = None
+        self, index: SortedIndex, of_rows: Tensor, of_candidates: Tensor | None = None
     ) -> None:
-        """Do one step of the optimizer, on the side stream if one is open.
+        """Do one step of the optimizer.
 
         ``of_rows`` [U, D] are gradients of the rows looked up, ``of_candidates`` [C, D] those of
         the candidates in place.
@@ -99,19 +102,15 @@ class TableShard:
         # A captured step is replayed many times; each replay is counted by its caller.
         if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
             self.begin_step()
-
-        def work() -> None:
-            known = self._optimizer, self.rows, self._states
-            if self.in_place is None:
-                update_some(*known, index.result(), of_rows, self._step, self._rates)
-                return
-            assert of_candidates is not None
-            gradient = of_candidates.contiguous()
-            outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
-            add_rows(gradient, index.result(), of_rows, outer)
-            update(*known, gradient, outer, self._first, self._step, self._rates)
-
-        side_stream.run(work)
+        known = self._optimizer, self.rows, self._states
+        if self.in_place is None:
+            update_some(*known, index, of_rows, self._step, self._rates)
+            return
+        assert of_candidates is not None
+        gradient = of_candidates.contiguous()
+        outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
+        add_rows(gradient, index, of_rows, outer)
+        update(*known, gradient, outer, self._first, self._step, self._rates)
 
 
 class ShardedItemTable(RequestingCollection):
@@ -177,10 +176,15 @@ class _LookUp(torch.autograd.Function):
         def exchanged(gradient: Tensor) -> Tensor:
             return shard.exchange.all_gradients(gradient, ctx.request)
 
-        if ctx.draws:
-            shard.update(ctx.index, exchanged(join_gradients(of_items, of_candidates)))
-        elif shard.in_place is None:
-            shard.update(ctx.index, join_gradients(exchanged(of_items), of_candidates))
-        else:
-            shard.update(ctx.index, exchanged(of_items), of_candidates)
+        def work() -> None:
+            index = ctx.index.result()
+            if ctx.draws:
+                shard.update(index, exchanged(join_gradients(of_items, of_candidates)))
+            elif shard.in_place is None:
+                shard.update(index, join_gradients(exchanged(of_items), of_candidates))
+            else:
+                shard.update(index, exchanged(of_items), of_candidates)
+
+        # The gradients of candidates, which the head used, are computed before those of items.
+        side_stream.run(work, of_items)
         return (None,) * 5

@@ -121,7 +121,7 @@ class Built:
 
     def optimizers(self) -> Optimizers:
         """Those of train.py."""
-        return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks.device)
+        return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks)
 
     def loader(self) -> TrainLoader:
         return train_loader(self.config, histories(), self.ranks, self.plan)
