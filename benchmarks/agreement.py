@@ -1,6 +1,6 @@
 """Whether a seed trains and evaluates the same on any number of ranks of one host.
 
-    python benchmarks/agreement.py                                       synthetic data, 1, 2, 4 ranks
+    python benchmarks/agreement.py                                     synthetic data, 1, 2, 4 ranks
     python benchmarks/agreement.py --ranks 1 2 -- --dataset_path ml-1m.zip --precision fp32
 
 Trains one seed through train.py on each number of ranks: the same global batch, no dropout, four
