@@ -127,7 +127,7 @@ def launches_of(cache_dir: Path, *flags: str, steps: int = 1) -> dict[Launch, No
 # By hand: a layer's norms write bfloat16 rows for the next product, the last one float32 rows. Sums
 # of rows by index, with no Adam: of learned positions, and of the targets in the exact loss.
 ENCODER = {
-    **{"enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 1},
+    **{"from_end": 1, "enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 1},
     **{"enter_gradient": 1, "add_gradient": 2, "_gelu_gradient": 1},
 }
 SUMS = {"_add_runs": 1, "_add_chunks": 1}
@@ -136,6 +136,9 @@ EXACT = {"_normalize_rows": 1, "_normalize_rows_gradient": 2}
 # Looked up, and updated by Adam, another code of the sums.
 TABLE = {"_rows_or_zeros": 1, "_add_runs": 2, "_add_chunks": 2}
 ALL = ENCODER | EXACT | TABLE
+FLOAT32 = EXACT | TABLE | {"from_end": 1, "_normalize_rows_gradient": 1}
+# The loader sends positions.
+TWO_STREAM = {name: count for name, count in ALL.items() if name != "from_end"}
 NO_LEFT = "--left_context_share=0"
 
 
@@ -144,14 +147,14 @@ NO_LEFT = "--left_context_share=0"
     [
         ([NO_LEFT], ALL),
         (["--left_context_share=.5"], ALL | {"choose": 1}),
-        (["--left_context_share=.5", "--two_stream=true"], ALL | {"choose": 1}),
+        (["--left_context_share=.5", "--two_stream=true"], TWO_STREAM | {"choose": 1}),
         ([NO_LEFT, "--loss=sampled_softmax"], ENCODER | TABLE | {"_log_sums": 1}),
         # In place; 24 masked positions, which 16 does not divide, and fewer than a chunk.
         ([NO_LEFT, "--train_batch_size=4"], ENCODER | EXACT | {"_rows_or_zeros": 1, "_adam": 1}),
         ([NO_LEFT, "--table_precision=fp16"], ENCODER | EXACT | SUMS),
         ([NO_LEFT, "--mode=ddp"], ENCODER | EXACT | SUMS),
         ([NO_LEFT, "--embedding_optimizer=sgd"], ENCODER | EXACT | SUMS),
-        ([NO_LEFT, "--precision=fp32"], EXACT | TABLE | {"_normalize_rows_gradient": 1}),
+        ([NO_LEFT, "--precision=fp32"], FLOAT32),
     ],
 )
 def test_a_fake_step_notes_the_kernels_of_its_flags(
@@ -178,7 +181,7 @@ def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) 
 def test_an_evaluation_has_kernels_of_its_own(no_device: None, cache_dir: Path) -> None:
     found = launches_of(cache_dir, NO_LEFT, "--val_batch_size=32", steps=0)
     # Of the last layer's rows for 32 users, and for another number of users.
-    last = {"_rows_or_zeros": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
+    last = {"_rows_or_zeros": 1, "from_end": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
     assert Counter(each.kernel.__name__ for each in found) == last
 
 

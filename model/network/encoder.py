@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         fused = residual.takes(items)
         if self.times is not None:
             if times is None:
-                times = layout.from_end.new_full((items.shape[0], 2), UNKNOWN)
+                times = offsets.new_full((items.shape[0], 2), UNKNOWN)
             dtype = torch.get_autocast_dtype("cuda") if fused else items.dtype
             items = items + self.times(times, dtype)
             rotation = cast(EncoderLayer, self.layers[0]).attention.rotation

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )  # private: fake tensors have no public name
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks
 from model.evaluation.users import vectors
@@ -43,7 +42,6 @@ from model.step.train_step import backward
 from model.tables.item_table import TableShard
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
-from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
@@ -159,11 +157,9 @@ class FakeStep:
         with self._mode, self._device:
             words = torch.empty(len(packed.words), dtype=torch.int64)
             batch = replace(batch, packed=replace(packed, words=words))
-            pairs = zip((ITEM, CANDIDATE), self._rows(batch), strict=True)
-            rows = {name: JaggedTensor(each, lengths=words[:0]) for name, each in pairs}
             # Without candidates: they are tensors that the real step takes from a cache.
             counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
-            loss, _ = self._model.score(rows, counted)
+            loss, _ = self._model.score(*self._rows(batch), counted)
             backward(loss, torch.ones(()))
 
     @torch.no_grad()

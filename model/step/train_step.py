@@ -25,7 +25,6 @@ from model.execution import ExecutionPlan
 from model.kernels import side_stream
 from model.kernels.compiler import before_capture
 from model.tables.all_to_all import MAX_GRAPHS, Request
-from model.tables.collections import LookupContext
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 
@@ -124,8 +123,8 @@ class TrainStep:
         """The model's forward pass from the memory that a graph reads."""
         bert = unwrap(self._model)
         batch, request = captured.read(bert.embeddings)
-        rows = bert.embeddings.compute_and_output_dist(LookupContext(batch), [request])
-        return bert.score(rows, batch.unpacked)
+        rows = bert.embeddings.rows(batch, request)
+        return bert.score(*rows, batch.without_candidates)
 
     def _capture(self, batch: PackedBatch, request: Any) -> "_Captured":
         before_capture()

@@ -22,7 +22,7 @@ from torchrec.streamable import Multistreamable
 from model.kernels.l2_normalize import join_gradients
 from model.tables import upstream
 from model.tables.row_exchange import RowExchange
-from pipeline.batches.features import Lookup, jagged_items, with_candidates
+from pipeline.batches.features import Lookup, items_of, jagged_items, with_candidates
 from pipeline.batches.train_batch import PackedBatch
 
 
@@ -126,10 +126,15 @@ class RequestingCollection(ShardedEmbeddingCollection):
         self, ctx: LookupContext, requests: list[Any]
     ) -> dict[str, JaggedTensor]:
         """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch."""
-        features = ctx.batch.features
-        num_items, _ = features.length_per_key()
-        candidates = None if self._draws else features.values()[num_items:]
-        return with_lengths(features, self.look_up(requests[0], num_items, candidates))
+        return with_lengths(ctx.batch.features, self.rows(ctx.batch, requests[0]))
+
+    def rows(self, batch: PackedBatch, request: Any) -> tuple[Tensor, Tensor]:
+        """Rows [T, D] of the items and [C, D] of the candidates of a batch."""
+        items, candidates = batch.without_candidates.ids, None
+        if not self._draws:
+            assert batch.candidate_range is not None
+            candidates = items_of(batch.candidate_range, items.device)
+        return self.look_up(request, len(items), candidates)
 
     def look_up(
         self, request: Any, num_items: int, candidates: Tensor | None

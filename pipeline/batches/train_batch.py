@@ -148,7 +148,12 @@ class PackedBatch(Pipelineable):
     @cached_property
     def unpacked(self) -> TrainBatch:
         """The batch, with the candidates appended."""
-        return self.unpack().with_candidates()
+        return replace(self.without_candidates).with_candidates()
+
+    @cached_property
+    def without_candidates(self) -> TrainBatch:
+        """The batch without candidates: appending them takes several small kernels."""
+        return self.unpack()
 
     def unpack(self) -> TrainBatch:
         """The batch, without candidates: views of the packed memory."""
