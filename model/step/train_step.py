@@ -123,8 +123,8 @@ class TrainStep:
         """The model's forward pass from the memory that a graph reads."""
         bert = unwrap(self._model)
         batch, request = captured.read(bert.embeddings)
-        rows = bert.embeddings.rows(batch, request)
-        return bert.score(*rows, batch.without_candidates)
+        items, candidates = bert.embeddings.rows(batch, request)
+        return bert.score(items, candidates, batch.without_candidates)
 
     def _capture(self, batch: PackedBatch, request: Any) -> "_Captured":
         before_capture()
