@@ -56,7 +56,7 @@ class ExecutionPlan:
 
     def __post_init__(self) -> None:
         assert self.lookup == "own" or not self.in_place
-        assert self.lookup != "replicated" or not self.agrees_on_sizes
+        assert self.lookup == "own" or not self.agrees_on_sizes
         assert self.graphs != "step" or self.lookup == "own"
 
     @property

@@ -121,10 +121,6 @@ def test_requested_rows_equal_gathered_ones(one: Answers, two: Answers, loss: st
         assert run.pipelined == 1
         assert_same(run, expected)
     assert runs[f"row_wise, requested, replayed{loss}"].replayable > 2
-    for exchange in ("gather", "all_to_all"):
-        run = runs[f"row_wise, fbgemm, {exchange}{loss}"]
-        assert run.pipelined == 1
-        assert_same(run, expected)
 
 
 @pytest.mark.parametrize("loss", ["", ", sampled"])
@@ -133,6 +129,24 @@ def test_steps_of_one_shape_are_replayed(one: Answers, two: Answers, loss: str) 
         assert answers["every_way"][f"row_wise, replayed{loss}"].replayable > 2
         assert answers["every_way"][f"row_wise{loss}"].replayable == 0
     assert_same(one["every_way"][f"row_wise, replayed{loss}"], one["every_way"][f"row_wise{loss}"])
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
+def test_fp16_tables_give_the_same_losses_on_one_rank_and_two(
+    one: Answers, two: Answers, loss: str
+) -> None:
+    """Rows are rounded by the same random bits; sums in another order turn a few of them.
+
+    At a rate of .1, rows of 23 items move by hundreds of spacings.
+    """
+    alone = one["halves"][f"{loss}, none"].losses
+    assert sum(alone[-3:]) < sum(alone[:3]) - 0.3
+    runs = {**one["halves"], **two["halves"]}
+    assert len(runs) == 12
+    for name, run in runs.items():
+        if name.startswith(f"{loss},"):
+            assert run.losses == pytest.approx(alone, abs=0.01), name
+            assert (run.replayable > 2) == ("replayed" in name)
 
 
 @pytest.mark.parametrize("way", ["row_wise", "ddp"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
@@ -30,8 +31,9 @@ ROWS, WIDTH = 9, 8
 STEP = Step(lr=0.5, beta1=0.9, beta2=0.98, eps=1e-8, number=1)
 
 
-def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> torch.nn.Module:
+def table(optimizer: str, device: str, precision: SparseType = SparseType.FP32) -> torch.nn.Module:
     """FBGEMM's module with seeded rows; for Adam on CPU this project's."""
+    rows, width = ROWS, WIDTH
     on_cuda = device == "cuda"
     of_fbgemm = on_cuda or optimizer != "adam"
     made = (SplitTableBatchedEmbeddingBagsCodegen if of_fbgemm else CpuAdamTables)(
@@ -48,6 +50,7 @@ def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> 
         eps=1e-8,
         beta1=0.9,
         beta2=0.98,
+        weights_precision=precision,
         pooling_mode=PoolingMode.NONE,
         device=torch.device(device),
     )
@@ -138,6 +141,33 @@ def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) ->
         .split_embedding_weights()[0][2]
         .equal(own.split_embedding_weights()[0][2])
     )  # never looked up
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_fp16_rows_are_updated_as_by_fbgemm(optimizer: str, device: str) -> None:
+    """Each of both rounds its own way: equal states, and rows one spacing apart."""
+    half = SparseType.FP16
+    plain, own = table(optimizer, device, half), table(optimizer, device, half)
+    shard = shard_of(own, optimizer)
+    rows = [each.split_embedding_weights()[0] for each in (plain, own)]
+    assert rows[1].dtype == torch.float16
+    for ids, weights, _ in [*steps(device, 0), long_step(device)]:
+        rows[0].copy_(rows[1])  # differences do not add up
+        before = rows[1].clone()
+        ends = torch.arange(len(ids) + 1, device=device)
+        expected = plain(ids, ends)
+        found, _ = look_up(shard, ids)
+        assert found.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for one in (expected, found):
+            (one * weights).sum().backward()
+        torch.testing.assert_close(rows[1], rows[0], rtol=2**-9, atol=2**-14)
+        looked_up = torch.zeros(ROWS, dtype=torch.bool, device=device)
+        looked_up[ids] = True
+        assert (rows[1] != before).any(dim=1).equal(looked_up)
+    states = [[*itertools.chain(*each.split_optimizer_states())] for each in (plain, own)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
 
 
 def long_step(device: str) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks, seed_dropout, start
 from model.network.config import EncoderConfig
@@ -21,6 +22,7 @@ from model.step.train_step import TrainStep
 from model.tables.config import ShardingConfig
 from model.tables.distribute import unwrap
 from model.tables.item_table import ShardedItemTable
+from pipeline.batches.features import ITEM
 from pipeline.training.loader import TrainLoader
 from tests.workers import sharded
 from tests.workers.replayed import Replayed
@@ -38,11 +40,19 @@ def one_gpu() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+ADAM = ShardingConfig("dmp", "row_wise")
+SHARDINGS = [
+    ADAM,
+    replace(ADAM, embedding_optimizer="rowwise_adagrad"),
+    replace(ADAM, table_precision="fp16"),
+]
+
+
 def trained(
-    ranks: Ranks, loss: str, epochs: int = 6
+    ranks: Ranks, loss: str, sharding: ShardingConfig = ADAM, epochs: int = 6
 ) -> tuple[list[list[float]], dict[str, torch.Tensor], int]:
     """Reports of all steps, the weights, and how many graphs there were."""
-    config = sharded.config_of(ShardingConfig("dmp", "row_wise"), ranks, loss=loss)
+    config = sharded.config_of(sharding, ranks, loss=loss)
     built = Built.of(replace(config, encoder=ENCODER), ranks)
     model = built.model.train()
     assert built.plan.graphs == "step"
@@ -63,19 +73,33 @@ def trained(
 
 @pytest.mark.parametrize("items_a_position", [0, 1000])
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_graph_equals_the_launched_kernels(
-    one_gpu: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str, items_a_position: int
+    one_gpu: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+    items_a_position: int,
+    sharding: ShardingConfig,
 ) -> None:
     monkeypatch.setattr("model.run.execution.ITEMS_A_POSITION", items_a_position)
-    found, captured, graphs = trained(one_gpu, loss)
+    found, captured, graphs = trained(one_gpu, loss, sharding)
     monkeypatch.setattr(train_step, "MAX_GRAPHS", 0)
-    plain, weights, none = trained(one_gpu, loss)
+    plain, weights, none = trained(one_gpu, loss, sharding)
     assert none == 0
     assert 0 < graphs < len(found) / 2
     assert len({*map(tuple, found)}) == len(found)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-5, atol=1e-5)
     for name, weight in weights.items():
         torch.testing.assert_close(captured[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_with_fp16_tables_have_graphs(one_gpu: Ranks) -> None:
+    """They learn, and a second run gives the same bits."""
+    (found, weights, graphs), (again, same, _) = (
+        trained(one_gpu, "sampled_softmax", SHARDINGS[-1]) for _ in range(2)
+    )
+    assert graphs > 0 and weights["table"].dtype == torch.float16
+    assert found == again and weights["table"].equal(same["table"])
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
@@ -124,14 +148,14 @@ def test_the_pipeline_keeps_no_autograd_graph_between_steps(
     config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
     built = Built.of(config, one_rank, graphs=graphs)
     made: list[weakref.ref[Node]] = []
-    look_up = ShardedItemTable.look_up
+    look_up = ShardedItemTable.compute_and_output_dist
 
-    def looked_up(*args: Any) -> tuple[Tensor, Tensor]:
+    def looked_up(*args: Any) -> dict[str, JaggedTensor]:
         rows = look_up(*args)
-        made.append(weakref.ref(rows[0].grad_fn))
+        made.append(weakref.ref(rows[ITEM].values().grad_fn))
         return rows
 
-    monkeypatch.setattr(ShardedItemTable, "look_up", looked_up)
+    monkeypatch.setattr(ShardedItemTable, "compute_and_output_dist", looked_up)
     alive = []
 
     class Watched(Replayed):

@@ -100,7 +100,7 @@ class TrainStep:
         self._drop_graphs()
         bert = unwrap(self._model)
         bert.dense_step.release()
-        if self._plan.lookup == "own" or self._plan.agrees_on_sizes:
+        if self._plan.lookup == "own":
             bert.embeddings.exchange.release()
 
     def _drop_graphs(self) -> None:

@@ -1,4 +1,4 @@
-"""The item table, one float32 table looked up and updated by this project's code.
+"""The item table, one float32 or fp16 table looked up and updated by this project's code.
 
 The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
 exact softmax every row gets a gradient in every step. In place, the candidates are the shard
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.execution import ExecutionPlan
@@ -28,18 +30,18 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import RequestingCollection, with_lengths
+from model.tables.collections import LookupContext, requested, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
-from model.tables.table_update import Step, has_adam_kernels, update, update_some
-from pipeline.batches.features import Lookup
+from model.tables.table_update import Step, StepOnDevice, has_kernels, update, update_some
+from pipeline.batches.train_batch import PackedBatch
 
 
 class TableShard:
     """Looks up and updates this rank's rows.
 
     Args:
-        table: FBGEMM's module of one table with float32 rows.
+        table: FBGEMM's module of one table with float32 or fp16 rows.
         scored: the items that this rank scores in place; None: candidates are looked up.
     """
 
@@ -55,18 +57,16 @@ class TableShard:
         if scored is not None:
             self._first = scored.low - exchange.low
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
-        # Adam's kernels read their rates from the device, so that one graph serves many steps.
-        self._rates: Tensor | None = None
-        if optimizer == "adam" and has_adam_kernels(self.rows):
-            self._rates = torch.zeros(2, device=self.rows.device)
+        # Kernels read what a step differs in from the device: one graph serves many steps.
+        self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
 
     def begin_step(self) -> None:
         """Count a step and read the table's current learning rate."""
         # The mean over ranks, as in TorchRec.
-        self._step = Step.counted(self._table, scale=1 / self.exchange.world_size)
-        if self._rates is not None:
-            for place, rate in zip(self._rates.unbind(), self._step.rates, strict=True):
-                place.fill_(rate)
+        scale, first_row = 1 / self.exchange.world_size, self.exchange.low
+        self._step = Step.counted(self._table, scale, first_row)
+        if self._on_device is not None:
+            self._on_device.write(self._optimizer, self._step)
 
     def index(self, ids: Tensor) -> SortedIndex:
         """The row that the gradient of each local id [U] is added to; R (ignored) for -1.
@@ -89,25 +89,29 @@ class TableShard:
         the candidates in place.
         """
         # A captured step is replayed many times; each replay is counted by its caller.
-        if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
+        if not (self._on_device is not None and torch.cuda.is_current_stream_capturing()):
             self.begin_step()
 
         def work() -> None:
             known = self._optimizer, self.rows, self._states
             if self.in_place is None:
-                update_some(*known, index.result(), of_rows, self._step, self._rates)
+                update_some(*known, index.result(), of_rows, self._step, self._on_device)
                 return
             assert of_candidates is not None
             gradient = of_candidates.contiguous()
             outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
             add_rows(gradient, index.result(), of_rows, outer)
-            update(*known, gradient, outer, self._first, self._step, self._rates)
+            update(*known, gradient, outer, self._first, self._step, self._on_device)
 
         side_stream.run(work)
 
 
-class ShardedItemTable(RequestingCollection):
-    """A sharded collection of one table, trained through a :class:`TableShard`."""
+class ShardedItemTable(ShardedEmbeddingCollection):
+    """A sharded collection of one table, trained through a :class:`TableShard`.
+
+    Args:
+        draws_candidates: candidates are any items, exchanged like histories; else this shard's.
+    """
 
     def __init__(
         self,
@@ -115,28 +119,58 @@ class ShardedItemTable(RequestingCollection):
         plan: ExecutionPlan,
         exchange: RowExchange,
         catalog: CatalogSlice,
+        draws_candidates: bool,
         **given: Any,
     ) -> None:
-        super().__init__(*args, exchange=exchange, **given)
+        super().__init__(*args, **given)
+        self.exchange, self._draws = exchange, draws_candidates
+        self._was_evaluated = False
+        upstream.set_input_dist_ready(self, True)
         scored = catalog if plan.in_place else None
         table = upstream.fbgemm_table(self)
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
 
-    def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """When trained in place, there are no candidates: they are the shard's items."""
-        return _LookUp.apply(self._trigger, self.shard, request, num_items, candidates)
+    def create_context(self) -> LookupContext:
+        """The context of a batch."""
+        return LookupContext()
 
-    def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
-        """In an evaluation on one rank without exchange."""
-        if self.training or self.exchange.world_size > 1:
+    def request(self, batch: PackedBatch) -> Any:
+        """What the exchange does a batch ahead."""
+        return self.exchange.request(batch.requested, batch.slots)
+
+    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
+        """Request the rows of a batch."""
+        ctx.batch, ctx.request = batch, self.request(batch)
+        return requested(ctx)
+
+    def compute_and_output_dist(
+        self, ctx: LookupContext, requests: list[Any]
+    ) -> dict[str, JaggedTensor]:
+        """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch.
+
+        When trained in place, there are no candidates: they are the shard's items.
+        """
+        features = ctx.batch.features
+        num_items, _ = features.length_per_key()
+        candidates = None if self._draws else features.values()[num_items:]
+        rows = _LookUp.apply(self._trigger, self.shard, requests[0], num_items, candidates)
+        return with_lengths(features, rows)
+
+    def forward(self, batch: Any) -> dict[str, JaggedTensor]:
+        """The same, a batch not ahead; in an evaluation on several ranks by TorchRec."""
+        if self.training:
             return super().forward(batch)
         features = batch.features
-        rows = rows_or_zeros(self.shard.rows, features.values())
-        return with_lengths(features, rows.split(features.length_per_key()))
+        if self.exchange.world_size == 1:
+            rows = rows_or_zeros(self.shard.rows, features.values())
+            return with_lengths(features, rows.split(features.length_per_key()))
+        stock, ctx = ShardedEmbeddingCollection, super().create_context()
+        upstream.set_input_dist_ready(self, self._was_evaluated)
+        self._was_evaluated = True
+        ids = stock.input_dist(self, ctx, features).wait().wait()
+        return stock.compute_and_output_dist(self, ctx, ids)
 
 
 class _LookUp(torch.autograd.Function):
@@ -157,11 +191,13 @@ class _LookUp(torch.autograd.Function):
             local = torch.cat([local, candidates - exchange.low])
         ctx.shard, ctx.request, ctx.draws = shard, request, candidates is None
         ctx.index = side_stream.start(lambda: shard.index(local))
-        rows = rows_or_zeros(shard.rows, local)
+        # Rows that are sent are converted by the rank that receives them.
+        sent = shard.rows.dtype if exchange.world_size > 1 else torch.float32
+        rows = rows_or_zeros(shard.rows, local, sent)
         own = exchange.own_rows(rows[:count], request)
         if shard.in_place is not None:
             return own, shard.in_place.detach()
-        return own[:num_items], own[num_items:] if candidates is None else rows[count:]
+        return own[:num_items], own[num_items:] if candidates is None else rows.float()[count:]
 
     @staticmethod
     @once_differentiable

@@ -225,11 +225,6 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
             runs[f"row_wise, replayed{name}"] = pipelined(built)
         runs[f"row_wise, sent{name}"] = pipelined(Built.of(config, ranks, **by_torchrec(ranks)))
         for changes in exchanges:
-            for exchange in ("gather", "all_to_all"):
-                own = {"lookup": "fbgemm", "exchange": exchange, "in_place": False}
-                runs[f"row_wise, fbgemm, {exchange}{name}"] = pipelined(
-                    Built.of(config, ranks, **own)
-                )
             runs[f"row_wise, requested{name}"] = pipelined(Built.of(config, ranks, **changes))
             with as_on_cuda():
                 built = Built.of(config, ranks, graphs="step", **changes)
@@ -239,6 +234,20 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
         built = Built.of(config, ranks, in_place=False, **changes)
         runs["row_wise, requested, looked up"] = pipelined(built)
     runs["row_wise, looked up"] = pipelined(Built.of(config, ranks, in_place=False))
+    return runs
+
+
+def halves(ranks: Ranks) -> dict[str, Run]:
+    """Row-wise fp16 tables with either exchange, and as fake CUDA graphs."""
+    runs = {}
+    sharding = replace(WAYS["row_wise"], embedding_optimizer="auto", table_precision="fp16")
+    exchanges = ("gather", "all_to_all") if ranks.world_size > 1 else ("none",)
+    for loss, exchange in product(("softmax", "sampled_softmax"), exchanges):
+        config = config_of(sharding, ranks, loss=loss)
+        runs[f"{loss}, {exchange}"] = pipelined(Built.of(config, ranks, exchange=exchange))
+        with as_on_cuda():
+            built = Built.of(config, ranks, exchange=exchange, graphs="step")
+            runs[f"{loss}, {exchange}, replayed"] = pipelined(built)
     return runs
 
 
@@ -418,6 +427,7 @@ def copied(trained: Trained, folder: Path) -> Copied:
 def answers(ranks: Ranks) -> dict[str, Any]:
     return {
         "every_way": every_way(ranks),
+        "halves": halves(ranks),
         "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
         "own_optimizers": own_optimizers(ranks),
         "at_factor": at_factor(ranks),
