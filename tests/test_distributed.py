@@ -131,21 +131,35 @@ def test_steps_of_one_shape_are_replayed(one: Answers, two: Answers, loss: str) 
     assert_same(one["every_way"][f"row_wise, replayed{loss}"], one["every_way"][f"row_wise{loss}"])
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
+@pytest.mark.parametrize("kind", ["tied, softmax", "tied, sampled_softmax", "linear, sampled"])
 def test_fp16_tables_give_the_same_losses_on_one_rank_and_two(
-    one: Answers, two: Answers, loss: str
+    one: Answers, two: Answers, kind: str
 ) -> None:
     """Rows are rounded by the same random bits; sums in another order turn a few of them.
 
     At a rate of .1, rows of 23 items move by hundreds of spacings.
     """
-    alone = one["halves"][f"{loss}, none"].losses
+    found = {
+        name: run
+        for answers in (one, two)
+        for name, run in answers["halves"].items()
+        if name.startswith(kind)
+    }
+    assert len(found) == 6
+    (alone,) = (run.losses for name, run in found.items() if name.endswith("none"))
     assert sum(alone[-3:]) < sum(alone[:3]) - 0.3
-    runs = {**one["halves"], **two["halves"]}
-    assert len(runs) == 12
-    for name, run in runs.items():
-        if name.startswith(f"{loss},"):
-            assert run.losses == pytest.approx(alone, abs=0.01), name
+    for name, run in found.items():
+        assert run.losses == pytest.approx(alone, abs=0.01), name
+        assert (run.replayable > 2) == ("replayed" in name)
+
+
+def test_tables_of_a_linear_head_equal_the_reference(one: Answers, two: Answers) -> None:
+    for answers, count in ((one, 5), (two, 9)):
+        assert len(answers["linear"]) == count
+        for name, run in answers["linear"].items():
+            expected = "linear" + ", sampled" * name.startswith("sampled")
+            assert_same(run, one["unsharded"][expected])
+            assert run.pipelined == 1
             assert (run.replayable > 2) == ("replayed" in name)
 
 
@@ -294,7 +308,7 @@ def test_four_ranks_equal_one(one: Answers, two: Answers, tmp_path: Path) -> Non
     """As on two ranks, but in every epoch's last step three of the four have a filler row."""
     four = answers_of(4, tmp_path)
     for way, run in two["every_way"].items():
-        reference = next((name for name in one["unsharded"] if name in way), "tied")
+        reference = next((name for name in ("linear", "sampled") if name in way), "tied")
         assert_same(four["every_way"][way], one["unsharded"][reference])
         assert four["every_way"][way].pipelined == run.pipelined
     for way, result in one["evaluation"].items():

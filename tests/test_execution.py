@@ -59,8 +59,7 @@ def planned(
         ({"sharding": "table_wise"}, "own", "none", True),
         ({"mode": "ddp"}, "replicated", "none", False),
         ({"table_precision": "fp16"}, "own", "none", False),  # candidates looked up as fp32
-        ({"head": "linear"}, "torch", "none", False),  # FBGEMM has no Adam on CPU
-        ({"head": "linear", "embedding_optimizer": "sgd"}, "fbgemm", "none", False),
+        ({"head": "linear"}, "own", "none", True),
         ({"loss": "sampled_softmax"}, "own", "none", False),
         ({"positions": 31}, "own", "none", False),  # more than items: cheap to look up
         ({"two_stream": True}, "own", "none", False),  # two positions an item
@@ -70,7 +69,7 @@ def planned(
         ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
         ({"world_size": 3, "table_precision": "fp16"}, "own", "gather", False),
         ({"embedding_optimizer": "rowwise_adagrad"}, "own", "none", True),
-        ({"world_size": 3, "head": "linear"}, "torch", "torchrec", False),
+        ({"world_size": 3, "head": "linear"}, "own", "gather", True),
         ({"world_size": 3, "sharding": "table_wise"}, "torch", "torchrec", False),
         ({"world_size": 3, "sharding": "auto"}, "torch", "torchrec", False),
         ({"world_size": 3, "items": 2, "positions": 1}, "torch", "torchrec", False),  # 0 1 | 2 3 |
@@ -105,7 +104,8 @@ def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"table_precision": "fp16"}, "step"),
         ({"compute_kernel": "fused_uvm_caching"}, "dense"),
         ({"table_precision": "fp16", "world_size": 2}, "step"),
-        ({"head": "linear", "world_size": 2}, "encoder"),
+        ({"head": "linear", "world_size": 2}, "step"),
+        ({"sharding": "table_wise", "world_size": 2}, "encoder"),
         ({"mode": "ddp"}, "encoder"),
         ({"mode": "ddp", "world_size": 2}, "encoder"),
         ({"acceleration": "none"}, "none"),

@@ -66,7 +66,7 @@ def trained(
             reports.append(step(batch.to(ranks.device)).tolist())
     graphs = sum(one is not None for one in step._captured.values())
     weights = {name: value.clone() for name, value in model.named_parameters()}
-    table = unwrap(model).embeddings.shard.rows.clone()
+    table = unwrap(model).embeddings.shards[0].rows.clone()
     step.release()
     return reports, weights | {"table": table}, graphs
 

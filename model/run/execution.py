@@ -21,7 +21,8 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
     exchange = _exchange(config, num_items, ranks)
-    own = not replicated and _has_own_lookup(config) and exchange != "torchrec"
+    kept = config.sharding.compute_kernel == "fused"
+    own = kept and not replicated and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     # A gradient for fp16 rows would be rounded to fp16: they are looked up as float32.
@@ -69,18 +70,14 @@ def _precision(config: RunConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _has_own_lookup(config: RunConfig) -> bool:
-    return config.sharding.compute_kernel == "fused" and config.head.head == "tied"
-
-
 def _exchange(config: RunConfig, num_items: int, ranks: Ranks) -> Exchange:
     sharding = config.sharding
     if ranks.world_size == 1:
         return "none"
     if sharding.mode == "ddp":
         return "all_reduce"
-    whole_shards = sharding.sharding == "row_wise" and fills_all_ranks(num_items, ranks.world_size)
-    if not (whole_shards and _has_own_lookup(config)):
+    row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
+    if not (row_wise and fills_all_ranks(num_items, ranks.world_size)):
         return "torchrec"
     few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
     return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"

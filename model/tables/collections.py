@@ -7,7 +7,7 @@ Shapes: T items and C candidates of the batch, n ids of a rank, U rows looked up
 width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,18 +26,22 @@ from pipeline.batches.features import Lookup
 
 @dataclass
 class LookupContext(Multistreamable):
-    """The batch that is looked up, and what was requested for it."""
+    """The batch that is looked up, and what was requested for it.
+
+    ``is_begun``: the optimizer's step was begun by the caller, before a CUDA graph.
+    """
 
     batch: Any = None
-    request: Any = None
+    requests: list[Any] = field(default_factory=list)
+    is_begun: bool = False
 
     def record_stream(self, stream: torch.Stream) -> None:
         """The pipeline keeps the batch's memory."""
 
 
 def requested(ctx: LookupContext) -> KJTListSplitsAwaitable:
-    """The result of ``input_dist`` where no host waits: ``[ctx.request]`` after two waits."""
-    return KJTListSplitsAwaitable([NoWait(NoWait(ctx.request))], ctx)
+    """The result of ``input_dist`` where no host waits: ``ctx.requests`` after two waits."""
+    return KJTListSplitsAwaitable([NoWait(NoWait(one)) for one in ctx.requests], ctx)
 
 
 def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
@@ -76,7 +80,7 @@ class LocalCollection(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: LookupContext, batch: Lookup) -> KJTListSplitsAwaitable:
         """Nothing is sent."""
-        ctx.batch, ctx.request = batch, batch.features
+        ctx.batch, ctx.requests = batch, [batch.features]
         return requested(ctx)
 
     def compute_and_output_dist(
@@ -100,4 +104,4 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, items: Tensor, candidates: Tensor) -> tuple[Tensor, None]:
-        return join_gradients(items, candidates) if len(candidates) else items, None
+        return join_gradients(items, candidates), None

@@ -14,6 +14,8 @@ Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R ro
 width.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,20 +40,27 @@ from pipeline.batches.train_batch import PackedBatch
 
 
 class TableShard:
-    """Looks up and updates this rank's rows.
+    """Looks up and updates this rank's rows of one table.
 
     Args:
-        table: FBGEMM's module of one table with float32 or fp16 rows.
+        tables: FBGEMM's module of one or more tables with float32 or fp16 rows.
         scored: the items that this rank scores in place; None: candidates are looked up.
+        place: of the table in ``tables``.
     """
 
     def __init__(
-        self, table: Any, optimizer: str, exchange: RowExchange, scored: CatalogSlice | None = None
+        self,
+        tables: Any,
+        optimizer: str,
+        exchange: RowExchange,
+        scored: CatalogSlice | None = None,
+        place: int = 0,
     ) -> None:
-        (self.rows,) = table.split_embedding_weights()
+        self.rows = tables.split_embedding_weights()[place]
         self.exchange = exchange
-        self._states = next(iter(table.split_optimizer_states()), ())
-        self._table, self._optimizer = table, optimizer
+        self._states = next(iter(tables.split_optimizer_states()[place:]), ())
+        self._optimizer = optimizer
+        self._first_row = place * exchange.num_rows + exchange.low  # different in all tables
         self._first = 0
         self.in_place: Tensor | None = None
         if scored is not None:
@@ -60,13 +69,11 @@ class TableShard:
         # Kernels read what a step differs in from the device: one graph serves many steps.
         self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
 
-    def begin_step(self) -> None:
-        """Count a step and read the table's current learning rate."""
-        # The mean over ranks, as in TorchRec.
-        scale, first_row = 1 / self.exchange.world_size, self.exchange.low
-        self._step = Step.counted(self._table, scale, first_row)
+    def begin_step(self, step: Step) -> None:
+        """Update by ``step`` from now on."""
+        self._step = replace(step, first_row=self._first_row)
         if self._on_device is not None:
-            self._on_device.write(self._optimizer, self._step)
+            self._on_device.write(self._optimizer, step)
 
     def index(self, ids: Tensor) -> SortedIndex:
         """The row that the gradient of each local id [U] is added to; R (ignored) for -1.
@@ -88,9 +95,6 @@ class TableShard:
         ``of_rows`` [U, D] are gradients of the rows looked up, ``of_candidates`` [C, D] those of
         the candidates in place.
         """
-        # A captured step is replayed many times; each replay is counted by its caller.
-        if not (self._on_device is not None and torch.cuda.is_current_stream_capturing()):
-            self.begin_step()
 
         def work() -> None:
             known = self._optimizer, self.rows, self._states
@@ -107,7 +111,9 @@ class TableShard:
 
 
 class ShardedItemTable(ShardedEmbeddingCollection):
-    """A sharded collection of one table, trained through a :class:`TableShard`.
+    """A sharded collection, each of its tables trained through a :class:`TableShard`.
+
+    With a tied head items and candidates are rows of one table, else of one each.
 
     Args:
         draws_candidates: candidates are any items, exchanged like histories; else this shard's.
@@ -126,23 +132,44 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         self.exchange, self._draws = exchange, draws_candidates
         self._was_evaluated = False
         upstream.set_input_dist_ready(self, True)
-        scored = catalog if plan.in_place else None
-        table = upstream.fbgemm_table(self)
-        self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
+        tables = upstream.fbgemm_tables(self)
+        names = upstream.table_names(self)
+        assert names in (["item"], ["item", "output"]), names
+        self._is_tied = len(names) == 1
+
+        def shard(place: int, scores: bool) -> TableShard:
+            scored = catalog if plan.in_place and scores else None
+            return TableShard(tables, plan.table_optimizer, exchange, scored, place)
+
+        self.shards = [shard(0, self._is_tied)]
+        if not self._is_tied:
+            self.shards.append(shard(1, True))
+        # The mean over ranks, as in TorchRec.
+        self._next_step = partial(Step.counted, tables, 1 / exchange.world_size)
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
-        self._trigger = torch.zeros((), device=self.shard.rows.device, requires_grad=True)
+        self._trigger = torch.zeros((), device=self.shards[0].rows.device, requires_grad=True)
+
+    def begin_step(self) -> None:
+        """Count a step and read the tables' current learning rate."""
+        step = self._next_step()
+        for shard in self.shards:
+            shard.begin_step(step)
 
     def create_context(self) -> LookupContext:
         """The context of a batch."""
         return LookupContext()
 
-    def request(self, batch: PackedBatch) -> Any:
-        """What the exchange does a batch ahead."""
-        return self.exchange.request(batch.requested, batch.slots)
+    def requests(self, batch: PackedBatch) -> list[Any]:
+        """What the exchange does a batch ahead, for each table of which rows are exchanged."""
+        ids = [batch.requested]
+        if self._draws and not self._is_tied:
+            num_items = batch.num_items
+            ids = [ids[0][:num_items], ids[0][num_items:]]
+        return [self.exchange.request(each, batch.slots) for each in ids]
 
     def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
         """Request the rows of a batch."""
-        ctx.batch, ctx.request = batch, self.request(batch)
+        ctx.batch, ctx.requests = batch, self.requests(batch)
         return requested(ctx)
 
     def compute_and_output_dist(
@@ -152,11 +179,24 @@ class ShardedItemTable(ShardedEmbeddingCollection):
 
         When trained in place, there are no candidates: they are the shard's items.
         """
+        if not ctx.is_begun:
+            self.begin_step()
         features = ctx.batch.features
         num_items, _ = features.length_per_key()
         candidates = None if self._draws else features.values()[num_items:]
-        rows = _LookUp.apply(self._trigger, self.shard, requests[0], num_items, candidates)
+        if self._is_tied:
+            rows = self._look_up(0, requests[0], num_items, candidates)
+        else:
+            items, _ = self._look_up(0, requests[0], num_items, None)
+            _, scored = self._look_up(1, requests[-1] if self._draws else None, 0, candidates)
+            rows = items, scored
         return with_lengths(features, rows)
+
+    def _look_up(
+        self, place: int, request: Any, num_items: int, candidates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        shard = self.shards[place]
+        return _LookUp.apply(self._trigger, shard, request, num_items, candidates)
 
     def forward(self, batch: Any) -> dict[str, JaggedTensor]:
         """The same, a batch not ahead; in an evaluation on several ranks by TorchRec."""
@@ -164,8 +204,10 @@ class ShardedItemTable(ShardedEmbeddingCollection):
             return super().forward(batch)
         features = batch.features
         if self.exchange.world_size == 1:
-            rows = rows_or_zeros(self.shard.rows, features.values())
-            return with_lengths(features, rows.split(features.length_per_key()))
+            ids = features.values().split(features.length_per_key())
+            tables = self.shards[0].rows, self.shards[-1].rows
+            rows = tuple(rows_or_zeros(t, i) for t, i in zip(tables, ids, strict=True))
+            return with_lengths(features, rows)
         stock, ctx = ShardedEmbeddingCollection, super().create_context()
         upstream.set_input_dist_ready(self, self._was_evaluated)
         self._was_evaluated = True
@@ -183,18 +225,27 @@ class _LookUp(torch.autograd.Function):
         num_items: int,
         candidates: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """``candidates``: rows of this shard to score; None: the last of the requested rows."""
+        """Rows of the first ``num_items`` requested ids, and of the candidates.
+
+        Args:
+            request: of the exchange; None: no rows are exchanged.
+            candidates: rows of this shard to score; None: the others of the requested rows.
+        """
         exchange = shard.exchange
-        local = exchange.local_ids(request)
+        if request is None:
+            assert candidates is not None
+            local = candidates[:0]
+        else:
+            local = exchange.local_ids(request)
         count = len(local)
         if candidates is not None and len(candidates):
             local = torch.cat([local, candidates - exchange.low])
         ctx.shard, ctx.request, ctx.draws = shard, request, candidates is None
         ctx.index = side_stream.start(lambda: shard.index(local))
         # Rows that are sent are converted by the rank that receives them.
-        sent = shard.rows.dtype if exchange.world_size > 1 else torch.float32
+        sent = torch.float32 if request is None or exchange.world_size == 1 else shard.rows.dtype
         rows = rows_or_zeros(shard.rows, local, sent)
-        own = exchange.own_rows(rows[:count], request)
+        own = rows[:0] if request is None else exchange.own_rows(rows[:count], request)
         if shard.in_place is not None:
             return own, shard.in_place.detach()
         return own[:num_items], own[num_items:] if candidates is None else rows.float()[count:]
@@ -205,6 +256,8 @@ class _LookUp(torch.autograd.Function):
         shard: TableShard = ctx.shard
 
         def exchanged(gradient: Tensor) -> Tensor:
+            if ctx.request is None:
+                return gradient
             return shard.exchange.all_gradients(gradient, ctx.request)
 
         if ctx.draws:

@@ -33,10 +33,10 @@ class RowExchange:
     """
 
     def __init__(self, num_items: int, ranks: Ranks) -> None:
-        self.world_size, num_rows = ranks.world_size, num_items + 2
+        self.world_size, self.num_rows = ranks.world_size, num_items + 2
         self.block = shard_rows(num_items, ranks.world_size)
-        self.low = min(ranks.rank * self.block, num_rows)
-        self.rows = min(self.block, num_rows - self.low)
+        self.low = min(ranks.rank * self.block, self.num_rows)
+        self.rows = min(self.block, self.num_rows - self.low)
 
     def release(self) -> None:
         """Free CUDA graphs."""

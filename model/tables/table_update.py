@@ -52,17 +52,16 @@ class Step:
     first_row: int = 0
 
     @classmethod
-    def counted(cls, table: Any, scale: float = 1.0, first_row: int = 0) -> "Step":
-        """The next step of FBGEMM's module ``table``, which counts it."""
-        known = table.optimizer_args
+    def counted(cls, tables: Any, scale: float = 1.0) -> "Step":
+        """The next step of FBGEMM's module ``tables``, which counts it."""
+        known = tables.optimizer_args
         return cls(
-            lr=table.get_learning_rate(),
+            lr=tables.get_learning_rate(),
             beta1=known.beta1,
             beta2=known.beta2,
             eps=known.eps,
-            number=int(table.iter_cpu.add_(1)),
+            number=int(tables.iter_cpu.add_(1)),
             scale=scale,
-            first_row=first_row,
         )
 
     def rates(self, optimizer: str) -> tuple[float, ...]:

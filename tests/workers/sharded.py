@@ -238,16 +238,35 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
 
 
 def halves(ranks: Ranks) -> dict[str, Run]:
-    """Row-wise fp16 tables with either exchange, and as fake CUDA graphs."""
-    runs = {}
+    """Row-wise fp16 tables, of one head each."""
     sharding = replace(WAYS["row_wise"], embedding_optimizer="auto", table_precision="fp16")
-    exchanges = ("gather", "all_to_all") if ranks.world_size > 1 else ("none",)
-    for loss, exchange in product(("softmax", "sampled_softmax"), exchanges):
-        config = config_of(sharding, ranks, loss=loss)
-        runs[f"{loss}, {exchange}"] = pipelined(Built.of(config, ranks, exchange=exchange))
+    heads = ("tied", "softmax"), ("tied", "sampled_softmax"), ("linear", "sampled_softmax")
+    return {
+        f"{head}, {loss}, {name}": run
+        for head, loss in heads
+        for name, run in by_exchange(ranks, config_of(sharding, ranks, head, loss)).items()
+    }
+
+
+def linear(ranks: Ranks) -> dict[str, Run]:
+    """Row-wise tables of a linear head, candidates in place, looked up and drawn."""
+    runs = {}
+    for loss in ("softmax", "sampled_softmax"):
+        config = config_of(WAYS["row_wise"], ranks, "linear", loss)
+        for name, run in by_exchange(ranks, config).items():
+            runs[f"{loss}, {name}"] = run
+    looked_up = Built.of(config_of(WAYS["row_wise"], ranks, "linear"), ranks, in_place=False)
+    return runs | {"softmax, looked up": pipelined(looked_up)}
+
+
+def by_exchange(ranks: Ranks, config: RunConfig) -> dict[str, Run]:
+    """With each exchange, launched and as fake CUDA graphs."""
+    runs = {}
+    for exchange in ("gather", "all_to_all") if ranks.world_size > 1 else ("none",):
+        runs[exchange] = pipelined(Built.of(config, ranks, exchange=exchange))
         with as_on_cuda():
             built = Built.of(config, ranks, exchange=exchange, graphs="step")
-            runs[f"{loss}, {exchange}, replayed"] = pipelined(built)
+            runs[f"{exchange}, replayed"] = pipelined(built)
     return runs
 
 
@@ -258,6 +277,7 @@ def unsharded(ranks: Ranks) -> dict[str, Run]:
         ("tied", {}),
         ("linear", {"head": "linear"}),
         ("sampled", {"loss": "sampled_softmax"}),
+        ("linear, sampled", {"head": "linear", "loss": "sampled_softmax"}),
     ):
         config = config_of(WAYS["ddp"], ranks, **options)
         plan = plan_execution(config, NUM_ITEMS, ranks)
@@ -428,6 +448,7 @@ def answers(ranks: Ranks) -> dict[str, Any]:
     return {
         "every_way": every_way(ranks),
         "halves": halves(ranks),
+        "linear": linear(ranks),
         "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
         "own_optimizers": own_optimizers(ranks),
         "at_factor": at_factor(ranks),
