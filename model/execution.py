@@ -10,8 +10,8 @@ from typing import Literal
 Lookup = Literal["own", "fbgemm", "torch", "replicated"]
 # gather, all_to_all: in sizes known beforehand, so that a CUDA graph can hold the exchange
 Exchange = Literal["none", "gather", "all_to_all", "torchrec", "all_reduce"]
-# dense, encoder: the encoder's optimizer is another graph, but not in ddp
-Graphs = Literal["step", "dense", "encoder", "none"]
+# encoder: its optimizer is another graph, but not in ddp
+Graphs = Literal["step", "encoder", "none"]
 Precision = Literal["bf16", "fp32"]
 
 _LOOKUPS = {
@@ -29,7 +29,6 @@ _EXCHANGES = {
 }
 _GRAPHS = {
     "step": "one CUDA graph per step",
-    "dense": "CUDA graphs of encoder and head",
     "encoder": "CUDA graphs of the encoder",
     "none": "no CUDA graphs",
 }
@@ -71,7 +70,7 @@ class ExecutionPlan:
     @property
     def has_static_gradients(self) -> bool:
         """Whether graphs keep the encoder's gradients at fixed addresses; DDP's hooks do not."""
-        return self.graphs in ("dense", "encoder") and not self.is_replicated
+        return self.graphs == "encoder" and not self.is_replicated
 
     def describe(self, shards: str) -> str:
         """One line for the log; ``shards`` from ``describe_shards``."""

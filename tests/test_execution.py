@@ -102,7 +102,7 @@ def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"embedding_optimizer": "sgd"}, "step"),
         ({"embedding_optimizer": "rowwise_adagrad", "world_size": 2}, "step"),
         ({"table_precision": "fp16"}, "step"),
-        ({"compute_kernel": "fused_uvm_caching"}, "dense"),
+        ({"compute_kernel": "fused_uvm_caching"}, "encoder"),
         ({"table_precision": "fp16", "world_size": 2}, "step"),
         ({"head": "linear", "world_size": 2}, "step"),
         ({"sharding": "table_wise", "world_size": 2}, "encoder"),
@@ -117,7 +117,7 @@ def test_the_graphs(as_with_cuda: None, changed: dict[str, Any], graphs: str) ->
     plan = planned("cuda", **{"width": 16, "nhead": 2} | changed)
     assert plan.graphs == graphs
     assert plan.precision == changed.get("precision", "bf16")
-    assert plan.has_static_gradients == (graphs in ("dense", "encoder") and "mode" not in changed)
+    assert plan.has_static_gradients == (graphs == "encoder" and "mode" not in changed)
 
 
 def test_rates_of_the_tables() -> None:

@@ -34,12 +34,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
-        if own:
-            graphs = "step"
-        elif replicated or exchange == "torchrec":
-            graphs = "encoder"
-        else:
-            graphs = "dense"
+        graphs = "step" if own else "encoder"
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else by_library,
         exchange=exchange,
