@@ -1,6 +1,6 @@
-"""The item table, one float32 or fp16 table looked up and updated by this project's code.
+"""The item table, and a linear head's table, looked up and updated by this project's code.
 
-The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
+They are float32 or fp16. The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
 exact softmax every row gets a gradient in every step. In place, the candidates are the shard
 itself: only the items of the histories are looked up, their gradients are added to those of the
 candidates, and one pass over the shard updates it.
