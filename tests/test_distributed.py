@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.distributed import start
+from model.checkpoints.checkpoints import Checkpoints
+from model.distributed import Ranks, start
 from pipeline.evaluation.config import HoldoutConfig
 from pipeline.evaluation.holdout import EvalLoader
 from tests.conftest import torchrun
 from tests.reference_metrics import reference
 from tests.workers import sharded
-from tests.workers.sharded import EPOCHS, WAYS, Copied, Run
+from tests.workers.sharded import EPOCHS, WAYS, Built, Copied, Run, Saved
 
 METRICS = ("users", "sampled", "full", "popularity", "baselines", "debiased", "cold_targets")
 LOSS, WEIGHT = 1e-5, 2e-5
@@ -30,13 +31,13 @@ Answers = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[Answers]:
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
     """The worker's results on one rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         ranks = start()
         try:
-            found = sharded.answers(ranks)
+            found = sharded.answers(ranks, tmp_path_factory.mktemp("one"))
         finally:  # the tests after this module start their own group
             dist.destroy_process_group()
         yield found
@@ -56,6 +57,7 @@ def answers_of(num_ranks: int, folder: Path) -> Answers:
         # The file names its classes as the script's own.
         patch.setattr(sys.modules["__main__"], "Run", Run, raising=False)
         patch.setattr(sys.modules["__main__"], "Copied", Copied, raising=False)
+        patch.setattr(sys.modules["__main__"], "Saved", Saved, raising=False)
         return torch.load(folder / f"{num_ranks}.pt", weights_only=False)
 
 
@@ -151,6 +153,22 @@ def test_fp16_tables_give_the_same_losses_on_one_rank_and_two(
     for name, run in found.items():
         assert run.losses == pytest.approx(alone, abs=0.01), name
         assert (run.replayable > 2) == ("replayed" in name)
+
+
+def test_a_checkpoint_of_fp16_tables_is_restored_on_another_number_of_ranks(
+    one: Answers, two: Answers, one_rank: Ranks
+) -> None:
+    for answers in (one, two):
+        saved: Saved = answers["saved"]
+        built = Built.of(sharded.config_of(sharded.HALF, one_rank), one_rank)
+        optimizers = built.optimizers()
+        position = Checkpoints(saved.run_dir, one_rank).resume(built.model, optimizers)
+        assert position.step == saved.step == 9
+        assert sharded.weights_of(built.model)["table"].equal(saved.table)
+        later = sharded.later_losses(built, optimizers, saved.step)
+        if answers is one:  # the same bits
+            assert later == saved.later
+        assert later == pytest.approx(saved.later, abs=0.01)
 
 
 def test_tables_of_a_linear_head_equal_the_reference(one: Answers, two: Answers) -> None:

@@ -1,9 +1,9 @@
 """The item table, and a linear head's table, looked up and updated by this project's code.
 
-They are float32 or fp16. The backward pass of the lookup sums the gradients of equal ids and updates their rows. With the
-exact softmax every row gets a gradient in every step. In place, the candidates are the shard
-itself: only the items of the histories are looked up, their gradients are added to those of the
-candidates, and one pass over the shard updates it.
+They are float32 or fp16. The backward pass of the lookup sums the gradients of equal ids and
+updates their rows. With the exact softmax every row gets a gradient in every step. In place, the
+candidates are the shard itself: only the items of the histories are looked up, their gradients are
+added to those of the candidates, and one pass over the shard updates it.
 
 TorchRec's train pipeline calls ``input_dist`` a batch ahead (it requests rows, ``all_to_all.py``)
 and ``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM keeps weights,
