@@ -58,7 +58,7 @@ def planned(
         ({}, "own", "none", True),
         ({"sharding": "table_wise"}, "own", "none", True),
         ({"mode": "ddp"}, "replicated", "none", False),
-        ({"table_precision": "fp16"}, "own", "none", False),  # candidates looked up as fp32
+        ({"table_precision": "fp16"}, "own", "none", True),
         ({"head": "linear"}, "own", "none", True),
         ({"loss": "sampled_softmax"}, "own", "none", False),
         ({"positions": 31}, "own", "none", False),  # more than items: cheap to look up
@@ -67,7 +67,7 @@ def planned(
         ({"world_size": 3, "mode": "ddp"}, "replicated", "all_reduce", False),
         ({"world_size": 3, "positions": 31}, "own", "gather", False),
         ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
-        ({"world_size": 3, "table_precision": "fp16"}, "own", "gather", False),
+        ({"world_size": 3, "table_precision": "fp16"}, "own", "gather", True),
         ({"embedding_optimizer": "rowwise_adagrad"}, "own", "none", True),
         ({"world_size": 3, "head": "linear"}, "own", "gather", True),
         ({"world_size": 3, "sharding": "table_wise"}, "torch", "torchrec", False),

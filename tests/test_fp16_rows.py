@@ -114,6 +114,23 @@ def test_an_fp16_row_by_hand() -> None:
         assert value % spacing == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_table_is_rounded_as_some_of_its_rows(kind: str) -> None:
+    """In one pass over rows 1 to 4 and the outer rows 5 and 0, as if all were looked up."""
+    start = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).half()
+    gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
+    one, other = start.clone(), start.clone()
+    states = [states_of(kind, 6, 8) for _ in range(2)]
+    for number in (1, 2):
+        step = Step(**{**vars(STEP), "number": number})
+        index = sort_index(torch.arange(6), 6)
+        update_some(kind, one, states[0], index, gradient.clone(), step)
+        outer = gradient[[5, 0]].clone()
+        update(kind, other, states[1], gradient[1:5].clone(), outer, 1, step)
+    assert one.equal(other) and not one.equal(start)
+    torch.testing.assert_close(states[0], states[1])
+
+
 @needs_cuda
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -131,11 +148,10 @@ def test_kernels_equal_plain_torch(kind: str, dtype: torch.dtype, width: int) ->
             index = torch.randint(0, rows + 1, (40 + 700 * (number == 3),), generator=draws)
             gradients = torch.randn(len(index), width, generator=draws).to(device)
             update_some(kind, table, states, sort_index(index.to(device), rows), gradients, step)
-            if dtype == torch.float32:
-                scored = torch.randn(rows - 2, width, generator=draws).to(device)
-                outer = torch.randn(2, width, generator=draws).to(device)
-                outer[number % 2] = 0
-                update(kind, table, states, scored, outer, 1, step)
+            scored = torch.randn(rows - 2, width, generator=draws).to(device)
+            outer = torch.randn(2, width, generator=draws).to(device)
+            outer[number % 2] = 0
+            update(kind, table, states, scored, outer, 1, step)
         found[device] = [part.cpu() for part in (table.float(), *states)]
     torch.testing.assert_close(found["cpu"][1:], found["cuda"][1:], rtol=1e-4, atol=1e-4)
     if dtype == torch.float32:

@@ -25,8 +25,6 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     own = kept and not replicated and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
-    # A gradient for fp16 rows would be rounded to fp16: they are looked up as float32.
-    in_place = in_place and config.sharding.table_precision == "fp32"
     # FBGEMM has no Adam on CPU.
     by_library: Lookup = "fbgemm"
     if optimizer == "adam" and ranks.device.type == "cpu":

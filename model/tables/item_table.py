@@ -247,7 +247,8 @@ class _LookUp(torch.autograd.Function):
         rows = rows_or_zeros(shard.rows, local, sent)
         own = rows[:0] if request is None else exchange.own_rows(rows[:count], request)
         if shard.in_place is not None:
-            return own, shard.in_place.detach()
+            # A gradient has its value's dtype: fp16 rows are converted.
+            return own, shard.in_place.detach().float()
         return own[:num_items], own[num_items:] if candidates is None else rows.float()[count:]
 
     @staticmethod

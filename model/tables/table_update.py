@@ -115,7 +115,7 @@ def update(
     """One step of ``optimizer``, in place.
 
     Args:
-        table: float32 [R, D].
+        table: float32 or fp16 [R, D].
         states: the optimizer's state: two [R, D] for adam, [R, D] for adagrad, [R] for
             rowwise_adagrad.
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
@@ -130,11 +130,12 @@ def update(
         _update_all[(tiles,)](table, gradient, outer, *sizes, how, *tile)
         return
     last = first + len(gradient)
+    parts = table, *states
     scored: list[tuple[slice, Tensor]] = [(slice(first, last), gradient)]
     if optimizer == "adam":
         touched = outer.any(dim=1).nonzero()[:, 0]
         places = (last + touched) % len(table)
-        _update_at(optimizer, (table, *states), places, outer[touched], step)
+        _update_at(optimizer, parts, places, outer[touched], step)
     else:  # a gradient of zero changes no row
         scored += [
             (slice(last, None), outer[: len(table) - last]),
@@ -142,7 +143,7 @@ def update(
         ]
     for rows, of_rows in scored:
         if len(of_rows):
-            _UPDATES[optimizer](table[rows], *(s[rows] for s in states), of_rows, step)
+            _update_at(optimizer, parts, rows, of_rows, step)
 
 
 def update_some(
@@ -179,16 +180,22 @@ def has_kernels(table: Tensor) -> bool:
 
 
 def _update_at(
-    optimizer: str, parts: Sequence[Tensor], rows: Tensor, gradient: Tensor, step: Step
+    optimizer: str, parts: Sequence[Tensor], rows: Tensor | slice, gradient: Tensor, step: Step
 ) -> None:
-    """Update the different ``rows`` of table and state."""
-    copies = [part[rows].float() for part in parts]
-    _UPDATES[optimizer](*copies, gradient, step)
-    if parts[0].dtype == torch.float16:
-        bits = random_bits(step.key, rows + step.first_row, gradient.shape[1])
-        copies[0] = rounded_at_random(copies[0], bits)
-    for whole, part in zip(parts, copies, strict=True):
-        whole[rows] = part
+    """Update the different ``rows`` of table and state; float32 slices in place."""
+    table, *states = parts
+    given = [part[rows] for part in parts]
+    values, *kept = given
+    updated = values.float()
+    _UPDATES[optimizer](updated, *kept, gradient, step)
+    if table.dtype == torch.float16:
+        numbers = torch.arange(len(table), device=table.device)[rows] + step.first_row
+        bits = random_bits(step.key, numbers, gradient.shape[1])
+        table[rows] = rounded_at_random(updated, bits)
+        parts, given = states, kept
+    if not isinstance(rows, slice):
+        for whole, part in zip(parts, given, strict=True):
+            whole[rows] = part
 
 
 def _row_optimizer(
