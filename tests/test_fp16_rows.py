@@ -134,7 +134,7 @@ def test_a_whole_table_is_rounded_as_some_of_its_rows(kind: str) -> None:
 @needs_cuda
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("width", [8, 60, 128, 200, 384, 1500])
+@pytest.mark.parametrize("width", [8, 60, 128, 384])
 def test_kernels_equal_plain_torch(kind: str, dtype: torch.dtype, width: int) -> None:
     rows, generator = 50, torch.Generator().manual_seed(width)
     start = (0.02 * torch.randn(rows, width, generator=generator)).to(dtype)
