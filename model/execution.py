@@ -39,7 +39,8 @@ class ExecutionPlan:
     """The same on every rank. The default executes a plain model on one rank.
 
     Attributes:
-        in_place: the exact softmax scores the rank's shard itself, not a looked-up copy of it.
+        in_place: the exact softmax scores the rank's shard itself (if it is fp16, a float32 copy),
+            not rows looked up by their ids.
         precision: of the matrix products of encoder and head.
         table_optimizer: in ddp the encoder's.
         table_lr: the tables' peak learning rate.

@@ -160,7 +160,10 @@ class ShardedItemTable(ShardedEmbeddingCollection):
         return LookupContext()
 
     def requests(self, batch: PackedBatch) -> list[Any]:
-        """What the exchange does a batch ahead, for each table of which rows are exchanged."""
+        """What the exchange does a batch ahead, for each table of which rows are exchanged.
+
+        A step's slots suffice for all of its ids together, so for those of each table.
+        """
         ids = [batch.requested]
         if self._draws and not self._is_tied:
             num_items = batch.num_items
