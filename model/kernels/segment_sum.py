@@ -4,19 +4,20 @@
 
 After the sort, equal indices form a run. A run across chunks of the sorted values is summed chunk
 by chunk, and a second kernel adds these sums: the mask token's run is a fifth of all values. A
-run's sum is added to its row, or is the gradient of an Adam step of that row.
+run's sum is added to its row, or is the gradient of an optimizer step of that row.
 
 Shapes: M values, C rows, S more rows, D width.
 """
 # ruff: noqa: ANN001 - Triton would interpret a kernel's annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels.compiler import launch, tl, triton
+from model.kernels.random_bits import round_at_random
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,24 @@ class SortedIndex:
     count: int  # number of rows; entries of ``count`` or more are ignored
     keys: Tensor | None = None  # [M], the entries ascending
     order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
+
+
+KINDS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+
+
+class RowOptimizer(NamedTuple):
+    """Kind, state and constants of a step, an argument of kernels."""
+
+    kind: Any  # constexpr int, the place in KINDS
+    state: Tensor  # sums of squares of adagrad [R, D] or of their means [R], means of adam [R, D]
+    squares: Tensor  # of adam, float32 [R, D]
+    rates: Tensor  # float32 [2]: learning rate; see model.tables.table_update.Step.rates
+    key: Tensor  # int32 [1], of the random bits
+    beta1: float
+    beta2: float
+    eps: float
+    scale: float  # factor of the gradients
+    first_row: int  # number of the table's row that is the first here, for the random bits
 
 
 def sort_index(index: Tensor, count: int) -> SortedIndex:
@@ -54,7 +73,7 @@ def add_rows(rows: Tensor, index: SortedIndex, values: Tensor, more: Tensor | No
         return
     fits = rows.is_contiguous() and count < torch.iinfo(torch.int32).max
     if triton is not None and rows.is_cuda and rows.dtype == torch.float32 and fits:
-        _sum_runs(rows, more, index, values, None, 1.0)
+        _sum_runs(rows, more, index, values, None)
         return
     for part, row in ((rows, index.index), (more, index.index - len(rows))):
         if len(part):
@@ -71,103 +90,136 @@ def accumulate(rows: Tensor, index: Tensor, values: Tensor) -> None:
         rows.index_add_(0, index, values)
 
 
-def adam_rows(
-    rows: Tensor, index: SortedIndex, values: Tensor, adam: tuple[Any, ...], scale: float
-) -> None:
-    """One step of Adam for every row in the index; its gradient is scale x sum of values.
+def step_at(rows: Tensor, index: SortedIndex, values: Tensor, how: RowOptimizer) -> None:
+    """One optimizer step of every row in the index; its gradient is the sum of its values.
 
-    On CUDA; rows are float32 [C, D], contiguous, values float32 [M, D], ``adam`` as for
-    :func:`adam_step`.
+    On CUDA; rows are float32 or fp16 [C, D], contiguous, values float32 [M, D].
     """
     if len(index.index):
-        _sum_runs(rows, rows[:0], index, values, adam, scale)
+        _sum_runs(rows, rows[:0], index, values, how)
 
 
 def _sum_runs(
-    rows: Tensor, more: Tensor, index: SortedIndex, values: Tensor, adam: Any, scale: float
+    rows: Tensor, more: Tensor, index: SortedIndex, values: Tensor, how: RowOptimizer | None
 ) -> None:
     keys, width = index.keys, rows.shape[1]
     assert keys is not None
     count, values = len(keys), values.contiguous()
-    chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, _COLUMNS)
+    block, columns = 8, 128
+    if how is not None and KINDS[how.kind] == "rowwise_adagrad":  # a program holds a whole row
+        columns = triton.next_power_of_2(width)
+        block = max(1, min(block, 1024 // columns))
+    chunks, parts = triton.cdiv(count, _CHUNK), triton.cdiv(width, columns)
     edges, out = values.new_empty(chunks, 2, width), (rows, more, len(rows))
-    rest = edges, count, index.count, width, out, adam, scale
-    launch(_add_runs, (count, parts), keys, index.order, values, *rest, num_warps=2)
+    rest = edges, count, index.count, width, out, how
+    runs = keys, index.order, values, *rest, block, columns
+    launch(_add_runs, (count, parts), *runs, num_warps=2)
     if chunks > 1:
-        launch(_add_chunks, (chunks - 1, parts), keys, *rest)
+        launch(_add_chunks, (chunks - 1, parts), keys, *rest, columns)
 
 
-adam_step: Any = None
+step_rows: Any = None
 
 if triton is not None:
-    # Values of a run, and columns of each, that a program adds at a time; values of a chunk.
-    _BLOCK, _COLUMNS, _CHUNK = tl.constexpr(8), tl.constexpr(128), tl.constexpr(256)
+    _CHUNK = tl.constexpr(256)  # values
+    _SGD, _ADAGRAD, _ROWWISE, _ADAM = map(tl.constexpr, range(len(KINDS)))
 
     @triton.jit
-    def adam_step(rows, at, inside, grad, adam) -> None:
-        """One step of Adam for values that have the gradient ``grad``.
+    def step_rows(rows, row, there, column, width, grad, how) -> None:
+        """One step of the optimizer ``how`` for rows that have the gradient ``grad``.
 
         Args:
-            rows: float32, of which the values ``at`` are updated where ``inside`` is true.
-            adam: means and squares (float32, like ``rows``), rates (float32 [2], see
-                :class:`~model.tables.table_update.Step`), beta1, beta2, eps.
+            rows: float32 or fp16 [R, D].
+            row: int64 [B, 1], of which those are updated where ``there`` is true.
+            column: int [1, C], with all columns of a row for rowwise_adagrad.
+            grad: float32 [B, C], zeros beyond the width.
         """
-        means, squares, rates, beta1, beta2, eps = adam
-        mean = tl.load(means + at, mask=inside, other=0.0)
-        square = tl.load(squares + at, mask=inside, other=0.0)
-        value = tl.load(rows + at, mask=inside, other=0.0)
-        mean = beta1 * mean + (1.0 - beta1) * grad
-        square = beta2 * square + (1.0 - beta2) * grad * grad
-        rate, shrink = tl.load(rates), tl.load(rates + 1)
-        value -= rate * mean / (tl.sqrt(square) * shrink + eps)
-        tl.store(means + at, mean, mask=inside)
-        tl.store(squares + at, square, mask=inside)
-        tl.store(rows + at, value, mask=inside)
+        at, inside = row * width + column, there & (column < width)
+        grad = grad * how.scale
+        value = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
+        rate = tl.load(how.rates)
+        if how.kind == _ADAM:
+            mean = tl.load(how.state + at, mask=inside, other=0.0)
+            square = tl.load(how.squares + at, mask=inside, other=0.0)
+            mean = how.beta1 * mean + (1.0 - how.beta1) * grad
+            square = how.beta2 * square + (1.0 - how.beta2) * grad * grad
+            tl.store(how.state + at, mean, mask=inside)
+            tl.store(how.squares + at, square, mask=inside)
+            value -= rate * mean / (tl.sqrt(square) * tl.load(how.rates + 1) + how.eps)
+        elif how.kind == _ROWWISE:
+            total = tl.load(how.state + row, mask=there, other=0.0)
+            total += tl.sum(grad * grad, axis=1, keep_dims=True) / width
+            tl.debug_barrier()  # every warp has read the row's sum
+            tl.store(how.state + row, total, mask=there)
+            value -= rate * grad / (tl.sqrt(total) + how.eps)
+        elif how.kind == _ADAGRAD:
+            total = tl.load(how.state + at, mask=inside, other=0.0) + grad * grad
+            tl.store(how.state + at, total, mask=inside)
+            value -= rate * grad / (tl.sqrt(total) + how.eps)
+        else:
+            value -= rate * grad
+        if rows.dtype.element_ty == tl.float16:
+            value = round_at_random(value, how.key, row + how.first_row, column)
+        tl.store(rows + at, value.to(rows.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _finish(key, total, column, width, out, adam, scale) -> None:
+    def _finish(key, total, column, width, out, how) -> None:
         """Add a run's sum to its row, or update the row by it."""
         rows, more, split = out
-        wide, row = column < width, key.to(tl.int64)
-        if adam is not None:
-            adam_step(rows, row * width + column, wide, total * scale, adam)
+        if how is not None:
+            row = tl.full([1, 1], 0, tl.int64) + key
+            step_rows(rows, row, row >= 0, column[None, :], width, total[None, :], how)
         else:
+            wide, row = column < width, key.to(tl.int64)
             start_of = tl.where(key < split, rows + row * width, more + (row - split) * width)
             to = start_of + column
             tl.store(to, tl.load(to, mask=wide, other=0.0) + total, mask=wide)
 
     @triton.jit
-    def _add_runs(keys, order, values, edges, count, limit, width, out, adam, scale) -> None:
+    def _add_runs(
+        keys,
+        order,
+        values,
+        edges,
+        count,
+        limit,
+        width,
+        out,
+        how,
+        block: tl.constexpr,
+        columns: tl.constexpr,
+    ) -> None:
+        # A program adds ``block`` values of a run at a time, ``columns`` columns of each.
         start = tl.program_id(0)
         key = tl.load(keys + start).to(tl.int32)
         before = tl.load(keys + start - 1, mask=start > 0, other=-1).to(tl.int32)
         begins = key != before
         if (begins | (start % _CHUNK == 0)) & (key < limit):
-            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
+            column = tl.program_id(1) * columns + tl.arange(0, columns)
             wide = column < width
             end = tl.minimum((start // _CHUNK + 1) * _CHUNK, count)
-            sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
-            at = start + tl.arange(0, _BLOCK)
+            sums = tl.zeros([block, columns], tl.float32)
+            at = start + tl.arange(0, block)
             same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
             found = tl.sum(same.to(tl.int32), axis=0)
             while found > 0:
                 of = tl.load(order + at, mask=same, other=0)
                 inside = same[:, None] & wide
                 sums += tl.load(values + of[:, None] * width + column, mask=inside, other=0.0)
-                at += _BLOCK
+                at += block
                 same = tl.load(keys + at, mask=at < end, other=-1).to(tl.int32) == key
                 found = tl.sum(same.to(tl.int32), axis=0)
             total = tl.sum(sums, axis=0)
             follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
             if begins & (follows == 0):
-                _finish(key, total, column, width, out, adam, scale)
+                _finish(key, total, column, width, out, how)
             else:
                 # Two sums per chunk: of a run that began before it, and of one that begins in it.
                 edge = (start // _CHUNK) * 2 + begins.to(tl.int32)
                 tl.store(edges + edge * width + column, total, mask=wide)
 
     @triton.jit
-    def _add_chunks(keys, edges, count, limit, width, out, adam, scale) -> None:
+    def _add_chunks(keys, edges, count, limit, width, out, how, columns: tl.constexpr) -> None:
         at = tl.program_id(0)
         end = (at + 1) * _CHUNK
         key = tl.load(keys + end - 1).to(tl.int32)
@@ -175,7 +227,7 @@ if triton is not None:
         before = tl.load(keys + at * _CHUNK - 1, mask=at > 0, other=-1).to(tl.int32)
         follows = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32) == key
         if follows & ((first != key) | (before != key)) & (key < limit):
-            column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
+            column = tl.program_id(1) * columns + tl.arange(0, columns)
             wide = column < width
             total = tl.load(edges + (at * 2 + 1) * width + column, mask=wide, other=0.0)
             going = 1
@@ -185,4 +237,4 @@ if triton is not None:
                 end = (at + 1) * _CHUNK
                 after = tl.load(keys + end, mask=end < count, other=-1).to(tl.int32)
                 going = (after == key).to(tl.int32)
-            _finish(key, total, column, width, out, adam, scale)
+            _finish(key, total, column, width, out, how)

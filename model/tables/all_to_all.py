@@ -127,7 +127,10 @@ class AllToAll(RowExchange):
         return request.received
 
     def own_rows(self, rows: Tensor, request: Request) -> Tensor:
-        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank."""
+        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank.
+
+        They are sent as they are stored, float32 or fp16, and returned as float32.
+        """
         own = torch.empty_like(rows)
         dist.all_to_all_single(own, rows)
         return rows_or_zeros(own, request.slots)
