@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.kernels.segment_sum import add_rows, sort_index
+from model.kernels.segment_sum import add_rows, sort_index, sum_rows
 from model.tables.table_update import Step, update_some
 
 
@@ -12,6 +12,13 @@ def test_by_hand() -> None:
     index = sort_index(torch.tensor([2, 0, 2, 3, 5]), 3)  # 3 and 5: nowhere
     add_rows(rows, index, torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]))
     assert rows.tolist() == [[21.0], [2.0], [43.0]]
+
+
+def test_sums_of_two_tensors_by_hand() -> None:
+    index = sort_index(torch.tensor([1, 0, 1, 3, 1]), 3)  # 3: nowhere
+    values = torch.tensor([[10.0], [20.0], [30.0], [torch.nan], [50.0]])
+    assert sum_rows(index, [values]).tolist()[:2] == [[20.0], [90.0]]  # 2 has no values
+    assert sum_rows(index, values.split([2, 3])).tolist()[:2] == [[20.0], [90.0]]
 
 
 def test_no_values_and_no_rows() -> None:
@@ -31,7 +38,7 @@ def test_threads_add_in_a_fixed_order_on_the_cpu() -> None:
         try:
             sums, table, state = torch.zeros(50, 32), torch.zeros(50, 32), torch.zeros(50)
             add_rows(sums, index, added)
-            update_some("rowwise_adagrad", table, [state], index, added, step)
+            update_some("rowwise_adagrad", table, [state], index, [added], step)
         finally:
             torch.set_num_threads(1)
         found.add(sums.numpy().tobytes() + table.numpy().tobytes())

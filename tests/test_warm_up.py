@@ -333,7 +333,8 @@ def test_noted_types_are_those_that_triton_compiles_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", NoDevice())
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", keep)
-        given_ = tensor, tensor, tensor, tensor, one, 16, other, out, None, 1.0
+        values = tensor, tensor, other
+        given_ = tensor, tensor, values, tensor, one, 16, other, out, None, 1.0, "add", 64, 8, 4
         _add_runs.warmup(*given_, grid=(1,), num_warps=2)
         noted: list[Launch] = []
         with noted_launches(noted.append):

@@ -199,7 +199,8 @@ class _OwnRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.all_gradients(gradient.contiguous(), ctx.request), None, None
+        (of_rows,) = ctx.exchange.all_gradients([gradient], ctx.request)
+        return of_rows, None, None
 
 
 class _Split(torch.autograd.Function):

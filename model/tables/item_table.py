@@ -14,6 +14,7 @@ Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R ro
 width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
-from model.kernels.l2_normalize import join_gradients
 from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
@@ -89,12 +89,15 @@ class TableShard:
         return sort_index(index, count)
 
     def update(
-        self, index: Pending[SortedIndex], of_rows: Tensor, of_candidates: Tensor | None = None
+        self,
+        index: Pending[SortedIndex],
+        of_rows: Sequence[Tensor],
+        of_candidates: Tensor | None = None,
     ) -> None:
         """Do one step of the optimizer, on the side stream if one is open.
 
-        ``of_rows`` [U, D] are gradients of the rows looked up, ``of_candidates`` [C, D] those of
-        the candidates in place.
+        ``of_rows`` are gradients of the rows looked up, one or two tensors of [U, D] together,
+        ``of_candidates`` [C, D] those of the candidates in place.
         """
         # A captured step is replayed many times; each replay is counted by its caller.
         if not (self._rates is not None and torch.cuda.is_current_stream_capturing()):
@@ -106,9 +109,10 @@ class TableShard:
                 update_some(*known, index.result(), of_rows, self._step, self._rates)
                 return
             assert of_candidates is not None
+            (of_items,) = of_rows
             gradient = of_candidates.contiguous()
             outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
-            add_rows(gradient, index.result(), of_rows, outer)
+            add_rows(gradient, index.result(), of_items, outer)
             update(*known, gradient, outer, self._first, self._step, self._rates)
 
         side_stream.run(work)
@@ -174,13 +178,13 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
 
-        def exchanged(gradient: Tensor) -> Tensor:
-            return shard.exchange.all_gradients(gradient, ctx.request)
+        def exchanged(*gradients: Tensor) -> Sequence[Tensor]:
+            return shard.exchange.all_gradients(gradients, ctx.request)
 
         if ctx.draws:
-            shard.update(ctx.index, exchanged(join_gradients(of_items, of_candidates)))
+            shard.update(ctx.index, exchanged(of_items, of_candidates))
         elif shard.in_place is None:
-            shard.update(ctx.index, join_gradients(exchanged(of_items), of_candidates))
+            shard.update(ctx.index, [*exchanged(of_items), of_candidates])
         else:
             shard.update(ctx.index, exchanged(of_items), of_candidates)
         return (None,) * 5

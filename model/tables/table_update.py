@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.compiler import launch, row_tiles, tl, triton
-from model.kernels.segment_sum import SortedIndex, accumulate, adam_rows, adam_step
+from model.kernels.segment_sum import SortedIndex, accumulate, adam_rows, adam_step, joined
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
@@ -110,7 +110,7 @@ def update_some(
     table: Tensor,
     states: Sequence[Tensor],
     index: SortedIndex,
-    gradients: Tensor,
+    gradients: Sequence[Tensor],
     step: Step,
     rates: Tensor | None = None,
 ) -> None:
@@ -118,14 +118,15 @@ def update_some(
 
     Args:
         index: [M], rows, may repeat; R is ignored.
-        gradients: float32 [M, D]; those of equal rows are summed.
+        gradients: one or two tensors, float32, together [M, D]; those of equal rows are summed.
     """
     if optimizer == "adam" and has_adam_kernels(table):
         adam_rows(table, index, gradients, _adam_arguments(states, step, rates), step.scale)
         return
     rows, place = index.index.unique(return_inverse=True)
-    sums = gradients.new_zeros(len(rows), gradients.shape[1])
-    accumulate(sums, place, gradients)
+    gradient = joined(gradients)
+    sums = gradient.new_zeros(len(rows), gradient.shape[1])
+    accumulate(sums, place, gradient)
     if len(rows) and rows[-1] == len(table):
         rows, sums = rows[:-1], sums[:-1]
     _update_at(optimizer, (table, *states), rows, sums, step)
