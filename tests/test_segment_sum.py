@@ -1,10 +1,14 @@
 """Rows added to rows: by hand, and the kernel on CUDA against float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from model.kernels.segment_sum import add_rows, sort_index, sum_rows
 from model.tables.table_update import Step, update_some
+from tests.conftest import ROOT, environment
 
 
 def test_by_hand() -> None:
@@ -64,3 +68,15 @@ def test_the_kernel_is_exact_and_deterministic(count: int, values: int, width: i
     inside = index < count
     expected = rows.double().index_add_(0, index[inside], added[inside].double())
     assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_the_kernels_are_exact_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.workers.interpreted"],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "checked\n", done.stderr
