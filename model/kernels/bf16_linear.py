@@ -20,7 +20,7 @@ from model.kernels.dropout_bits import Dropout, drop
 # ``column_sum``, a smaller kernel, runs twice as many.
 _PROGRAMS = 528
 # Rows and columns that a program holds at a time where it adds up the sums of such programs.
-_FINAL_TILE = 256, 16
+_FINAL_TILE = 256, 8
 
 
 def linear(module: nn.Linear, rows: Tensor, with_bias: bool = True) -> Tensor:

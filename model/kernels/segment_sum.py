@@ -119,9 +119,9 @@ def _has_kernels(rows: Tensor, count: int) -> bool:
 
 
 # Values that a warp holds of each tensor; Adam has more tensors.
-_HELD = {"store": 2048, "add": 2048, "adam": 1024}
+_HELD = {"store": 1024, "add": 1024, "adam": 512}
 _WIDEST = 1024  # columns of a program
-_CHUNK = 64  # sorted values
+_CHUNK = 32  # sorted values
 
 
 def _sum_runs(
@@ -199,10 +199,10 @@ if triton is not None:
         return tl.load(keys + at, mask=exists, other=-1).to(tl.int32)
 
     @triton.jit
-    def _values(values, order, at, wanted, column, width):
-        """The values [B, columns] that belong to the places ``at`` [B] of the sorted index."""
+    def _values(values, of, wanted, column, width):
+        """The values [B, columns] at the places ``of`` [B]; 0 where they are not ``wanted``."""
         first, second, split = values
-        of = tl.load(order + at, mask=wanted, other=0)[:, None]
+        of = of[:, None]
         start_of = tl.where(of < split, first + of * width, second + (of - split) * width)
         return tl.load(start_of + column, mask=wanted[:, None] & (column < width), other=0.0)
 
@@ -230,38 +230,40 @@ if triton is not None:
     ) -> None:
         start, place = tl.program_id(0) * block, tl.arange(0, block)
         opens, end = start % chunk == 0, tl.minimum((start // chunk + 1) * chunk, count)
-        at, final = start + place, start + block - 1
+        # All that memory says of the tile is loaded at once; places of values, in case of need.
+        at, ahead, after = start + place, start + block + place, start + block + tl.arange(0, chunk)
         key, key_after = _key(keys, at, at < count), _key(keys, at + 1, at + 1 < count)
-        before, last = _key(keys, start - 1, start > 0), _key(keys, final, final < count)
+        before, key_ahead = _key(keys, start - 1, start > 0), _key(keys, after, after < end)
+        last = _key(keys, start + block - 1, start + block <= count)
         after_chunk = _key(keys, end, end < count)
-        # The values before ``before``'s run end are summed by the program of an earlier tile.
+        of = tl.load(order + at, mask=at < count, other=0)
+        of_ahead = tl.load(order + ahead, mask=ahead < end, other=0)
+        # A run that began in the chunk's tiles before is summed by another program.
         own = (at < count) & (key < limit) & (opens | (key != before))
         if tl.max(own.to(tl.int32), axis=0) > 0:
             column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
-            totals = _values(values, order, at, own, column, width)
+            # The last run may go on in the next tiles.
+            goes_on = (last < limit) & (opens | (last != before))
+            same = goes_on & (after < end) & (key_ahead == last)
+            stop = start + block + tl.sum(same.to(tl.int32), axis=0)
+            added = tl.zeros([columns], tl.float32)
+            for _ in range(start + block, stop, block):
+                more = _values(values, of_ahead, ahead < stop, column, width)
+                ahead += block
+                of_ahead = tl.load(order + ahead, mask=ahead < stop, other=0)
+                added += tl.sum(more, axis=0)
+            totals = _values(values, of, own, column, width)
             spread = tl.broadcast_to(key[:, None], [block, columns])
             totals, _ = tl.associative_scan((totals, spread), 0, _add_equal)
-            # The last run may go on in the next tiles.
-            after, next_ = final + 1 + tl.arange(0, chunk), final + 1
-            same = (after < end) & (_key(keys, after, after < end) == last)
-            same &= (last < limit) & (opens | (last != before))
-            stop = next_ + tl.sum(same.to(tl.int32), axis=0)
-            added = tl.zeros([columns], tl.float32)
-            for begin in range(next_, stop, block):
-                at = begin + place
-                more = _values(values, order, at, at < stop, column, width)
-                added += tl.sum(more, axis=0)
-            is_last = place == block - 1
+            is_last, begins = place == block - 1, key != before
             totals = tl.where(is_last[:, None], totals + added[None, :], totals)
             ends = own & (is_last | (key != key_after))
+            done = ends & begins & ((is_last & (after_chunk == last)) == 0)
+            _finish(key, totals, done, column, width, out, adam, scale, way)
             # Two sums per chunk: of a run that began before it, and of one that begins in it.
-            crosses = is_last & (after_chunk == last)
-            begins = key != before
-            done = ends & begins & (crosses == 0)
             edge = (start // chunk * 2 + begins.to(tl.int32)).to(tl.int64)[:, None]
             inside = (ends & (done == 0))[:, None] & (column < width)
             tl.store(edges + edge * width + column, totals, mask=inside)
-            _finish(key, totals, done, column, width, out, adam, scale, way)
 
     @triton.jit
     def _add_chunks(
@@ -293,10 +295,10 @@ if triton is not None:
             found = tl.max(same.to(tl.int32), axis=0)
             while found > 0:
                 edge = (at * 2).to(tl.int64)[:, None] * width + column[None, :]
-                inside = same[:, None] & wide[None, :]
-                total += tl.sum(tl.load(edges + edge, mask=inside, other=0.0), axis=0)
-                at += block
+                more = tl.load(edges + edge, mask=same[:, None] & wide[None, :], other=0.0)
+                at += block  # the next keys are loaded meanwhile
                 same = _key(keys, at * chunk, at * chunk < count) == key
+                total += tl.sum(more, axis=0)
                 found = tl.max(same.to(tl.int32), axis=0)
             only = tl.full([1], 0, tl.int32)
             _finish(

@@ -55,10 +55,10 @@ def check(rows: int, index: Tensor, width: int) -> None:
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
-    # Tiles are chunks of 64: runs that end with one, within one, and after two others.
+    # Tiles are chunks of 32: runs that end with one, within one, and after others.
     check(5, torch.tensor([0] * 64 + [1] * 3 + [2] * 2 + [3] * 140 + [4]).roll(50), 4)
     check(90, torch.randint(0, 100, (70,)), 4)
     check(2, torch.tensor([1]), 4)
-    # Tiles of 8 or 16: a run ends in a chunk's first tile, the next one goes on in its second.
+    # Tiles of 4 or 8: a run ends in a chunk's first tile, the next one goes on in its second.
     check(6, torch.tensor([0] * 62 + [1] * 5 + [2] * 20 + [4, 4, 6])[torch.randperm(90)], 70)
     print("checked")
