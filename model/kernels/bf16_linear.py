@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import launch, tl, triton
-from model.kernels.dropout_bits import Dropout, drop
+from model.kernels.random_bits import Dropout, drop
 
 # Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
 # ``column_sum``, a smaller kernel, runs twice as many.

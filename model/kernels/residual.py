@@ -19,7 +19,7 @@ from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
 from model.kernels.bf16_linear import sum_partial
 from model.kernels.compiler import launch, triton
-from model.kernels.dropout_bits import Dropout
+from model.kernels.random_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.

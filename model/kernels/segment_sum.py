@@ -4,10 +4,10 @@
     program                             0     |   1       tiles of sorted values, several a chunk
 
 A program loads the values of a tile at once and finishes the rows whose runs begin in it: their
-sums are stored, added to the rows, or are the gradients of an Adam step of them. A run that goes on
-in the next tiles of its chunk is summed by the program of its first one. A run across chunks is
-summed chunk by chunk, and a second kernel adds these sums, many at once: the mask token's run is a
-fifth of all values.
+sums are stored, added to the rows, or are the gradients of an optimizer step of them. A run that
+goes on in the next tiles of its chunk is summed by the program of its first one. A run across
+chunks is summed chunk by chunk, and a second kernel adds these sums, many at once: the mask token's
+run is a fifth of all values.
 
 Shapes: M values, C rows, S more rows, D width; B values of a tile.
 """
@@ -15,12 +15,13 @@ Shapes: M values, C rows, S more rows, D width; B values of a tile.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.kernels.compiler import launch, tl, triton
+from model.kernels.random_bits import round_at_random
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,24 @@ class SortedIndex:
     count: int  # number of rows; entries of ``count`` or more are ignored
     keys: Tensor | None = None  # [M], the entries ascending
     order: Tensor | None = None  # int64 [M], the positions of ``keys`` in ``index``
+
+
+KINDS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+
+
+class RowOptimizer(NamedTuple):
+    """Kind, state and constants of a step, an argument of kernels."""
+
+    kind: Any  # constexpr int, the place in KINDS
+    state: Tensor  # sums of squares of adagrad [R, D] or of their means [R], means of adam [R, D]
+    squares: Tensor  # of adam, float32 [R, D]
+    rates: Tensor  # float32 [2]: learning rate; see model.tables.table_update.Step.rates
+    key: Tensor  # int32 [1], of the random bits
+    beta1: float
+    beta2: float
+    eps: float
+    scale: float  # factor of the gradients
+    first_row: int  # number of the table's row that is the first here, for the random bits
 
 
 def sort_index(index: Tensor, count: int) -> SortedIndex:
@@ -97,20 +116,13 @@ def accumulate(rows: Tensor, index: Tensor, values: Tensor) -> None:
         rows.index_add_(0, index, values)
 
 
-def adam_rows(
-    rows: Tensor,
-    index: SortedIndex,
-    values: Sequence[Tensor],
-    adam: tuple[Any, ...],
-    scale: float,
-) -> None:
-    """One step of Adam for every row in the index; its gradient is scale x sum of values.
+def step_at(rows: Tensor, index: SortedIndex, values: Sequence[Tensor], how: RowOptimizer) -> None:
+    """One optimizer step of every row in the index; its gradient is the sum of its values.
 
-    On CUDA; rows are float32 [C, D], contiguous, values one or two tensors float32 [., D], ``adam``
-    as for :func:`adam_step`.
+    On CUDA; rows are float32 or fp16 [C, D], contiguous, values one or two tensors float32 [., D].
     """
     if len(index.index):
-        _sum_runs(rows, rows[:0], index, values, "adam", adam, scale)
+        _sum_runs(rows, rows[:0], index, values, "step", how)
 
 
 def _has_kernels(rows: Tensor, count: int) -> bool:
@@ -118,8 +130,8 @@ def _has_kernels(rows: Tensor, count: int) -> bool:
     return triton is not None and rows.is_cuda and fits
 
 
-# Values that a warp holds of each tensor; Adam has more tensors.
-_HELD = {"store": 1024, "add": 1024, "adam": 512}
+# Values that a warp holds of each tensor; optimizers have more tensors.
+_HELD = {"store": 1024, "add": 1024, "step": 512}
 _WIDEST = 1024  # columns of a program
 _CHUNK = 32  # sorted values
 
@@ -130,65 +142,82 @@ def _sum_runs(
     index: SortedIndex,
     values: Sequence[Tensor],
     way: str,
-    adam: tuple[Any, ...] | None = None,
-    scale: float = 1.0,
+    how: RowOptimizer | None = None,
 ) -> None:
     keys, width = index.keys, rows.shape[1]
     assert keys is not None
     count, chunks = len(keys), triton.cdiv(len(keys), _CHUNK)
-    columns = min(triton.next_power_of_2(width), _WIDEST)
-    parts, lines = triton.cdiv(width, columns), min(columns, 128)  # columns of a warp
-    block = min(_HELD[way] // lines, _CHUNK)
+    columns = triton.next_power_of_2(width)
+    if how is None or KINDS[how.kind] != "rowwise_adagrad":  # else a program holds whole rows
+        columns = min(columns, _WIDEST)
+    parts, lines = triton.cdiv(width, columns), max(min(columns, 128), columns // 8)  # of a warp
+    block, warps = max(1, min(_HELD[way] // lines, _CHUNK)), columns // lines
     first, second = values if len(values) == 2 else (values[0], values[0][:0])
     given = first.contiguous(), second.contiguous(), len(first)
     edges, out = first.new_empty(chunks, 2, width), (rows, more, len(rows))
-    rest = edges, count, index.count, width, out, adam, scale, way, _CHUNK
-    tiles, warps = triton.cdiv(count, block), columns // lines
-    sorted_ = keys, index.order, given
-    launch(_add_runs, (tiles, parts), *sorted_, *rest, block, columns, num_warps=warps)
+    rest = edges, count, index.count, width, out, how, way, _CHUNK
+    grid, sorted_ = (triton.cdiv(count, block), parts), (keys, index.order, given)
+    launch(_add_runs, grid, *sorted_, *rest, block, columns, num_warps=warps)
     if chunks > 1:
-        block = min(8192 // columns, 64)
-        launch(
-            _add_chunks, (chunks - 1, parts), keys, *rest, block, columns, num_warps=max(4, warps)
-        )
+        block, warps = max(1, min(8192 // columns, 64)), max(4, warps)
+        launch(_add_chunks, (chunks - 1, parts), keys, *rest, block, columns, num_warps=warps)
 
 
-adam_step: Any = None
+step_rows: Any = None
 
 if triton is not None:
+    _SGD, _ADAGRAD, _ROWWISE, _ADAM = map(tl.constexpr, range(len(KINDS)))
 
     @triton.jit
-    def adam_step(rows, at, inside, grad, adam) -> None:
-        """One step of Adam for values that have the gradient ``grad``.
+    def step_rows(rows, row, there, column, width, grad, how) -> None:
+        """One step of the optimizer ``how`` for rows that have the gradient ``grad``.
 
         Args:
-            rows: float32, of which the values ``at`` are updated where ``inside`` is true.
-            adam: means and squares (float32, like ``rows``), rates (float32 [2], see
-                :class:`~model.tables.table_update.Step`), beta1, beta2, eps.
+            rows: float32 or fp16 [R, D].
+            row: int64 [B, 1], of which those are updated where ``there`` is true.
+            column: int [1, C], with all columns of a row for rowwise_adagrad.
+            grad: float32 [B, C], zeros beyond the width.
         """
-        means, squares, rates, beta1, beta2, eps = adam
-        mean = tl.load(means + at, mask=inside, other=0.0)
-        square = tl.load(squares + at, mask=inside, other=0.0)
-        value = tl.load(rows + at, mask=inside, other=0.0)
-        mean = beta1 * mean + (1.0 - beta1) * grad
-        square = beta2 * square + (1.0 - beta2) * grad * grad
-        rate, shrink = tl.load(rates), tl.load(rates + 1)
-        value -= rate * mean / (tl.sqrt(square) * shrink + eps)
-        tl.store(means + at, mean, mask=inside)
-        tl.store(squares + at, square, mask=inside)
-        tl.store(rows + at, value, mask=inside)
+        at, inside = row * width + column, there & (column < width)
+        grad = grad * how.scale
+        value = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)
+        rate = tl.load(how.rates)
+        if how.kind == _ADAM:
+            mean = tl.load(how.state + at, mask=inside, other=0.0)
+            square = tl.load(how.squares + at, mask=inside, other=0.0)
+            mean = how.beta1 * mean + (1.0 - how.beta1) * grad
+            square = how.beta2 * square + (1.0 - how.beta2) * grad * grad
+            tl.store(how.state + at, mean, mask=inside)
+            tl.store(how.squares + at, square, mask=inside)
+            value -= rate * mean / (tl.sqrt(square) * tl.load(how.rates + 1) + how.eps)
+        elif how.kind == _ROWWISE:
+            total = tl.load(how.state + row, mask=there, other=0.0)
+            total += tl.sum(grad * grad, axis=1, keep_dims=True) / width
+            tl.debug_barrier()  # every warp has read the row's sum
+            tl.store(how.state + row, total, mask=there)
+            value -= rate * grad / (tl.sqrt(total) + how.eps)
+        elif how.kind == _ADAGRAD:
+            total = tl.load(how.state + at, mask=inside, other=0.0) + grad * grad
+            tl.store(how.state + at, total, mask=inside)
+            value -= rate * grad / (tl.sqrt(total) + how.eps)
+        else:
+            value -= rate * grad
+        if rows.dtype.element_ty == tl.float16:
+            value = round_at_random(value, how.key, row + how.first_row, column)
+        tl.store(rows + at, value.to(rows.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _finish(key, totals, done, column, width, out, adam, scale, way: tl.constexpr) -> None:
+    def _finish(key, totals, done, column, width, out, how, way: tl.constexpr) -> None:
         """Store sums [B, columns] of runs, or add them to rows, or update rows by them.
 
         Rows ``key`` [B], where ``done`` [B] is true.
         """
         rows, more, split = out
-        row, inside = key.to(tl.int64)[:, None], done[:, None] & (column < width)
-        if way == "adam":
-            adam_step(rows, row * width + column, inside, totals * scale, adam)
+        row, done = key.to(tl.int64)[:, None], done[:, None]
+        if way == "step":
+            step_rows(rows, row, done, column, width, totals, how)
         else:
+            inside = done & (column < width)
             to = tl.where(row < split, rows + row * width, more + (row - split) * width) + column
             if way == "add":
                 totals += tl.load(to, mask=inside, other=0.0)
@@ -221,8 +250,7 @@ if triton is not None:
         limit,
         width,
         out,
-        adam,
-        scale,
+        how,
         way: tl.constexpr,
         chunk: tl.constexpr,
         block: tl.constexpr,
@@ -259,7 +287,7 @@ if triton is not None:
             totals = tl.where(is_last[:, None], totals + added[None, :], totals)
             ends = own & (is_last | (key != key_after))
             done = ends & begins & ((is_last & (after_chunk == last)) == 0)
-            _finish(key, totals, done, column, width, out, adam, scale, way)
+            _finish(key, totals, done, column, width, out, how, way)
             # Two sums per chunk: of a run that began before it, and of one that begins in it.
             edge = (start // chunk * 2 + begins.to(tl.int32)).to(tl.int64)[:, None]
             inside = (ends & (done == 0))[:, None] & (column < width)
@@ -273,8 +301,7 @@ if triton is not None:
         limit,
         width,
         out,
-        adam,
-        scale,
+        how,
         way: tl.constexpr,
         chunk: tl.constexpr,
         block: tl.constexpr,
@@ -301,6 +328,4 @@ if triton is not None:
                 total += tl.sum(more, axis=0)
                 found = tl.max(same.to(tl.int32), axis=0)
             only = tl.full([1], 0, tl.int32)
-            _finish(
-                key + only, total[None, :], only == 0, column[None, :], width, out, adam, scale, way
-            )
+            _finish(key + only, total[None, :], only == 0, column[None, :], width, out, how, way)

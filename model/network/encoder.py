@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.kernels import residual
 from model.kernels.bf16_linear import gelu_dropout, linear
-from model.kernels.dropout_bits import new_dropouts
+from model.kernels.random_bits import new_dropouts
 from model.kernels.varlen_attention import RowLayout
 from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig

@@ -25,6 +25,7 @@ from model.distributed import Ranks, narrow_group
 from model.kernels.compiler import before_capture
 from model.kernels.segment_sum import SortedIndex, sum_rows
 from model.tables.row_exchange import RowExchange
+from model.tables.row_lookup import rows_or_zeros
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,13 @@ class AllToAll(RowExchange):
         return request.received
 
     def own_rows(self, rows: Tensor, request: Request) -> Tensor:
-        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank."""
+        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank.
+
+        They are sent as they are stored, float32 or fp16, and returned as float32.
+        """
         own = torch.empty_like(rows)
         dist.all_to_all_single(own, rows)
-        return own.index_select(0, request.slots)
+        return rows_or_zeros(own, request.slots)
 
     def all_gradients(self, parts: Sequence[Tensor], request: Request) -> Sequence[Tensor]:
         """Gradients of the rows that this rank looked up; those of empty slots are undefined."""

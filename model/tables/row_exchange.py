@@ -34,10 +34,10 @@ class RowExchange:
     """
 
     def __init__(self, num_items: int, ranks: Ranks) -> None:
-        self.world_size, num_rows = ranks.world_size, num_items + 2
+        self.world_size, self.num_rows = ranks.world_size, num_items + 2
         self.block = shard_rows(num_items, ranks.world_size)
-        self.low = min(ranks.rank * self.block, num_rows)
-        self.rows = min(self.block, num_rows - self.low)
+        self.low = min(ranks.rank * self.block, self.num_rows)
+        self.rows = min(self.block, self.num_rows - self.low)
 
     def release(self) -> None:
         """Free CUDA graphs."""
@@ -56,12 +56,15 @@ class RowExchange:
         return local.masked_fill_((local < 0) | (local >= self.rows), -1)
 
     def own_rows(self, rows: Tensor, request: Any) -> Tensor:
-        """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank."""
+        """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank.
+
+        They are sent as they are stored, float32 or fp16, and returned as float32.
+        """
         if self.world_size == 1:
-            return rows
+            return rows.float()
         own = rows.new_empty(len(rows) // self.world_size, rows.shape[1])
         dist.reduce_scatter_tensor(own, rows)
-        return own
+        return own.float()
 
     def all_gradients(self, parts: Sequence[Tensor], request: Any) -> Sequence[Tensor]:
         """Gradients of the rows that this rank looked up, from those of this rank's ids.

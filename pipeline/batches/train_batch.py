@@ -134,6 +134,11 @@ class PackedBatch(Pipelineable):
         return replace(self, packed=replace(self.packed, words=words))
 
     @property
+    def num_items(self) -> int:
+        """T."""
+        return self.packed.sizes[self.packed.names.index("values")]
+
+    @property
     def requested(self) -> Tensor:
         """Ids of rows that any rank may hold: the items, and a sampled loss's candidates."""
         names, sizes = self.packed.names, self.packed.sizes
