@@ -104,8 +104,8 @@ def sum_rows(index: SortedIndex, values: Sequence[Tensor]) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [., D] as one."""
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+    """Tensors [., D] as one; not copied if only the first has rows."""
+    return torch.cat([*parts]) if any(map(len, parts[1:])) else parts[0]
 
 
 def accumulate(rows: Tensor, index: Tensor, values: Tensor) -> None:
