@@ -97,10 +97,10 @@ def test_gradients_of_equal_ids_are_summed_before_they_are_sent(
     gradients = [torch.full((len(ids), WIDTH), 1.0) for ids in IDS]
     gradients[1] *= 10
     calls = [
-        lambda e=e, r=r, g=g: e.all_gradients(g, r)
+        lambda e=e, r=r, g=g: e.all_gradients([g[:1], g[1:]], r)
         for (e, r), g in zip(pairs, gradients, strict=True)
     ]
-    first, second = exchanged(monkeypatch, calls)
+    (first,), (second,) = exchanged(monkeypatch, calls)
     # By slot: ids 1 1 | 4 | - of rank 0 and 0 of rank 1; ids 7 7 | 8 | - and 5 5.
     assert first[:, 0].tolist() == [2, 1, 0, 10, 0, 0]
     assert second[:, 0].tolist() == [2, 1, 0, 20, 0, 0]

@@ -93,7 +93,7 @@ def test_steps_smaller_than_the_spacing_add_up() -> None:
     table = torch.ones(4, 64).half()
     for number in range(1, 2001):
         step = Step(lr=1e-6, beta1=0, beta2=0, eps=0, number=number)
-        update_some("sgd", table, [], sort_index(torch.arange(4), 4), -torch.ones(4, 64), step)
+        update_some("sgd", table, [], sort_index(torch.arange(4), 4), [-torch.ones(4, 64)], step)
     # Each step goes up with probability 1 / 977; 256 values: a standard deviation of 6e-5.
     assert table.float().mean().item() == pytest.approx(1.002, abs=4e-4)
 
@@ -103,7 +103,7 @@ def test_an_fp16_row_by_hand() -> None:
     step = Step(lr=0.5, beta1=0, beta2=0, eps=0, number=1, scale=0.5)
     # Gradients 3 + 3 and 4 + 4, halved: the mean of squares is 12.5. Row 0: 4 - 1.5 / root, ...
     index = sort_index(torch.tensor([0, 2, 0]), 2)
-    update_some("rowwise_adagrad", table, [sums], index, torch.tensor([[3.0, 4]] * 3), step)
+    update_some("rowwise_adagrad", table, [sums], index, [torch.tensor([[3.0, 4]] * 3)], step)
     assert sums.tolist() == [12.5, 0]
     assert table[1].tolist() == [1, 1]
     root = 12.5**0.5
@@ -124,7 +124,7 @@ def test_a_whole_table_is_rounded_as_some_of_its_rows(kind: str) -> None:
     for number in (1, 2):
         step = Step(**{**vars(STEP), "number": number})
         index = sort_index(torch.arange(6), 6)
-        update_some(kind, one, states[0], index, gradient.clone(), step)
+        update_some(kind, one, states[0], index, [gradient.clone()], step)
         outer = gradient[[5, 0]].clone()
         update(kind, other, states[1], gradient[1:5].clone(), outer, 1, step)
     assert one.equal(other) and not one.equal(start)
@@ -147,7 +147,7 @@ def test_kernels_equal_plain_torch(kind: str, dtype: torch.dtype, width: int) ->
             step = Step(**{**vars(STEP), "number": number})
             index = torch.randint(0, rows + 1, (40 + 700 * (number == 3),), generator=draws)
             gradients = torch.randn(len(index), width, generator=draws).to(device)
-            update_some(kind, table, states, sort_index(index.to(device), rows), gradients, step)
+            update_some(kind, table, states, sort_index(index.to(device), rows), [gradients], step)
             scored = torch.randn(rows - 2, width, generator=draws).to(device)
             outer = torch.randn(2, width, generator=draws).to(device)
             outer[number % 2] = 0
@@ -174,7 +174,7 @@ def test_kernels_round_to_the_same_neighbours() -> None:
         index = sort_index(torch.arange(rows, device=device), rows)
         step = Step(lr=1.0, beta1=0, beta2=0, eps=0, number=9, first_row=1000)
         gradients = torch.full((rows, width), -(2.0**-11), device=device)
-        update_some("sgd", given, [], index, gradients, step)
+        update_some("sgd", given, [], index, [gradients], step)
         found.append(given.cpu())
     assert found[0].equal(found[1])
     moved = (found[0].float() - table.float()) * 1024
@@ -195,7 +195,7 @@ def test_a_replayed_graph_draws_new_bits(kind: str) -> None:
         table, states = start.clone(), [s.cuda() for s in states_of(kind, rows, width)]
         tables = []
         for step in steps:
-            update_some(kind, table, states, index, gradients, step)
+            update_some(kind, table, states, index, [gradients], step)
             tables.append(table.clone())
         return tables
 
@@ -204,7 +204,7 @@ def test_a_replayed_graph_draws_new_bits(kind: str) -> None:
     on_device = StepOnDevice.of(table)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        update_some(kind, table, states, index, gradients, steps[0], on_device)
+        update_some(kind, table, states, index, [gradients], steps[0], on_device)
     for step, wanted in zip(steps, expected, strict=True):
         on_device.write(kind, step)
         graph.replay()

@@ -28,7 +28,6 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
-from model.kernels.l2_normalize import join_gradients
 from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.network.head import CatalogSlice
 from model.tables import upstream
@@ -102,21 +101,25 @@ class TableShard:
         return sort_index(index, count)
 
     def update(
-        self, index: SortedIndex, of_rows: Tensor, of_candidates: Tensor | None = None
+        self,
+        index: SortedIndex,
+        of_rows: Sequence[Tensor],
+        of_candidates: Tensor | None = None,
     ) -> None:
         """Do one step of the optimizer.
 
-        ``of_rows`` [U, D] are gradients of the rows looked up, ``of_candidates`` [C, D] those of
-        the candidates in place.
+        ``of_rows`` are gradients of the rows looked up, one or two tensors of [U, D] together,
+        ``of_candidates`` [C, D] those of the candidates in place.
         """
         known = self._optimizer, self.rows, self._states
         if self.in_place is None:
             update_some(*known, index, of_rows, self._step, self._on_device)
             return
         assert of_candidates is not None
+        (of_items,) = of_rows
         gradient = of_candidates.contiguous()
         outer = gradient.new_zeros(len(self.rows) - len(gradient), gradient.shape[1])
-        add_rows(gradient, index, of_rows, outer)
+        add_rows(gradient, index, of_items, outer)
         update(*known, gradient, outer, self._first, self._step, self._on_device)
 
 
@@ -274,17 +277,17 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
 
-        def exchanged(gradient: Tensor) -> Tensor:
+        def exchanged(*gradients: Tensor) -> Sequence[Tensor]:
             if ctx.request is None:
-                return gradient
-            return shard.exchange.all_gradients(gradient, ctx.request)
+                return gradients
+            return shard.exchange.all_gradients(gradients, ctx.request)
 
         def work() -> None:
             index = ctx.index.result()
             if ctx.draws:
-                shard.update(index, exchanged(join_gradients(of_items, of_candidates)))
+                shard.update(index, exchanged(of_items, of_candidates))
             elif shard.in_place is None:
-                shard.update(index, join_gradients(exchanged(of_items), of_candidates))
+                shard.update(index, [*exchanged(of_items), of_candidates])
             else:
                 shard.update(index, exchanged(of_items), of_candidates)
 

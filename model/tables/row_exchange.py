@@ -14,7 +14,7 @@ sizes (:func:`all_sizes`), so that a CUDA graph can hold the exchange.
 Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R rows of the shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.distributed import Ranks
+from model.kernels.segment_sum import joined
 from model.network.head import shard_rows
 
 
@@ -65,13 +66,17 @@ class RowExchange:
         dist.reduce_scatter_tensor(own, rows)
         return own.float()
 
-    def all_gradients(self, gradient: Tensor, request: Any) -> Tensor:
-        """Gradients [U, D] of the rows that this rank looked up, from this rank's [n, D]."""
+    def all_gradients(self, parts: Sequence[Tensor], request: Any) -> Sequence[Tensor]:
+        """Gradients of the rows that this rank looked up, from those of this rank's ids.
+
+        Both are one or two tensors, of [U, D] and of [n, D] together.
+        """
         if self.world_size == 1:
-            return gradient
+            return parts
+        gradient = joined(parts)
         gathered = gradient.new_empty(len(gradient) * self.world_size, gradient.shape[1])
         dist.all_gather_into_tensor(gathered, gradient.contiguous())
-        return gathered
+        return [gathered]
 
 
 def all_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:

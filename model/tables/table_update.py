@@ -27,6 +27,7 @@ from model.kernels.segment_sum import (
     RowOptimizer,
     SortedIndex,
     accumulate,
+    joined,
     step_at,
     step_rows,
 )
@@ -152,7 +153,7 @@ def update_some(
     table: Tensor,
     states: Sequence[Tensor],
     index: SortedIndex,
-    gradients: Tensor,
+    gradients: Sequence[Tensor],
     step: Step,
     on_device: StepOnDevice | None = None,
 ) -> None:
@@ -161,15 +162,16 @@ def update_some(
     Args:
         table: float32 or fp16 [R, D].
         index: [M], rows, may repeat; R is ignored.
-        gradients: float32 [M, D]; those of equal rows are summed.
+        gradients: one or two tensors, float32, together [M, D]; those of equal rows are summed.
     """
     if has_kernels(table):
         how = _row_optimizer(optimizer, table, states, step, on_device)
         step_at(table, index, gradients, how)
         return
     rows, place = index.index.unique(return_inverse=True)
-    sums = gradients.new_zeros(len(rows), gradients.shape[1])
-    accumulate(sums, place, gradients)
+    gradient = joined(gradients)
+    sums = gradient.new_zeros(len(rows), gradient.shape[1])
+    accumulate(sums, place, gradient)
     if len(rows) and rows[-1] == len(table):
         rows, sums = rows[:-1], sums[:-1]
     _update_at(optimizer, (table, *states), rows, sums, step)
