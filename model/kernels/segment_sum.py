@@ -275,7 +275,7 @@ if triton is not None:
             same = goes_on & (after < end) & (key_ahead == last)
             stop = start + block + tl.sum(same.to(tl.int32), axis=0)
             added = tl.zeros([columns], tl.float32)
-            for _ in range(start + block, stop, block):
+            for _ in range(start + block, stop, block):  # Triton 3.6 fails on a while loop here
                 more = _values(values, of_ahead, ahead < stop, column, width)
                 ahead += block
                 of_ahead = tl.load(order + ahead, mask=ahead < stop, other=0)
