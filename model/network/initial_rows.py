@@ -55,7 +55,7 @@ def initial_rows(
 def _truncated_svd(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Left vectors [V, K] and singular values [K] of a sparse matrix, by subspace iteration.
 
-    ``torch.svd_lowrank`` does the same on dense copies and takes ten times as long.
+    ``torch.svd_lowrank`` does the same in three times the time.
 
     Args:
         start: float32 [V, K], random.
@@ -65,7 +65,8 @@ def _truncated_svd(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_PASSES):
         basis = torch.linalg.qr(torch.sparse.mm(transposed, basis))[0]
         basis = torch.linalg.qr(torch.sparse.mm(matrix, basis))[0]
-    _, values, right = torch.linalg.svd(torch.sparse.mm(transposed, basis), full_matrices=False)
+    small = torch.linalg.qr(torch.sparse.mm(transposed, basis), mode="r").R
+    _, values, right = torch.linalg.svd(small)  # of [K, K], with the same values
     return basis @ right.T, values
 
 
