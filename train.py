@@ -129,7 +129,7 @@ def _train(
     rows = first_rows(config, store, ranks)
     stages.end("vectors")
     model = build_model(config, store.num_items, ranks, plan, teachers, span, rows)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     stages.end("model")
     # Only now that flags and data have been checked: a mistake leaves no folder behind.

@@ -7,7 +7,6 @@ from model.execution import Exchange, ExecutionPlan, Graphs, Lookup, Precision
 from model.kernels import varlen_attention
 from model.settings.config import RunConfig
 from model.tables.sharding_plan import fills_all_ranks, table_optimizer
-from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
 # If a catalog has fewer items than a step has positions, its lookup for scoring is cheap.
@@ -21,9 +20,9 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
-    own = not replicated and _has_own_lookup(config, optimizer)
-    exchange = _exchange(config, own or optimizer != "adam", num_items, ranks)
-    own = own and exchange != "torchrec"
+    exchange = _exchange(config, num_items, ranks)
+    kept = config.sharding.compute_kernel == "fused"
+    own = kept and not replicated and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     # FBGEMM has no Adam on CPU.
@@ -33,12 +32,7 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
-        if own and optimizer == "adam":
-            graphs = "step"
-        elif replicated or exchange == "torchrec":
-            graphs = "encoder"
-        else:
-            graphs = "dense"
+        graphs = "step" if own else "encoder"
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else by_library,
         exchange=exchange,
@@ -69,22 +63,14 @@ def _precision(config: RunConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _has_own_lookup(config: RunConfig, optimizer: str) -> bool:
-    sharding = config.sharding
-    kept = (sharding.table_precision, sharding.compute_kernel) == ("fp32", "fused")
-    return kept and config.head.head == "tied" and optimizer in UPDATES
-
-
-def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks) -> Exchange:
-    """``skips_zeros``: a gradient of zero, that of an empty slot, changes no row."""
+def _exchange(config: RunConfig, num_items: int, ranks: Ranks) -> Exchange:
     sharding = config.sharding
     if ranks.world_size == 1:
         return "none"
     if sharding.mode == "ddp":
         return "all_reduce"
     row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
-    tied = config.head.head == "tied"
-    if not (row_wise and tied and skips_zeros and fills_all_ranks(num_items, ranks.world_size)):
+    if not (row_wise and fills_all_ranks(num_items, ranks.world_size)):
         return "torchrec"
     few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
     return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"

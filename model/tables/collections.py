@@ -7,7 +7,7 @@ Shapes: T items and C candidates of the batch, n ids of a rank, U rows looked up
 width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,9 +21,7 @@ from torchrec.streamable import Multistreamable
 
 from model.kernels.l2_normalize import join_gradients
 from model.tables import upstream
-from model.tables.row_exchange import RowExchange
-from pipeline.batches.features import Lookup, jagged_items, with_candidates
-from pipeline.batches.train_batch import PackedBatch
+from pipeline.batches.features import Lookup
 
 
 @dataclass
@@ -31,15 +29,15 @@ class LookupContext(Multistreamable):
     """The batch that is looked up, and what was requested for it."""
 
     batch: Any = None
-    request: Any = None
+    requests: list[Any] = field(default_factory=list)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """The pipeline keeps the batch's memory."""
 
 
 def requested(ctx: LookupContext) -> KJTListSplitsAwaitable:
-    """The result of ``input_dist`` where no host waits: ``[ctx.request]`` after two waits."""
-    return KJTListSplitsAwaitable([NoWait(NoWait(ctx.request))], ctx)
+    """The result of ``input_dist`` where no host waits: ``ctx.requests`` after two waits."""
+    return KJTListSplitsAwaitable([NoWait(NoWait(one)) for one in ctx.requests], ctx)
 
 
 def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[str, JaggedTensor]:
@@ -78,7 +76,7 @@ class LocalCollection(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: LookupContext, batch: Lookup) -> KJTListSplitsAwaitable:
         """Nothing is sent."""
-        ctx.batch, ctx.request = batch, batch.features
+        ctx.batch, ctx.requests = batch, [batch.features]
         return requested(ctx)
 
     def compute_and_output_dist(
@@ -92,116 +90,6 @@ class LocalCollection(ShardedEmbeddingCollection):
         return with_lengths(ids, _Split.apply(rows, ids.length_per_key()[0]))
 
 
-class RequestingCollection(ShardedEmbeddingCollection):
-    """A sharded collection of one table, whose rows are exchanged by a `RowExchange` in training.
-
-    Evaluation on several ranks uses TorchRec's exchange.
-
-    Args:
-        draws_candidates: candidates are any items, exchanged like histories; else this shard's.
-    """
-
-    def __init__(
-        self, *args: Any, exchange: RowExchange, draws_candidates: bool, **given: Any
-    ) -> None:
-        super().__init__(*args, **given)
-        self.exchange, self._draws = exchange, draws_candidates
-        self._was_evaluated = False
-        upstream.set_input_dist_ready(self, True)
-
-    def create_context(self) -> LookupContext:
-        """The context of a batch."""
-        return LookupContext()
-
-    def request(self, batch: PackedBatch) -> Any:
-        """What the exchange does a batch ahead."""
-        return self.exchange.request(batch.requested, batch.slots)
-
-    def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
-        """Request the rows of a batch."""
-        ctx.batch, ctx.request = batch, self.request(batch)
-        return requested(ctx)
-
-    def compute_and_output_dist(
-        self, ctx: LookupContext, requests: list[Any]
-    ) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch."""
-        features = ctx.batch.features
-        num_items, _ = features.length_per_key()
-        candidates = None if self._draws else features.values()[num_items:]
-        return with_lengths(features, self.look_up(requests[0], num_items, candidates))
-
-    def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of the first T requested ids, and of candidates.
-
-        Args:
-            candidates: int64 [C], items of this shard; None: the other requested ids.
-        """
-        raise NotImplementedError(type(self))
-
-    def forward(self, batch: Any) -> dict[str, JaggedTensor]:
-        """The same, a batch not ahead; in an evaluation by TorchRec."""
-        if self.training:
-            return super().forward(batch)
-        stock, ctx = ShardedEmbeddingCollection, super().create_context()
-        upstream.set_input_dist_ready(self, self._was_evaluated)
-        self._was_evaluated = True
-        features = stock.input_dist(self, ctx, batch.features).wait().wait()
-        return stock.compute_and_output_dist(self, ctx, features)
-
-
-class FbgemmItemTable(RequestingCollection):
-    """Looked up and updated by FBGEMM, for several ranks; not for Adam.
-
-    Empty slots look up row 0 and give it a gradient of zero, by which Adam would move it.
-    """
-
-    def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        local = self.exchange.local_ids(request)
-        is_here = local >= 0
-        if candidates is not None:
-            local = torch.cat([local, candidates - self.exchange.low])
-        (lookup,) = upstream.lookups(self)
-        none = jagged_items(local[:0], torch.zeros(1, dtype=torch.int64, device=local.device))
-        rows = lookup(with_candidates(none, local.clamp(min=0))).view(-1, upstream.width(self))
-        rows = _Divided.apply(rows, self.exchange.world_size)  # as TorchRec's exchange does
-        here = torch.where(is_here[:, None], rows[: len(is_here)], 0.0)
-        own = _OwnRows.apply(here, self.exchange, request)
-        return own[:num_items], own[num_items:] if candidates is None else rows[len(is_here) :]
-
-
-class _Divided(torch.autograd.Function):
-    """The same values; their gradients are divided by the number of ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, world_size: int) -> Tensor:
-        ctx.world_size = world_size
-        return rows.view_as(rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient / ctx.world_size, None
-
-
-class _OwnRows(torch.autograd.Function):
-    """Rows of this rank's ids [n, D], from the rows [U, D] looked up by each rank."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: RowExchange, request: Any) -> Tensor:
-        ctx.exchange, ctx.request = exchange, request
-        return exchange.own_rows(rows, request)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.all_gradients(gradient.contiguous(), ctx.request), None, None
-
-
 class _Split(torch.autograd.Function):
     """Rows of both features; their gradients are joined without copying a large catalog's."""
 
@@ -212,4 +100,4 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, items: Tensor, candidates: Tensor) -> tuple[Tensor, None]:
-        return join_gradients(items, candidates) if len(candidates) else items, None
+        return join_gradients(items, candidates), None

@@ -74,8 +74,13 @@ def with_candidates(
     """The features with candidates, a half-open range or int64 [C], under the key "candidate"."""
     values = features.values()
     if isinstance(candidates, tuple):
-        candidates = _range(candidates, values.device, _stream_id(values.device))
+        candidates = items_of(candidates, values.device)
     return join_candidates(features, torch.cat([values, candidates]), candidates.numel())
+
+
+def items_of(candidate_range: tuple[int, int], device: torch.device) -> Tensor:
+    """The items of a half-open range, int64 [C]."""
+    return _range(candidate_range, device, _stream_id(device))
 
 
 def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> KeyedJaggedTensor:
