@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.cooccurrence import Pairs
 
-# Of the table, V x D: the SVD holds some five matrices of this size (1.5 GiB).
+# Of the table, V x D: the SVD holds several matrices of this size, some 2 GiB with the pairs.
 MOST_VALUES = 1 << 26
 NORMAL_STD = 0.02
 _LONGER = 5
