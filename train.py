@@ -81,6 +81,7 @@ def _train(
         build_model,
         build_plain_model,
         evaluator,
+        first_rows,
         prepared,
         time_span,
         train_loader,
@@ -125,7 +126,9 @@ def _train(
     stages.end("loader")
     span = time_span(config, store)
     kernels.start(config, store.num_items, loader, plan, span)
-    model = build_model(config, store.num_items, ranks, plan, teachers, span)
+    rows = first_rows(config, store, ranks)
+    stages.end("vectors")
+    model = build_model(config, store.num_items, ranks, plan, teachers, span, rows)
     optimizers = Optimizers(model, plan, config.optimizer, ranks)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     stages.end("model")

@@ -24,6 +24,7 @@ from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder
 from model.network.head import CatalogSlice, ScoringHead
+from model.network.initial_rows import NORMAL_STD
 from pipeline.batches.features import CANDIDATE, ITEM, Lookup
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch, TrainBatch
@@ -81,6 +82,13 @@ class BERT4Rec(nn.Module):
         self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
 
+    @torch.no_grad()
+    def start_from(self, rows: Tensor) -> None:
+        """Set the rows of all tables, float32 [V + 2, D], but those of zeros."""
+        known = rows.any(dim=1)
+        for table in self.embeddings.embeddings.values():
+            table.weight[known] = rows[known].to(table.weight.dtype)
+
     def forward(self, batch: PackedBatch | TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch)
@@ -108,7 +116,7 @@ def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
             embedding_dim=config.encoder.emb_dim,
             feature_names=names,
             data_type=TABLE_PRECISIONS[config.table_precision],
-            init_fn=partial(nn.init.normal_, std=0.02),
+            init_fn=partial(nn.init.normal_, std=NORMAL_STD),
         )
         for name, names in features.items()
     ]

@@ -223,13 +223,14 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     assert (recorded["recipe"], recorded["train_batch_size"]) == ("auto", 8)
     # Flags that were fitted once are kept: another rule may come with another version.
     recorded |= {"train_batch_size": 20, "dropout": 0.3}
+    assert recorded.pop("table_init") == "cooccurrence"  # a version without this flag
     config = json.loads((run_dir / "config.json").read_text()) | {"flags": recorded}
     (run_dir / "config.json").write_text(json.dumps(config))
     outcome = run_main("train", *flags, "--num_epochs=2", "--resume=auto")
     assert outcome.code == 0, outcome.err
     assert "flags that fit" not in outcome.out
     resumed = json.loads((run_dir / "config.json").read_text())["flags"]
-    assert resumed == recorded | {"num_epochs": 2, "resume": "auto"}
+    assert resumed == recorded | {"num_epochs": 2, "resume": "auto", "table_init": "normal"}
     outcome = run_main("train", *flags, "--mask_prob=0.1", "--resume=auto")
     assert_one_line(outcome, "train", "was trained with --mask_prob 0.4, not 0.1")
 

@@ -3,8 +3,9 @@
 encoder       transformer layers        attention     within rows of a jagged batch
 padded        the same on padded rows
 head          scores and loss           distillation  teachers' logits
-times         times as input
+times         times as input            initial_rows  item vectors to start from
 dense_step    encoder and head of a training step; CUDA graphs of the encoder
 config        flags
-Imports: ``model.losses``, ``model.kernels``, ``model.execution``, ``pipeline.batches``.
+Imports: ``model.losses``, ``model.kernels``, ``model.execution``, ``pipeline.batches``,
+``pipeline.cooccurrence``.
 """

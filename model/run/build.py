@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
-from model.distributed import Ranks
+from model.distributed import Ranks, from_first_rank
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
 from model.network.distillation import Teachers
 from model.network.head import CatalogSlice, catalog_slice, shard_rows
+from model.network.initial_rows import MOST_VALUES, initial_rows
 from model.nodes import prepared_data, shared_arrays
 from model.settings.config import RunConfig
 from model.settings.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
 from pipeline.batches.times import ItemTimes, TimeSpan
+from pipeline.cooccurrence import pairs_of
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
@@ -79,6 +82,29 @@ def build_plain_model(
     )
 
 
+def first_rows(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Tensor | None:
+    """Rows that ``--table_init`` starts the tables from, made by rank 0; None: the model's own.
+
+    Raises:
+        UserError: there are too many items.
+    """
+    if config.sharding.table_init == "normal":
+        return None
+    items, width, seed = store.num_items, config.encoder.emb_dim, config.loader.seed
+    if items * width > MOST_VALUES:
+        raise UserError(
+            f"--table_init cooccurrence is for tables of at most {MOST_VALUES:,} values, not for "
+            f"{items:,} items of width {width}: take --table_init normal, or a smaller --emb_dim"
+        )
+
+    def make() -> Tensor:
+        pairs = pairs_of(store, seed, config.windows.train_on_validation)
+        cosine = config.head.logit_temperature > 0
+        return initial_rows(pairs, items, width, seed, cosine, ranks.device)
+
+    return from_first_rank(ranks, make)
+
+
 def _model_config(config: RunConfig, num_items: int, span: TimeSpan | None) -> ModelConfig:
     sizes, precision = (num_items, config.windows.max_len), config.sharding.table_precision
     return ModelConfig(*sizes, config.encoder, config.head, precision, span)
@@ -98,11 +124,14 @@ def build_model(
     plan: ExecutionPlan,
     teachers: Teachers | None = None,
     span: TimeSpan | None = None,
+    rows: Tensor | None = None,
 ) -> DistributedModelParallel:
-    """The same, sharded or replicated over the ranks."""
+    """The same, sharded or replicated over the ranks; its tables start from :func:`first_rows`."""
     plain = build_plain_model(config, num_items, ranks, plan, teachers, span=span)
-    rows = config.loader.train_batch_size
-    return distribute(plain, plan, config.sharding, config.optimizer.beta2, rows, ranks)
+    if rows is not None:
+        plain.start_from(rows)
+    batch_rows = config.loader.train_batch_size
+    return distribute(plain, plan, config.sharding, config.optimizer.beta2, batch_rows, ranks)
 
 
 def time_span(config: RunConfig, store: SequenceStore) -> TimeSpan | None:

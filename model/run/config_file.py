@@ -37,7 +37,9 @@ def recorded(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     def read() -> dict[str, Any]:
         with suppress(UserError):  # check_run_dir says why
             flags = current_flags(RunConfig, read_config(Path(given["run_dir"]))["flags"])
-            return {name: flags[name] for name in FITTED if name in flags}
+            # A flag that did not exist: the run began as without it.
+            plain = flatten(RunConfig())
+            return {name: flags.get(name, plain[name]) for name in FITTED}
         return {}
 
     return {**from_first_rank(ranks, read), **given}

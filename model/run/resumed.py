@@ -22,7 +22,7 @@ _COMPARED = 100  # moments of the rest of training
 _GROUPS_WITHOUT_EFFECT = ("checkpoint", "profiling", "board")
 _WITHOUT_EFFECT = (
     *("run_dir", "resume", "export_root", "with_users", "acceleration"),
-    *("val_batch_size", "test_batch_size"),
+    *("val_batch_size", "test_batch_size", "table_init"),
     *("recipe", "dataset_path", "cache_dir", "prefetch_batches"),
     *("log_every", "max_steps", "rank_timeout", "metrics_at"),
 )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from model.distributed import Ranks
+from model.network.initial_rows import MOST_VALUES
 from model.settings.config import RunConfig
 from model.settings.flags import build
 from model.settings.recipes import with_recipe
@@ -118,6 +119,8 @@ def _for_catalog(items: int, machine: Machine, given: Mapping[str, Any]) -> dict
     lr = given.get("lr", 1e-3)
     flags = {"emb_dim": width, "nhead": _heads(width), "num_layers": 2}
     flags |= {"loss": "softmax" if exact else "sampled_softmax", "lr": lr}
+    together = items * width <= MOST_VALUES and given.get("logit_temperature") != 0
+    flags["table_init"] = "cooccurrence" if together else "normal"
     return flags | ({"embedding_lr": 3 * lr} if _has_adam(given) else {})
 
 
@@ -171,5 +174,5 @@ def _text(value: Any) -> str:
 FITTED = (
     *("max_len", "left_context_share", "learned_positions", "two_stream", "mask_prob"),
     *("dropout", "teacher_share", "emb_dim", "nhead", "num_layers", "loss", "lr", "embedding_lr"),
-    *("train_batch_size", "num_epochs", "eval_every", "patience"),
+    *("table_init", "train_batch_size", "num_epochs", "eval_every", "patience"),
 )

@@ -32,6 +32,11 @@ class ShardingConfig(Config):
         at_least=0,
         limit=1e30,
     )
+    table_init: str = flag(
+        "normal",
+        "first vectors of the items; cooccurrence: items that occur together are near each other",
+        choices=("normal", "cooccurrence"),
+    )
     table_precision: str = flag(
         "fp32", "precision of dmp tables; fp16 halves their memory", choices=("fp32", "fp16")
     )

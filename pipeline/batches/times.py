@@ -91,7 +91,7 @@ class ItemTimes:
             UserError: it begins long before all times, which would leave one period for the others.
         """
         parts = self._parts
-        ends = parts.validation_end if train_on_validation else parts.training_end
+        ends = parts.trained_end(train_on_validation)
         trained = ends > parts.begin
         first = self.seconds(parts.begin[trained]).min()
         last = self.seconds(ends[trained] - 1).max()

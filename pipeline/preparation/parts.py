@@ -44,6 +44,10 @@ class Parts:
         """Parts by their ends, int64 [2, U]: of training and of validation."""
         return cls(np.asarray(offsets[:-1]), ends[0], ends[1], np.asarray(offsets[1:]), by)
 
+    def trained_end(self, train_on_validation: bool = False) -> np.ndarray:
+        """Where the items end that a model is trained on: int64 [U]."""
+        return self.validation_end if train_on_validation else self.training_end
+
     def history_end(self, split: str) -> np.ndarray:
         """Where the part of ``split`` begins, and the known history ends: int64 [U]."""
         return self.training_end if split == "validation" else self.validation_end

@@ -60,7 +60,7 @@ class WindowTable:
     def build(cls, store: SequenceStore, config: WindowConfig, **shared: Any) -> "WindowTable":
         """Cut all users' training parts."""
         parts = store.parts
-        trained = parts.validation_end if config.train_on_validation else parts.training_end
+        trained = parts.trained_end(config.train_on_validation)
         return cls(parts.begin, trained - parts.begin, config, **shared)
 
     def __len__(self) -> int:

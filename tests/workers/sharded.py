@@ -40,7 +40,13 @@ from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.users import encode
 from model.execution import ExecutionPlan
 from model.network.config import EncoderConfig, HeadConfig
-from model.run.build import build_model, build_plain_model, evaluator, train_loader
+from model.run.build import (
+    build_model,
+    build_plain_model,
+    evaluator,
+    first_rows,
+    train_loader,
+)
 from model.run.execution import plan_execution
 from model.run.measure import measure
 from model.settings.config import OutputConfig, RunConfig
@@ -118,7 +124,8 @@ class Built:
     def of(cls, config: RunConfig, ranks: Ranks, **changes: Any) -> "Built":
         """The plan of a run, with ``changes``."""
         plan = replace(plan_execution(config, NUM_ITEMS, ranks), **changes)
-        return cls(config, ranks, plan, build_model(config, NUM_ITEMS, ranks, plan))
+        rows = first_rows(config, histories(), ranks)
+        return cls(config, ranks, plan, build_model(config, NUM_ITEMS, ranks, plan, rows=rows))
 
     def optimizers(self) -> Optimizers:
         """Those of train.py."""
@@ -323,14 +330,18 @@ def own_optimizers(ranks: Ranks) -> dict[str, Run]:
     mask token in every window: a step without one has it on two ranks, in the filler row.
     """
     runs, mask = {}, MaskConfig(mask_token_share=1.0, random_item_share=0.0)
-    for name, head in [*product(WAYS, ["tied"]), ("table_wise", "linear")]:
-        sharding = replace(WAYS[name], embedding_optimizer="auto", embedding_lr=None)
+    others = [("table_wise", "linear", "normal"), ("row_wise", "tied", "cooccurrence")]
+    for name, head, init in [*product(WAYS, ["tied"], ["normal"]), *others]:
+        sharding = replace(
+            WAYS[name], embedding_optimizer="auto", embedding_lr=None, table_init=init
+        )
         config = config_of(sharding, ranks, head)
         no_limit = replace(config.optimizer, max_grad_norm=0.0)
         config = replace(config, mask=mask, optimizer=no_limit)
         built = Built.of(config, ranks)
         optimizers = built.optimizers()
-        runs[f"{name}, linear" if head == "linear" else name] = pipelined(
+        told = [each for each in (head, init) if each in ("linear", "cooccurrence")]
+        runs[", ".join([name, *told])] = pipelined(
             built, optimizers, lambda step, o=optimizers: o.set_lr(1 - step / 30)
         )
     return runs
