@@ -105,6 +105,22 @@ def test_a_sampled_loss_equals_the_reference(one: Answers, two: Answers, way: st
     assert sum(sampled[-3:]) < sum(sampled[:3]) - 0.6
 
 
+SEVERAL = ["requested", "requested, replayed", "fbgemm, gathered", "fbgemm, requested"]
+
+
+@pytest.mark.parametrize("loss", sharded.LOSSES)
+@pytest.mark.parametrize("way", [*WAYS, "looked up", "sent", "row_wise, replayed", *SEVERAL])
+def test_training_with_attributes_equals_autograds(
+    one: Answers, two: Answers, way: str, loss: str
+) -> None:
+    expected = one["unsharded_with_attributes"][loss]
+    for answers in (two,) if way in SEVERAL else (one, two):
+        assert_same(answers["with_attributes"][f"{way}{loss}"], expected)
+    assert sum(expected.losses[-3:]) < sum(expected.losses[:3]) - 0.6
+    without = one["unsharded"]["sampled" if loss else "tied"]
+    assert without.losses != pytest.approx(expected.losses, abs=1e-2)
+
+
 @pytest.mark.parametrize("way", [*WAYS, "row_wise, sent"])
 def test_torchrec_calls_the_tables_input_dist_a_batch_ahead(
     one: Answers, two: Answers, way: str

@@ -3,7 +3,7 @@
     rows of all positions [T, D] -> encoder -> hidden [M, D] -+-> head -> loss
     rows of the candidates [C, D] ----------------------------+
 
-Shapes: T positions of all rows, M masked positions, C candidates, D width.
+Shapes: T positions of all rows, M masked positions, C candidates, A attributes, D width.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.execution import ExecutionPlan
 from model.kernels.graphed_call import GraphedCall
 from model.losses.sharded_softmax import TeacherLogits
+from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
 from model.network.head import ScoringHead
@@ -50,9 +51,11 @@ class DenseStep(nn.Module):
         head: ScoringHead,
         plan: ExecutionPlan,
         teachers: Teachers | None = None,
+        attributes: AttributeSums | None = None,
     ) -> None:
         super().__init__()
-        self._parts = (encoder, head)  # a tuple, so that they are not registered twice
+        # Tuples, so that they are not registered twice.
+        self._parts, self._attributes = (encoder, head), (attributes,)
         self._plan, self._teachers = plan, teachers
         self._graphed: GraphedCall | None = None
 
@@ -68,8 +71,16 @@ class DenseStep(nn.Module):
         given: StepInput,
         longest: int | None,
         equal_shapes: bool = True,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The head's loss and report; ``equal_shapes``: the batch's are the same on all ranks."""
+        """The head's loss and report.
+
+        Args:
+            equal_shapes: the batch's are the same on all ranks.
+            added: [A, D], rows of the attributes; None: the items have none.
+        """
+        if added is not None:
+            items, candidates = self._with_attributes(items, candidates, given, added)
         may_replay = self.training and equal_shapes and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         if self._teachers is None:
@@ -83,6 +94,17 @@ class DenseStep(nn.Module):
         if graphs == "step":  # under capture only the shapes may decide
             longest = None
         return self._encode_and_score(items, candidates, *given, longest=longest)
+
+    def _with_attributes(
+        self, items: Tensor, candidates: Tensor, given: StepInput, added: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (attributes,), (_, head) = self._attributes, self._parts
+        assert attributes is not None and given.ids is not None
+        of_items, of_candidates = given.ids[: len(items)], given.ids[len(items) :]
+        items = attributes.of_items(items, added, of_items)
+        if given.negatives is not None:  # the candidates are targets and negatives
+            return items, attributes.of_items(candidates, added, of_candidates)
+        return items, attributes.of_range(candidates, added, head.catalog.low)
 
     def _graph(self) -> GraphedCall:
         """Created at the first call, when the parameters are on their device."""

@@ -17,12 +17,15 @@ ITEMS_A_POSITION = 1
 GATHERED_ROWS = 1 << 17
 
 
-def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
+def plan_execution(
+    config: RunConfig, num_items: int, ranks: Ranks, num_attributes: int = 0
+) -> ExecutionPlan:
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
     own = not replicated and _has_own_lookup(config, optimizer)
-    exchange = _exchange(config, own or optimizer != "adam", num_items, ranks)
+    sizes = num_items, num_attributes
+    exchange = _exchange(config, own or optimizer != "adam", sizes, ranks)
     own = own and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
@@ -35,7 +38,9 @@ def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> Execution
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
         if own and optimizer == "adam":
             graphs = "step"
-        elif replicated or exchange == "torchrec":
+        elif replicated or exchange == "torchrec" or num_attributes:
+            # Sums of items and attributes are at other addresses in every step; a graph of the head
+            # would read a large catalog where it was captured.
             graphs = "encoder"
         else:
             graphs = "dense"
@@ -75,8 +80,16 @@ def _has_own_lookup(config: RunConfig, optimizer: str) -> bool:
     return kept and config.head.head == "tied" and optimizer in UPDATES
 
 
-def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks) -> Exchange:
-    """``skips_zeros``: a gradient of zero, that of an empty slot, changes no row."""
+def _exchange(
+    config: RunConfig, skips_zeros: bool, sizes: tuple[int, int], ranks: Ranks
+) -> Exchange:
+    """How rows are exchanged.
+
+    Args:
+        skips_zeros: a gradient of zero, that of an empty slot, changes no row.
+        sizes: numbers of items and attributes.
+    """
+    num_items, num_attributes = sizes
     sharding = config.sharding
     if ranks.world_size == 1:
         return "none"
@@ -84,9 +97,11 @@ def _exchange(config: RunConfig, skips_zeros: bool, num_items: int, ranks: Ranks
         return "all_reduce"
     row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
     tied = config.head.head == "tied"
-    if not (row_wise and tied and skips_zeros and fills_all_ranks(num_items, ranks.world_size)):
+    full = fills_all_ranks(num_items, ranks.world_size, num_attributes)
+    if not (row_wise and tied and skips_zeros and full):
         return "torchrec"
-    few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
+    rows = sum(_positions_and_draws(config)) + num_attributes
+    few = rows * ranks.world_size <= GATHERED_ROWS
     return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"
 
 

@@ -37,13 +37,14 @@ from model.kernels.compiler import (
     noted_launches,
     triton,
 )
-from model.run.build import build_plain_model
+from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
 from model.step.train_step import backward
 from model.tables.item_table import TableShard
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
-from pipeline.batches.features import CANDIDATE, ITEM
+from pipeline.batches.attributes import ItemAttributes
+from pipeline.batches.features import ATTRIBUTE, CANDIDATE, ITEM
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
@@ -77,11 +78,12 @@ class KernelsAhead:
         loader: TrainLoader,
         plan: ExecutionPlan,
         span: TimeSpan | None = None,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
             # Made here: another thread would change the generator of this one's initial weights.
-            step = FakeStep(config, num_items, plan, self._ranks, span)
+            step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
             captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
@@ -131,16 +133,20 @@ class FakeStep:
         plan: ExecutionPlan,
         ranks: Ranks,
         span: TimeSpan | None = None,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         self._mode, self._device = FakeTensorMode(), ranks.device
         self._users = config.output.val_batch_size
         self._trained = set[tuple[int, ...]]()
         self._plan = replace(plan, graphs="none")
         with self._mode, self._device:
-            self._model = build_plain_model(config, num_items, ranks, self._plan, span=span)
+            self._model = build_plain_model(
+                config, num_items, ranks, self._plan, span=span, attributes=attributes
+            )
         head = self._model.head
         head.catalog = replace(head.catalog, shared=False)
-        self._exchange = RowExchange(num_items, ranks)
+        self._exchange = RowExchange(num_items, ranks, num_attributes(attributes))
+        self._attributes = self._model.embeddings.attributes
         self._exchange.world_size = 1
         self._width = config.encoder.emb_dim
         # Else looked up by FBGEMM, or updated by plain torch.
@@ -159,7 +165,8 @@ class FakeStep:
         with self._mode, self._device:
             words = torch.empty(len(packed.words), dtype=torch.int64)
             batch = replace(batch, packed=replace(packed, words=words))
-            pairs = zip((ITEM, CANDIDATE), self._rows(batch), strict=True)
+            names = ITEM, CANDIDATE, *([] if self._attributes is None else [ATTRIBUTE])
+            pairs = zip(names, self._rows(batch), strict=True)
             rows = {name: JaggedTensor(each, lengths=words[:0]) for name, each in pairs}
             # Without candidates: they are tensors that the real step takes from a cache.
             counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
@@ -179,24 +186,27 @@ class FakeStep:
                 offsets = torch.empty(users + 1, dtype=torch.int64)
                 vectors(self._model, items, offsets, offsets[1:], None)
 
-    def _rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Rows [T, D] of the items and [C, D] of the candidates."""
+    def _rows(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """Rows [T, D] of the items, [C, D] of the candidates and [A, D] of any attributes."""
         exchange, head = self._exchange, self._model.head
         num_items, *_ = batch.packed.sizes
         candidates = None
         if batch.candidate_range is not None and head.config.loss == "softmax":
             candidates = torch.arange(*batch.candidate_range)
+        count = len(batch.requested) - num_items if candidates is None else len(candidates)
+        more = [] if self._attributes is None else [self._model.embeddings.num_attributes]
         if self._is_own:
             table = _AdamTable(exchange.rows, self._width)
             shard = TableShard(
                 table, "adam", exchange, head.catalog if self._plan.in_place else None
             )
-            request = exchange.request(batch.requested, batch.slots)
-            return shard.look_up(request, num_items, candidates)
-        count = len(batch.requested) - num_items if candidates is None else len(candidates)
-        sizes = num_items, count
-        items, scored = (torch.empty(size, self._width, requires_grad=True) for size in sizes)
-        return items, scored
+            ids = batch.requested
+            if self._attributes is not None:
+                ids = torch.cat([ids, torch.arange(*self._attributes)])
+            sizes = [num_items, *([count] if candidates is None else []), *more]
+            return shard.look_up(exchange.request(ids, batch.slots), sizes, candidates)
+        sizes = [num_items, count, *more]
+        return tuple(torch.empty(size, self._width, requires_grad=True) for size in sizes)
 
 
 class _AdamTable:

@@ -10,8 +10,8 @@ and ``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM
 optimizer state, learning rate and step count, so that TorchRec shards, saves and restores the table
 like any other. Evaluation on several ranks uses TorchRec's lookup and exchange.
 
-Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R rows of the shard, D
-width.
+Shapes: T items of the batch, C candidates, A attributes, U rows looked up for all ranks, R rows of
+the shard, D width.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import RequestingCollection, with_lengths
+from model.tables.collections import RequestingCollection, joined, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, has_adam_kernels, update, update_some
@@ -63,10 +63,10 @@ class TableShard:
             self._rates = torch.zeros(2, device=self.rows.device)
 
     def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of items and candidates, see :class:`RequestingCollection`; backward, the update."""
-        return _LookUp.apply(self._trigger, self, request, num_items, candidates)
+        self, request: Any, sizes: list[int], candidates: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """As of :class:`RequestingCollection`; the backward pass updates the rows."""
+        return _LookUp.apply(self._trigger, self, request, sizes, candidates)
 
     def begin_step(self) -> None:
         """Count a step and read the table's current learning rate."""
@@ -131,16 +131,16 @@ class ShardedItemTable(RequestingCollection):
         self.shard = TableShard(table, plan.table_optimizer, exchange, scored)
 
     def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, request: Any, sizes: list[int], candidates: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """When trained in place, there are no candidates: they are the shard's items."""
-        return self.shard.look_up(request, num_items, candidates)
+        return self.shard.look_up(request, sizes, candidates)
 
     def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
         """In an evaluation on one rank without exchange."""
         if self.training or self.exchange.world_size > 1:
             return super().forward(batch)
-        features = batch.features
+        features = self.features(batch)
         rows = rows_or_zeros(self.shard.rows, features.values())
         return with_lengths(features, rows.split(features.length_per_key()))
 
@@ -152,10 +152,15 @@ class _LookUp(torch.autograd.Function):
         trigger: Tensor,
         shard: TableShard,
         request: Any,
-        num_items: int,
+        sizes: list[int],
         candidates: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """``candidates``: rows of this shard to score; None: the last of the requested rows."""
+    ) -> tuple[Tensor, ...]:
+        """Rows of items, candidates and attributes.
+
+        Args:
+            sizes: of the requested rows of each.
+            candidates: rows of this shard to score; None: they are requested.
+        """
         exchange = shard.exchange
         local = exchange.local_ids(request)
         count = len(local)
@@ -165,22 +170,28 @@ class _LookUp(torch.autograd.Function):
         ctx.index = side_stream.start(lambda: shard.index(local))
         rows = rows_or_zeros(shard.rows, local)
         own = exchange.own_rows(rows[:count], request)
+        items, *others = own.split(sizes)
         if shard.in_place is not None:
-            return own, shard.in_place.detach()
-        return own[:num_items], own[num_items:] if candidates is None else rows[count:]
+            return items, shard.in_place.detach(), *others
+        return items, *([] if candidates is None else [rows[count:]]), *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
+    def backward(
+        ctx: Any, of_items: Tensor, of_candidates: Tensor, *of_attributes: Tensor
+    ) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
 
         def exchanged(gradient: Tensor) -> Tensor:
             return shard.exchange.all_gradients(gradient, ctx.request)
 
         if ctx.draws:
-            shard.update(ctx.index, exchanged(join_gradients(of_items, of_candidates)))
-        elif shard.in_place is None:
-            shard.update(ctx.index, join_gradients(exchanged(of_items), of_candidates))
+            of_rows = exchanged(joined([of_items, of_candidates, *of_attributes]))
+            shard.update(ctx.index, of_rows)
+            return (None,) * 5
+        of_rows = exchanged(joined([of_items, *of_attributes]))
+        if shard.in_place is None:
+            shard.update(ctx.index, join_gradients(of_rows, of_candidates))
         else:
-            shard.update(ctx.index, exchanged(of_items), of_candidates)
+            shard.update(ctx.index, of_rows, of_candidates)
         return (None,) * 5
