@@ -198,7 +198,7 @@ def _train(
         plain = build_plain_model(config, store.num_items, ALONE, table_device="meta", span=span)
         output, metrics = config.output, {"test": result}
         known = best_step, metrics, folder.path, folder.path, best["epoch"]
-        trained = Trained(plain, checkpoints.path(best_step), *known, attributes)
+        trained = Trained(plain, checkpoints.path(best_step), *known, attributes=attributes)
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

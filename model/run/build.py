@@ -116,8 +116,9 @@ def build_model(
     attributes: ItemAttributes | None = None,
 ) -> DistributedModelParallel:
     """The same, sharded or replicated over the ranks."""
-    given = {"span": span, "attributes": attributes}
-    plain = build_plain_model(config, num_items, ranks, plan, teachers, **given)
+    plain = build_plain_model(
+        config, num_items, ranks, plan, teachers, span=span, attributes=attributes
+    )
     rows = config.loader.train_batch_size
     return distribute(plain, plan, config.sharding, config.optimizer.beta2, rows, ranks)
 

@@ -158,8 +158,8 @@ class TrainedRun:
             self._check_recorded(checkpoints.path(step))
         attributes = self._attributes()
         plan = plan_execution(config, self._num_items, ranks, num_attributes(attributes))
-        given = {"span": self.span, "attributes": attributes}
-        model = build_model(config, self._num_items, ranks, plan, **given)
+        sizes = config, self._num_items, ranks, plan
+        model = build_model(*sizes, span=self.span, attributes=attributes)
         if not self._exported:
             checkpoints.load_weights(model, step)
             return model
@@ -191,8 +191,9 @@ class TrainedRun:
         step = checkpoints.best_step(checks_bytes=False)  # the export does
         checkpoints.check_fit(self._weightless_model(), step)
         self._check_recorded(checkpoints.path(step))
-        known = step, {}, self.folder, self.folder, checkpoints.epoch(step), self._attributes()
-        return Trained(self._tableless_model(), checkpoints.path(step), *known)
+        known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
+        plain, attributes = self._tableless_model(), self._attributes()
+        return Trained(plain, checkpoints.path(step), *known, attributes=attributes)
 
     def check_users(self) -> None:
         """UserError unless the folder has the users' original ids."""

@@ -7,7 +7,6 @@ Shapes: T items and C candidates of the batch, A attributes, n ids of a rank, U 
 all ranks, D width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +58,7 @@ def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[
     }
 
 
-def joined(gradients: Sequence[Tensor]) -> Tensor:
+def joined(gradients: list[Tensor]) -> Tensor:
     """The gradient of a tensor from those of its parts."""
     if len(gradients) == 1:
         return gradients[0]

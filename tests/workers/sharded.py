@@ -402,11 +402,13 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
         model = Built.of(config, ranks, attributes()).model
         found[f"{name}, attributes"] = evaluator(config, model, histories(), "test", ranks)()
         if name == "row_wise":
-            model = Built.of(config, ranks).model
             # 21 items in parts of 5, of which a second rank has as many, one of them empty.
-            catalog_scores.PART_ITEMS, before = 5, catalog_scores.PART_ITEMS
-            found["in parts"] = evaluator(config, model, histories(), "test", ranks)()
-            catalog_scores.PART_ITEMS = before
+            with patch.object(catalog_scores, "PART_ITEMS", 5):
+                found["in parts, attributes"] = evaluator(
+                    config, model, histories(), "test", ranks
+                )()
+                model = Built.of(config, ranks).model
+                found["in parts"] = evaluator(config, model, histories(), "test", ranks)()
     return found
 
 
@@ -519,6 +521,9 @@ def answers(ranks: Ranks) -> dict[str, Any]:
         "every_way": every_way(ranks),
         "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
         "with_attributes": with_attributes(ranks),
+        "initial_with_attributes": weights_of(
+            Built.of(config_of(WAYS["ddp"], ranks), ranks, attributes()).model
+        ),
         "unsharded_with_attributes": (
             unsharded_with_attributes(ranks) if ranks.world_size == 1 else {}
         ),
