@@ -86,7 +86,8 @@ def look_up(
     """Rows of the ids, all of them items, and the candidates in place."""
     trigger = torch.zeros((), device=ids.device, requires_grad=True)
     candidates = None if draws else ids[:0]
-    return _LookUp.apply(trigger, shard, ids, len(ids), candidates)
+    sizes = [len(ids), 0] if draws else [len(ids)]
+    return _LookUp.apply(trigger, shard, ids, sizes, candidates)
 
 
 def by_fbgemm(
