@@ -107,7 +107,9 @@ class BERT4Rec(nn.Module):
             )
             self.encoder = Encoder(config.encoder, config.max_len, config.span)
         self.head = ScoringHead(config.head, catalog, config.num_items)
-        self.attributes = None if attributes is None else AttributeSums(attributes.places)
+        self.attributes: AttributeSums | None = None
+        if attributes is not None:
+            self.attributes = AttributeSums(attributes, config.encoder.item_dropout)
         self.dense_step = DenseStep(self.encoder, self.head, plan, teachers, self.attributes)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
 

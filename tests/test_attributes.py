@@ -155,12 +155,14 @@ def test_slots_of_a_shard(world_size: int, attributes: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("width", [8, 200])
-def test_sums_and_gradients_equal_autograds(device: str, width: int) -> None:
+@pytest.mark.parametrize(("width", "untrained"), [(8, False), (200, False), (16, True)])
+def test_sums_and_gradients_equal_autograds(device: str, width: int, untrained: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     places = torch.randint(0, 6, (500, 3), generator=generator).int()  # 5: none
     places[3] = 5
-    sums = AttributeSums(places.numpy()).to(device)
+    own = torch.arange(500) % 7 > 0 if untrained else torch.ones(500, dtype=torch.bool)
+    sums = AttributeSums(ItemAttributes(places.numpy(), 5, own.numpy())).to(device)
+    assert (sums.own is None) == (not untrained)
     rows, added = (torch.randn(n, width, generator=generator).to(device) for n in (700, 5))
     items = torch.randint(0, 500, (700,), generator=generator).to(device)
     weights = torch.randn(700, width, generator=generator).to(device)
@@ -171,12 +173,40 @@ def test_sums_and_gradients_equal_autograds(device: str, width: int) -> None:
         given = [each.clone().requires_grad_() for each in (rows_of, added, rows_of, added)]
         found = call(*given[:2])
         known = torch.cat([given[3], given[3].new_zeros(1, width)])
-        expected = given[2] + known[places.to(device)[wanted].long()].sum(dim=1)
+        expected = given[2] * own.to(device)[wanted, None]
+        expected = expected + known[places.to(device)[wanted].long()].sum(dim=1)
         torch.testing.assert_close(found, expected)
         for each in (found, expected):
             (each * weights[: len(each)]).sum().backward()
         torch.testing.assert_close(given[0].grad, given[2].grad)
         torch.testing.assert_close(given[1].grad, given[3].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_item_dropout_leaves_the_attributes(device: str) -> None:
+    """Items 0 and 3 have no attributes, 2 no own row; of 1, three of ten positions lose theirs."""
+    places, own = np.array([[2, 2], [0, 1], [1, 2], [2, 2]], np.int32), np.arange(4) != 2
+    sums = AttributeSums(ItemAttributes(places, 2, own), item_dropout=0.3).to(device)
+    rows = torch.ones(4000, 1, device=device, requires_grad=True)
+    added = torch.tensor([[10.0], [100.0]], device=device)
+    items = torch.arange(4, device=device).repeat(1000)
+    found = sums.of_positions(rows, added, items)
+    found.sum().backward()
+    assert rows.grad is not None
+    assert found[0::4].eq(1).all() and found[3::4].eq(1).all() and found[2::4].eq(100).all()
+    assert sorted(set(found[1::4].flatten().tolist())) == [110, 111]
+    assert 0.2 < found[1::4].eq(110).float().mean() < 0.4
+    assert rows.grad[1::4].equal(found[1::4].detach() - 110) and rows.grad[2::4].eq(0).all()
+    assert sums.of_items(rows, added, items)[1::4].eq(111).all()
+    assert sums.eval().of_positions(rows, added, items)[1::4].eq(111).all()
+
+
+def test_items_without_a_training_rating_are_their_attributes() -> None:
+    given = catalog(kind=["a", "a", "b", "a", ""], year=[1, 2, 3, 1, 4])
+    given.train_counts[:] = [3, 0, 0, 1, 0]
+    found = ItemAttributes.of(given, "kind,year", "|")
+    # Items 3 and 5 have no attribute that another item has.
+    assert found.own.tolist() == [True, True, False, True, True, True, True]
 
 
 def test_parts_of_a_stored_table_lose_the_attributes_rows() -> None:
@@ -186,7 +216,7 @@ def test_parts_of_a_stored_table_lose_the_attributes_rows() -> None:
     by_rows = [Part("t", (low, 0), stored[low : low + 3]) for low in (0, 3, 6)]
     by_columns = [Part("t", (0, column), stored[:, column : column + 1]) for column in (0, 1)]
     for parts in (by_rows, by_columns, [Part("t", (0, 0), stored)]):
-        sums = AddedRows("t", table, ItemAttributes(places, 3))
+        sums = AddedRows("t", table, ItemAttributes(places, 3, np.array([1, 1, 0, 1], bool)))
         assert list(sums.stored.shape) == [7, 2]
         own = torch.full((4, 2), torch.nan)
         for part in map(sums.without_attributes, parts):
@@ -194,7 +224,8 @@ def test_parts_of_a_stored_table_lose_the_attributes_rows() -> None:
             own[row : row + len(part.values), column : column + part.values.shape[1]] = part.values
         assert own.equal(stored[:4])
         sums.add(slice(1, 4), rows := own[1:])
-        assert rows.tolist() == [[2 + 8 + 12, 3 + 9 + 13], [4 + 10, 5 + 11], [6, 7]]
+        # Item 2 has no row of its own.
+        assert rows.tolist() == [[2 + 8 + 12, 3 + 9 + 13], [10, 11], [6, 7]]
         other = Part("b", (0,), stored[0])
         assert sums.without_attributes(other) is other
 

@@ -126,7 +126,7 @@ class AddedRows:
 
     def __init__(self, name: str, table: Tensor, attributes: ItemAttributes) -> None:
         self.name, self._rows = name, len(table)
-        self._places = torch.from_numpy(attributes.places)
+        self._places, self._own = map(torch.from_numpy, (attributes.places, attributes.own))
         # The last row is that of no attribute.
         self._added = torch.zeros(attributes.count + 1, table.shape[1])
         self.stored = table.new_empty(len(table) + attributes.count, table.shape[1], device="meta")
@@ -144,7 +144,7 @@ class AddedRows:
 
     def add(self, block: slice, rows: Tensor) -> None:
         """Add them to a block of the table's rows; all parts are known."""
-        sums = rows.float()
+        sums = torch.where(self._own[block, None], rows.float(), 0.0)
         for place in self._places[block].unbind(1):
             sums += self._added.index_select(0, place)
         rows.copy_(sums)

@@ -3,67 +3,95 @@
     rows of items [N, D] + rows of all attributes [A, D], summed item by item -> [N, D]
 
 Both the positions of histories and the scored items get the sums: items that share attributes are
-close as inputs and as targets. The rows stay separate in the table and in its optimizer.
+close as inputs and as targets. The rows stay separate in the table and in its optimizer. In
+training, a share of the positions has the attributes alone: they have to do without the own rows of
+rare items, which fit noise.
 
-Shapes: N items, A attributes, P most attributes of an item, D width.
+Shapes: N items, A attributes, P most attributes of an item, V items of the catalog, D width.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
+from pipeline.batches.attributes import ItemAttributes
 
 
 class AttributeSums(nn.Module):
     """Adds attributes' rows to items' rows; no parameters.
 
     Args:
-        places: int32 [V + 2, P], as in ``ItemAttributes``.
+        item_dropout: share of the positions without their item's own row, in training.
     """
 
-    places: Tensor
+    places: Tensor  # int32 [V + 2, P]
+    own: Tensor | None  # bool [V + 2]; None: all True
 
-    def __init__(self, places: np.ndarray) -> None:
+    def __init__(self, attributes: ItemAttributes, item_dropout: float = 0.0) -> None:
         super().__init__()
-        # Not part of the weights: made of the catalog.
-        self.register_buffer("places", torch.from_numpy(places), persistent=False)
+        self._count, self._item_dropout = attributes.count, item_dropout
+        # Not among the weights: they are made of the catalog.
+        self.register_buffer("places", torch.from_numpy(attributes.places), persistent=False)
+        own = None if attributes.own.all() else torch.from_numpy(attributes.own)
+        self.register_buffer("own", own, persistent=False)
 
-    def of_items(self, rows: Tensor, attributes: Tensor, items: Tensor) -> Tensor:
-        """Rows [N, D] of ``items``, int64 [N]."""
-        return _Sums.apply(rows, attributes, self.places.index_select(0, items))
+    def of_positions(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
+        """As :meth:`of_items`, with dropout of own rows in training."""
+        if not (self.training and self._item_dropout):
+            return self.of_items(rows, added, items)
+        places = self.places.index_select(0, items)
+        drawn = torch.rand(len(items), device=rows.device) >= self._item_dropout
+        has_none = places[:, 0] == self._count  # the mask token, too
+        return _Sums.apply(rows, added, places, self._with_rows(items, drawn | has_none))
 
-    def of_range(self, rows: Tensor, attributes: Tensor, low: int) -> Tensor:
-        """Rows [N, D] of the items ``low`` ... ``low + N - 1``."""
-        return _Sums.apply(rows, attributes, self.places[low : low + len(rows)])
+    def of_items(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
+        """Sums [N, D] of the rows of ``items``, int64 [N], and those ``added`` [A, D]."""
+        places = self.places.index_select(0, items)
+        return _Sums.apply(rows, added, places, self._with_rows(items))
+
+    def of_range(self, rows: Tensor, added: Tensor, low: int) -> Tensor:
+        """The same of the items ``low`` ... ``low + N - 1``."""
+        items = slice(low, low + len(rows))
+        own = None if self.own is None else self.own[items]
+        return _Sums.apply(rows, added, self.places[items], own)
+
+    def _with_rows(self, items: Tensor, drawn: Tensor | None = None) -> Tensor | None:
+        """Which of the items have rows of their own: bool [N]; None: all."""
+        if self.own is None:
+            return drawn
+        own = self.own.index_select(0, items)
+        return own if drawn is None else own & drawn
 
 
 class _Sums(torch.autograd.Function):
-    """Its backward pass adds in a fixed order; the gradient of ``rows`` is the sums' own tensor."""
+    """The backward pass adds in a fixed order; without ``own`` the sums' gradient is the rows'."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, attributes: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(attributes)
-        known = torch.cat([attributes, attributes.new_zeros(1, attributes.shape[1])])
-        sums = rows.clone()
+    def forward(
+        ctx: Any, rows: Tensor, added: Tensor, places: Tensor, own: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(places, own)
+        ctx.count = len(added)
+        known = torch.cat([added, added.new_zeros(1, added.shape[1])])
+        sums = rows.clone() if own is None else torch.where(own[:, None], rows, 0.0)
         for column in places.unbind(1):
             sums += known.index_select(0, column)
         return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (places,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        places, own = ctx.saved_tensors
         index, each = sort_index(places.flatten().long(), ctx.count), places.shape[1]
-        of_attributes = gradient.new_zeros(ctx.count, gradient.shape[1])
+        of_added = gradient.new_zeros(ctx.count, gradient.shape[1])
         if index.order is None:
             values = gradient.repeat_interleave(each, dim=0)
         else:  # the kernels read row order[i] / P instead of P copies of each row
             values = gradient.contiguous()
             index = SortedIndex(index.index, index.count, index.keys, index.order // each)
-        add_rows(of_attributes, index, values)
-        return gradient, of_attributes, None
+        add_rows(of_added, index, values)
+        of_rows = gradient if own is None else torch.where(own[:, None], gradient, 0.0)
+        return of_rows, of_added, None, None

@@ -36,6 +36,12 @@ class EncoderConfig(Config):
     attribute_separator: str = flag(
         "|", "separator of several attributes in one text of --item_attributes, e.g. a blank"
     )
+    item_dropout: float = flag(
+        0.3,
+        "with --item_attributes: share of training positions that have the attributes alone",
+        at_least=0,
+        below=1,
+    )
 
     def check(self) -> None:
         if self.emb_dim % 4:

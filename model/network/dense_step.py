@@ -101,7 +101,7 @@ class DenseStep(nn.Module):
         (attributes,), (_, head) = self._attributes, self._parts
         assert attributes is not None and given.ids is not None
         of_items, of_candidates = given.ids[: len(items)], given.ids[len(items) :]
-        items = attributes.of_items(items, added, of_items)
+        items = attributes.of_positions(items, added, of_items)
         if given.negatives is not None:  # the candidates are targets and negatives
             return items, attributes.of_items(candidates, added, of_candidates)
         return items, attributes.of_range(candidates, added, head.catalog.low)

@@ -6,7 +6,8 @@
     rows of the table     0 padding | 1 ... V items | V + 1 mask token | V + 2 ... V + 1 + A
 
 An attribute is a value of a column; those of a single item say no more than its own row, and are
-left out. Each step looks up all A rows, once, and sums them item by item (``model/network``).
+left out. Each step looks up all A rows, once, and sums them item by item (``model/network``). An
+item without a training rating is the sum of its attributes: its own row is never a target's.
 
 Shapes: P most attributes of an item.
 """
@@ -30,8 +31,9 @@ MOST_ATTRIBUTES, MOST_OF_AN_ITEM = 100_000, 64
 class ItemAttributes:
     """The attributes of each row of padding, items and mask token."""
 
-    places: np.ndarray  # int32 [V + 2, P], numbers 0 ... A - 1; A: none
+    places: np.ndarray  # int32 [V + 2, P], numbers 0 ... A - 1, then A: none
     count: int  # A
+    own: np.ndarray  # bool [V + 2], whose own rows count: not of untrained items with attributes
 
     @classmethod
     def of(cls, catalog: Catalog, columns: str, separator: str) -> "ItemAttributes":
@@ -73,12 +75,15 @@ class ItemAttributes:
         order = np.lexsort((numbers, items))
         items, numbers = items[order], numbers[order]
         places[items, np.arange(len(items)) - (np.cumsum(each) - each)[items]] = numbers
-        return cls(places, len(kept))
+        own = np.ones(len(each), bool)
+        own[1:-1] = (catalog.train_counts > 0) | (each[1:-1] == 0)
+        return cls(places, len(kept), own)
 
     def fingerprint(self) -> str:
         """Hash of all attributes."""
         digest = hashlib.sha256(f"{self.count} {self.places.shape}".encode())
         digest.update(np.ascontiguousarray(self.places).data)
+        digest.update(self.own.data)
         return digest.hexdigest()[:16]
 
     def describe(self) -> str:

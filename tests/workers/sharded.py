@@ -109,7 +109,7 @@ def config_of(
         windows=WindowConfig(max_len=MAX_LEN),
         loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),
         # 16 wide: column_wise makes two shards of 8, the fewest columns it may.
-        encoder=EncoderConfig(16, 2, 1, dropout=0),
+        encoder=EncoderConfig(16, 2, 1, dropout=0, item_dropout=0),
         head=HeadConfig(head, logit_temperature=0.2, loss=loss),
         negatives=NegativesConfig(train_negatives=12),
         sharding=sharding,
@@ -292,7 +292,7 @@ def attributes() -> ItemAttributes:
     items = np.arange(NUM_ITEMS + 2)
     places = np.stack([items % 4, np.where(items > 3, 4 + items % 3, 7)], axis=1)
     places[[0, -1]] = 7
-    return ItemAttributes(places.astype(np.int32), 7)
+    return ItemAttributes(places.astype(np.int32), 7, own=items != 5)  # item 5 has no row
 
 
 LOSSES = {"": "softmax", ", sampled": "sampled_softmax"}
@@ -344,7 +344,7 @@ def summed_by_autograd(
     self: AttributeSums, rows: torch.Tensor, added: torch.Tensor, items: torch.Tensor
 ) -> torch.Tensor:
     known = torch.cat([added, torch.zeros(1, added.shape[1])])
-    return rows + known[self.places[items].long()].sum(dim=1)
+    return rows * (items != 5)[:, None] + known[self.places[items].long()].sum(dim=1)
 
 
 def range_summed_by_autograd(
