@@ -33,9 +33,9 @@ class AttributeSums(nn.Module):
     def __init__(self, attributes: ItemAttributes, item_dropout: float = 0.0) -> None:
         super().__init__()
         self._count, self._item_dropout = attributes.count, item_dropout
-        # Not among the weights: they are made of the catalog.
-        self.register_buffer("places", torch.from_numpy(attributes.places), persistent=False)
-        own = None if attributes.own.all() else torch.from_numpy(attributes.own)
+        # Not among the weights: they are made of the catalog. On the default device.
+        self.register_buffer("places", torch.tensor(attributes.places), persistent=False)
+        own = None if attributes.own.all() else torch.tensor(attributes.own)
         self.register_buffer("own", own, persistent=False)
 
     def of_positions(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:

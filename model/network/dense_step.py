@@ -8,6 +8,7 @@ Shapes: T positions of all rows, M masked positions, C candidates, A attributes,
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -100,10 +101,10 @@ class DenseStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         (attributes,), (_, head) = self._attributes, self._parts
         assert attributes is not None and given.ids is not None
-        of_items, of_candidates = given.ids[: len(items)], given.ids[len(items) :]
-        items = attributes.of_positions(items, added, of_items)
-        if given.negatives is not None:  # the candidates are targets and negatives
-            return items, attributes.of_items(candidates, added, of_candidates)
+        items = attributes.of_positions(items, added, given.ids[: len(items)])
+        if given.negatives is not None:
+            scored = torch.cat([given.targets, given.negatives])
+            return items, attributes.of_items(candidates, added, scored)
         return items, attributes.of_range(candidates, added, head.catalog.low)
 
     def _graph(self) -> GraphedCall:
