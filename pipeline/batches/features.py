@@ -132,7 +132,7 @@ def ids_of(ids: tuple[int, int], device: torch.device) -> Tensor:
 # Cached per stream: another CUDA stream would have to wait until the tensors are written.
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
     """int64 [C]; few are cached, because a catalog may be large."""
     return torch.arange(*candidate_range, dtype=torch.int64, device=device)
