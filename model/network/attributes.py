@@ -13,10 +13,11 @@ Shapes: N items, A attributes, P most attributes of an item, V items of the cata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
+from model.kernels.segment_sum import SortedIndex, accumulate, add_rows, sort_index
 from pipeline.batches.attributes import ItemAttributes
 
 
@@ -76,22 +77,21 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(places, own)
         ctx.count = len(added)
         known = torch.cat([added, added.new_zeros(1, added.shape[1])])
-        sums = rows.clone() if own is None else torch.where(own[:, None], rows, 0.0)
-        for column in places.unbind(1):
-            sums += known.index_select(0, column)
-        return sums
+        sums = F.embedding_bag(places, known, mode="sum")
+        return sums.add_(rows if own is None else torch.where(own[:, None], rows, 0.0))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         places, own = ctx.saved_tensors
-        index, each = sort_index(places.flatten().long(), ctx.count), places.shape[1]
-        of_added = gradient.new_zeros(ctx.count, gradient.shape[1])
+        of_added = gradient.new_zeros(ctx.count + 1, gradient.shape[1])  # the last: of none
+        index = sort_index(places.flatten().long(), ctx.count)
         if index.order is None:
-            values = gradient.repeat_interleave(each, dim=0)
+            for column in places.long().unbind(1):
+                accumulate(of_added, column, gradient)
         else:  # the kernels read row order[i] / P instead of P copies of each row
-            values = gradient.contiguous()
-            index = SortedIndex(index.index, index.count, index.keys, index.order // each)
-        add_rows(of_added, index, values)
+            order = index.order // places.shape[1]
+            index = SortedIndex(index.index, index.count, index.keys, order)
+            add_rows(of_added[:-1], index, gradient.contiguous())
         of_rows = gradient if own is None else torch.where(own[:, None], gradient, 0.0)
-        return of_rows, of_added, None, None
+        return of_rows, of_added[:-1], None, None

@@ -303,8 +303,9 @@ def with_attributes(ranks: Ranks) -> dict[str, Run]:
     runs, own = {}, attributes()
     for name, loss in LOSSES.items():
         for way, sharding in WAYS.items():
-            built = Built.of(config_of(sharding, ranks, loss=loss), ranks, own)
-            runs[f"{way}{name}"] = pipelined(built)
+            if not name or way in ("row_wise", "ddp"):
+                built = Built.of(config_of(sharding, ranks, loss=loss), ranks, own)
+                runs[f"{way}{name}"] = pipelined(built)
         config = config_of(WAYS["row_wise"], ranks, loss=loss)
         ways = {"looked up": {"in_place": False}, "sent": by_torchrec(ranks)}
         if ranks.world_size > 1:
