@@ -132,7 +132,7 @@ def _train(
     span = time_span(config, store)
     kernels.start(config, store.num_items, loader, plan, span, attributes)
     model = build_model(config, store.num_items, ranks, plan, teachers, span, attributes)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     stages.end("model")
     # Only now that flags and data have been checked: a mistake leaves no folder behind.

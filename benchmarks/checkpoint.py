@@ -56,7 +56,7 @@ def row(items: int, flags: list[str], ranks: Ranks, folder: Path) -> str:
     config: RunConfig = FlagParser("", RunConfig).parse(flags)
     plan = plan_execution(config, items, ranks)
     model = build_model(config, items, ranks, plan)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     optimizers.materialise_state()
     folder.mkdir(exist_ok=True)
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)

@@ -98,7 +98,7 @@ def count_steps(flags: list[str], steps: int, ranks: Ranks) -> dict[str, Any]:
     plan = plan_execution(config, store.num_items, ranks)
     loader = train_loader(config, store, ranks, plan)
     model = build_model(config, store.num_items, ranks, plan)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     pipeline = train_pipeline(model, optimizers, plan, ranks.device)
     model.train()
     # Two batches more than steps: the pipeline reads ahead, and must be full while steps count.

@@ -94,7 +94,7 @@ def main() -> None:
     config = build(RunConfig, {"emb_dim": options.width})
     plan = plan_execution(config, options.items, ranks)
     model = build_model(config, options.items, ranks, plan)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     folder = Path(from_first_rank(ranks, lambda: tempfile.mkdtemp(dir=options.folder)))
     checkpoints = Checkpoints(folder, ranks)
     checkpoints.save(model, optimizers, Position(step=1))

@@ -115,16 +115,24 @@ class BERT4Rec(nn.Module):
 
     def forward(self, batch: PackedBatch | TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
-        return self.score(self.embeddings(batch), batch.unpacked)
+        rows = self.embeddings(batch)
+        names = [ITEM, CANDIDATE, *([] if self.attributes is None else [ATTRIBUTE])]
+        return self.score(batch.unpacked, *(rows[name].values() for name in names))
 
-    def score(self, rows: dict[str, JaggedTensor], batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        """The same, from the batch's looked-up rows."""
+    def score(
+        self, batch: TrainBatch, items: Tensor, candidates: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, from looked-up rows.
+
+        Args:
+            items: [T, D].
+            candidates: [C, D].
+            added: [A, D], of the attributes; None: the items have none.
+        """
         # TorchRec would have to sum lengths for the offsets of ``rows``.
         layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
         scored = batch.targets, batch.negatives, batch.log_counts, batch.all_targets
         given = StepInput(*layout, *scored, batch.ids, batch.times)
-        items, candidates = rows[ITEM].values(), rows[CANDIDATE].values()
-        added = None if self.attributes is None else rows[ATTRIBUTE].values()
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             return self.dense_step(

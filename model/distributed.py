@@ -108,13 +108,22 @@ def _join(backend: str, timeout: timedelta) -> tuple[int, int]:
     return rank, world_size
 
 
+def separate_group(ranks: Ranks) -> dist.ProcessGroup:
+    """A group of all ranks for collectives that overlap those of the default group.
+
+    Collectives of one communicator run one after the other, whatever their streams.
+    """
+    backend = "nccl" if ranks.device.type == "cuda" else None
+    return dist.new_group(timeout=ranks.timeout, backend=backend)
+
+
 def narrow_group(ranks: Ranks) -> dist.ProcessGroup:
     """A group of all ranks for small messages that overlap the step's kernels.
 
     A waiting collective occupies one multiprocessor of a GPU, not two dozen as by NCCL's default.
     """
     if ranks.device.type != "cuda":
-        return dist.new_group(timeout=ranks.timeout)
+        return separate_group(ranks)
     # Private: min_ctas, max_ctas (NCCL's multiprocessors) and _timeout have no public setter.
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = options.config.max_ctas = 1

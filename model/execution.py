@@ -10,8 +10,8 @@ from typing import Literal
 Lookup = Literal["own", "fbgemm", "torch", "replicated"]
 # gather, all_to_all: in sizes known beforehand, so that a CUDA graph can hold the exchange
 Exchange = Literal["none", "gather", "all_to_all", "torchrec", "all_reduce"]
-# dense, encoder: the encoder's optimizer is another graph, but not in ddp
-Graphs = Literal["step", "dense", "encoder", "none"]
+# encoder: its optimizer is another graph, but not in ddp
+Graphs = Literal["step", "encoder", "none"]
 Precision = Literal["bf16", "fp32"]
 
 _LOOKUPS = {
@@ -29,7 +29,6 @@ _EXCHANGES = {
 }
 _GRAPHS = {
     "step": "one CUDA graph per step",
-    "dense": "CUDA graphs of encoder and head",
     "encoder": "CUDA graphs of the encoder",
     "none": "no CUDA graphs",
 }
@@ -40,7 +39,8 @@ class ExecutionPlan:
     """The same on every rank. The default executes a plain model on one rank.
 
     Attributes:
-        in_place: the exact softmax scores the rank's shard itself, not a looked-up copy of it.
+        in_place: the exact softmax scores the rank's shard itself (if it is fp16, a float32 copy),
+            not rows looked up by their ids.
         precision: of the matrix products of encoder and head.
         table_optimizer: in ddp the encoder's.
         table_lr: the tables' peak learning rate.
@@ -56,7 +56,7 @@ class ExecutionPlan:
 
     def __post_init__(self) -> None:
         assert self.lookup == "own" or not self.in_place
-        assert self.lookup != "replicated" or not self.agrees_on_sizes
+        assert self.lookup == "own" or not self.agrees_on_sizes
         assert self.graphs != "step" or self.lookup == "own"
 
     @property
@@ -71,7 +71,7 @@ class ExecutionPlan:
     @property
     def has_static_gradients(self) -> bool:
         """Whether graphs keep the encoder's gradients at fixed addresses; DDP's hooks do not."""
-        return self.graphs in ("dense", "encoder") and not self.is_replicated
+        return self.graphs == "encoder" and not self.is_replicated
 
     def describe(self, shards: str) -> str:
         """One line for the log; ``shards`` from ``describe_shards``."""

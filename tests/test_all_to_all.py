@@ -72,8 +72,9 @@ def test_each_row_is_requested_once_of_the_rank_that_holds_it(
         assert request.clone().words.equal(request.words)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_come_back_in_the_order_of_the_ids(
-    exchanges: list[AllToAll], monkeypatch: pytest.MonkeyPatch
+    exchanges: list[AllToAll], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     pairs = [*zip(exchanges, requests(exchanges, monkeypatch), strict=True)]
 
@@ -81,10 +82,11 @@ def test_rows_come_back_in_the_order_of_the_ids(
         local = exchange.local_ids(request)
         shard = TABLE[exchange.low : exchange.low + exchange.rows]
         rows = torch.where(local[:, None] < 0, 0.0, shard[local.clamp(min=0)])
-        return exchange.own_rows(rows, request)
+        return exchange.own_rows(rows.to(dtype), request)
 
     found = exchanged(monkeypatch, [lambda e=e, r=r: look_up(e, r) for e, r in pairs])
     for rows, ids in zip(found, IDS, strict=True):
+        assert rows.dtype == torch.float32  # sent as they are stored
         assert rows.equal(TABLE[ids])
 
 
@@ -95,10 +97,10 @@ def test_gradients_of_equal_ids_are_summed_before_they_are_sent(
     gradients = [torch.full((len(ids), WIDTH), 1.0) for ids in IDS]
     gradients[1] *= 10
     calls = [
-        lambda e=e, r=r, g=g: e.all_gradients(g, r)
+        lambda e=e, r=r, g=g: e.all_gradients([g[:1], g[1:]], r)
         for (e, r), g in zip(pairs, gradients, strict=True)
     ]
-    first, second = exchanged(monkeypatch, calls)
+    (first,), (second,) = exchanged(monkeypatch, calls)
     # By slot: ids 1 1 | 4 | - of rank 0 and 0 of rank 1; ids 7 7 | 8 | - and 5 5.
     assert first[:, 0].tolist() == [2, 1, 0, 10, 0, 0]
     assert second[:, 0].tolist() == [2, 1, 0, 20, 0, 0]

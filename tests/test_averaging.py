@@ -16,7 +16,7 @@ def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     averaging = AveragingOptimizer(sgd, list(parameters.values()))
     sent: list[int] = []
 
-    def add_ones_of_another_rank(gradients: torch.Tensor) -> None:
+    def add_ones_of_another_rank(gradients: torch.Tensor, group: object) -> None:
         sent.append(gradients.numel())
         gradients += 1
 
@@ -38,7 +38,7 @@ def test_gradients_already_in_the_buffer_are_not_copied(monkeypatch: pytest.Monk
     parameter = nn.Parameter(torch.zeros(2))
     sgd = KeyedOptimizerWrapper({"it": parameter}, lambda params: torch.optim.SGD(params, lr=0.0))
     averaging = AveragingOptimizer(sgd, [parameter])
-    monkeypatch.setattr(dist, "all_reduce", lambda _: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda _, group: None)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     averaging.step()
     parameter.grad += 5  # autograd adds to an existing gradient

@@ -12,6 +12,7 @@ import pytest
 from torch.autograd import DeviceType
 
 from benchmarks import (
+    agreement,
     checkpoint,
     data,
     evaluation,
@@ -286,6 +287,28 @@ def test_jobs_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         scripts.run("said.py", log)
     scripts.run("said.py", log)
     assert log.read_text().split() == ["2", "5", "2"]
+
+
+def test_ranks_that_fit_the_gpus_run_at_once() -> None:
+    one, two, four = (agreement.Job("train.py", ranks, Path(str(ranks))) for ranks in (1, 2, 4))
+    assert agreement.rounds([one, two, four, two, two], 4) == [[one, two], [four], [two, two]]
+    assert agreement.rounds([one, two], 0) == [[one], [two]]  # CPU
+
+
+@pytest.mark.parametrize(
+    ("found", "shown", "verdict"),
+    [
+        ({"step 1": 2.0, "step 2": 1.00009}, "9.0e-05 (step 2)", "PASS"),
+        ({"step 1": 2.00011, "step 2": 1.0}, "1.1e-04 (step 1)", "FAIL"),
+        ({"step 1": 2.0}, "inf (step 2)", "FAIL"),
+        ({"step 1": 2.0, "step 2": 1.0, "step 3": 1.0}, "inf (step 3)", "FAIL"),
+        ({"step 1": 2.0, "step 2": math.nan}, "inf (step 2)", "FAIL"),
+    ],
+)
+def test_agreement_by_hand(found: dict[str, float], shown: str, verdict: str) -> None:
+    line = agreement.compared("losses", 2, found, {"step 1": 2.0, "step 2": 1.0})
+    *_, difference, passed = [cell.strip() for cell in line.strip("|").split("|")]
+    assert (difference, passed) == (shown, verdict)
 
 
 def test_the_cost_of_a_checkpoint_is_measured(one_rank: Ranks, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.kernels.bf16_linear import column_sum, gelu_dropout, linear
-from model.kernels.dropout_bits import new_dropouts
+from model.kernels.random_bits import new_dropouts
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels need CUDA")
 

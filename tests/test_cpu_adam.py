@@ -64,7 +64,7 @@ def test_steps_are_those_of_torchs_adam(first: int) -> None:
         scored, outer = gradient[order[:3]].clone(), gradient[order[3:]].clone()
         update("adam", whole, states[0], scored, outer, first, step)
         index = sort_index(torch.arange(5).repeat(2), 5)
-        update_some("adam", some, states[1], index, gradient.repeat(2, 1) / 2, step)
+        update_some("adam", some, states[1], index, [gradient.repeat(2, 1) / 2], step)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(some, expected)
 
@@ -141,9 +141,8 @@ def test_steps_equal_those_of_the_kernels() -> None:
             step = Step(lr=0.01, beta1=0.9, beta2=0.98, eps=1e-8, number=number, scale=0.5)
             index = torch.randint(0, 51, (300,), generator=draws)
             gradients = torch.randn(300, 64, generator=draws)
-            update_some(
-                "adam", rows, states, sort_index(index.to(device), 50), gradients.to(device), step
-            )
+            sorted_ = sort_index(index.to(device), 50)
+            update_some("adam", rows, states, sorted_, [gradients.to(device)], step)
             scored, outer = torch.randn(50, 64, generator=draws).to(device).split([48, 2])
             outer = outer.contiguous()
             outer[number % 2] = 0

@@ -58,9 +58,8 @@ def planned(
         ({}, "own", "none", True),
         ({"sharding": "table_wise"}, "own", "none", True),
         ({"mode": "ddp"}, "replicated", "none", False),
-        ({"table_precision": "fp16"}, "fbgemm", "none", False),
-        ({"head": "linear"}, "torch", "none", False),  # FBGEMM has no Adam on CPU
-        ({"head": "linear", "embedding_optimizer": "sgd"}, "fbgemm", "none", False),
+        ({"table_precision": "fp16"}, "own", "none", True),
+        ({"head": "linear"}, "own", "none", True),
         ({"loss": "sampled_softmax"}, "own", "none", False),
         ({"positions": 31}, "own", "none", False),  # more than items: cheap to look up
         ({"two_stream": True}, "own", "none", False),  # two positions an item
@@ -68,8 +67,9 @@ def planned(
         ({"world_size": 3, "mode": "ddp"}, "replicated", "all_reduce", False),
         ({"world_size": 3, "positions": 31}, "own", "gather", False),
         ({"world_size": 3, "loss": "gbce"}, "own", "gather", False),
-        ({"world_size": 3, "table_precision": "fp16"}, "fbgemm", "gather", False),
-        ({"world_size": 3, "head": "linear"}, "torch", "torchrec", False),
+        ({"world_size": 3, "table_precision": "fp16"}, "own", "gather", True),
+        ({"embedding_optimizer": "rowwise_adagrad"}, "own", "none", True),
+        ({"world_size": 3, "head": "linear"}, "own", "gather", True),
         ({"world_size": 3, "sharding": "table_wise"}, "torch", "torchrec", False),
         ({"world_size": 3, "sharding": "auto"}, "torch", "torchrec", False),
         ({"world_size": 3, "items": 2, "positions": 1}, "torch", "torchrec", False),  # 0 1 | 2 3 |
@@ -99,12 +99,13 @@ def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, "step"),
         ({"world_size": 2}, "step"),
-        ({"embedding_optimizer": "sgd"}, "dense"),
-        ({"embedding_optimizer": "sgd", "world_size": 2}, "dense"),
-        ({"table_precision": "fp16"}, "dense"),
-        ({"compute_kernel": "fused_uvm_caching"}, "dense"),
-        ({"table_precision": "fp16", "world_size": 2}, "dense"),
-        ({"head": "linear", "world_size": 2}, "encoder"),
+        ({"embedding_optimizer": "sgd"}, "step"),
+        ({"embedding_optimizer": "rowwise_adagrad", "world_size": 2}, "step"),
+        ({"table_precision": "fp16"}, "step"),
+        ({"compute_kernel": "fused_uvm_caching"}, "encoder"),
+        ({"table_precision": "fp16", "world_size": 2}, "step"),
+        ({"head": "linear", "world_size": 2}, "step"),
+        ({"sharding": "table_wise", "world_size": 2}, "encoder"),
         ({"mode": "ddp"}, "encoder"),
         ({"mode": "ddp", "world_size": 2}, "encoder"),
         ({"acceleration": "none"}, "none"),
@@ -116,7 +117,7 @@ def test_the_graphs(as_with_cuda: None, changed: dict[str, Any], graphs: str) ->
     plan = planned("cuda", **{"width": 16, "nhead": 2} | changed)
     assert plan.graphs == graphs
     assert plan.precision == changed.get("precision", "bf16")
-    assert plan.has_static_gradients == (graphs in ("dense", "encoder") and "mode" not in changed)
+    assert plan.has_static_gradients == (graphs == "encoder" and "mode" not in changed)
 
 
 def test_rates_of_the_tables() -> None:

@@ -21,7 +21,6 @@ LENGTHS = [40, 7, 0, 23, 40, 1, 12, 0]
 ITEMS, NEGATIVES, MASKED = 300, 50, 30
 
 
-DENSE = ExecutionPlan(lookup="fbgemm", graphs="dense")
 ENCODER = ExecutionPlan(lookup="fbgemm", exchange="torchrec", graphs="encoder")
 HOOKED = ExecutionPlan(graphs="encoder")
 
@@ -118,7 +117,7 @@ def test_jagged_half_precision_equals_padded_full_precision(
 
 @cuda
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
-@pytest.mark.parametrize("plan", [DENSE, ENCODER, HOOKED])
+@pytest.mark.parametrize("plan", [ENCODER, HOOKED])
 def test_graphs_equal_the_plain_code(plan: ExecutionPlan, loss: str) -> None:
     (plain, slow), (fast, encoder) = step(loss=loss), step(loss=loss, plan=plan)
     encoder.cuda()
@@ -145,7 +144,7 @@ def test_graphs_with_gradient_hooks() -> None:
 
 @cuda
 def test_second_streams_through_graphs() -> None:
-    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
+    (plain, slow), (fast, encoder) = step(), step(plan=ENCODER)
     encoder.cuda()
     for seed, left_rows in ((1, 2), (2, 3), (3, 4), (1, 2)):
         given = two_streams(seed, left_rows)
@@ -154,8 +153,8 @@ def test_second_streams_through_graphs() -> None:
 
 @cuda
 def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed_call, "_COPIED_BYTES", 64_000)  # the candidates are larger
-    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
+    monkeypatch.setattr(graphed_call, "_COPIED_BYTES", 20_000)  # the items' rows are larger
+    (plain, slow), (fast, encoder) = step(), step(plan=ENCODER)
     encoder.cuda()
     for seed, left_rows in ((1, 4), (2, 4), (3, 6), (1, 4)):
         elsewhere = torch.empty(seed << 20, device="cuda")  # so that addresses change
@@ -166,7 +165,7 @@ def test_large_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @cuda
 def test_dropout_follows_the_seed_through_graphs() -> None:
-    (plain, slow), (fast, encoder) = step(0.3), step(0.3, plan=DENSE)
+    (plain, slow), (fast, encoder) = step(0.3), step(0.3, plan=ENCODER)
     slow.cuda()
     encoder.cuda()
     given = inputs(1, 4)
@@ -197,7 +196,7 @@ class _Clipped:
 
 @cuda
 def test_a_graphed_optimizer_equals_the_plain_one() -> None:
-    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
+    (plain, slow), (fast, encoder) = step(), step(plan=ENCODER)
     slow.cuda()
     encoder.cuda()
     expected, found = (_Clipped(list(each.parameters())) for each in (slow, encoder))
@@ -218,7 +217,7 @@ def test_a_graphed_optimizer_equals_the_plain_one() -> None:
 
 @cuda
 def test_released_graphs_are_captured_again() -> None:
-    (plain, slow), (fast, encoder) = step(), step(plan=DENSE)
+    (plain, slow), (fast, encoder) = step(), step(plan=ENCODER)
     encoder.cuda()
     expected = results(plain, slow, inputs(1, 2), False)
     for _ in range(2):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     ComputeDevice,
@@ -30,8 +31,9 @@ ROWS, WIDTH = 9, 8
 STEP = Step(lr=0.5, beta1=0.9, beta2=0.98, eps=1e-8, number=1)
 
 
-def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> torch.nn.Module:
+def table(optimizer: str, device: str, precision: SparseType = SparseType.FP32) -> torch.nn.Module:
     """FBGEMM's module with seeded rows; for Adam on CPU this project's."""
+    rows, width = ROWS, WIDTH
     on_cuda = device == "cuda"
     of_fbgemm = on_cuda or optimizer != "adam"
     made = (SplitTableBatchedEmbeddingBagsCodegen if of_fbgemm else CpuAdamTables)(
@@ -48,6 +50,7 @@ def table(optimizer: str, device: str, rows: int = ROWS, width: int = WIDTH) -> 
         eps=1e-8,
         beta1=0.9,
         beta2=0.98,
+        weights_precision=precision,
         pooling_mode=PoolingMode.NONE,
         device=torch.device(device),
     )
@@ -81,13 +84,14 @@ def shard_of(
 
 
 def look_up(
-    shard: TableShard, ids: torch.Tensor, draws: bool = False
+    made: torch.nn.Module, shard: TableShard, ids: torch.Tensor, draws: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the ids, all of them items, and the candidates in place."""
+    """Rows of the ids, all of them items, and the candidates in place; begins a step."""
+    shard.begin_step(Step.counted(made, 1 / shard.exchange.world_size))
     trigger = torch.zeros((), device=ids.device, requires_grad=True)
     candidates = None if draws else ids[:0]
-    sizes = [len(ids), 0] if draws else [len(ids)]
-    return _LookUp.apply(trigger, shard, ids, sizes, candidates)
+
+    return _LookUp.apply(trigger, shard, ids, len(ids), candidates, 0)
 
 
 def by_fbgemm(
@@ -108,7 +112,7 @@ def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) 
         for each in (plain, own):
             each.set_learning_rate(0.1 / (1 + number))
         items, candidates = by_fbgemm(plain, ids, low, count)
-        found, scored = look_up(shard, ids)
+        found, scored = look_up(own, shard, ids)
         torch.testing.assert_close(found, items)
         torch.testing.assert_close(scored, candidates)
         for one, other in ((items, candidates), (found, scored)):
@@ -129,7 +133,7 @@ def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) ->
     for ids, weights, _ in [*steps(device, 0), long_step(device)]:
         ends = torch.arange(len(ids) + 1, device=device)
         (plain(ids, ends) * weights).sum().backward()
-        found, _ = look_up(shard, ids)
+        found, _ = look_up(own, shard, ids)
         (found * weights).sum().backward()
     torch.testing.assert_close(*(t.split_embedding_weights()[0] for t in (plain, own)))
     states = [[*itertools.chain(*each.split_optimizer_states())] for each in (plain, own)]
@@ -139,6 +143,33 @@ def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) ->
         .split_embedding_weights()[0][2]
         .equal(own.split_embedding_weights()[0][2])
     )  # never looked up
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_fp16_rows_are_updated_as_by_fbgemm(optimizer: str, device: str) -> None:
+    """Each of both rounds its own way: equal states, and rows one spacing apart."""
+    half = SparseType.FP16
+    plain, own = table(optimizer, device, half), table(optimizer, device, half)
+    shard = shard_of(own, optimizer)
+    rows = [each.split_embedding_weights()[0] for each in (plain, own)]
+    assert rows[1].dtype == torch.float16
+    for ids, weights, _ in [*steps(device, 0), long_step(device)]:
+        rows[0].copy_(rows[1])  # differences do not add up
+        before = rows[1].clone()
+        ends = torch.arange(len(ids) + 1, device=device)
+        expected = plain(ids, ends)
+        found, _ = look_up(own, shard, ids)
+        assert found.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        for one in (expected, found):
+            (one * weights).sum().backward()
+        torch.testing.assert_close(rows[1], rows[0], rtol=2**-9, atol=2**-14)
+        looked_up = torch.zeros(ROWS, dtype=torch.bool, device=device)
+        looked_up[ids] = True
+        assert (rows[1] != before).any(dim=1).equal(looked_up)
+    states = [[*itertools.chain(*each.split_optimizer_states())] for each in (plain, own)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
 
 
 def long_step(device: str) -> tuple[torch.Tensor, ...]:
@@ -171,20 +202,22 @@ def test_rows_around_the_candidates_stay_without_gradients() -> None:
     assert rows.tolist() == [[1, 1], [0.5, 0.5], [0.5, 0.5], [1, 1]]
 
 
+class Received(RowExchange):
+    """The ids are already those of all ranks."""
+
+    local_ids = lambda self, ids: ids  # noqa: E731
+    own_rows = lambda self, rows, ids: rows.float()  # noqa: E731
+    all_gradients = lambda self, gradient, ids: gradient  # noqa: E731
+
+
 @pytest.mark.parametrize("catalog", [CatalogSlice(1, 8, True), None])
 def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     catalog: CatalogSlice | None,
 ) -> None:
-    class OfFour(RowExchange):
-        """The ids are already those of all ranks."""
-
-        local_ids = lambda self, ids: ids  # noqa: E731
-        own_rows = all_gradients = lambda self, given, ids: given
-
     made = table("sgd", "cpu")
     before = made.split_embedding_weights()[0].clone()
-    shard = shard_of(made, "sgd", catalog, OfFour(ROWS - 2, Ranks(0, 4, 4, torch.device("cpu"))))
-    found, candidates = look_up(shard, torch.tensor([-1, 3, -1, 0]))
+    shard = shard_of(made, "sgd", catalog, Received(ROWS - 2, Ranks(0, 4, 4, torch.device("cpu"))))
+    found, candidates = look_up(made, shard, torch.tensor([-1, 3, -1, 0]))
     assert found[[0, 2]].eq(0).all() and found[1].equal(before[3])
     loss = found.sum()
     if catalog is not None:
@@ -193,6 +226,24 @@ def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     moved = (before - made.split_embedding_weights()[0]).sum(dim=1) / (0.1 * WIDTH / 4)
     scored = 0.0 if catalog is None else 1.0
     torch.testing.assert_close(moved, torch.tensor([1.0, 0, 0, 1, 0, scored, 0, 0, 0]))
+
+
+def test_fp16_rows_are_rounded_by_the_same_bits_on_all_ranks() -> None:
+    """The second of two ranks holds rows 5 to 8 of 9."""
+    whole, part = (table("sgd", "cpu", SparseType.FP16) for _ in range(2))
+    rows = [made.split_embedding_weights()[0] for made in (whole, part)]
+    rows[1][:4] = rows[0][5:]
+    exchange = Received(ROWS - 2, Ranks(1, 2, 2, torch.device("cpu")))
+    for made, ids, given, rate in (
+        (whole, torch.arange(9), ALONE, 0.1),
+        (part, torch.arange(4), exchange, 0.2),  # of which the mean over two ranks is half
+    ):
+        made.set_learning_rate(rate)
+        before = made.split_embedding_weights()[0].clone()
+        found, _ = look_up(made, shard_of(made, "sgd", None, given), ids)
+        (found * 0.0123).sum().backward()
+        assert not before.equal(made.split_embedding_weights()[0])
+    assert rows[1][:4].equal(rows[0][5:])
 
 
 @pytest.mark.parametrize("device", PLACES)

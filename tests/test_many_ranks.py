@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import agreement
 from tests.conftest import ROOT, TINY, torchrun
 from tests.test_faults import Start, start, stop
 from tests.test_two_nodes import free_port, train_on_nodes
@@ -75,6 +76,14 @@ def test_two_nodes_of_two_ranks_equal_one(alone: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["execution"]["exchange"] == "all_to_all"
     assert_same(tmp_path / "run", alone)
+
+
+def test_the_benchmark_of_agreement_passes(tmp_path: Path) -> None:
+    flags = [flag for flag in TINY if "batch_size" not in flag and "epochs" not in flag]
+    lines = list(agreement.agreement(tmp_path, [1, 2], GLOBAL_BATCH, flags, gpus=[]))
+    assert len(lines) == 5 and all(line.endswith("PASS |") for line in lines)
+    trained = losses(tmp_path / "trained on 1")
+    assert trained[max(trained)] < trained[1] - 0.05
 
 
 def test_saved_on_four_and_continued_on_one_and_two(

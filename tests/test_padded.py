@@ -10,6 +10,8 @@ from model.kernels.varlen_attention import RowLayout
 from model.network import padded
 from model.network.padded import attend_padded, attend_padded_by_length
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+PLACES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 7, 8, 9, 16, 17, 40]), min_size=1, max_size=7)
 
 
@@ -58,3 +60,11 @@ def test_similar_rows_are_padded_together(monkeypatch: pytest.MonkeyPatch) -> No
     outcome(attend_padded_by_length, layout)
     # Windows of 3 and 7 with their second streams, of 30, of 40 and 60, and the fillers.
     assert seen == [(4, 8, 2), (2, 31, 1), (4, 60, 2), (2, 3, 0)]
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_distances_from_the_end_of_the_row(device: str) -> None:
+    lengths = [3, 0, 1, 200]
+    offsets = torch.tensor([0, 3, 3, 4, 204], device=device)
+    expected = [2, 1, 0, 0, *range(199, -1, -1)]
+    assert RowLayout(offsets, sum(lengths), 200).from_end.tolist() == expected

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.kernels import residual
-from model.kernels.dropout_bits import Dropout, new_dropouts
+from model.kernels.random_bits import Dropout, new_dropouts
 from model.network.config import EncoderConfig
 from model.network.encoder import Encoder
 

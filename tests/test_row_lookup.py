@@ -18,6 +18,16 @@ def test_by_hand(device: str) -> None:
     assert rows_or_zeros(table, ids[:0]).shape == (0, 2)
 
 
+@pytest.mark.parametrize("device", PLACES)
+def test_fp16_rows_are_converted_when_they_are_wanted_as_float32(device: str) -> None:
+    table = torch.tensor([[1.0, 2.0**-24], [3.0, -65504.0]], device=device).half()
+    ids = torch.tensor([1, -1, 0], device=device)
+    for dtype in (torch.float32, torch.float16):
+        found = rows_or_zeros(table, ids, dtype)
+        assert found.dtype == dtype
+        assert found.tolist() == [[3, -65504], [0, 0], [1, 2**-24]]
+
+
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("width", [1, 60, 128, 384, 1500])
 @pytest.mark.parametrize("count", [1, 7, 9001])

@@ -1,10 +1,14 @@
 """Rows added to rows: by hand, and the kernel on CUDA against float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from model.kernels.segment_sum import add_rows, sort_index
+from model.kernels.segment_sum import add_rows, sort_index, sum_rows
 from model.tables.table_update import Step, update_some
+from tests.conftest import ROOT, environment
 
 
 def test_by_hand() -> None:
@@ -12,6 +16,13 @@ def test_by_hand() -> None:
     index = sort_index(torch.tensor([2, 0, 2, 3, 5]), 3)  # 3 and 5: nowhere
     add_rows(rows, index, torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]))
     assert rows.tolist() == [[21.0], [2.0], [43.0]]
+
+
+def test_sums_of_two_tensors_by_hand() -> None:
+    index = sort_index(torch.tensor([1, 0, 1, 3, 1]), 3)  # 3: nowhere
+    values = torch.tensor([[10.0], [20.0], [30.0], [torch.nan], [50.0]])
+    assert sum_rows(index, [values]).tolist()[:2] == [[20.0], [90.0]]  # 2 has no values
+    assert sum_rows(index, values.split([2, 3])).tolist()[:2] == [[20.0], [90.0]]
 
 
 def test_no_values_and_no_rows() -> None:
@@ -31,7 +42,7 @@ def test_threads_add_in_a_fixed_order_on_the_cpu() -> None:
         try:
             sums, table, state = torch.zeros(50, 32), torch.zeros(50, 32), torch.zeros(50)
             add_rows(sums, index, added)
-            update_some("rowwise_adagrad", table, [state], index, added, step)
+            update_some("rowwise_adagrad", table, [state], index, [added], step)
         finally:
             torch.set_num_threads(1)
         found.add(sums.numpy().tobytes() + table.numpy().tobytes())
@@ -57,3 +68,15 @@ def test_the_kernel_is_exact_and_deterministic(count: int, values: int, width: i
     inside = index < count
     expected = rows.double().index_add_(0, index[inside], added[inside].double())
     assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_the_kernels_are_exact_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.workers.interpreted"],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "checked\n", done.stderr

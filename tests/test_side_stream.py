@@ -9,24 +9,37 @@ import torch
 
 from model.kernels import side_stream
 
+GRADIENT = torch.ones(2)
+
 
 class _Stream:
-    """A fake CUDA stream that finishes all work at once."""
+    """A fake CUDA stream that finishes all work at once; its events are numbered."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.waited: list[int] = []  # for events of the other stream
 
     def wait_stream(self, other: "_Stream") -> None:
         pass
 
-    def wait_event(self, event: str) -> None:
-        pass
+    def wait_event(self, event: int) -> None:
+        self.waited.append(event)
 
-    def record_event(self) -> str:
-        return "event"
+    def record_event(self) -> int:
+        self.events += 1
+        return self.events
 
 
 @pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> _Stream:
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+def main(monkeypatch: pytest.MonkeyPatch) -> _Stream:
+    current = _Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    return current
+
+
+@pytest.fixture
+def stream(main: _Stream) -> _Stream:
     return _Stream()
 
 
@@ -35,7 +48,8 @@ def test_without_a_side_stream_work_is_done_when_its_result_is_needed() -> None:
     pending = side_stream.start(lambda: done.append("sorted") or 3)
     assert not done
     assert pending.result() == 3
-    side_stream.run(lambda: done.append("updated"))
+    side_stream.mark(GRADIENT)
+    side_stream.run(lambda: done.append("updated"), GRADIENT)
     assert done == ["sorted", "updated"]
 
 
@@ -44,7 +58,7 @@ def test_on_a_side_stream_work_starts_at_once_and_is_done_once(stream: _Stream) 
     with side_stream.running_on(stream):
         pending = side_stream.start(lambda: done.append("sorted") or 3)
         assert done == ["sorted"]
-        side_stream.run(lambda: done.append("updated"))
+        side_stream.run(lambda: done.append("updated"), GRADIENT)
         assert pending.result() == pending.result() == 3
     assert done == ["sorted", "updated"]
 
@@ -52,7 +66,8 @@ def test_on_a_side_stream_work_starts_at_once_and_is_done_once(stream: _Stream) 
 def test_tensors_that_work_reads_are_kept_until_the_end(stream: _Stream) -> None:
     def started() -> weakref.ref[torch.Tensor]:
         gradient = torch.ones(2)
-        side_stream.run(lambda: gradient.sum())
+        side_stream.mark(gradient)
+        side_stream.run(lambda: gradient.sum(), gradient)
         return weakref.ref(gradient)
 
     with side_stream.running_on(stream):
@@ -61,6 +76,21 @@ def test_tensors_that_work_reads_are_kept_until_the_end(stream: _Stream) -> None
         assert gradient() is not None
     gc.collect()
     assert gradient() is None
+
+
+def test_work_on_a_marked_tensor_does_not_wait_for_later_kernels(
+    main: _Stream, stream: _Stream
+) -> None:
+    with side_stream.running_on(stream):
+        side_stream.mark(GRADIENT)
+        main.record_event()
+        side_stream.run(lambda: None, GRADIENT)
+        assert stream.waited == [1]
+        side_stream.run(lambda: None, torch.ones(2))  # another tensor: complete only now
+        assert stream.waited == [1, 3]
+    with side_stream.running_on(stream):
+        side_stream.run(lambda: None, GRADIENT)  # of an earlier step
+    assert stream.waited == [1, 3, 4]
 
 
 def test_a_failure_ends_the_side_stream(stream: _Stream) -> None:
@@ -81,5 +111,5 @@ def test_streams_wait_for_each_other() -> None:
         pending = side_stream.start(lambda: values.sort().values)
         total = torch.zeros_like(values)
         assert pending.result().equal(expected)
-        side_stream.run(lambda: total.add_(expected.flip(0)))
+        side_stream.run(lambda: total.add_(expected.flip(0)), total)
     assert total.equal(expected.flip(0))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks, seed_dropout, start
 from model.network.config import EncoderConfig
@@ -21,6 +22,7 @@ from model.step.train_step import TrainStep
 from model.tables.config import ShardingConfig
 from model.tables.distribute import unwrap
 from model.tables.item_table import ShardedItemTable
+from pipeline.batches.features import ITEM
 from pipeline.training.loader import TrainLoader
 from tests.workers import sharded
 from tests.workers.replayed import Replayed
@@ -38,11 +40,22 @@ def one_gpu() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+ADAM = ShardingConfig("dmp", "row_wise")
+HALF = replace(ADAM, table_precision="fp16")
+TABLES = [
+    (ADAM, "tied"),
+    (ADAM, "linear"),
+    (replace(ADAM, embedding_optimizer="rowwise_adagrad"), "tied"),
+    (HALF, "tied"),
+    (HALF, "linear"),
+]
+
+
 def trained(
-    ranks: Ranks, loss: str, epochs: int = 6
+    ranks: Ranks, loss: str, sharding: ShardingConfig, head: str, epochs: int = 6
 ) -> tuple[list[list[float]], dict[str, torch.Tensor], int]:
     """Reports of all steps, the weights, and how many graphs there were."""
-    config = sharded.config_of(ShardingConfig("dmp", "row_wise"), ranks, loss=loss)
+    config = sharded.config_of(sharding, ranks, head, loss)
     built = Built.of(replace(config, encoder=ENCODER), ranks)
     model = built.model.train()
     assert built.plan.graphs == "step"
@@ -56,26 +69,45 @@ def trained(
             reports.append(step(batch.to(ranks.device)).tolist())
     graphs = sum(one is not None for one in step._captured.values())
     weights = {name: value.clone() for name, value in model.named_parameters()}
-    table = unwrap(model).embeddings.shard.rows.clone()
+    table = torch.cat([shard.rows for shard in unwrap(model).embeddings.shards])
     step.release()
     return reports, weights | {"table": table}, graphs
 
 
 @pytest.mark.parametrize("items_a_position", [0, 1000])
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
+@pytest.mark.parametrize(("sharding", "head"), TABLES)
 def test_a_graph_equals_the_launched_kernels(
-    one_gpu: Ranks, monkeypatch: pytest.MonkeyPatch, loss: str, items_a_position: int
+    one_gpu: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+    items_a_position: int,
+    sharding: ShardingConfig,
+    head: str,
 ) -> None:
     monkeypatch.setattr("model.run.execution.ITEMS_A_POSITION", items_a_position)
-    found, captured, graphs = trained(one_gpu, loss)
+    found, captured, graphs = trained(one_gpu, loss, sharding, head)
     monkeypatch.setattr(train_step, "MAX_GRAPHS", 0)
-    plain, weights, none = trained(one_gpu, loss)
+    plain, weights, none = trained(one_gpu, loss, sharding, head)
     assert none == 0
     assert 0 < graphs < len(found) / 2
     assert len({*map(tuple, found)}) == len(found)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-5, atol=1e-5)
+    near, close = {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5}
+    if sharding is HALF:  # a last bit of a float32 decides how some rows are rounded
+        near, close = {"rtol": 0.0, "atol": 0.02}, {"rtol": 0.02, "atol": 0.02}
+        weights = {"table": weights["table"]}
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), **near)
     for name, weight in weights.items():
-        torch.testing.assert_close(captured[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(captured[name], weight, **close)
+
+
+def test_steps_with_fp16_tables_have_graphs(one_gpu: Ranks) -> None:
+    """A second run gives the same bits."""
+    (found, weights, graphs), (again, same, _) = (
+        trained(one_gpu, "sampled_softmax", HALF, "tied") for _ in range(2)
+    )
+    assert graphs > 0 and weights["table"].dtype == torch.float16
+    assert found == again and weights["table"].equal(same["table"])
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax"])
@@ -124,14 +156,14 @@ def test_the_pipeline_keeps_no_autograd_graph_between_steps(
     config = sharded.config_of(sharded.WAYS["row_wise"], one_rank)
     built = Built.of(config, one_rank, graphs=graphs)
     made: list[weakref.ref[Node]] = []
-    look_up = ShardedItemTable.look_up
+    look_up = ShardedItemTable.compute_and_output_dist
 
-    def looked_up(*args: Any) -> tuple[Tensor, Tensor]:
+    def looked_up(*args: Any) -> dict[str, JaggedTensor]:
         rows = look_up(*args)
-        made.append(weakref.ref(rows[0].grad_fn))
+        made.append(weakref.ref(rows[ITEM].values().grad_fn))
         return rows
 
-    monkeypatch.setattr(ShardedItemTable, "look_up", looked_up)
+    monkeypatch.setattr(ShardedItemTable, "compute_and_output_dist", looked_up)
     alive = []
 
     class Watched(Replayed):

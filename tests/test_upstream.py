@@ -119,6 +119,8 @@ def test_the_table_of_a_lookup(sharded: DistributedModelParallel) -> None:
     (kernel,) = has(lookup, "_emb_modules", "FBGEMM's table inside TorchRec's lookup")
     table = has(kernel, "emb_module", "FBGEMM's table inside TorchRec's kernel")
     assert isinstance(table, SplitTableBatchedEmbeddingBagsCodegen)
+    (config,) = has(kernel.config, "embedding_tables", "the tables, in the order of their weights")
+    assert config.name == "item"
     rows, purpose = table.split_embedding_weights(), "the weights that the project's kernels update"
     assert [tuple(part.shape) for part in rows] == [(10, 4)], purpose
     assert rows[0].data_ptr() == table.split_embedding_weights()[0].data_ptr(), purpose

@@ -90,8 +90,14 @@ def backward_without_engine(loss: torch.Tensor, one: torch.Tensor) -> None:
         if not found or not edges:  # not used, or a leaf
             continue
         own = hasattr(node, "apply")  # an autograd.Function returns a gradient for every argument
-        outputs = [found.get(number) for number in range(len(node._input_metadata))]
+        made = node._input_metadata
+        outputs = [found.get(number) for number in range(len(made))]
         with torch.no_grad():
+            if own:  # and receives zeros for outputs that are not used
+                outputs = [
+                    torch.zeros(of.shape, dtype=of.dtype, device=of.device) if one is None else one
+                    for one, of in zip(outputs, made, strict=True)
+                ]
             of_inputs = (node.apply if own else node)(*outputs)
         of_inputs = of_inputs if isinstance(of_inputs, tuple) else (of_inputs,)
         if own:
@@ -133,8 +139,9 @@ def launches_of(
 
 # By hand: a layer's norms write bfloat16 rows for the next product, the last one float32 rows. Sums
 # of rows by index, with no Adam: of learned positions, and of the targets in the exact loss.
+# Columns are summed of gradients, and of the sums of programs; 16 divides their number or not.
 ENCODER = {
-    **{"enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 1},
+    **{"from_end": 1, "enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 3},
     **{"enter_gradient": 1, "add_gradient": 2, "_gelu_gradient": 1},
 }
 SUMS = {"_add_runs": 1, "_add_chunks": 1}
@@ -143,6 +150,9 @@ EXACT = {"_normalize_rows": 1, "_normalize_rows_gradient": 2}
 # Looked up, and updated by Adam, another code of the sums.
 TABLE = {"_rows_or_zeros": 1, "_add_runs": 2, "_add_chunks": 2}
 ALL = ENCODER | EXACT | TABLE
+FLOAT32 = EXACT | TABLE | {"from_end": 1, "_normalize_rows_gradient": 1}
+# The loader sends positions.
+TWO_STREAM = {name: count for name, count in ALL.items() if name != "from_end"}
 NO_LEFT = "--left_context_share=0"
 
 
@@ -151,21 +161,28 @@ NO_LEFT = "--left_context_share=0"
     [
         ([NO_LEFT], ALL),
         (["--left_context_share=.5"], ALL | {"choose": 1}),
-        (["--left_context_share=.5", "--two_stream=true"], ALL | {"choose": 1}),
+        (
+            ["--left_context_share=.5", "--two_stream=true"],
+            TWO_STREAM | {"choose": 1, "_column_sum": 2},
+        ),
         ([NO_LEFT, "--loss=sampled_softmax"], ENCODER | TABLE | {"_log_sums": 1}),
         # In place; 24 masked positions, which 16 does not divide, and fewer than a chunk.
-        ([NO_LEFT, "--train_batch_size=4"], ENCODER | EXACT | {"_rows_or_zeros": 1, "_adam": 1}),
-        ([NO_LEFT, "--table_precision=fp16"], ENCODER | EXACT | SUMS),
+        (
+            [NO_LEFT, "--train_batch_size=4"],
+            ENCODER | EXACT | {"_rows_or_zeros": 1, "_update_all": 1, "_add_chunks": 2},
+        ),
+        ([NO_LEFT, "--table_precision=fp16"], ALL),
+        ([NO_LEFT, "--head=linear"], ALL | {"_add_runs": 3, "_add_chunks": 3}),  # two tables
         ([NO_LEFT, "--mode=ddp"], ENCODER | EXACT | SUMS),
-        ([NO_LEFT, "--embedding_optimizer=sgd"], ENCODER | EXACT | SUMS),
-        ([NO_LEFT, "--precision=fp32"], EXACT | TABLE | {"_normalize_rows_gradient": 1}),
+        ([NO_LEFT, "--embedding_optimizer=sgd"], ALL),
+        ([NO_LEFT, "--precision=fp32"], FLOAT32),
     ],
 )
 def test_a_fake_step_notes_the_kernels_of_its_flags(
     flags: list[str], expected: dict[str, int], no_device: None, cache_dir: Path
 ) -> None:
     found = Counter(each.kernel.__name__ for each in launches_of(cache_dir, *flags))
-    if "_adam" in expected:
+    if "_update_all" in expected:
         assert found.pop("_add_runs") == 3
     assert found == expected
 
@@ -192,7 +209,7 @@ def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) 
     first, all_ = (launches_of(cache_dir, *flags, steps=steps) for steps in (1, 9))
     # The tiny run has 143 windows: the last step has 15, and offsets of another alignment.
     more = Counter(each.kernel.__name__ for each in all_.keys() - first.keys())
-    assert more == {"enter": 1, "enter_gradient": 1, "rotate": 1, "join": 1}
+    assert more == {"enter": 1, "enter_gradient": 1, "rotate": 1, "join": 1, "_column_sum": 1}
     # Four windows have 64 positions; 16 or 24 masked ones reach the last layer's sums.
     tiny = launches_of(cache_dir, NO_LEFT, "--train_batch_size=4", steps=9)
     sizes = {each.arguments[2].rows for each in tiny if each.kernel.__name__ == "add"}
@@ -202,7 +219,7 @@ def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) 
 def test_an_evaluation_has_kernels_of_its_own(no_device: None, cache_dir: Path) -> None:
     found = launches_of(cache_dir, NO_LEFT, "--val_batch_size=32", steps=0)
     # Of the last layer's rows for 32 users, and for another number of users.
-    last = {"_rows_or_zeros": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
+    last = {"_rows_or_zeros": 1, "from_end": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
     assert Counter(each.kernel.__name__ for each in found) == last
 
 
@@ -357,7 +374,8 @@ def test_noted_types_are_those_that_triton_compiles_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", NoDevice())
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", keep)
-        given_ = tensor, tensor, tensor, tensor, one, 16, other, out, None, 1.0
+        values = tensor, tensor, other
+        given_ = tensor, tensor, values, tensor, one, 16, other, out, None, "add", 32, 8, 4
         _add_runs.warmup(*given_, grid=(1,), num_warps=2)
         noted: list[Launch] = []
         with noted_launches(noted.append):

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import launch, tl, triton
-from model.kernels.dropout_bits import Dropout, drop
+from model.kernels.random_bits import Dropout, drop
 
 # Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
 # ``column_sum``, a smaller kernel, runs twice as many.
 _PROGRAMS = 528
+# Rows and columns that a program holds at a time where it adds up the sums of such programs.
+_FINAL_TILE = 256, 8
 
 
 def linear(module: nn.Linear, rows: Tensor, with_bias: bool = True) -> Tensor:
@@ -41,8 +43,20 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 def column_sum(rows: Tensor) -> Tensor:
     """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
     partial, grid = _partial(rows, 2 * _PROGRAMS)
-    launch(_column_sum, grid, rows, partial, *rows.shape)
-    return partial.sum(dim=0)
+    launch(_column_sum, grid, rows, partial, *rows.shape, _BLOCK.value, _COLUMNS.value)
+    return sum_partial(partial)
+
+
+def sum_partial(partial: Tensor) -> Tensor:
+    """float32 [P, ...], contiguous on CUDA, summed over P; the same bits in every run.
+
+    torch's sum gives each column to few threads, and takes several times as long.
+    """
+    total = partial.new_empty(partial.shape[1:])
+    sizes, (block, columns) = (len(partial), total.numel()), _FINAL_TILE
+    grid = 1, triton.cdiv(total.numel(), columns)
+    launch(_column_sum, grid, partial, total, *sizes, block, columns)
+    return total
 
 
 def _partial(rows: Tensor, programs: int) -> tuple[Tensor, tuple[int, int]]:
@@ -94,7 +108,7 @@ class _GeluDropout(torch.autograd.Function):
         gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
         launch(_gelu_gradient, grid, *tensors, *hidden.shape, ctx.dropout)
-        return gradient, partial.sum(dim=0), None
+        return gradient, sum_partial(partial), None
 
 
 if triton is not None:
@@ -139,11 +153,13 @@ if triton is not None:
         tl.store(partial + tl.program_id(0) * width + column, tl.sum(sums, axis=0), mask=wide)
 
     @triton.jit
-    def _column_sum(rows, partial, count, width) -> None:
-        column = tl.program_id(1) * _COLUMNS + tl.arange(0, _COLUMNS)
-        sums = tl.zeros([_BLOCK, _COLUMNS], tl.float32)
-        for tile in range(tl.program_id(0), tl.cdiv(count, _BLOCK), tl.num_programs(0)):
-            row = (tile * _BLOCK + tl.arange(0, _BLOCK)).to(tl.int64)
+    def _column_sum(
+        rows, partial, count, width, block: tl.constexpr, columns: tl.constexpr
+    ) -> None:
+        column = tl.program_id(1) * columns + tl.arange(0, columns)
+        sums = tl.zeros([block, columns], tl.float32)
+        for tile in range(tl.program_id(0), tl.cdiv(count, block), tl.num_programs(0)):
+            row = (tile * block + tl.arange(0, block)).to(tl.int64)
             inside = (row[:, None] < count) & (column < width)
             at = row[:, None] * width + column
             sums += tl.load(rows + at, mask=inside, other=0.0).to(tl.float32)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import before_capture
 
-Body = Callable[..., Tensor | tuple[Tensor, ...]]
+Body = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
 
 _WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
@@ -33,32 +33,27 @@ class GraphedCall:
     """Calls ``body`` through CUDA graphs, one pair of them for each combination of shapes.
 
     Args:
-        body: returns a tensor, or several of which only the first is differentiable, without host
-            synchronisation. It draws the same random numbers as without graphs.
+        body: without host synchronisation. It draws the same random numbers as without graphs.
         module: its parameters get gradients; the body itself, if hooked.
         hooked: autograd returns the parameters' gradients, as DDP's hooks need. Otherwise the graph
             writes them into fixed ``.grad`` tensors: half the host's work, and the optimizer step
             can be a graph, too.
-        is_loss: the output's gradient is always 1 (``output.backward()``); not if hooked.
     """
 
-    def __init__(self, body: Body, module: nn.Module, hooked: bool, is_loss: bool) -> None:
-        self._body, self._module, self.is_loss = body, module, is_loss
+    def __init__(self, body: Body, module: nn.Module, hooked: bool) -> None:
+        self._body, self._module = body, module
         self.parameters = list(module.parameters())
         self.shared = None if hooked else [torch.zeros_like(p) for p in self.parameters]
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self.pool: Any = None
 
-    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """``body(*inputs)``, without a graph for more than ``_MAX_GRAPHS`` combinations of shapes.
-
-        The next call overwrites all outputs but the first.
-        """
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """``body(*inputs)``; more combinations of shapes than ``_MAX_GRAPHS`` have no graph."""
         key = tuple(None if t is None else (*t.shape, _address(t)) for t in inputs)
         captured = self._captured.get(key)
         if captured is None:
             if len(self._captured) == _MAX_GRAPHS:
-                return _several(self._body(*inputs))
+                return self._body(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             captured = self._captured[key] = self._capture(inputs)
         return _Replay.apply(captured, *inputs, *(self.parameters if self.shared is None else ()))
@@ -84,10 +79,6 @@ class GraphedCall:
         return _Captured(self, lambda *tensors: body(tensors), others, inputs)
 
 
-def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def _address(tensor: Tensor) -> int:
     """The address of a tensor too large to copy, else 0."""
     return tensor.data_ptr() if tensor.nbytes > _COPIED_BYTES else 0
@@ -99,7 +90,7 @@ class _Captured:
     def __init__(
         self, call: GraphedCall, body: Body, parameters: list[nn.Parameter], inputs: Inputs
     ) -> None:
-        self.parameters, self.shared, self.is_loss = parameters, call.shared, call.is_loss
+        self.parameters, self.shared = parameters, call.shared
         static = [None if given is None else _static(given) for given in inputs]
         wanted = [t for t in static if t is not None and t.requires_grad] + parameters
         # Warm-up must not consume random numbers: after a resume it happens at other steps.
@@ -108,9 +99,9 @@ class _Captured:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                output, *_rest = _several(body(*static))
+                output = body(*static)
                 torch.autograd.grad(output, wanted, torch.zeros_like(output))
-                del output, _rest
+                del output
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.set_rng_state(generator)
 
@@ -118,8 +109,8 @@ class _Captured:
         # The default mode fails when another thread (the loader's) pins memory.
         capture = {"pool": call.pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(self.forward, **capture):
-            output, *rest = _several(body(*static))
-        self.output_grad = torch.ones_like(output)
+            output = body(*static)
+        self.output_grad = torch.empty_like(output)
         with torch.cuda.graph(self.backward, **capture):
             gradients = iter(torch.autograd.grad(output, wanted, self.output_grad))
             input_grads = [
@@ -129,7 +120,7 @@ class _Captured:
             if self.shared:
                 torch._foreach_copy_(self.shared, self.parameter_grads)
                 self.parameter_grads = []
-        self.outputs = (output.detach(), *(tensor.detach() for tensor in rest))
+        self.output = output.detach()
         self.input_grads = [None if grad is None else _unowned(grad) for grad in input_grads]
         # Inputs without a copy are not kept alive: their owner may reuse the memory.
         self.inputs = [None if t is None or _address(t) else t.detach() for t in static]
@@ -153,7 +144,7 @@ def _unowned(grad: Tensor) -> Tensor:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _Captured, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, captured: _Captured, *inputs: Tensor | None) -> Tensor:
         copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for to, given in zip(captured.inputs, inputs, strict=False):  # parameters come after
             if to is not None and given is not None:
@@ -167,16 +158,13 @@ class _Replay(torch.autograd.Function):
         ctx.captured = captured
         # The backward pass reads them again at the same address.
         ctx.held = [given for given in inputs if given is not None and _address(given)]
-        first, *rest = (tensor.detach() for tensor in captured.outputs)
-        ctx.mark_non_differentiable(*rest)
-        return first, *rest
+        return captured.output.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, output_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         captured: _Captured = ctx.captured
-        if not captured.is_loss:
-            captured.output_grad.copy_(output_grad)
+        captured.output_grad.copy_(output_grad)
         captured.backward.replay()
         ctx.held = []
         inputs = (None if grad is None else grad.detach() for grad in captured.input_grads)

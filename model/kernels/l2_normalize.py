@@ -63,6 +63,8 @@ def join_gradients(first: Tensor, second: Tensor) -> Tensor:
 
     The second is not copied if there is space for the first before it, as in this module's results.
     """
+    if not len(second):
+        return first
     fits = second.is_contiguous() and second.storage_offset() == first.numel()
     if not fits or first.dtype != second.dtype:
         return torch.cat([first, second])

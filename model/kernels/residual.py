@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
+from model.kernels.bf16_linear import sum_partial
 from model.kernels.compiler import launch, triton
-from model.kernels.dropout_bits import Dropout
+from model.kernels.random_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.
@@ -115,10 +116,11 @@ class _Enter(torch.autograd.Function):
         given = ctx.saved_tensors, grads, partial, tiles
         launch(kernels.enter_gradient, (len(partial),), *given, *ctx.options)
         gradient, of_table = grads[-1], None
+        side_stream.mark(gradient)
         if table is not None:
             of_table = torch.zeros_like(table)
             add_rows(of_table, ctx.line.result(), gradient)
-        return None, None, gradient, of_table, None, *partial.sum(dim=0).unbind()
+        return None, None, gradient, of_table, None, *sum_partial(partial).unbind()
 
 
 class _Add(torch.autograd.Function):
@@ -144,6 +146,6 @@ class _Add(torch.autograd.Function):
         of_branch = torch.empty_like(total, dtype=ctx.dtype)
         given = ctx.saved_tensors, (*grads, of_branch), partial, tiles
         launch(kernels.add_gradient, (len(partial),), *given, *ctx.options)
-        of_weight, of_bias, added = partial.sum(dim=0).unbind()
+        of_weight, of_bias, added = sum_partial(partial).unbind()
         of_branch_bias = added if ctx.has_bias else None
         return None, None, grads[-1], of_branch, of_branch_bias, of_weight, of_bias

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from model.kernels.compiler import row_tiles, tl, triton
-from model.kernels.dropout_bits import drop
+from model.kernels.random_bits import drop
 
 
 class Tiles(NamedTuple):

@@ -3,16 +3,18 @@
 A step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work whose result
 is needed late can run beside the chain::
 
-    main stream   lookup ---- encoder, head --- backward --- encoder's optimizer --+--> next step
-    side stream       \\------ sort of the ids      \\------ update of the table --/
+    main stream   lookup -- encoder, head -- backward -- averaging, AdamW -------+--> next step
+    side stream      \\---- sort of the ids          \\-- exchange, table's update --/
 
     with side_stream.running_on(stream):
         pending = side_stream.start(lambda: ids.sort())
         ...
         keys, order = pending.result()       the main stream waits for the sort
-        side_stream.run(update)              the main stream waits only when the block ends
+        side_stream.mark(gradient)           complete from here on
+        ...                                  kernels for which the update does not wait
+        side_stream.run(update, gradient)    the main stream waits only when the block ends
 
-Outside of ``running_on`` the same calls run on the current stream.
+Outside of ``running_on`` the same calls run on the current stream, in the order of the calls.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ T = TypeVar("T")
 _side: torch.cuda.Stream | None = None  # only the training thread uses it
 # Tensors that running work reads must not be freed: the main stream could reuse their memory.
 _kept: list[Callable[[], object]] = []
+_marked: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Pending(Generic[T]):
 @contextmanager
 def running_on(stream: torch.cuda.Stream) -> Iterator[None]:
     """Run work on ``stream`` inside the block; at its end the current stream waits for all."""
-    global _side
+    global _side, _marked
     assert _side is None
     _side = stream
     try:
         yield
         torch.cuda.current_stream().wait_stream(stream)
     finally:
-        _side = None
+        _side = _marked = None
         _kept.clear()
 
 
@@ -61,16 +64,34 @@ def start(work: Callable[[], T]) -> Pending[T]:
     """Start work on tensors that exist now and are not changed before its end."""
     if _side is None:
         return Pending(work)
-    _kept.append(work)
-    _side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(_side):
-        value, done = work(), _side.record_event()
-    return Pending(lambda: value, done)
+    return _started(work, _side, torch.cuda.current_stream().record_event())
 
 
-def run(work: Callable[[], None]) -> None:
-    """Run work; before ``running_on`` ends, do not read its results or change its inputs."""
+def mark(tensor: torch.Tensor) -> None:
+    """Work on ``tensor`` that :func:`run` will run can start from here on."""
+    global _marked
+    if _side is not None:
+        _marked = tensor, torch.cuda.current_stream().record_event()
+
+
+def run(work: Callable[[], None], last: torch.Tensor) -> None:
+    """Run work; before ``running_on`` ends, do not read its results or change its inputs.
+
+    Args:
+        last: the input that is complete last: if it is marked, from there on, else now.
+    """
     if _side is None:
         work()
-    else:
-        start(work)
+        return
+    ready = None
+    if _marked is not None and _marked[0].data_ptr() == last.data_ptr():
+        ready = _marked[1]
+    _started(work, _side, ready or torch.cuda.current_stream().record_event())
+
+
+def _started(work: Callable[[], T], side: torch.cuda.Stream, ready: torch.cuda.Event) -> Pending[T]:
+    _kept.append(work)
+    side.wait_event(ready)
+    with torch.cuda.stream(side):
+        value, done = work(), side.record_event()
+    return Pending(lambda: value, done)

@@ -16,6 +16,7 @@ Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a he
 """
 
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,10 +62,7 @@ class RowLayout:
     ) -> None:
         self.offsets, self.rows, self.longest = offsets, offsets.numel() - 1, longest
         self.left_only = left_only
-        # T from the host: no synchronisation.
-        self.row = torch.repeat_interleave(offsets.diff(), output_size=num_positions)
-        self.place = torch.arange(num_positions, device=offsets.device)  # [T]
-        self.from_end = offsets[1:][self.row] - self.place - 1  # [T]
+        self.positions = num_positions
         self.steps_ago = self.from_end if steps_ago is None else steps_ago
         self.rotation: Tensor | None = None  # that of :meth:`turned`
         # V where there are second streams, else 0.
@@ -76,17 +74,47 @@ class RowLayout:
         layout.rotation = rotation
         return layout
 
-    def bounds(self, starts: Tensor) -> Tensor:
-        """int32 [3], where call 1, call 2 and fillers begin; ``starts``: the offsets, int32."""
+    @cached_property
+    def row(self) -> Tensor:
+        """int64 [T], the row of each position."""
+        # T from the host: no synchronisation.
+        return torch.repeat_interleave(self.offsets.diff(), output_size=self.positions)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """int64 [T]: 0, 1, ..."""
+        return torch.arange(self.positions, device=self.offsets.device)
+
+    @cached_property
+    def from_end(self) -> Tensor:
+        """int64 [T], the distance of each position from its row's end."""
+        if triton is None or not self.offsets.is_cuda or not self.rows:
+            return self.offsets[1:][self.row] - self.place - 1
+        found = self.offsets.new_empty(self.positions)
+        launch(kernels.from_end, (self.rows,), self.offsets, found)
+        return found
+
+    # The calls of FlashAttention, the same in every layer.
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The offsets, int32."""
+        return self.offsets.int()
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """int32 [3], where call 1, call 2 and fillers begin."""
+        starts = self.starts
         ends = [self.windows, 2 * self.windows] if self.windows else [-1, -1]
         left = starts.new_zeros(1, dtype=torch.int64)
         if self.left_only is not None:
             left = self.left_only.sum()[None]
         return torch.cat([starts.index_select(0, left), *(starts[end][None] for end in ends)])
 
-    def calls(self, starts: Tensor, bounds: Tensor) -> dict[int, tuple[Tensor, Tensor, bool]]:
+    @cached_property
+    def calls(self) -> dict[int, tuple[Tensor, Tensor, bool]]:
         """Starts of query rows and key rows, and whether causal, of each call that is needed."""
-        left, others = bounds[0], bounds[1]
+        starts, left, others = self.starts, self.bounds[0], self.bounds[1]
         both = starts.clamp(min=left, max=others)
         calls = {1: (both, both, False)}
         if self.left_only is not None:
@@ -114,17 +142,17 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, projected: Tensor, layout: RowLayout, rotation: Tensor | None, row: Tensor
     ) -> Tensor:
-        starts, rotated = layout.offsets.int(), projected
+        rotated = projected
         positions, _, heads, width = projected.shape
         if rotation is not None:
             rotated = torch.empty_like(projected)
             given, sizes = (projected, rotation, row), (heads * width, width // 2)
             launch(kernels.rotate, (positions,), *given, rotated, *sizes)
-        bounds = layout.bounds(starts)
+        bounds = layout.bounds
         outputs: list[Any] = [None] * 3
         sums: list[Any] = [None] * 3
         ctx.states = {}
-        for number, (*row_starts, causal) in layout.calls(starts, bounds).items():
+        for number, (*row_starts, causal) in layout.calls.items():
             options = *row_starts, layout.longest, layout.longest, 0.0, causal, False
             outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
                 *rotated.unbind(1), *options
@@ -137,17 +165,18 @@ class _Attend(torch.autograd.Function):
             calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
             rest = bounds, results, positions, width**-0.5, *sizes
             launch(kernels.choose, (positions,), rotated, calls, *rest)
-        ctx.save_for_backward(rotated, rotation, row, starts, bounds, *results)
+        ctx.save_for_backward(rotated, rotation, row, *results)
         ctx.layout = layout
         return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rotated, rotation, row, starts, bounds, *results = ctx.saved_tensors
-        grad, longest = grad.contiguous(), ctx.layout.longest
+        rotated, rotation, row, *results = ctx.saved_tensors
+        layout: RowLayout = ctx.layout
+        grad, longest = grad.contiguous(), layout.longest
         found: list[Any] = [[None] * 3] * 3  # of queries, keys and values, for each call
-        for number, (*row_starts, causal) in ctx.layout.calls(starts, bounds).items():
+        for number, (*row_starts, causal) in layout.calls.items():
             options = *row_starts, longest, longest, 0.0, causal, *ctx.states[number]
             gradients = torch.ops.aten._flash_attention_backward(
                 grad, *rotated.unbind(1), *results, *options
@@ -155,7 +184,7 @@ class _Attend(torch.autograd.Function):
             found[number] = [gradient.contiguous() for gradient in gradients]
         positions, _, heads, width = rotated.shape
         gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
-        given = *results, grad, bounds, rotation, row
+        given = *results, grad, layout.bounds, rotation, row
         sizes = heads, width // 2
         rest = given, gradient, positions, width**-0.5, *sizes
         launch(kernels.join, (positions,), rotated, kinds, *rest)

@@ -11,6 +11,17 @@ Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
 from model.kernels.compiler import tl, triton
 
 if triton is not None:
+    _BLOCK = tl.constexpr(64)
+
+    @triton.jit
+    def from_end(offsets, found) -> None:
+        """The distance of each position from its row's end."""
+        row = offsets + tl.program_id(0)
+        first, end = tl.load(row), tl.load(row + 1)
+        while first < end:
+            at = first + tl.arange(0, _BLOCK)
+            tl.store(found + at, end - 1 - at, mask=at < end)
+            first += _BLOCK
 
     @triton.jit
     def rotate(

@@ -5,7 +5,7 @@ padded        the same on padded rows
 head          scores and loss           distillation  teachers' logits
 times         times as input
 attributes    rows of attributes, added to those of their items
-dense_step    encoder and head of a training step, through CUDA graphs
+dense_step    encoder and head of a training step; CUDA graphs of the encoder
 config        flags
 Imports: ``model.losses``, ``model.kernels``, ``model.execution``, ``pipeline.batches``.
 """

@@ -6,7 +6,7 @@
 Shapes: T positions of all rows, M masked positions, C candidates, A attributes, D width.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,15 +86,12 @@ class DenseStep(nn.Module):
         graphs = self._plan.graphs if may_replay else "none"
         if self._teachers is None:
             given = given._replace(ids=None)
-        if graphs == "dense":
-            loss, report = self._graph()(items, candidates, *given)
-            return loss, report.clone()
+        encoder, _ = self._parts
         if graphs == "encoder":
-            (hidden,) = self._graph()(items, *given.layout)
-            return self._loss(hidden, candidates, given, len(items))
-        if graphs == "step":  # under capture only the shapes may decide
-            longest = None
-        return self._encode_and_score(items, candidates, *given, longest=longest)
+            hidden = self._graph()(items, *given.layout)
+        else:  # under capture only the shapes may decide
+            hidden = encoder(items, *given.layout, longest=None if graphs == "step" else longest)
+        return self._loss(hidden, candidates, given, len(items))
 
     def _with_attributes(
         self, items: Tensor, candidates: Tensor, given: StepInput, added: Tensor
@@ -111,18 +108,9 @@ class DenseStep(nn.Module):
         """Created at the first call, when the parameters are on their device."""
         if self._graphed is None:
             encoder, _ = self._parts
-            whole, hooked = self._plan.graphs == "dense", not self._plan.has_static_gradients
-            body = self._encode_and_score if whole else encoder
-            self._graphed = GraphedCall(body, encoder, hooked, is_loss=whole)
+            hooked = not self._plan.has_static_gradients
+            self._graphed = GraphedCall(encoder, encoder, hooked)
         return self._graphed
-
-    def _encode_and_score(
-        self, items: Tensor, candidates: Tensor, *tensors: Any, longest: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        encoder, _ = self._parts
-        given = StepInput(*tensors)
-        hidden = encoder(items, *given.layout, longest=longest)
-        return self._loss(hidden, candidates, given, len(items))
 
     def _loss(
         self, hidden: Tensor, candidates: Tensor, given: StepInput, positions: int

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.kernels import residual
 from model.kernels.bf16_linear import gelu_dropout, linear
-from model.kernels.dropout_bits import new_dropouts
+from model.kernels.random_bits import new_dropouts
 from model.kernels.varlen_attention import RowLayout
 from model.network.attention import SelfAttention
 from model.network.config import EncoderConfig
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         fused = residual.takes(items)
         if self.times is not None:
             if times is None:
-                times = layout.from_end.new_full((items.shape[0], 2), UNKNOWN)
+                times = offsets.new_full((items.shape[0], 2), UNKNOWN)
             dtype = torch.get_autocast_dtype("cuda") if fused else items.dtype
             items = items + self.times(times, dtype)
             rotation = cast(EncoderLayer, self.layers[0]).attention.rotation

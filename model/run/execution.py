@@ -7,7 +7,6 @@ from model.execution import Exchange, ExecutionPlan, Graphs, Lookup, Precision
 from model.kernels import varlen_attention
 from model.settings.config import RunConfig
 from model.tables.sharding_plan import fills_all_ranks, table_optimizer
-from model.tables.table_update import UPDATES
 from pipeline.errors import UserError
 
 # If a catalog has fewer items than a step has positions, its lookup for scoring is cheap.
@@ -23,10 +22,9 @@ def plan_execution(
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
-    own = not replicated and _has_own_lookup(config, optimizer)
-    sizes = num_items, num_attributes
-    exchange = _exchange(config, own or optimizer != "adam", sizes, ranks)
-    own = own and exchange != "torchrec"
+    exchange = _exchange(config, num_items, ranks, num_attributes)
+    kept = config.sharding.compute_kernel == "fused"
+    own = kept and not replicated and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
     in_place = own and config.head.loss == "softmax" and num_items >= ITEMS_A_POSITION * positions
     # FBGEMM has no Adam on CPU.
@@ -36,14 +34,7 @@ def plan_execution(
     graphs: Graphs = "none"
     has_fast_attention = varlen_attention.takes(config.encoder.emb_dim // config.encoder.nhead)
     if precision == "bf16" and config.output.acceleration != "none" and has_fast_attention:
-        if own and optimizer == "adam":
-            graphs = "step"
-        elif replicated or exchange == "torchrec" or num_attributes:
-            # Sums of items and attributes are at other addresses in every step; a graph of the head
-            # would read a large catalog where it was captured.
-            graphs = "encoder"
-        else:
-            graphs = "dense"
+        graphs = "step" if own else "encoder"
     return ExecutionPlan(
         lookup="replicated" if replicated else "own" if own else by_library,
         exchange=exchange,
@@ -74,31 +65,15 @@ def _precision(config: RunConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _has_own_lookup(config: RunConfig, optimizer: str) -> bool:
-    sharding = config.sharding
-    kept = (sharding.table_precision, sharding.compute_kernel) == ("fp32", "fused")
-    return kept and config.head.head == "tied" and optimizer in UPDATES
-
-
-def _exchange(
-    config: RunConfig, skips_zeros: bool, sizes: tuple[int, int], ranks: Ranks
-) -> Exchange:
-    """How rows are exchanged.
-
-    Args:
-        skips_zeros: a gradient of zero, that of an empty slot, changes no row.
-        sizes: numbers of items and attributes.
-    """
-    num_items, num_attributes = sizes
+def _exchange(config: RunConfig, num_items: int, ranks: Ranks, num_attributes: int) -> Exchange:
     sharding = config.sharding
     if ranks.world_size == 1:
         return "none"
     if sharding.mode == "ddp":
         return "all_reduce"
     row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
-    tied = config.head.head == "tied"
     full = fills_all_ranks(num_items, ranks.world_size, num_attributes)
-    if not (row_wise and tied and skips_zeros and full):
+    if not (row_wise and full):
         return "torchrec"
     rows = sum(_positions_and_draws(config)) + num_attributes
     few = rows * ranks.world_size <= GATHERED_ROWS

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )  # private: fake tensors have no public name
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.modules.embedding_configs import data_type_to_dtype
 
+from model.bert4rec import TABLE_PRECISIONS
 from model.distributed import Ranks
 from model.evaluation.users import vectors
 from model.execution import ExecutionPlan
@@ -40,11 +41,11 @@ from model.kernels.compiler import (
 from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
 from model.step.train_step import backward
-from model.tables.item_table import TableShard
+from model.tables.item_table import TableShard, look_up_all
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
+from model.tables.table_update import Step
 from pipeline.batches.attributes import ItemAttributes
-from pipeline.batches.features import ATTRIBUTE, CANDIDATE, ITEM
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
@@ -149,8 +150,9 @@ class FakeStep:
         self._attributes = self._model.embeddings.attributes
         self._exchange.world_size = 1
         self._width = config.encoder.emb_dim
-        # Else looked up by FBGEMM, or updated by plain torch.
-        self._is_own = (plan.lookup, plan.table_optimizer) == ("own", "adam")
+        self._is_own = plan.lookup == "own"  # else looked up by FBGEMM
+        self._draws = config.head.loss != "softmax"
+        self._row_type = data_type_to_dtype(TABLE_PRECISIONS[config.sharding.table_precision])
 
     def train(self, batch: PackedBatch) -> None:
         """The step of a batch, of which only the sizes matter; once for sizes of equal remainders.
@@ -165,12 +167,9 @@ class FakeStep:
         with self._mode, self._device:
             words = torch.empty(len(packed.words), dtype=torch.int64)
             batch = replace(batch, packed=replace(packed, words=words))
-            names = ITEM, CANDIDATE, *([] if self._attributes is None else [ATTRIBUTE])
-            pairs = zip(names, self._rows(batch), strict=True)
-            rows = {name: JaggedTensor(each, lengths=words[:0]) for name, each in pairs}
             # Without candidates: they are tensors that the real step takes from a cache.
             counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
-            loss, _ = self._model.score(rows, counted)
+            loss, _ = self._model.score(counted, *self._rows(batch))
             backward(loss, torch.ones(()))
 
     @torch.no_grad()
@@ -182,7 +181,7 @@ class FakeStep:
                 items = torch.empty(MULTIPLE * users + 1, self._width)
                 if self._is_own:
                     ids = torch.empty(len(items), dtype=torch.int64)
-                    items = rows_or_zeros(torch.empty(self._exchange.rows, self._width), ids)
+                    items = rows_or_zeros(self._shards()[0].rows, ids)
                 offsets = torch.empty(users + 1, dtype=torch.int64)
                 vectors(self._model, items, offsets, offsets[1:], None)
 
@@ -191,31 +190,51 @@ class FakeStep:
         exchange, head = self._exchange, self._model.head
         num_items, *_ = batch.packed.sizes
         candidates = None
-        if batch.candidate_range is not None and head.config.loss == "softmax":
+        if batch.candidate_range is not None and not self._draws:
             candidates = torch.arange(*batch.candidate_range)
-        count = len(batch.requested) - num_items if candidates is None else len(candidates)
-        more = [] if self._attributes is None else [self._model.embeddings.num_attributes]
         if self._is_own:
-            table = _AdamTable(exchange.rows, self._width)
-            shard = TableShard(
-                table, "adam", exchange, head.catalog if self._plan.in_place else None
-            )
-            ids = batch.requested
+            ids = [batch.requested]
+            if self._draws and head.config.head == "linear":
+                ids = [ids[0][:num_items], ids[0][num_items:]]
             if self._attributes is not None:
-                ids = torch.cat([ids, torch.arange(*self._attributes)])
-            sizes = [num_items, *([count] if candidates is None else []), *more]
-            return shard.look_up(exchange.request(ids, batch.slots), sizes, candidates)
-        sizes = [num_items, count, *more]
+                ids = [torch.cat([*ids, torch.arange(*self._attributes)])]
+            requests = [exchange.request(each, batch.slots) for each in ids]
+            given = num_items, candidates, self._model.embeddings.num_attributes
+            return look_up_all(self._shards(), requests, *given)
+        count = len(batch.requested) - num_items if candidates is None else len(candidates)
+        sizes = [num_items, count]
+        if self._attributes is not None:
+            sizes.append(self._model.embeddings.num_attributes)
         return tuple(torch.empty(size, self._width, requires_grad=True) for size in sizes)
 
+    def _shards(self) -> list[TableShard]:
+        head, optimizer = self._model.head, self._plan.table_optimizer
+        count = 1 if head.config.head == "tied" else 2
+        tables = _Tables(count, (self._exchange.rows, self._width), self._row_type, optimizer)
+        shards = []
+        for place in range(count):
+            scored = head.catalog if self._plan.in_place and place == count - 1 else None
+            shard = TableShard(tables, optimizer, self._exchange, scored, place)
+            shard.begin_step(Step.counted(tables))
+            shards.append(shard)
+        return shards
 
-class _AdamTable:
-    """As FBGEMM's module of one table with Adam."""
 
-    def __init__(self, rows: int, width: int) -> None:
-        weights, *states = (torch.empty(rows, width) for _ in range(3))
-        self.split_embedding_weights = lambda: [weights]
-        self.split_optimizer_states = lambda: [states]
+class _Tables:
+    """As FBGEMM's module of tables [R, D]."""
+
+    def __init__(
+        self, count: int, shape: tuple[int, int], dtype: torch.dtype, optimizer: str
+    ) -> None:
+        states: dict[str, list[tuple[int, ...]]] = {
+            "adam": [shape, shape],
+            "adagrad": [shape],
+            "rowwise_adagrad": [shape[:1]],
+        }
+        weights = [torch.empty(shape, dtype=dtype) for _ in range(count)]
+        kept = [[torch.empty(each) for each in states.get(optimizer, [])] for _ in range(count)]
+        self.split_embedding_weights = lambda: weights
+        self.split_optimizer_states = lambda: kept
         self.get_learning_rate = lambda: 0.001
         self.optimizer_args = SimpleNamespace(beta1=0.9, beta2=0.98, eps=1e-8)
         self.iter_cpu = SimpleNamespace(add_=int)  # counts the steps

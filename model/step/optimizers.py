@@ -5,6 +5,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
+from model.distributed import Ranks, separate_group
 from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer
 from model.step.clipping import ClippingOptimizer
@@ -21,9 +22,10 @@ class Optimizers:
         model: DistributedModelParallel,
         plan: ExecutionPlan,
         config: OptimizerConfig,
-        device: torch.device,
+        ranks: Ranks,
     ) -> None:
-        self._plan, self._config = plan, config
+        self._plan, self._config, self._ranks = plan, config, ranks
+        device = ranks.device
         self.peak_lr = config.lr  # the encoder's
         self.table_lr = 0.0  # of the next step
         self.tables = model.fused_optimizer
@@ -74,7 +76,9 @@ class Optimizers:
         if graphed and not plan.agrees_on_sizes:
             optimizer = GraphedOptimizer(optimizer, parameters)
         if plan.agrees_on_sizes or plan.exchange == "torchrec":
-            optimizer = AveragingOptimizer(optimizer, parameters)
+            # In a graph of the whole step, it runs beside the exchange of the table's gradients.
+            group = separate_group(self._ranks) if plan.graphs == "step" else None
+            optimizer = AveragingOptimizer(optimizer, parameters, group)
         if graphed and plan.agrees_on_sizes:
             optimizer = GraphedOptimizer(optimizer, parameters)
         return optimizer

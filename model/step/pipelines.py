@@ -77,8 +77,8 @@ class StepPipeline(TrainPipelineSparseDist):
         # The last context keeps its rows, and with them the autograd graph of a launched step. A
         # capture would wait for the stream of that graph, which is not captured.
         self._set_module_context(self.contexts[0])
-        request = self._request if self._ahead else None
-        report = self.train_step(self.batches[0], self._before_forward, request)
+        requests = self._requests if self._ahead else None
+        report = self.train_step(self.batches[0], self._before_forward, requests)
         self.enqueue_batch(batches)
         self.batches.popleft()
         self.contexts.popleft()
@@ -91,12 +91,13 @@ class StepPipeline(TrainPipelineSparseDist):
             self.start_sparse_data_dist(batch, context)
         self.wait_sparse_data_dist(context)
 
-    def _request(self) -> Any:
+    def _requests(self) -> list[Any]:
         """What the table requested for this batch, for a step that does not call the model."""
         (context,) = self.contexts[0].module_contexts.values()
         if self._device.type == "cuda":  # made on the stream of the requests
-            context.request.record_stream(torch.cuda.current_stream())
-        return context.request
+            for request in context.requests:
+                request.record_stream(torch.cuda.current_stream())
+        return context.requests
 
     def release(self) -> None:
         self.train_step.release()

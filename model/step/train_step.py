@@ -25,7 +25,6 @@ from model.execution import ExecutionPlan
 from model.kernels import side_stream
 from model.kernels.compiler import before_capture
 from model.tables.all_to_all import MAX_GRAPHS, Request
-from model.tables.collections import LookupContext
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 
@@ -68,13 +67,13 @@ class TrainStep:
         self,
         batch: PackedBatch,
         before_forward: Callable[[], None] = lambda: None,
-        request: Callable[[], Any] | None = None,
+        requests: Callable[[], list[Any]] | None = None,
     ) -> Tensor:
         """One step; float32 [2], the batch's sum of losses and its number of positions.
 
         Args:
             before_forward: called before the model.
-            request: what the table requested a batch ahead, for a step that does not call the
+            requests: what the table requested a batch ahead, for a step that does not call the
                 model; None: requested here.
         """
         self._optimizer.zero_grad()
@@ -89,8 +88,8 @@ class TrainStep:
             return self._launch(lambda: self._model(batch))
         with record_function("## step ##"):
             table = unwrap(self._model).embeddings
-            requested = table.request(batch) if request is None else request()
-            table.shard.begin_step()
+            requested = table.requests(batch) if requests is None else requests()
+            table.begin_step()
             captured = self._captured[key]
             if captured is None:
                 captured = self._captured[key] = self._capture(batch, requested)
@@ -101,7 +100,7 @@ class TrainStep:
         self._drop_graphs()
         bert = unwrap(self._model)
         bert.dense_step.release()
-        if self._plan.lookup == "own" or self._plan.agrees_on_sizes:
+        if self._plan.lookup == "own":
             bert.embeddings.exchange.release()
 
     def _drop_graphs(self) -> None:
@@ -123,18 +122,17 @@ class TrainStep:
     def _forward(self, captured: "_Captured") -> tuple[Tensor, Tensor]:
         """The model's forward pass from the memory that a graph reads."""
         bert = unwrap(self._model)
-        batch, request = captured.read(bert.embeddings)
-        rows = bert.embeddings.compute_and_output_dist(LookupContext(batch), [request])
-        return bert.score(rows, batch.unpacked)
+        batch, requests = captured.read(bert.embeddings)
+        return bert.score(batch.without_candidates, *bert.embeddings.rows(batch, requests))
 
-    def _capture(self, batch: PackedBatch, request: Any) -> "_Captured":
+    def _capture(self, batch: PackedBatch, requests: list[Any]) -> "_Captured":
         before_capture()
         # All graphs share one memory pool: a replay overwrites the tensors of the previous one.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # The side stream has the lower priority: an update of a whole table would fill the GPU.
         self._streams = self._streams or (torch.cuda.Stream(priority=-1), torch.cuda.Stream())
         main, side = self._streams
-        captured = _Captured(torch.cuda.CUDAGraph(), batch, request)
+        captured = _Captured(torch.cuda.CUDAGraph(), batch, requests)
         # thread_local: other threads (the loader's) may allocate memory meanwhile.
         with (
             torch.cuda.graph(captured.graph, self._pool, main, capture_error_mode="thread_local"),
@@ -155,23 +153,24 @@ def _key(batch: PackedBatch) -> Any:
 class _Captured:
     """The graph of a step, and the memory that it reads and writes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, batch: PackedBatch, request: Any) -> None:
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, batch: PackedBatch, requests: list[Any]
+    ) -> None:
         self.graph = graph
         self.report = torch.empty(0)
         packed = replace(batch.packed, words=batch.packed.words.clone())
         self._batch = replace(batch, packed=packed)
-        self._request: Request | None = None  # else made of views of the batch
-        if isinstance(request, Request):
-            self._request = request.clone()
+        # Others are made of views of the batch.
+        self._requests = [one.clone() for one in requests if isinstance(one, Request)]
 
-    def read(self, table: Any) -> tuple[PackedBatch, Any]:
-        """The batch and the table's request, in the memory that the graph reads."""
+    def read(self, table: Any) -> tuple[PackedBatch, list[Any]]:
+        """The batch and the table's requests, in the memory that the graph reads."""
         batch = replace(self._batch)  # not unpacked yet
-        return batch, self._request or table.request(batch)
+        return batch, self._requests or table.requests(batch)
 
-    def __call__(self, batch: PackedBatch, request: Any) -> Tensor:
+    def __call__(self, batch: PackedBatch, requests: list[Any]) -> Tensor:
         self._batch.packed.words.copy_(batch.packed.words)
-        if self._request is not None:
-            self._request.words.copy_(request.words)
+        for mine, given in zip(self._requests, requests, strict=False):
+            mine.words.copy_(given.words)
         self.graph.replay()
         return self.report.clone()

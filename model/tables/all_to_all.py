@@ -13,6 +13,7 @@ a CUDA graph of its own: launching its 25 kernels would take the host longer tha
 Shapes: W ranks, S slots, n ids of a rank, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +23,9 @@ from torchrec.streamable import Multistreamable
 
 from model.distributed import Ranks, narrow_group
 from model.kernels.compiler import before_capture
-from model.kernels.segment_sum import SortedIndex, add_rows
+from model.kernels.segment_sum import SortedIndex, sum_rows
 from model.tables.row_exchange import RowExchange
+from model.tables.row_lookup import rows_or_zeros
 
 
 @dataclass(frozen=True)
@@ -126,18 +128,20 @@ class AllToAll(RowExchange):
         return request.received
 
     def own_rows(self, rows: Tensor, request: Request) -> Tensor:
-        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank."""
+        """The rows [n, D] of this rank's ids, from the rows [W S, D] looked up by each rank.
+
+        They are sent as they are stored, float32 or fp16, and returned as float32.
+        """
         own = torch.empty_like(rows)
         dist.all_to_all_single(own, rows)
-        return own.index_select(0, request.slots)
+        return rows_or_zeros(own, request.slots)
 
-    def all_gradients(self, gradient: Tensor, request: Request) -> Tensor:
-        """Gradients [W S, D] of the rows that this rank looked up, from this rank's [n, D]."""
-        sums = gradient.new_zeros(request.num_slots, gradient.shape[1])
-        add_rows(sums, request.by_slot, gradient)
+    def all_gradients(self, parts: Sequence[Tensor], request: Request) -> Sequence[Tensor]:
+        """Gradients of the rows that this rank looked up; those of empty slots are undefined."""
+        sums = sum_rows(request.by_slot, parts)
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums)
-        return received
+        return [received]
 
 
 # Requests and steps of more shapes are launched kernel by kernel.

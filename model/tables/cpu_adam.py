@@ -76,7 +76,7 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         weights, *states = ctx.tables.parts()
         index = sort_index(ctx.rows, len(weights))
-        update_some("adam", weights, states, index, gradient, Step.counted(ctx.tables))
+        update_some("adam", weights, states, index, [gradient], Step.counted(ctx.tables))
         return (None,) * 3
 
 

@@ -21,7 +21,7 @@ from model.distributed import Ranks
 from model.execution import ExecutionPlan
 from model.tables import upstream
 from model.tables.all_to_all import AllToAll
-from model.tables.collections import ExchangedCollection, FbgemmItemTable, LocalCollection
+from model.tables.collections import ExchangedCollection, LocalCollection
 from model.tables.config import ShardingConfig
 from model.tables.cpu_adam import adam_on_cpu
 from model.tables.item_table import ShardedItemTable
@@ -73,17 +73,21 @@ def distribute(
 def _sharder(
     model: BERT4Rec, plan: ExecutionPlan, fused: dict[str, Any], ranks: Ranks
 ) -> EmbeddingCollectionSharder:
-    if plan.lookup in ("fbgemm", "torch") and not plan.agrees_on_sizes:
+    if plan.lookup in ("fbgemm", "torch"):
         return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
     num_items, attributes = model.head.num_items, model.embeddings.num_attributes
     exchange = RowExchange(num_items, ranks, attributes)
     if plan.exchange == "all_to_all":
         graphs = ranks.device.type == "cuda" and plan.graphs != "none"
         exchange = AllToAll(num_items, ranks, graphs, attributes)
-    given = {"exchange": exchange, "draws_candidates": model.head.config.loss != "softmax"}
-    if plan.lookup == "fbgemm":
-        return _Sharder(fused, FbgemmItemTable, **given)
-    return _Sharder(fused, ShardedItemTable, plan=plan, catalog=model.head.catalog, **given)
+    return _Sharder(
+        fused,
+        ShardedItemTable,
+        plan=plan,
+        exchange=exchange,
+        catalog=model.head.catalog,
+        draws_candidates=model.head.config.loss != "softmax",
+    )
 
 
 class _Sharder(EmbeddingCollectionSharder):

@@ -14,7 +14,7 @@ sizes (:func:`all_sizes`), so that a CUDA graph can hold the exchange.
 Shapes: W ranks, n ids of a rank, U rows looked up for all ranks, D width, R rows of the shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.distributed import Ranks
+from model.kernels.segment_sum import joined
 from model.network.head import shard_rows
 
 
@@ -34,10 +35,10 @@ class RowExchange:
     """
 
     def __init__(self, num_items: int, ranks: Ranks, num_attributes: int = 0) -> None:
-        self.world_size, num_rows = ranks.world_size, num_items + 2 + num_attributes
+        self.world_size, self.num_rows = ranks.world_size, num_items + 2 + num_attributes
         self.block = shard_rows(num_items, ranks.world_size, num_attributes)
-        self.low = min(ranks.rank * self.block, num_rows)
-        self.rows = min(self.block, num_rows - self.low)
+        self.low = min(ranks.rank * self.block, self.num_rows)
+        self.rows = min(self.block, self.num_rows - self.low)
 
     def most_in_a_shard(self, rows: tuple[int, int]) -> int:
         """The most rows of a half-open range that one shard holds."""
@@ -62,20 +63,27 @@ class RowExchange:
         return local.masked_fill_((local < 0) | (local >= self.rows), -1)
 
     def own_rows(self, rows: Tensor, request: Any) -> Tensor:
-        """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank."""
+        """The rows [n, D] of this rank's ids, from the rows [U, D] looked up by each rank.
+
+        They are sent as they are stored, float32 or fp16, and returned as float32.
+        """
         if self.world_size == 1:
-            return rows
+            return rows.float()
         own = rows.new_empty(len(rows) // self.world_size, rows.shape[1])
         dist.reduce_scatter_tensor(own, rows)
-        return own
+        return own.float()
 
-    def all_gradients(self, gradient: Tensor, request: Any) -> Tensor:
-        """Gradients [U, D] of the rows that this rank looked up, from this rank's [n, D]."""
+    def all_gradients(self, parts: Sequence[Tensor], request: Any) -> Sequence[Tensor]:
+        """Gradients of the rows that this rank looked up, from those of this rank's ids.
+
+        Both are one or two tensors, of [U, D] and of [n, D] together.
+        """
         if self.world_size == 1:
-            return gradient
+            return parts
+        gradient = joined(parts)
         gathered = gradient.new_empty(len(gradient) * self.world_size, gradient.shape[1])
         dist.all_gather_into_tensor(gathered, gradient.contiguous())
-        return gathered
+        return [gathered]
 
 
 def all_sizes(ranks: Ranks) -> Callable[[np.ndarray], np.ndarray]:

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from model.kernels.compiler import launch, row_tiles, tl, triton
-from model.kernels.segment_sum import SortedIndex, accumulate, adam_rows, adam_step
+from model.kernels.random_bits import mixed, random_bits, rounded_at_random
+from model.kernels.segment_sum import (
+    KINDS,
+    RowOptimizer,
+    SortedIndex,
+    accumulate,
+    joined,
+    step_at,
+    step_rows,
+)
 
 # Values that a program of the kernel holds at a time.
 _TILE = 1024
@@ -31,7 +40,8 @@ _TILE = 1024
 class Step:
     """Constants of one optimizer step.
 
-    Adagrad has Adam's eps. Steps are numbered from 1; ``scale`` is a factor of the gradients.
+    Adagrad has Adam's eps. Steps are numbered from 1; ``scale`` is a factor of the gradients,
+    ``first_row`` the number of the table's row that is this rank's first.
     """
 
     lr: float
@@ -40,25 +50,57 @@ class Step:
     eps: float
     number: int
     scale: float = 1.0
+    first_row: int = 0
 
     @classmethod
-    def counted(cls, table: Any, scale: float = 1.0) -> "Step":
-        """The next step of FBGEMM's module ``table``, which counts it."""
-        known = table.optimizer_args
+    def counted(cls, tables: Any, scale: float = 1.0) -> "Step":
+        """The next step of FBGEMM's module ``tables``, which counts it."""
+        known = tables.optimizer_args
         return cls(
-            lr=table.get_learning_rate(),
+            lr=tables.get_learning_rate(),
             beta1=known.beta1,
             beta2=known.beta2,
             eps=known.eps,
-            number=int(table.iter_cpu.add_(1)),
+            number=int(tables.iter_cpu.add_(1)),
             scale=scale,
         )
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Factors of Adam's means and of its roots of squares, bias-corrected in float64."""
+    def rates(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rate; Adam's, and the factor of its roots of squares, in float64.
+
+        They correct the bias of its averages.
+        """
+        if optimizer != "adam":
+            return (self.lr,)
         lr = self.lr / (1 - self.beta1**self.number)
         return lr, 1 / (1 - self.beta2**self.number) ** 0.5
+
+    @property
+    def key(self) -> int:
+        """Of the random bits by which fp16 rows are rounded, in [0, 2^32)."""
+        return mixed(self.number)
+
+
+@dataclass(frozen=True)
+class StepOnDevice:
+    """What differs from step to step, in memory that a replayed CUDA graph reads."""
+
+    rates: Tensor  # float32 [2], the second for Adam
+    key: Tensor  # int32 [1], for fp16 rows
+    rounds: bool
+
+    @classmethod
+    def of(cls, table: Tensor) -> "StepOnDevice":
+        """For a table, without values yet."""
+        key = torch.zeros(1, dtype=torch.int32, device=table.device)
+        return cls(torch.zeros(2, device=table.device), key, table.dtype == torch.float16)
+
+    def write(self, optimizer: str, step: Step) -> None:
+        """Make them those of ``step``."""
+        for place, rate in zip(self.rates.unbind(), step.rates(optimizer), strict=False):
+            place.fill_(rate)
+        if self.rounds:
+            self.key.fill_(step.key - (1 << 32) * (step.key >= 1 << 31))
 
 
 def update(
@@ -69,32 +111,33 @@ def update(
     outer: Tensor,
     first: int,
     step: Step,
-    rates: Tensor | None = None,
+    on_device: StepOnDevice | None = None,
 ) -> None:
     """One step of ``optimizer``, in place.
 
     Args:
-        table: float32 [R, D].
+        table: float32 or fp16 [R, D].
         states: the optimizer's state: two [R, D] for adam, [R, D] for adagrad, [R] for
             rowwise_adagrad.
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
         outer: float32 [S, D] of the other rows, contiguous; may be overwritten.
         first: the table's row of the first candidate.
-        rates: float32 [2] on the device, used by Adam's kernels instead of the step's.
+        on_device: written for this step, read by the kernels on CUDA.
     """
-    if optimizer == "adam" and has_adam_kernels(table):
+    if has_kernels(table):
         tiles, *tile = row_tiles(table.shape, _TILE)
-        adam = _adam_arguments(states, step, rates)
+        how = _row_optimizer(optimizer, table, states, step, on_device)
         sizes = *table.shape, len(gradient), first
-        given = table, gradient, outer, *sizes, adam, step.scale
-        launch(_adam, (tiles,), *given, *tile)
+        given = table, gradient, outer, *sizes, how
+        launch(_update_all, (tiles,), *given, *tile)
         return
     last = first + len(gradient)
+    parts = table, *states
     scored: list[tuple[slice, Tensor]] = [(slice(first, last), gradient)]
     if optimizer == "adam":
         touched = outer.any(dim=1).nonzero()[:, 0]
         places = (last + touched) % len(table)
-        _update_at(optimizer, (table, *states), places, outer[touched], step)
+        _update_at(optimizer, parts, places, outer[touched], step)
     else:  # a gradient of zero changes no row
         scored += [
             (slice(last, None), outer[: len(table) - last]),
@@ -102,7 +145,7 @@ def update(
         ]
     for rows, of_rows in scored:
         if len(of_rows):
-            _UPDATES[optimizer](table[rows], *(s[rows] for s in states), of_rows, step)
+            _update_at(optimizer, parts, rows, of_rows, step)
 
 
 def update_some(
@@ -110,47 +153,78 @@ def update_some(
     table: Tensor,
     states: Sequence[Tensor],
     index: SortedIndex,
-    gradients: Tensor,
+    gradients: Sequence[Tensor],
     step: Step,
-    rates: Tensor | None = None,
+    on_device: StepOnDevice | None = None,
 ) -> None:
     """One step of ``optimizer`` for the rows of an index, in place.
 
     Args:
+        table: float32 or fp16 [R, D].
         index: [M], rows, may repeat; R is ignored.
-        gradients: float32 [M, D]; those of equal rows are summed.
+        gradients: one or two tensors, float32, together [M, D]; those of equal rows are summed.
     """
-    if optimizer == "adam" and has_adam_kernels(table):
-        adam_rows(table, index, gradients, _adam_arguments(states, step, rates), step.scale)
+    if has_kernels(table):
+        how = _row_optimizer(optimizer, table, states, step, on_device)
+        step_at(table, index, gradients, how)
         return
     rows, place = index.index.unique(return_inverse=True)
-    sums = gradients.new_zeros(len(rows), gradients.shape[1])
-    accumulate(sums, place, gradients)
+    gradient = joined(gradients)
+    sums = gradient.new_zeros(len(rows), gradient.shape[1])
+    accumulate(sums, place, gradient)
     if len(rows) and rows[-1] == len(table):
         rows, sums = rows[:-1], sums[:-1]
     _update_at(optimizer, (table, *states), rows, sums, step)
 
 
-def has_adam_kernels(table: Tensor) -> bool:
-    """Whether Adam updates this table by a kernel, else by plain torch."""
+def has_kernels(table: Tensor) -> bool:
+    """Whether this table is updated by a kernel, else by plain torch."""
     return triton is not None and table.is_cuda
 
 
 def _update_at(
-    optimizer: str, parts: Sequence[Tensor], rows: Tensor, gradient: Tensor, step: Step
+    optimizer: str, parts: Sequence[Tensor], rows: Tensor | slice, gradient: Tensor, step: Step
 ) -> None:
-    """Update the different ``rows`` of table and state."""
-    copies = [part[rows] for part in parts]
-    _UPDATES[optimizer](*copies, gradient, step)
-    for whole, part in zip(parts, copies, strict=True):
-        whole[rows] = part
+    """Update the different ``rows`` of table and state; float32 slices in place."""
+    table, *states = parts
+    given = [part[rows] for part in parts]
+    values, *kept = given
+    updated = values.float()
+    _UPDATES[optimizer](updated, *kept, gradient, step)
+    if table.dtype == torch.float16:
+        numbers = torch.arange(len(table), device=table.device)[rows] + step.first_row
+        bits = random_bits(step.key, numbers, gradient.shape[1])
+        table[rows] = rounded_at_random(updated, bits)
+        parts, given = states, kept
+    if not isinstance(rows, slice):
+        for whole, part in zip(parts, given, strict=True):
+            whole[rows] = part
 
 
-def _adam_arguments(states: Sequence[Tensor], step: Step, rates: Tensor | None) -> tuple[Any, ...]:
-    """State and constants as :func:`~model.kernels.segment_sum.adam_step` takes them."""
-    if rates is None:
-        rates = torch.tensor(step.rates, device=states[0].device)
-    return *states, rates, step.beta1, step.beta2, step.eps
+def _row_optimizer(
+    optimizer: str,
+    table: Tensor,
+    states: Sequence[Tensor],
+    step: Step,
+    on_device: StepOnDevice | None,
+) -> RowOptimizer:
+    if on_device is None:
+        on_device = StepOnDevice.of(table)
+        on_device.write(optimizer, step)
+    rates = on_device.rates
+    state, squares, *_ = *states, rates, rates  # any tensor where there is no state
+    return RowOptimizer(
+        tl.constexpr(KINDS.index(optimizer)),
+        state,
+        squares,
+        rates,
+        on_device.key,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.scale,
+        step.first_row,
+    )
 
 
 def _sgd(rows: Tensor, gradient: Tensor, step: Step) -> None:
@@ -172,7 +246,7 @@ def _rowwise_adagrad(rows: Tensor, sums: Tensor, gradient: Tensor, step: Step) -
 def _adam_by_torch(
     rows: Tensor, means: Tensor, squares: Tensor, gradient: Tensor, step: Step
 ) -> None:
-    rate, shrink = step.rates
+    rate, shrink = step.rates("adam")
     gradient = gradient.mul_(step.scale)
     means.mul_(step.beta1).add_(gradient, alpha=1 - step.beta1)
     squares.mul_(step.beta2).addcmul_(gradient, gradient, value=1 - step.beta2)
@@ -191,7 +265,7 @@ UPDATES = tuple(_UPDATES)
 if triton is not None:
 
     @triton.jit
-    def _adam(
+    def _update_all(
         table,
         gradient,
         outer,
@@ -199,8 +273,7 @@ if triton is not None:
         width,
         candidates,
         first,
-        adam,
-        scale,
+        how,
         block: tl.constexpr,
         columns: tl.constexpr,
     ) -> None:
@@ -211,7 +284,6 @@ if triton is not None:
         grad = tl.load(gradient + row * width + column, mask=scored & wide, other=0.0)
         behind = outer + (row - candidates) * width + column
         grad += tl.load(behind, mask=of_outer & wide, other=0.0)
-        grad *= scale
         touched = tl.max(tl.abs(grad), axis=1, keep_dims=True) > 0
-        inside = (scored | (of_outer & touched)) & wide
-        adam_step(table, (row + first) % count * width + column, inside, grad, adam)
+        there = scored | (of_outer & touched)
+        step_rows(table, (row + first) % count, there, column, width, grad, how)

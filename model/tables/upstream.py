@@ -32,11 +32,20 @@ def width(collection: ShardedEmbeddingCollection) -> int:
     return collection._embedding_dim
 
 
-def fbgemm_table(collection: ShardedEmbeddingCollection) -> SplitTableBatchedEmbeddingBagsCodegen:
-    """FBGEMM's module of a collection of one table: this rank's rows and optimizer state."""
+def fbgemm_tables(
+    collection: ShardedEmbeddingCollection,
+) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """FBGEMM's module of all tables of a collection: this rank's rows and optimizer state."""
     (lookup,) = collection._lookups
     (kernel,) = lookup._emb_modules
     return kernel.emb_module
+
+
+def table_names(collection: ShardedEmbeddingCollection) -> list[str]:
+    """Names of the tables in the order in which FBGEMM's module holds them."""
+    (lookup,) = collection._lookups
+    (kernel,) = lookup._emb_modules
+    return [table.name for table in kernel.config.embedding_tables]
 
 
 def set_input_dist_ready(collection: ShardedEmbeddingCollection, is_ready: bool) -> None:

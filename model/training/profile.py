@@ -39,7 +39,6 @@ STAGES = {
     "lookup": "lookup$",
     "encoder": "encoder$",
     "head": "head$",
-    "encoder and head": "encoder and head$",  # in one CUDA graph
     "backward": "## backward ",  # also updates the tables
     "optimizer": "## optimizer ",
     "step": "## step ##",  # one CUDA graph from the lookup to the optimizer
@@ -89,12 +88,11 @@ class StepProfiler:
 
     def _begin(self) -> None:
         bert = unwrap(self.model)
-        stages: dict[str, nn.Module] = {"lookup": bert.embeddings}
-        if self.plan.graphs == "dense":
-            stages["encoder and head"] = bert.dense_step
-        else:
-            stages |= {"encoder": bert.encoder, "head": bert.head}
-        for name, module in stages.items():
+        for name, module in (
+            ("lookup", bert.embeddings),
+            ("encoder", bert.encoder),
+            ("head", bert.head),
+        ):
             for hook in _named(name, module):
                 self._recording.enter_context(hook)
         steps = self.config.profile

@@ -77,8 +77,13 @@ def with_candidates(
     """The features with candidates, a half-open range or int64 [C], under the key "candidate"."""
     values = features.values()
     if isinstance(candidates, tuple):
-        candidates = _range(candidates, values.device, _stream_id(values.device))
+        candidates = items_of(candidates, values.device)
     return join_candidates(features, torch.cat([values, candidates]), candidates.numel())
+
+
+def items_of(candidate_range: tuple[int, int], device: torch.device) -> Tensor:
+    """The ids of a half-open range, int64 [C]."""
+    return _range(candidate_range, device, _stream_id(device))
 
 
 def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> KeyedJaggedTensor:
@@ -122,11 +127,6 @@ def with_attributes(
         stride=rows,
         length_per_key=[*features.length_per_key(), count],
     )
-
-
-def ids_of(ids: tuple[int, int], device: torch.device) -> Tensor:
-    """A half-open range as int64, made once for each stream."""
-    return _range(ids, device, _stream_id(device))
 
 
 # Cached per stream: another CUDA stream would have to wait until the tensors are written.

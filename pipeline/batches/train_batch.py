@@ -134,6 +134,11 @@ class PackedBatch(Pipelineable):
         return replace(self, packed=replace(self.packed, words=words))
 
     @property
+    def num_items(self) -> int:
+        """T."""
+        return self.packed.sizes[self.packed.names.index("values")]
+
+    @property
     def requested(self) -> Tensor:
         """Ids of rows that any rank may hold: the items, and a sampled loss's candidates."""
         names, sizes = self.packed.names, self.packed.sizes
@@ -148,7 +153,12 @@ class PackedBatch(Pipelineable):
     @cached_property
     def unpacked(self) -> TrainBatch:
         """The batch, with the candidates appended."""
-        return self.unpack().with_candidates()
+        return replace(self.without_candidates).with_candidates()
+
+    @cached_property
+    def without_candidates(self) -> TrainBatch:
+        """The batch without candidates: appending them takes several small kernels."""
+        return self.unpack()
 
     def unpack(self) -> TrainBatch:
         """The batch, without candidates: views of the packed memory."""

@@ -47,7 +47,7 @@ def step_gradients(ranks: Ranks, way: str, limit: float) -> dict[str, torch.Tens
     store = SequenceStore.from_arrays(items, np.arange(GLOBAL_BATCH + 1) * 8, NUM_ITEMS)
     plan = plan_execution(config, NUM_ITEMS, ranks)
     model = build_model(config, NUM_ITEMS, ranks, plan)
-    optimizers = Optimizers(model, plan, config.optimizer, ranks.device)
+    optimizers = Optimizers(model, plan, config.optimizer, ranks)
     batches = train_loader(config, store, ranks, plan).epoch(0)
     train_pipeline(model, optimizers, plan, ranks.device).progress(batches)
     parameters = replicated(model).items()

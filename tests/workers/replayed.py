@@ -25,11 +25,11 @@ class _Again:
 class Replayed(TrainStep):
     """A training step like TrainStep's on CUDA, with fake graphs."""
 
-    def _capture(self, batch: PackedBatch, request: Any) -> _Captured:
+    def _capture(self, batch: PackedBatch, requests: list[Any]) -> _Captured:
         def run() -> None:
             captured.report = self._launch(lambda: self._forward(captured))
 
-        captured = _Captured(_Again(run), batch, request)
+        captured = _Captured(_Again(run), batch, requests)
         return captured
 
     @property

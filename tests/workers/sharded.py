@@ -57,6 +57,7 @@ from model.step.optimizers import Optimizers
 from model.step.pipelines import StepPipeline, train_pipeline
 from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
+from model.tables.upstream import set_table_steps
 from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.features import (
     ATTRIBUTE,
@@ -145,7 +146,7 @@ class Built:
 
     def optimizers(self) -> Optimizers:
         """Those of train.py."""
-        return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks.device)
+        return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks)
 
     def loader(self) -> TrainLoader:
         given = self.config, histories(), self.ranks, self.plan
@@ -253,11 +254,6 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
             runs[f"row_wise, replayed{name}"] = pipelined(built)
         runs[f"row_wise, sent{name}"] = pipelined(Built.of(config, ranks, **by_torchrec(ranks)))
         for changes in exchanges:
-            for exchange in ("gather", "all_to_all"):
-                own = {"lookup": "fbgemm", "exchange": exchange, "in_place": False}
-                runs[f"row_wise, fbgemm, {exchange}{name}"] = pipelined(
-                    Built.of(config, ranks, **own)
-                )
             runs[f"row_wise, requested{name}"] = pipelined(Built.of(config, ranks, **changes))
             with as_on_cuda():
                 built = Built.of(config, ranks, graphs="step", **changes)
@@ -270,6 +266,66 @@ def row_wise_otherwise(ranks: Ranks) -> dict[str, Run]:
     return runs
 
 
+def halves(ranks: Ranks) -> dict[str, Run]:
+    """Row-wise fp16 tables, of one head each."""
+    heads = ("tied", "softmax"), ("tied", "sampled_softmax"), ("linear", "sampled_softmax")
+    return {
+        f"{head}, {loss}, {name}": run
+        for head, loss in heads
+        for name, run in by_exchange(ranks, config_of(HALF, ranks, head, loss)).items()
+    }
+
+
+HALF = replace(WAYS["row_wise"], embedding_optimizer="auto", table_precision="fp16")
+
+
+@dataclass
+class Saved:
+    """A run of fp16 tables, saved after some steps: the table then, and losses of later steps."""
+
+    run_dir: Path
+    step: int
+    table: torch.Tensor
+    later: list[float]
+
+
+def saved(ranks: Ranks, run_dir: Path) -> Saved:
+    built = Built.of(config_of(HALF, ranks), ranks)
+    optimizers = built.optimizers()
+    before = pipelined(built, optimizers, epochs=3)
+    step = len(before.losses)
+    assert Checkpoints(run_dir, ranks).save(built.model, optimizers, Position(step=step))
+    return Saved(run_dir, step, before.weights["table"], later_losses(built, optimizers, step))
+
+
+def later_losses(built: Built, optimizers: Optimizers, step: int) -> list[float]:
+    """After a checkpoint; evaluations have counted as steps."""
+    set_table_steps(built.model, step)
+    return pipelined(built, optimizers, epochs=2).losses
+
+
+def linear(ranks: Ranks) -> dict[str, Run]:
+    """Row-wise tables of a linear head, candidates in place, looked up and drawn."""
+    runs = {}
+    for loss in ("softmax", "sampled_softmax"):
+        config = config_of(WAYS["row_wise"], ranks, "linear", loss)
+        for name, run in by_exchange(ranks, config).items():
+            runs[f"{loss}, {name}"] = run
+    looked_up = Built.of(config_of(WAYS["row_wise"], ranks, "linear"), ranks, in_place=False)
+    return runs | {"softmax, looked up": pipelined(looked_up)}
+
+
+def by_exchange(ranks: Ranks, config: RunConfig) -> dict[str, Run]:
+    """With each exchange, launched and as fake CUDA graphs."""
+    runs = {}
+    for exchange in ("gather", "all_to_all") if ranks.world_size > 1 else ("none",):
+        runs[exchange] = pipelined(Built.of(config, ranks, exchange=exchange))
+        with as_on_cuda():
+            built = Built.of(config, ranks, exchange=exchange, graphs="step")
+            runs[f"{exchange}, replayed"] = pipelined(built)
+    return runs
+
+
 def unsharded(ranks: Ranks) -> dict[str, Run]:
     """No TorchRec wrapper, torch.optim.SGD; only on one rank."""
     runs = {}
@@ -277,6 +333,7 @@ def unsharded(ranks: Ranks) -> dict[str, Run]:
         ("tied", {}),
         ("linear", {"head": "linear"}),
         ("sampled", {"loss": "sampled_softmax"}),
+        ("linear, sampled", {"head": "linear", "loss": "sampled_softmax"}),
     ):
         config = config_of(WAYS["ddp"], ranks, **options)
         plan = plan_execution(config, NUM_ITEMS, ranks)
@@ -309,12 +366,8 @@ def with_attributes(ranks: Ranks) -> dict[str, Run]:
         config = config_of(WAYS["row_wise"], ranks, loss=loss)
         ways = {"looked up": {"in_place": False}, "sent": by_torchrec(ranks)}
         if ranks.world_size > 1:
-            own_lookup = {"lookup": "fbgemm", "in_place": False}
-            ways |= {
-                "requested": {"exchange": "all_to_all"},
-                "fbgemm, gathered": {"exchange": "gather"} | own_lookup,
-                "fbgemm, requested": {"exchange": "all_to_all"} | own_lookup,
-            }
+            ways["requested"] = {"exchange": "all_to_all"}
+            ways["requested, looked up"] = {"exchange": "all_to_all", "in_place": False}
         for way, changes in ways.items():
             runs[f"{way}{name}"] = pipelined(Built.of(config, ranks, own, **changes))
         for way in ("row_wise", "requested")[: ranks.world_size]:
@@ -517,9 +570,13 @@ def copied(trained: Trained, folder: Path) -> Copied:
 
 # 21 items are few even for these batches.
 @patch("model.run.execution.ITEMS_A_POSITION", 0)
-def answers(ranks: Ranks) -> dict[str, Any]:
+def answers(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """``folder`` keeps a checkpoint."""
     return {
         "every_way": every_way(ranks),
+        "halves": halves(ranks),
+        "linear": linear(ranks),
+        "saved": saved(ranks, folder),
         "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
         "with_attributes": with_attributes(ranks),
         "initial_with_attributes": weights_of(
@@ -540,7 +597,7 @@ def answers(ranks: Ranks) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     ranks = start()
-    found = answers(ranks)
+    found = answers(ranks, folder)
     if ranks.is_first:
         torch.save(found, folder / f"{ranks.world_size}.pt")
     exit_rank()

@@ -1,0 +1,68 @@
+"""Worker: the kernels that sum equal ids, in Triton's interpreter, against float64 and plain torch.
+
+TRITON_INTERPRET=1 python -m tests.workers.interpreted
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from model.kernels import segment_sum
+from model.kernels.segment_sum import KINDS, SortedIndex, step_at
+from model.tables import table_update
+from model.tables.table_update import Step, update_some
+
+_patch = interpreter._patch_lang_tensor
+
+
+def _with_index(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 makes bounds of loops of arrays [1], which NumPy no longer converts."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def check(rows: int, index: Tensor, width: int) -> None:
+    """Sums that are stored and added, and steps; values of entries ``rows`` are NaN."""
+    keys, order = index.int().sort(stable=True)
+    sorted_ = SortedIndex(index, rows, keys, order)
+    values = torch.randn(len(index), width)
+    values[index == rows] = torch.nan
+    parts = values.split([len(index) // 3, len(index) - len(index) // 3])
+    inside = index < rows
+    sums = torch.zeros(rows, width, dtype=torch.float64)
+    sums.index_add_(0, index[inside], values[inside].double())
+
+    touched = torch.zeros(rows, 1, dtype=torch.bool).index_fill_(0, index[inside], True)
+    stored = torch.full((rows, width), 7.0)
+    segment_sum._sum_runs(stored, stored[:0], sorted_, parts, "store")
+    torch.testing.assert_close(stored.double(), sums.where(touched, 7.0), rtol=1e-5, atol=1e-5)
+
+    first, last = torch.ones(rows - 1, width), torch.ones(1, width)
+    segment_sum._sum_runs(first, last, sorted_, (values,), "add")
+    found = torch.cat([first, last]).double()
+    torch.testing.assert_close(found, sums + 1, rtol=1e-5, atol=1e-5)
+
+    step = Step(lr=0.1, beta1=0.9, beta2=0.98, eps=1e-8, number=3, scale=0.5, first_row=7)
+    steps = [*((kind, torch.float32) for kind in KINDS), ("rowwise_adagrad", torch.float16)]
+    for kind, dtype in steps:
+        table = torch.linspace(1, 2, rows * width).view(rows, width).to(dtype)
+        shapes = {"sgd": [], "rowwise_adagrad": [(rows,)], "adam": [table.shape] * 2}
+        states = [torch.full(shape, 0.3) for shape in shapes.get(kind, [table.shape])]
+        plain = [part.clone() for part in (table, *states)]
+        update_some(kind, plain[0], plain[1:], SortedIndex(index, rows), parts, step)
+        step_at(table, sorted_, parts, table_update._row_optimizer(kind, table, states, step, None))
+        torch.testing.assert_close([table, *states], plain, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    interpreter._patch_lang_tensor = _with_index
+    torch.manual_seed(3)
+    # Tiles are chunks of 32: runs that end with one, within one, and after others.
+    check(5, torch.tensor([0] * 64 + [1] * 3 + [2] * 2 + [3] * 140 + [4]).roll(50), 4)
+    check(60, torch.randint(0, 61, (70,)), 4)
+    check(2, torch.tensor([1]), 4)
+    # Tiles of 4 or 8: a run ends in a chunk's first tile, the next one goes on in its second.
+    check(6, torch.tensor([0] * 62 + [1] * 5 + [2] * 20 + [4, 4, 6])[torch.randperm(90)], 70)
+    print("checked")
