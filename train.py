@@ -82,6 +82,8 @@ def _train(
         build_plain_model,
         evaluator,
         first_rows,
+        item_attributes,
+        num_attributes,
         prepared,
         time_span,
         train_loader,
@@ -120,20 +122,24 @@ def _train(
     config, decided = with_seen(config, store)
     ranks.say("\n".join([decided, *reasons]))
 
-    plan = plan_execution(config, store.num_items, ranks)
-    teachers = load_teachers(config, store, ranks, plan.precision)
-    loader = train_loader(config, store, ranks, plan, teachers)
+    attributes = item_attributes(config, lambda: store.catalog)
+    if attributes is not None:
+        ranks.say(attributes.describe())
+    count = num_attributes(attributes)
+    plan = plan_execution(config, store.num_items, ranks, count)
+    teachers = load_teachers(config, store, ranks, plan.precision, count)
+    loader = train_loader(config, store, ranks, plan, teachers, count)
     stages.end("loader")
     span = time_span(config, store)
-    kernels.start(config, store.num_items, loader, plan, span)
+    kernels.start(config, store.num_items, loader, plan, span, attributes)
     rows = first_rows(config, store, ranks)
     stages.end("vectors")
-    model = build_model(config, store.num_items, ranks, plan, teachers, span, rows)
+    model = build_model(config, store.num_items, ranks, plan, teachers, span, rows, attributes)
     optimizers = Optimizers(model, plan, config.optimizer, ranks)
     pipeline = (make_pipeline or train_pipeline)(model, optimizers, plan, ranks.device)
     stages.end("model")
     # Only now that flags and data have been checked: a mistake leaves no folder behind.
-    folder = opened.enter_context(closing(RunFolder(config, ranks, store, span)))
+    folder = opened.enter_context(closing(RunFolder(config, ranks, store, span, attributes)))
     shards = describe_shards(model, ranks.world_size)
     executed = f"{ranks}: {plan.describe(shards)}; {optimizers}"
     ranks.say(executed)
@@ -195,7 +201,7 @@ def _train(
         plain = build_plain_model(config, store.num_items, ALONE, table_device="meta", span=span)
         output, metrics = config.output, {"test": result}
         known = best_step, metrics, folder.path, folder.path, best["epoch"]
-        trained = Trained(plain, checkpoints.path(best_step), *known)
+        trained = Trained(plain, checkpoints.path(best_step), *known, attributes=attributes)
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

@@ -2,11 +2,12 @@
 
     batch.features  "item"      -> rows of all positions  -> encoder -> hidden [M, D]
                     "candidate" -> rows to score with ----------------> head -> loss
+                    "attribute" -> rows that are added to both, item by item
 
 TorchRec's pipelines trace ``forward``: it calls the item table once, on the unchanged batch, then
 modules without TorchRec.
 
-Shapes: M masked positions, D width, V items.
+Shapes: M masked positions, D width, V items, A attributes.
 """
 
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from torchrec.types import DataType
 
 from model.execution import ExecutionPlan
+from model.network.attributes import AttributeSums
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder
 from model.network.head import CatalogSlice, ScoringHead
 from model.network.initial_rows import NORMAL_STD
-from pipeline.batches.features import CANDIDATE, ITEM, Lookup
+from pipeline.batches.attributes import ItemAttributes
+from pipeline.batches.features import ATTRIBUTE, CANDIDATE, ITEM, Lookup, with_attributes
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch, TrainBatch
 
@@ -43,14 +46,33 @@ class ModelConfig:
     head: HeadConfig
     table_precision: str = "fp32"
     span: TimeSpan | None = None  # of the times, with ``encoder.use_times``
+    num_attributes: int = 0
 
 
 class ItemTable(EmbeddingCollection):
-    """The tables of items; sharded, one of ``model/tables``."""
+    """The tables of items; sharded, one of ``model/tables``.
+
+    Args:
+        attributes: the rows of attributes, a half-open range; None: there are none.
+    """
+
+    def __init__(
+        self,
+        tables: list[EmbeddingConfig],
+        device: torch.device,
+        attributes: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(tables=tables, device=device)
+        self.attributes = attributes
+
+    @property
+    def num_attributes(self) -> int:
+        """A."""
+        return 0 if self.attributes is None else self.attributes[1] - self.attributes[0]
 
     def forward(self, batch: Lookup) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate" of a batch."""
-        return super().forward(batch.features)
+        """Rows [T, D], [C, D] and [A, D] of the features of a batch and of all attributes."""
+        return super().forward(with_attributes(batch.features, self.attributes))
 
 
 class BERT4Rec(nn.Module):
@@ -60,6 +82,7 @@ class BERT4Rec(nn.Module):
         seed: of the initial weights, equal on all ranks.
         table_device: "meta" leaves the tables for the sharding to initialise, rank by rank.
         left_only: histories are evaluated with left context only, as all training rows were.
+        attributes: of the items, if the model has any; None: only its weights are wanted.
     """
 
     def __init__(
@@ -71,48 +94,88 @@ class BERT4Rec(nn.Module):
         teachers: Teachers | None = None,
         table_device: str = "cpu",
         left_only: bool = False,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         super().__init__()
         plan = plan or ExecutionPlan()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.embeddings = ItemTable(tables=_tables(config), device=torch.device(table_device))
+            first, count = config.num_items + 2, config.num_attributes
+            self.embeddings = ItemTable(
+                _tables(config),
+                torch.device(table_device),
+                (first, first + count) if count else None,
+            )
             self.encoder = Encoder(config.encoder, config.max_len, config.span)
         self.head = ScoringHead(config.head, catalog, config.num_items)
-        self.dense_step = DenseStep(self.encoder, self.head, plan, teachers)
+        self.attributes: AttributeSums | None = None
+        if attributes is not None:
+            self.attributes = AttributeSums(attributes, config.encoder.item_dropout)
+        self.dense_step = DenseStep(self.encoder, self.head, plan, teachers, self.attributes)
         self.autocast, self.left_only = plan.precision == "bf16", left_only
 
     @torch.no_grad()
     def start_from(self, rows: Tensor) -> None:
-        """Set the rows of all tables, float32 [V + 2, D], but those of zeros."""
+        """Set the first rows of all tables to float32 [V + 2, D], but for those of zeros."""
         known = rows.any(dim=1)
         for table in self.embeddings.embeddings.values():
-            table.weight[known] = rows[known].to(table.weight.dtype)
+            table.weight[: len(rows)][known] = rows[known].to(table.weight.dtype)
 
     def forward(self, batch: PackedBatch | TrainBatch) -> tuple[Tensor, Tensor]:
         """Loss of a batch, and float32 [2]: this rank's sum of losses and number of positions."""
         rows = self.embeddings(batch)
-        return self.score(rows[ITEM].values(), rows[CANDIDATE].values(), batch.unpacked)
+        names = [ITEM, CANDIDATE, *([] if self.attributes is None else [ATTRIBUTE])]
+        return self.score(batch.unpacked, *(rows[name].values() for name in names))
 
-    def score(self, items: Tensor, candidates: Tensor, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-        """The same, from looked-up rows: [T, D] of the items, [C, D] of the candidates."""
+    def score(
+        self, batch: TrainBatch, items: Tensor, candidates: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, from looked-up rows.
+
+        Args:
+            items: [T, D].
+            candidates: [C, D].
+            added: [A, D], of the attributes; None: the items have none.
+        """
         # TorchRec would have to sum lengths for the offsets of ``rows``.
         layout = batch.row_offsets, batch.masked, batch.left_only, batch.steps_ago
         scored = batch.targets, batch.negatives, batch.log_counts, batch.all_targets
         given = StepInput(*layout, *scored, batch.ids, batch.times)
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            return self.dense_step(items, candidates, given, batch.longest, batch.equal_shapes)
+            return self.dense_step(
+                items, candidates, given, batch.longest, batch.equal_shapes, added
+            )
+
+    def item_rows(self, rows: dict[str, JaggedTensor], ids: Tensor) -> Tensor:
+        """Rows [T, D] of the feature "item", whose ids are given, with their attributes' added."""
+        items = rows[ITEM].values()
+        if self.attributes is None:
+            return items
+        return self.attributes.of_items(items, rows[ATTRIBUTE].values(), ids[: len(items)])
+
+    def candidate_rows(self, rows: dict[str, JaggedTensor], low: int) -> Tensor:
+        """Rows [C, D] of the feature "candidate", of the items from ``low`` on, likewise."""
+        candidates = rows[CANDIDATE].values()
+        if self.attributes is None:
+            return candidates
+        return self.attributes.of_range(candidates, rows[ATTRIBUTE].values(), low)
 
 
 def _tables(config: ModelConfig) -> list[EmbeddingConfig]:
-    """The item table, and one for scoring unless the head is tied; rows 0: padding, V + 1: mask."""
+    """The item table, and one for scoring unless the head is tied.
+
+    Rows 0: padding, V + 1: mask, from V + 2 on: attributes.
+    """
     tied = config.head.head == "tied"
     features = {"item": [ITEM, CANDIDATE]} if tied else {"item": [ITEM], "output": [CANDIDATE]}
+    if config.num_attributes:
+        assert tied, config.head
+        features["item"].append(ATTRIBUTE)
     return [
         EmbeddingConfig(
             name=name,
-            num_embeddings=config.num_items + 2,
+            num_embeddings=config.num_items + 2 + config.num_attributes,
             embedding_dim=config.encoder.emb_dim,
             feature_names=names,
             data_type=TABLE_PRECISIONS[config.table_precision],

@@ -74,7 +74,7 @@ def test_gradients_of_both_features_equal_those_of_a_split(
     targets = torch.tensor([3, 0, 40])
     found = []
     for split in (
-        lambda whole: _Split.apply(whole, POSITIONS),
+        lambda whole: _Split.apply(whole, [POSITIONS, ITEMS]),
         lambda whole: whole.split([POSITIONS, ITEMS]),
     ):
         whole = rows.clone().requires_grad_()

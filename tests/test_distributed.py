@@ -107,6 +107,28 @@ def test_a_sampled_loss_equals_the_reference(one: Answers, two: Answers, way: st
     assert sum(sampled[-3:]) < sum(sampled[:3]) - 0.6
 
 
+SEVERAL = ["requested", "requested, replayed", "requested, looked up"]
+
+
+@pytest.mark.parametrize(
+    ("way", "loss"),
+    [
+        *((way, "") for way in ("table_wise", "column_wise")),
+        *product(("row_wise", "ddp", "looked up", "sent", "row_wise, replayed"), sharded.LOSSES),
+        *product(SEVERAL, sharded.LOSSES),
+    ],
+)
+def test_training_with_attributes_equals_autograds(
+    one: Answers, two: Answers, way: str, loss: str
+) -> None:
+    expected = one["unsharded_with_attributes"][loss]
+    for answers in (two,) if way in SEVERAL else (one, two):
+        assert_same(answers["with_attributes"][f"{way}{loss}"], expected)
+    assert sum(expected.losses[-3:]) < sum(expected.losses[:3]) - 0.6
+    without = one["unsharded"]["sampled" if loss else "tied"]
+    assert without.losses != pytest.approx(expected.losses, abs=1e-2)
+
+
 @pytest.mark.parametrize("way", [*WAYS, "row_wise, sent"])
 def test_torchrec_calls_the_tables_input_dist_a_batch_ahead(
     one: Answers, two: Answers, way: str
@@ -224,11 +246,13 @@ def test_the_schedule_reaches_the_fused_tables(one: Answers, two: Answers) -> No
         torch.testing.assert_close(2 * (half - start), whole - start, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("attributes", ["", ", attributes"])
 @pytest.mark.parametrize("way", [*WAYS, "in parts"])
 def test_evaluation_does_not_depend_on_ranks_or_sharding(
-    one: Answers, two: Answers, way: str
+    one: Answers, two: Answers, way: str, attributes: str
 ) -> None:
-    expected = one["evaluation"]["ddp"]
+    expected, way = one["evaluation"][f"ddp{attributes}"], f"{way}{attributes}"
+    assert (expected == one["evaluation"]["ddp"]) == (not attributes)
     assert expected["users"] == 13
     assert 0 < expected["full"]["MRR"] < 1
     assert expected["popularity"]["full"] != expected["full"]
@@ -321,6 +345,20 @@ def test_an_export_holds_one_rank_s_part_of_the_table_at_a_time(
     assert copied.parts == parts.get(way, [((0, 0), [23, 16])])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_export_holds_sums_of_items_and_attributes(one: Answers, two: Answers, way: str) -> None:
+    name, places = "embeddings.embeddings.item.weight", sharded.attributes().places
+    start = one["initial_with_attributes"]
+    added = torch.cat([start["attributes"], torch.zeros(1, 16)])[torch.from_numpy(places)]
+    for answers in (one, two):
+        copied = answers["exported"][f"{way}, attributes"]
+        assert copied.held == 1
+        own = torch.arange(23)[:, None] != 5
+        expected = start["table"] * own + added.sum(dim=1)
+        torch.testing.assert_close(copied.weights[name], expected)
+        assert copied.weights[name][[0, -1]].equal(start["table"][[0, -1]])
+
+
 @pytest.mark.slow
 def test_four_ranks_equal_one(one: Answers, two: Answers, tmp_path: Path) -> None:
     """As on two ranks, but in every epoch's last step three of the four have a filler row."""
@@ -329,6 +367,9 @@ def test_four_ranks_equal_one(one: Answers, two: Answers, tmp_path: Path) -> Non
         reference = next((name for name in ("linear", "sampled") if name in way), "tied")
         assert_same(four["every_way"][way], one["unsharded"][reference])
         assert four["every_way"][way].pipelined == run.pipelined
+    for way in two["with_attributes"]:
+        loss = ", sampled" if "sampled" in way else ""
+        assert_same(four["with_attributes"][way], one["unsharded_with_attributes"][loss])
     for way, result in one["evaluation"].items():
         found = four["evaluation"][way]
         assert found["users"] == result["users"] == 13

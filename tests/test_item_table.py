@@ -90,7 +90,8 @@ def look_up(
     shard.begin_step(Step.counted(made, 1 / shard.exchange.world_size))
     trigger = torch.zeros((), device=ids.device, requires_grad=True)
     candidates = None if draws else ids[:0]
-    return _LookUp.apply(trigger, shard, ids, len(ids), candidates)
+
+    return _LookUp.apply(trigger, shard, ids, len(ids), candidates, 0)
 
 
 def by_fbgemm(

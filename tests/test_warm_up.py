@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,11 +32,12 @@ from model.kernels.compiler import (
 )
 from model.nodes import prepared_data
 from model.run import warm_up
-from model.run.build import train_loader
+from model.run.build import num_attributes, train_loader
 from model.run.execution import plan_execution
 from model.run.warm_up import FakeStep, KernelsAhead
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.training.loader import TrainLoader
 from tests.conftest import ROOT, TINY, environment
 
@@ -108,19 +110,24 @@ def backward_without_engine(loss: torch.Tensor, one: torch.Tensor) -> None:
                 earlier[number] = gradient + earlier[number] if number in earlier else gradient
 
 
-def parts(cache_dir: Path, *flags: str) -> tuple[FakeStep, TrainLoader, RunConfig, Any]:
+def parts(
+    cache_dir: Path, *flags: str, attributes: ItemAttributes | None = None
+) -> tuple[FakeStep, TrainLoader, RunConfig, Any]:
     """The fake step of a tiny run on a GPU, and its loader."""
     arguments = (*TINY, f"--cache_dir={cache_dir}", "--train_batch_size=64", *flags)
     config = FlagParser("", RunConfig).parse(arguments)
     store, ranks = prepared_data(config.data, ALONE), replace(ALONE, device=GPU)
-    plan = plan_execution(config, store.num_items, ranks)
+    plan = plan_execution(config, store.num_items, ranks, num_attributes(attributes))
     loader = train_loader(config, store, ALONE, plan)
-    return FakeStep(config, store.num_items, plan, ranks), loader, config, plan
+    step = FakeStep(config, store.num_items, plan, ranks, attributes=attributes)
+    return step, loader, config, plan
 
 
-def launches_of(cache_dir: Path, *flags: str, steps: int = 1) -> dict[Launch, None]:
+def launches_of(
+    cache_dir: Path, *flags: str, steps: int = 1, attributes: ItemAttributes | None = None
+) -> dict[Launch, None]:
     """Of the first training steps, or of an evaluation if there are none."""
-    step, loader, *_ = parts(cache_dir, *flags)
+    step, loader, *_ = parts(cache_dir, *flags, attributes=attributes)
     noted: dict[Launch, None] = {}
     with noted_launches(lambda each: noted.update({each: None})):
         for batch in islice(loader.examples(), steps):
@@ -178,6 +185,23 @@ def test_a_fake_step_notes_the_kernels_of_its_flags(
     if "_update_all" in expected:
         assert found.pop("_add_runs") == 3
     assert found == expected
+
+
+@pytest.mark.parametrize("flags", [(), ("--loss=sampled_softmax",), ("--mode=ddp",)])
+def test_sums_of_attributes_are_noted_too(
+    flags: tuple[str, ...], no_device: None, cache_dir: Path
+) -> None:
+    """The tiny run's 80 items have an attribute of five and one of three, but for item 1."""
+    items = np.arange(82)
+    places = np.stack([items % 5, 5 + items % 3], axis=1).astype(np.int32)
+    places[[0, 1, -1]] = 8
+    own = ItemAttributes(places, 8, items != 7)
+    found, without = (
+        Counter(each.kernel.__name__ for each in launches_of(cache_dir, *flags, attributes=each))
+        for each in (own, None)
+    )
+    assert found.keys() == without.keys() | SUMS.keys()
+    assert found["_add_runs"] > without["_add_runs"]
 
 
 def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) -> None:

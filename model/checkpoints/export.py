@@ -14,7 +14,7 @@ metadata and config.json name the same step and fingerprint of the weights.
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,10 @@ from model.checkpoints.exported import (
 from model.checkpoints.manifest import DamagedError, checker, describe_files
 from model.checkpoints.safe_reader import SafeReader, stored_weights
 from model.checkpoints.weights import check_finite, check_fit
-from model.checkpoints.weights_file import Part, WeightsFile, row_blocks
+from model.checkpoints.weights_file import AddedRows, Part, WeightsFile, row_blocks
+from model.programs.exporters import item_table_name
 from model.programs.folder import PROGRAM_FILES, write_programs
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.errors import UserError, remedy
 from pipeline.files import (
     clear,
@@ -59,12 +61,13 @@ class Trained:
     """A model to export.
 
     Attributes:
-        plain: an unsharded model on CPU; only its tables may be on "meta".
+        plain: an unsharded model on CPU, without attributes; only its tables may be on "meta".
         weights: a checkpoint, or a folder with an exported model.
         metrics: by split.
         epoch: from 1; 0: not known.
         folder: has the model's config.json and catalog.
         users: has users.parquet, if there is one: a run, also where its model is exported.
+        attributes: of the items, if ``weights`` have their rows: exported rows of items are sums.
     """
 
     plain: BERT4Rec
@@ -74,6 +77,7 @@ class Trained:
     folder: Path
     users: Path
     epoch: int = 0
+    attributes: ItemAttributes | None = None
 
 
 def export(trained: Trained, folder: Path, with_users: bool, with_programs: bool) -> None:
@@ -157,7 +161,7 @@ def _copy_weights(trained: Trained, folder: Path) -> dict[str, Any]:
             for part in _exported_parts(trained.weights, shapes):
                 file.put(part)
         else:
-            _copy_checkpoint(trained.weights, shapes, file.put)
+            _copy_checkpoint(trained, shapes, file)
         tie["fingerprint"] = file.fingerprint()
         file.replace_metadata(_metadata(tie))
     return tie
@@ -168,17 +172,28 @@ def _metadata(tie: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _copy_checkpoint(
-    checkpoint: Path, shapes: Mapping[str, torch.Tensor], put: Callable[[Part], None]
+    trained: Trained, shapes: Mapping[str, torch.Tensor], file: WeightsFile
 ) -> None:
+    """Copy the weights of a checkpoint; attributes' rows are added to those of their items."""
+    checkpoint, sums, stored_shapes = trained.weights, None, dict(shapes)
+    if trained.attributes is not None:
+        name = item_table_name(trained.plain)
+        sums = AddedRows(name, shapes[name], trained.attributes)
+        stored_shapes[name] = sums.stored
+
     def checked(part: Part) -> None:
         check_finite({part.name: part.values})
-        put(part)
+        part = part if sums is None else sums.without_attributes(part)
+        if len(part.values):
+            file.put(part)
 
     try:
         reader, check = SafeReader(checkpoint), checker(checkpoint)
         check(".metadata")
-        check_fit(stored_weights(reader.index), shapes)
+        check_fit(stored_weights(reader.index), stored_shapes)
         reader.copy_parts(checked, check)
+        if sums is not None:
+            file.change(sums.name, sums.add)
     except (DamagedError, ValueError) as error:
         raise UserError(
             f"{checkpoint} cannot be exported: {error}; go on with training by --resume auto, or "

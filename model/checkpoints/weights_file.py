@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pipeline.batches.attributes import ItemAttributes
 
 _KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
 _BLOCK = 16 << 20  # bytes of a tensor that are copied at once
@@ -66,6 +68,15 @@ class WeightsFile:
             self._file.seek(place)
             self._file.write(_bytes(rows))
 
+    def change(self, name: str, change: Callable[[slice, Tensor], None]) -> None:
+        """Call ``change`` with each block of a tensor's rows, which it changes, and write them."""
+        for block in row_blocks(self._weights[name]):
+            place, rows = self._rows(name, block.start, block.stop)
+            self._read(place, rows)
+            change(block, rows)
+            self._file.seek(place)
+            self._file.write(_bytes(rows))
+
     def fingerprint(self) -> str:
         """Hash of names, shapes, types and values."""
         digest = hashlib.sha256()
@@ -104,6 +115,39 @@ class WeightsFile:
         text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+
+class AddedRows:
+    """Rows of attributes at the end of a stored table, to be added to those of their items.
+
+    Args:
+        table: without them.
+    """
+
+    def __init__(self, name: str, table: Tensor, attributes: ItemAttributes) -> None:
+        self.name, self._rows = name, len(table)
+        self._places, self._own = map(torch.from_numpy, (attributes.places, attributes.own))
+        # The last row is that of no attribute.
+        self._added = torch.zeros(attributes.count + 1, table.shape[1])
+        self.stored = table.new_empty(len(table) + attributes.count, table.shape[1], device="meta")
+
+    def without_attributes(self, part: Part) -> Part:
+        """A part of the stored table without the attributes' rows, which are kept."""
+        if part.name != self.name:
+            return part
+        row, column = part.offsets
+        own = max(0, min(len(part.values), self._rows - row))
+        rest = part.values[own:]
+        first = row + own - self._rows
+        self._added[first : first + len(rest), column : column + rest.shape[1]] = rest.float()
+        return part._replace(offsets=(min(row, self._rows), column), values=part.values[:own])
+
+    def add(self, block: slice, rows: Tensor) -> None:
+        """Add them to a block of the table's rows; all parts are known."""
+        sums = torch.where(self._own[block, None], rows.float(), 0.0)
+        for place in self._places[block].unbind(1):
+            sums += self._added.index_select(0, place)
+        rows.copy_(sums)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.bert4rec import BERT4Rec
 from model.network.head import CatalogSlice
-from pipeline.batches.features import CANDIDATE, Ids, jagged_items, with_candidates
+from pipeline.batches.features import Ids, jagged_items, with_candidates
 
 PART_ITEMS = 2**18
 KEPT_BYTES = 2 << 30
@@ -95,5 +95,6 @@ class CatalogScores:
         """Scoring rows [C, D], looked up as the training step does."""
         no_rows = jagged_items(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         features = with_candidates(no_rows.to(self._device), (part.low, part.high))
-        rows = self._bert.head.project(self._bert.embeddings(Ids(features))[CANDIDATE].values())
+        found = self._bert.candidate_rows(self._bert.embeddings(Ids(features)), part.low)
+        rows = self._bert.head.project(found)
         return rows if self._laid_out is None else self._laid_out(rows)

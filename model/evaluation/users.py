@@ -64,9 +64,10 @@ def vectors(
 
 def encode(bert: BERT4Rec, batch: EvalBatch) -> EncodedUsers:
     """Encode a batch's users; if the catalog is sharded, gather the users of all ranks."""
-    rows = bert.embeddings(batch)[ITEM]
-    offsets = rows.offsets()[: batch.num_rows + 1]
-    hidden = vectors(bert, rows.values(), offsets, batch.masked, batch.longest, batch.times)
+    rows = bert.embeddings(batch)
+    offsets = rows[ITEM].offsets()[: batch.num_rows + 1]
+    items = bert.item_rows(rows, batch.features.values())
+    hidden = vectors(bert, items, offsets, batch.masked, batch.longest, batch.times)
     if batch.encoded_row is not None:
         hidden = hidden[batch.encoded_row]
     counts = batch.seen_offsets.diff()

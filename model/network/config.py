@@ -30,6 +30,18 @@ class EncoderConfig(Config):
     use_times: bool = flag(
         False, "read the times of the items, and of the item to predict (of a known unit)"
     )
+    item_attributes: str = flag(
+        "", "columns of --items_path whose values items share, such as genres,brand (default: none)"
+    )
+    attribute_separator: str = flag(
+        "|", "separator of several attributes in one text of --item_attributes, e.g. a blank"
+    )
+    item_dropout: float = flag(
+        0.3,
+        "with --item_attributes: share of training positions that have the attributes alone",
+        at_least=0,
+        below=1,
+    )
 
     def check(self) -> None:
         if self.emb_dim % 4:
@@ -46,6 +58,8 @@ class EncoderConfig(Config):
             raise UserError(
                 "--positions none needs --learned_positions true: else the order of items is lost"
             )
+        if not self.attribute_separator:
+            raise UserError("--attribute_separator is empty: leave it out, or give a character")
         if self.positions == "rotary" and self.emb_dim // self.nhead % 2:
             raise UserError(
                 f"--positions rotary needs heads of even width, not {self.emb_dim // self.nhead}: "

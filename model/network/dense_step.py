@@ -3,17 +3,19 @@
     rows of all positions [T, D] -> encoder -> hidden [M, D] -+-> head -> loss
     rows of the candidates [C, D] ----------------------------+
 
-Shapes: T positions of all rows, M masked positions, C candidates, D width.
+Shapes: T positions of all rows, M masked positions, C candidates, A attributes, D width.
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.execution import ExecutionPlan
 from model.kernels.graphed_call import GraphedCall
 from model.losses.sharded_softmax import TeacherLogits
+from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
 from model.network.head import ScoringHead
@@ -50,9 +52,11 @@ class DenseStep(nn.Module):
         head: ScoringHead,
         plan: ExecutionPlan,
         teachers: Teachers | None = None,
+        attributes: AttributeSums | None = None,
     ) -> None:
         super().__init__()
-        self._parts = (encoder, head)  # a tuple, so that they are not registered twice
+        # Tuples, so that they are not registered twice.
+        self._parts, self._attributes = (encoder, head), (attributes,)
         self._plan, self._teachers = plan, teachers
         self._graphed: GraphedCall | None = None
 
@@ -68,8 +72,16 @@ class DenseStep(nn.Module):
         given: StepInput,
         longest: int | None,
         equal_shapes: bool = True,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The head's loss and report; ``equal_shapes``: the batch's are the same on all ranks."""
+        """The head's loss and report.
+
+        Args:
+            equal_shapes: the batch's are the same on all ranks.
+            added: [A, D], rows of the attributes; None: the items have none.
+        """
+        if added is not None:
+            items, candidates = self._with_attributes(items, candidates, given, added)
         may_replay = self.training and equal_shapes and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         if self._teachers is None:
@@ -80,6 +92,17 @@ class DenseStep(nn.Module):
         else:  # under capture only the shapes may decide
             hidden = encoder(items, *given.layout, longest=None if graphs == "step" else longest)
         return self._loss(hidden, candidates, given, len(items))
+
+    def _with_attributes(
+        self, items: Tensor, candidates: Tensor, given: StepInput, added: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (attributes,), (_, head) = self._attributes, self._parts
+        assert attributes is not None and given.ids is not None
+        items = attributes.of_positions(items, added, given.ids[: len(items)])
+        if given.negatives is not None:
+            scored = torch.cat([given.targets, given.negatives])
+            return items, attributes.of_items(candidates, added, scored)
+        return items, attributes.of_range(candidates, added, head.catalog.low)
 
     def _graph(self) -> GraphedCall:
         """Created at the first call, when the parameters are on their device."""

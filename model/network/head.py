@@ -28,22 +28,24 @@ class CatalogSlice:
     shared: bool
 
 
-def shard_rows(num_items: int, world_size: int) -> int:
+def shard_rows(num_items: int, world_size: int, num_attributes: int = 0) -> int:
     """Rows of a rank's shard: TorchRec gives rank r the rows [r * k, (r + 1) * k), k rounded up.
 
     The last ranks may have fewer, or none.
     """
-    return -(-(num_items + 2) // world_size)
+    return -(-(num_items + 2 + num_attributes) // world_size)
 
 
-def catalog_slice(num_items: int, rank: int, world_size: int, sharded: bool) -> CatalogSlice:
-    """This rank's candidates: its row-wise block of the table, without padding and mask rows.
+def catalog_slice(
+    num_items: int, rank: int, world_size: int, sharded: bool, num_attributes: int = 0
+) -> CatalogSlice:
+    """This rank's candidates: the items of its row-wise block of the table.
 
     With TorchRec's cut of the table each rank finds its candidates in its own memory.
     """
     if not sharded or world_size == 1:
         return CatalogSlice(1, num_items + 1, shared=False)
-    block = shard_rows(num_items, world_size)
+    block = shard_rows(num_items, world_size, num_attributes)
     low = min(max(rank * block, 1), num_items + 1)
     high = min(max((rank + 1) * block, 1), num_items + 1)
     return CatalogSlice(low, high, shared=True)

@@ -25,10 +25,12 @@ from model.settings.config import RunConfig
 from model.settings.protocol import protocol_of
 from model.tables.distribute import distribute
 from model.tables.row_exchange import all_sizes
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.times import ItemTimes, TimeSpan
 from pipeline.cooccurrence import pairs_of
 from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
+from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.loader import TrainLoader
 from pipeline.training.negatives import SharedNegatives
@@ -61,24 +63,29 @@ def build_plain_model(
     teachers: Teachers | None = None,
     table_device: str = "",
     span: TimeSpan | None = None,
+    attributes: ItemAttributes | None = None,
 ) -> BERT4Rec:
     """An unsharded model with the seed's initial weights, the same on every rank.
 
     Args:
         table_device: by default "meta" if the sharding makes tables of this size, else "cpu".
         span: of the times, with ``--use_times``.
+        attributes: of the items, with ``--item_attributes``; None: of an export, whose items' rows
+            are sums.
     """
-    model_config = _model_config(config, num_items, span)
-    huge = 4 * (num_items + 2) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
+    count = num_attributes(attributes)
+    model_config = _model_config(config, num_items, span, count)
+    huge = 4 * (num_items + 2 + count) * config.encoder.emb_dim > WHOLE_TABLE_BYTES
     is_sharded = config.sharding.mode == "dmp"
     return BERT4Rec(
         model_config,
-        scored_slice(config, num_items, ranks),
+        scored_slice(config, num_items, ranks, count),
         seed=config.loader.seed,
         plan=plan,
         teachers=teachers,
         table_device=table_device or ("meta" if huge and is_sharded else "cpu"),
         left_only=config.mask.left_context_share == 1,
+        attributes=attributes,
     )
 
 
@@ -105,14 +112,22 @@ def first_rows(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Tensor 
     return from_first_rank(ranks, make)
 
 
-def _model_config(config: RunConfig, num_items: int, span: TimeSpan | None) -> ModelConfig:
+def _model_config(
+    config: RunConfig, num_items: int, span: TimeSpan | None, count: int
+) -> ModelConfig:
     sizes, precision = (num_items, config.windows.max_len), config.sharding.table_precision
-    return ModelConfig(*sizes, config.encoder, config.head, precision, span)
+    return ModelConfig(*sizes, config.encoder, config.head, precision, span, count)
 
 
-def weightless_model(config: RunConfig, num_items: int, span: TimeSpan | None = None) -> BERT4Rec:
-    """An unsharded model on the device "meta": only names, shapes and types of its weights."""
-    model_config = _model_config(config, num_items, span)
+def weightless_model(
+    config: RunConfig, num_items: int, span: TimeSpan | None = None, count: int = 0
+) -> BERT4Rec:
+    """An unsharded model on the device "meta": only names, shapes and types of its weights.
+
+    Args:
+        count: of attributes.
+    """
+    model_config = _model_config(config, num_items, span, count)
     with torch.device("meta"):
         return BERT4Rec(model_config, catalog_slice(num_items, 0, 1, False), table_device="meta")
 
@@ -125,9 +140,12 @@ def build_model(
     teachers: Teachers | None = None,
     span: TimeSpan | None = None,
     rows: Tensor | None = None,
+    attributes: ItemAttributes | None = None,
 ) -> DistributedModelParallel:
     """The same, sharded or replicated over the ranks; its tables start from :func:`first_rows`."""
-    plain = build_plain_model(config, num_items, ranks, plan, teachers, span=span)
+    plain = build_plain_model(
+        config, num_items, ranks, plan, teachers, span=span, attributes=attributes
+    )
     if rows is not None:
         plain.start_from(rows)
     batch_rows = config.loader.train_batch_size
@@ -141,17 +159,35 @@ def time_span(config: RunConfig, store: SequenceStore) -> TimeSpan | None:
     return ItemTimes(store).span(config.windows.train_on_validation)
 
 
+def item_attributes(config: RunConfig, catalog: Callable[[], Catalog]) -> ItemAttributes | None:
+    """Of a catalog's items, which is read only if there are any; None: no ``--item_attributes``."""
+    encoder = config.encoder
+    if not encoder.item_attributes:
+        return None
+    return ItemAttributes.of(catalog(), encoder.item_attributes, encoder.attribute_separator)
+
+
+def num_attributes(attributes: ItemAttributes | None) -> int:
+    """A, 0 if there are none."""
+    return 0 if attributes is None else attributes.count
+
+
 def train_loader(
     config: RunConfig,
     store: SequenceStore,
     ranks: Ranks,
     plan: ExecutionPlan,
     teachers: Teachers | None = None,
+    count: int = 0,
 ) -> TrainLoader:
-    """This rank's training batches, each with the candidates that the rank scores."""
+    """This rank's training batches, each with the candidates that the rank scores.
+
+    Args:
+        count: of attributes.
+    """
     use_times = config.encoder.use_times or (teachers is not None and teachers.use_times)
-    catalog = scored_slice(config, store.num_items, ranks)
-    block = shard_rows(store.num_items, ranks.world_size)
+    catalog = scored_slice(config, store.num_items, ranks, count)
+    block = shard_rows(store.num_items, ranks.world_size, count)
     return TrainLoader(
         store,
         config.windows,
@@ -177,10 +213,10 @@ def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | Non
     return SharedNegatives(count, store.num_items, seed, train_counts)
 
 
-def scored_slice(config: RunConfig, num_items: int, ranks: Ranks) -> CatalogSlice:
-    """The items that this rank scores."""
+def scored_slice(config: RunConfig, num_items: int, ranks: Ranks, count: int = 0) -> CatalogSlice:
+    """The items that this rank scores; ``count``: of attributes."""
     sharded = config.sharding.mode == "dmp"
-    return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded)
+    return catalog_slice(num_items, ranks.rank, ranks.world_size, sharded, count)
 
 
 def eval_loader(config: RunConfig, store: SequenceStore, split: str, ranks: Ranks) -> EvalLoader:

@@ -19,6 +19,7 @@ from model.settings.fitting import FITTED
 from model.settings.flags import current_flags, flatten
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
+from pipeline.batches.attributes import MOST_ATTRIBUTES
 from pipeline.batches.times import LATEST, TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
@@ -143,6 +144,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         if not 1 <= config["num_items"] < 1 << 31 or any("\0" in text for text in texts):
             raise ValueError("a value in it is impossible")
         read_span(config)
+        read_num_attributes(config)
     except OSError as error:
         wanted = "give the --run_dir of a training run"
         first = run_dir / WINDOW.format(1)
@@ -172,3 +174,17 @@ def read_span(config: Mapping[str, Any]) -> TimeSpan | None:
     if not possible or sorted(values) != values:
         raise ValueError(f"times is {reprlib.repr(times)}")
     return TimeSpan(*values)
+
+
+def read_num_attributes(config: Mapping[str, Any]) -> int:
+    """The number of attributes in a config.json; 0 if the model has none.
+
+    Raises:
+        ValueError: there is none, or an impossible one.
+    """
+    if not config["flags"].get("item_attributes"):
+        return 0
+    count = config.get("num_attributes")
+    if type(count) is not int or not 1 <= count <= MOST_ATTRIBUTES:
+        raise ValueError(f"num_attributes is {reprlib.repr(count)}")
+    return count

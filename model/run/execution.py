@@ -16,11 +16,13 @@ ITEMS_A_POSITION = 1
 GATHERED_ROWS = 1 << 17
 
 
-def plan_execution(config: RunConfig, num_items: int, ranks: Ranks) -> ExecutionPlan:
+def plan_execution(
+    config: RunConfig, num_items: int, ranks: Ranks, num_attributes: int = 0
+) -> ExecutionPlan:
     """The plan of a run, the same on every rank; UserError if the device cannot do it."""
     precision, optimizer = for_device(config, ranks.device)
     replicated = config.sharding.mode == "ddp"
-    exchange = _exchange(config, num_items, ranks)
+    exchange = _exchange(config, num_items, ranks, num_attributes)
     kept = config.sharding.compute_kernel == "fused"
     own = kept and not replicated and exchange != "torchrec"
     positions, _ = _positions_and_draws(config)
@@ -63,16 +65,18 @@ def _precision(config: RunConfig, device: torch.device) -> Precision:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def _exchange(config: RunConfig, num_items: int, ranks: Ranks) -> Exchange:
+def _exchange(config: RunConfig, num_items: int, ranks: Ranks, num_attributes: int) -> Exchange:
     sharding = config.sharding
     if ranks.world_size == 1:
         return "none"
     if sharding.mode == "ddp":
         return "all_reduce"
     row_wise = (sharding.sharding, sharding.compute_kernel) == ("row_wise", "fused")
-    if not (row_wise and fills_all_ranks(num_items, ranks.world_size)):
+    full = fills_all_ranks(num_items, ranks.world_size, num_attributes)
+    if not (row_wise and full):
         return "torchrec"
-    few = sum(_positions_and_draws(config)) * ranks.world_size <= GATHERED_ROWS
+    rows = sum(_positions_and_draws(config)) + num_attributes
+    few = rows * ranks.world_size <= GATHERED_ROWS
     return "gather" if few and ranks.local_world_size == ranks.world_size else "all_to_all"
 
 

@@ -27,6 +27,7 @@ from model.run.config_file import check_same_run, write_config
 from model.settings.config import RunConfig
 from model.settings.flags import flatten
 from model.settings.protocol import protocol_of
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.times import ItemTimes, TimeSpan
 from pipeline.errors import UserError
 from pipeline.files import lock, make_folder
@@ -49,6 +50,7 @@ class RunFolder:
     ranks: Ranks
     store: SequenceStore
     span: TimeSpan | None = None  # of the times that the model reads
+    attributes: ItemAttributes | None = None  # of the items, if the model has any
 
     def __post_init__(self) -> None:
         self._facts = {
@@ -60,6 +62,9 @@ class RunFolder:
         if self.span is not None and self.ranks.is_first:  # which alone writes and compares
             seconds = ItemTimes(self.store).fingerprint()
             self._facts |= {"times": asdict(self.span), "rating_times": seconds}
+        if self.attributes is not None:
+            mark = self.attributes.fingerprint()
+            self._facts |= {"num_attributes": self.attributes.count, "attributes": mark}
         self._lock: IO[str] | None = None
         try:
             self.path, token = from_first_rank(self.ranks, self._claim)

@@ -20,14 +20,22 @@ from model.run.build import (
     WHOLE_TABLE_BYTES,
     build_model,
     build_plain_model,
+    item_attributes,
+    num_attributes,
     scored_slice,
     weightless_model,
 )
-from model.run.config_file import lasting_flags, read_config, read_span
+from model.run.config_file import (
+    lasting_flags,
+    read_config,
+    read_num_attributes,
+    read_span,
+)
 from model.run.execution import plan_execution
 from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.times import ItemTimes
 from pipeline.errors import UserError
@@ -49,6 +57,8 @@ class TrainedRun:
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         self._num_items = self._recorded["num_items"]
         self.span = read_span(self._recorded)  # None: the model reads no times
+        # An exported model has none: its items' rows are sums.
+        self._num_attributes = 0 if self._exported else read_num_attributes(self._recorded)
         settings = dict(self._recorded["flags"])
         given = ("dataset_path", "cache_dir", "metrics_at")
         settings |= {name: value for name in given if (value := getattr(flags, name))}
@@ -146,8 +156,10 @@ class TrainedRun:
             step = checkpoints.best_step()
             checkpoints.check_fit(weightless, step)
             self._check_recorded(checkpoints.path(step))
-        plan = plan_execution(config, self._num_items, ranks)
-        model = build_model(config, self._num_items, ranks, plan, span=self.span)
+        attributes = self._attributes()
+        plan = plan_execution(config, self._num_items, ranks, num_attributes(attributes))
+        sizes = config, self._num_items, ranks, plan
+        model = build_model(*sizes, span=self.span, attributes=attributes)
         if not self._exported:
             checkpoints.load_weights(model, step)
             return model
@@ -180,7 +192,8 @@ class TrainedRun:
         checkpoints.check_fit(self._weightless_model(), step)
         self._check_recorded(checkpoints.path(step))
         known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
-        return Trained(self._tableless_model(), checkpoints.path(step), *known)
+        plain, attributes = self._tableless_model(), self._attributes()
+        return Trained(plain, checkpoints.path(step), *known, attributes=attributes)
 
     def check_users(self) -> None:
         """UserError unless the folder has the users' original ids."""
@@ -203,6 +216,18 @@ class TrainedRun:
         load_exported(self._exported, model)
         return model
 
+    def _attributes(self) -> ItemAttributes | None:
+        """The attributes of a checkpoint's items: those of the run's catalog."""
+        if not self._num_attributes:
+            return None
+        attributes = item_attributes(self.config, self.catalog)
+        if attributes is None or attributes.fingerprint() != self._recorded.get("attributes"):
+            raise UserError(
+                f"{self.folder} has other attributes of the items than the model was trained on: "
+                f"restore {FILES[0]} and config.json, or train again"
+            )
+        return attributes
+
     def _tableless_model(self) -> BERT4Rec:
         sizes = self.config, self._num_items
         return build_plain_model(*sizes, ALONE, table_device="meta", span=self.span)
@@ -211,7 +236,8 @@ class TrainedRun:
         try:
             if self.config.encoder.num_layers > _MOST_LAYERS:
                 raise OverflowError(f"more than {_MOST_LAYERS:,} layers")
-            return weightless_model(self.config, self._num_items, self.span)
+            sizes = self._num_items, self.span, self._num_attributes
+            return weightless_model(self.config, *sizes)
         except (RuntimeError, TypeError, OverflowError) as error:  # more bytes than 2^63
             reason = str(error).splitlines()[0]
             path = self.folder / "config.json"
@@ -252,12 +278,13 @@ class TrainedRun:
 
 
 def load_teachers(
-    config: RunConfig, store: SequenceStore, ranks: Ranks, precision: str
+    config: RunConfig, store: SequenceStore, ranks: Ranks, precision: str, count: int = 0
 ) -> Teachers | None:
     """The models that ``--teachers`` names, unsharded on this rank's device; None without it.
 
     Args:
         precision: of their matrix products, "bf16" or "fp32".
+        count: of attributes of the model that they teach.
     """
     models = []
     for folder in config.teaching.folders:
@@ -278,7 +305,7 @@ def load_teachers(
                 f"--teachers {folder} was trained on the validation items, which choose this "
                 "run's best model: take another teacher, or --train_on_validation here too"
             )
-        catalog = scored_slice(config, store.num_items, ranks)
+        catalog = scored_slice(config, store.num_items, ranks, count)
         models.append(_teacher(run.plain_model(), catalog, ranks.device, precision))
     return Teachers(models, config.teaching.teacher_share) if models else None
 

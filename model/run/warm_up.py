@@ -38,13 +38,14 @@ from model.kernels.compiler import (
     noted_launches,
     triton,
 )
-from model.run.build import build_plain_model
+from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
 from model.step.train_step import backward
 from model.tables.item_table import TableShard, look_up_all
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step
+from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.times import TimeSpan
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import warn
@@ -78,11 +79,12 @@ class KernelsAhead:
         loader: TrainLoader,
         plan: ExecutionPlan,
         span: TimeSpan | None = None,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
             # Made here: another thread would change the generator of this one's initial weights.
-            step = FakeStep(config, num_items, plan, self._ranks, span)
+            step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
             captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
@@ -132,16 +134,20 @@ class FakeStep:
         plan: ExecutionPlan,
         ranks: Ranks,
         span: TimeSpan | None = None,
+        attributes: ItemAttributes | None = None,
     ) -> None:
         self._mode, self._device = FakeTensorMode(), ranks.device
         self._users = config.output.val_batch_size
         self._trained = set[tuple[int, ...]]()
         self._plan = replace(plan, graphs="none")
         with self._mode, self._device:
-            self._model = build_plain_model(config, num_items, ranks, self._plan, span=span)
+            self._model = build_plain_model(
+                config, num_items, ranks, self._plan, span=span, attributes=attributes
+            )
         head = self._model.head
         head.catalog = replace(head.catalog, shared=False)
-        self._exchange = RowExchange(num_items, ranks)
+        self._exchange = RowExchange(num_items, ranks, num_attributes(attributes))
+        self._attributes = self._model.embeddings.attributes
         self._exchange.world_size = 1
         self._width = config.encoder.emb_dim
         self._is_own = plan.lookup == "own"  # else looked up by FBGEMM
@@ -163,7 +169,7 @@ class FakeStep:
             batch = replace(batch, packed=replace(packed, words=words))
             # Without candidates: they are tensors that the real step takes from a cache.
             counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
-            loss, _ = self._model.score(*self._rows(batch), counted)
+            loss, _ = self._model.score(counted, *self._rows(batch))
             backward(loss, torch.ones(()))
 
     @torch.no_grad()
@@ -179,8 +185,8 @@ class FakeStep:
                 offsets = torch.empty(users + 1, dtype=torch.int64)
                 vectors(self._model, items, offsets, offsets[1:], None)
 
-    def _rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Rows [T, D] of the items and [C, D] of the candidates."""
+    def _rows(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """Rows [T, D] of the items, [C, D] of the candidates and [A, D] of any attributes."""
         exchange, head = self._exchange, self._model.head
         num_items, *_ = batch.packed.sizes
         candidates = None
@@ -190,12 +196,16 @@ class FakeStep:
             ids = [batch.requested]
             if self._draws and head.config.head == "linear":
                 ids = [ids[0][:num_items], ids[0][num_items:]]
+            if self._attributes is not None:
+                ids = [torch.cat([*ids, torch.arange(*self._attributes)])]
             requests = [exchange.request(each, batch.slots) for each in ids]
-            return look_up_all(self._shards(), requests, num_items, candidates)
+            given = num_items, candidates, self._model.embeddings.num_attributes
+            return look_up_all(self._shards(), requests, *given)
         count = len(batch.requested) - num_items if candidates is None else len(candidates)
-        sizes = num_items, count
-        items, scored = (torch.empty(size, self._width, requires_grad=True) for size in sizes)
-        return items, scored
+        sizes = [num_items, count]
+        if self._attributes is not None:
+            sizes.append(self._model.embeddings.num_attributes)
+        return tuple(torch.empty(size, self._width, requires_grad=True) for size in sizes)
 
     def _shards(self) -> list[TableShard]:
         head, optimizer = self._model.head, self._plan.table_optimizer

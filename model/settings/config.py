@@ -94,6 +94,13 @@ class RunConfig(Config):
                 "--patience needs validation items that are not trained on: leave it out, or "
                 "--train_on_validation"
             )
+        if self.encoder.item_attributes and not self.data.items_path:
+            raise UserError("--item_attributes names columns of --items_path: give that, too")
+        if self.encoder.item_attributes and self.head.head != "tied":
+            raise UserError(
+                "--item_attributes needs --head tied: the attributes belong to the one table that "
+                "encodes and scores items"
+            )
         if self.teaching.teachers and self.head.loss != "softmax":
             raise UserError(
                 f"--teachers needs --loss softmax, not {self.head.loss}: teachers give "

@@ -123,8 +123,7 @@ class TrainStep:
         """The model's forward pass from the memory that a graph reads."""
         bert = unwrap(self._model)
         batch, requests = captured.read(bert.embeddings)
-        items, candidates = bert.embeddings.rows(batch, requests)
-        return bert.score(items, candidates, batch.without_candidates)
+        return bert.score(batch.without_candidates, *bert.embeddings.rows(batch, requests))
 
     def _capture(self, batch: PackedBatch, requests: list[Any]) -> "_Captured":
         before_capture()

@@ -75,8 +75,8 @@ class AllToAll(RowExchange):
         graphs: whether requests of one shape are a CUDA graph.
     """
 
-    def __init__(self, num_items: int, ranks: Ranks, graphs: bool) -> None:
-        super().__init__(num_items, ranks)
+    def __init__(self, num_items: int, ranks: Ranks, graphs: bool, num_attributes: int = 0) -> None:
+        super().__init__(num_items, ranks, num_attributes)
         self._group = narrow_group(ranks)
         self._with_graphs, self._slots = graphs, 0
         self._graphs: dict[int, _Captured | None] = {}  # by the number of ids

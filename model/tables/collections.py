@@ -3,8 +3,7 @@
 TorchRec's train pipeline calls ``input_dist`` of a sharded module with the module's arguments, here
 the batch, one batch ahead, and ``compute_and_output_dist`` in the step.
 
-Shapes: T items and C candidates of the batch, n ids of a rank, U rows looked up for all ranks, D
-width.
+Shapes: T items and C candidates of the batch, A attributes, D width.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +18,11 @@ from torchrec.distributed.types import NoWait
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.streamable import Multistreamable
 
+from model.bert4rec import ItemTable
 from model.kernels.l2_normalize import join_gradients
+from model.kernels.segment_sum import joined
 from model.tables import upstream
-from pipeline.batches.features import Lookup
+from pipeline.batches.features import Lookup, with_attributes
 
 
 @dataclass
@@ -49,15 +50,27 @@ def with_lengths(features: KeyedJaggedTensor, rows: tuple[Tensor, ...]) -> dict[
     }
 
 
-class ExchangedCollection(ShardedEmbeddingCollection):
+class ItemCollection(ShardedEmbeddingCollection):
+    """A sharded item table, which looks up the rows of all attributes with each batch."""
+
+    def __init__(self, module: ItemTable, *args: Any, **given: Any) -> None:
+        super().__init__(module, *args, **given)
+        self.attributes, self.num_attributes = module.attributes, module.num_attributes
+
+    def features(self, batch: Lookup) -> KeyedJaggedTensor:
+        """The ids of a batch and of all attributes."""
+        return with_attributes(batch.features, self.attributes)
+
+
+class ExchangedCollection(ItemCollection):
     """TorchRec's sharded collection, called with a batch."""
 
     def input_dist(self, ctx: Any, batch: Lookup) -> Any:
-        """TorchRec's all-to-all of the batch's ids."""
-        return super().input_dist(ctx, batch.features)
+        """TorchRec's all-to-all of the ids."""
+        return super().input_dist(ctx, self.features(batch))
 
 
-class LocalCollection(ShardedEmbeddingCollection):
+class LocalCollection(ItemCollection):
     """TorchRec's sharded collection on one rank: it looks up without an exchange.
 
     TorchRec's exchanges features and rows with itself and waits for their counts from the device.
@@ -76,28 +89,28 @@ class LocalCollection(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: LookupContext, batch: Lookup) -> KJTListSplitsAwaitable:
         """Nothing is sent."""
-        ctx.batch, ctx.requests = batch, [batch.features]
+        ctx.batch, ctx.requests = batch, [self.features(batch)]
         return requested(ctx)
 
     def compute_and_output_dist(
         self, ctx: LookupContext, features: list[KeyedJaggedTensor]
     ) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate"."""
+        """Rows [T, D], [C, D] and [A, D] of the features."""
         (ids,) = features
         assert ids.keys() == self._names, (ids.keys(), self._names)
         (lookup,) = upstream.lookups(self)
         rows = lookup(ids).view(-1, self._width)
-        return with_lengths(ids, _Split.apply(rows, ids.length_per_key()[0]))
+        return with_lengths(ids, _Split.apply(rows, ids.length_per_key()))
 
 
 class _Split(torch.autograd.Function):
-    """Rows of both features; their gradients are joined without copying a large catalog's."""
+    """Rows of all features; gradients of two are joined without copying a large catalog's."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return rows[:count], rows[count:]
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return rows.split(sizes)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, items: Tensor, candidates: Tensor) -> tuple[Tensor, None]:
-        return join_gradients(items, candidates), None
+    def backward(ctx: Any, items: Tensor, *others: Tensor) -> tuple[Tensor, None]:
+        return join_gradients(items, joined(others)), None

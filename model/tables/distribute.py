@@ -75,11 +75,11 @@ def _sharder(
 ) -> EmbeddingCollectionSharder:
     if plan.lookup in ("fbgemm", "torch"):
         return _Sharder(fused, LocalCollection if ranks.world_size == 1 else ExchangedCollection)
-    num_items = model.head.num_items
-    exchange = RowExchange(num_items, ranks)
+    num_items, attributes = model.head.num_items, model.embeddings.num_attributes
+    exchange = RowExchange(num_items, ranks, attributes)
     if plan.exchange == "all_to_all":
         graphs = ranks.device.type == "cuda" and plan.graphs != "none"
-        exchange = AllToAll(num_items, ranks, graphs)
+        exchange = AllToAll(num_items, ranks, graphs, attributes)
     return _Sharder(
         fused,
         ShardedItemTable,

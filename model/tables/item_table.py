@@ -10,8 +10,8 @@ and ``compute_and_output_dist`` in the step, which a CUDA graph may hold. FBGEMM
 optimizer state, learning rate and step count, so that TorchRec shards, saves and restores the table
 like any other. Evaluation on several ranks uses TorchRec's lookup and exchange.
 
-Shapes: T items of the batch, C candidates, U rows looked up for all ranks, R rows of the shard, D
-width.
+Shapes: T items of the batch, C candidates, A attributes, U rows looked up for all ranks, R rows of
+the shard, D width.
 """
 
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
-from model.kernels.segment_sum import SortedIndex, add_rows, sort_index
+from model.kernels.segment_sum import SortedIndex, add_rows, joined, sort_index
 from model.network.head import CatalogSlice
 from model.tables import upstream
-from model.tables.collections import LookupContext, requested, with_lengths
+from model.tables.collections import ItemCollection, LookupContext, requested, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step, StepOnDevice, has_kernels, update, update_some
@@ -72,15 +72,15 @@ class TableShard:
         self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
 
     def look_up(
-        self, request: Any, num_items: int, candidates: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of items and candidates.
+        self, request: Any, num_items: int, candidates: Tensor | None, num_attributes: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Rows of items, candidates and any attributes.
 
         When trained in place, there are no candidates: they are the shard's items. The backward
         pass sends the gradients and updates the rows, on the side stream if one is open: the caller
         of ``running_on`` averages the encoder's gradients by another communicator.
         """
-        return _LookUp.apply(self._trigger, self, request, num_items, candidates)
+        return _LookUp.apply(self._trigger, self, request, num_items, candidates, num_attributes)
 
     def begin_step(self, step: Step) -> None:
         """Update by ``step`` from now on."""
@@ -124,21 +124,25 @@ class TableShard:
 
 
 def look_up_all(
-    shards: Sequence[TableShard], requests: Sequence[Any], num_items: int, candidates: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Rows of items and candidates from one table, or from one of each.
+    shards: Sequence[TableShard],
+    requests: Sequence[Any],
+    num_items: int,
+    candidates: Tensor | None,
+    num_attributes: int = 0,
+) -> tuple[Tensor, ...]:
+    """Rows of items, candidates and any attributes from one table, or of the former from one each.
 
     Without ``candidates`` they are drawn: the ids after ``num_items`` of the only request, or those
-    of the second one.
+    of the second one. The last ids are those of the attributes.
     """
     if len(shards) == 1:
-        return shards[0].look_up(requests[0], num_items, candidates)
+        return shards[0].look_up(requests[0], num_items, candidates, num_attributes)
     items, _ = shards[0].look_up(requests[0], num_items, None)
     request = requests[1] if candidates is None else None
     return items, shards[1].look_up(request, 0, candidates)[1]
 
 
-class ShardedItemTable(ShardedEmbeddingCollection):
+class ShardedItemTable(ItemCollection):
     """A sharded collection, each of its tables trained through a :class:`TableShard`.
 
     With a tied head items and candidates are rows of one table, else of one each.
@@ -158,6 +162,7 @@ class ShardedItemTable(ShardedEmbeddingCollection):
     ) -> None:
         super().__init__(*args, **given)
         self.exchange, self._draws = exchange, draws_candidates
+        self._more_slots = exchange.most_in_a_shard(self.attributes) if self.attributes else 0
         self._was_evaluated = False
         upstream.set_input_dist_ready(self, True)
         tables = upstream.fbgemm_tables(self)
@@ -190,11 +195,13 @@ class ShardedItemTable(ShardedEmbeddingCollection):
 
         A step's slots suffice for all of its ids together, so for those of each table.
         """
-        ids = [batch.requested]
+        ids, slots = [batch.requested], batch.slots + self._more_slots
         if self._draws and not self._is_tied:
             num_items = batch.num_items
             ids = [ids[0][:num_items], ids[0][num_items:]]
-        return [self.exchange.request(each, batch.slots) for each in ids]
+        if self.attributes is not None:
+            ids = [torch.cat([*ids, items_of(self.attributes, ids[0].device)])]
+        return [self.exchange.request(each, slots) for each in ids]
 
     def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:
         """Request the rows of a batch."""
@@ -204,29 +211,32 @@ class ShardedItemTable(ShardedEmbeddingCollection):
     def compute_and_output_dist(
         self, ctx: LookupContext, requests: list[Any]
     ) -> dict[str, JaggedTensor]:
-        """Rows [T, D] and [C, D] of the features "item" and "candidate" of the batch.
+        """Rows [T, D], [C, D] and [A, D] of the features of the batch and of all attributes.
 
         When trained in place, there are no candidates: they are the shard's items.
         """
         self.begin_step()
-        return with_lengths(ctx.batch.features, self.rows(ctx.batch, requests))
+        return with_lengths(self.features(ctx.batch), self.rows(ctx.batch, requests))
 
-    def rows(self, batch: PackedBatch, requests: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def rows(self, batch: PackedBatch, requests: Sequence[Any]) -> tuple[Tensor, ...]:
         """The same without lengths, in a step that was begun."""
         candidates = None
         if not self._draws:
             assert batch.candidate_range is not None
             candidates = items_of(batch.candidate_range, batch.requested.device)
-        return look_up_all(self.shards, requests, batch.num_items, candidates)
+        sizes = batch.num_items, candidates, self.num_attributes
+        return look_up_all(self.shards, requests, *sizes)
 
     def forward(self, batch: Any) -> dict[str, JaggedTensor]:
         """The same, a batch not ahead; in an evaluation on several ranks by TorchRec."""
         if self.training:
             return super().forward(batch)
-        features = batch.features
+        features = self.features(batch)
         if self.exchange.world_size == 1:
             ids = features.values().split(features.length_per_key())
-            tables = self.shards[0].rows, self.shards[-1].rows
+            tables = [self.shards[0].rows, self.shards[-1].rows]
+            if self.attributes is not None:
+                tables.append(self.shards[0].rows)
             rows = tuple(rows_or_zeros(t, i) for t, i in zip(tables, ids, strict=True))
             return with_lengths(features, rows)
         stock, ctx = ShardedEmbeddingCollection, super().create_context()
@@ -245,12 +255,14 @@ class _LookUp(torch.autograd.Function):
         request: Any,
         num_items: int,
         candidates: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Rows of the first ``num_items`` requested ids, and of the candidates.
+        num_attributes: int,
+    ) -> tuple[Tensor, ...]:
+        """Rows of the first ``num_items`` requested ids, of the candidates, and of attributes.
 
         Args:
             request: of the exchange; None: no rows are exchanged.
-            candidates: rows of this shard to score; None: the others of the requested rows.
+            candidates: rows of this shard to score; None: requested, too, after the items.
+            num_attributes: of the last requested ids; 0: only two tensors are returned.
         """
         exchange = shard.exchange
         if request is None:
@@ -267,14 +279,20 @@ class _LookUp(torch.autograd.Function):
         sent = torch.float32 if request is None or exchange.world_size == 1 else shard.rows.dtype
         rows = rows_or_zeros(shard.rows, local, sent)
         own = rows[:0] if request is None else exchange.own_rows(rows[:count], request)
+        added = []
+        if num_attributes:
+            own, *added = own.split([len(own) - num_attributes, num_attributes])
         if shard.in_place is not None:
             # A gradient has its value's dtype: fp16 rows are converted.
-            return own, shard.in_place.detach().float()
-        return own[:num_items], own[num_items:] if candidates is None else rows.float()[count:]
+            return own, shard.in_place.detach().float(), *added
+        scored = own[num_items:] if candidates is None else rows.float()[count:]
+        return own[:num_items], scored, *added
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_items: Tensor, of_candidates: Tensor) -> tuple[None, ...]:
+    def backward(
+        ctx: Any, of_items: Tensor, of_candidates: Tensor, *of_added: Tensor
+    ) -> tuple[None, ...]:
         shard: TableShard = ctx.shard
 
         def exchanged(*gradients: Tensor) -> Sequence[Tensor]:
@@ -285,12 +303,15 @@ class _LookUp(torch.autograd.Function):
         def work() -> None:
             index = ctx.index.result()
             if ctx.draws:
-                shard.update(index, exchanged(of_items, of_candidates))
+                shard.update(index, exchanged(of_items, joined([of_candidates, *of_added])))
             elif shard.in_place is None:
-                shard.update(index, [*exchanged(of_items), of_candidates])
+                first, *others = exchanged(of_items, *of_added)
+                shard.update(index, [first, joined([*others, of_candidates])])
             else:
-                shard.update(index, exchanged(of_items), of_candidates)
+                shard.update(index, exchanged(joined([of_items, *of_added])), of_candidates)
 
-        # The gradients of candidates, which the head used, are computed before those of items.
-        side_stream.run(work, of_items if len(of_items) else of_candidates)
-        return (None,) * 5
+        # The gradients of candidates, which the head used, are computed before those of items, and
+        # those of attributes are sums over both.
+        last = of_items if len(of_items) else of_candidates
+        side_stream.run(work, of_added[0] if of_added else last)
+        return (None,) * 6

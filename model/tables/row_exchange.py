@@ -30,14 +30,21 @@ from model.network.head import shard_rows
 class RowExchange:
     """The exchange of a rank with the table rows ``low`` ... ``low + rows - 1``, by gathering.
 
-    The table of ``num_items`` items, padding and mask token is cut as TorchRec cuts it row-wise.
+    The table of ``num_items`` items, padding, mask token and attributes is cut as TorchRec cuts it
+    row-wise.
     """
 
-    def __init__(self, num_items: int, ranks: Ranks) -> None:
-        self.world_size, self.num_rows = ranks.world_size, num_items + 2
-        self.block = shard_rows(num_items, ranks.world_size)
+    def __init__(self, num_items: int, ranks: Ranks, num_attributes: int = 0) -> None:
+        self.world_size, self.num_rows = ranks.world_size, num_items + 2 + num_attributes
+        self.block = shard_rows(num_items, ranks.world_size, num_attributes)
         self.low = min(ranks.rank * self.block, self.num_rows)
         self.rows = min(self.block, self.num_rows - self.low)
+
+    def most_in_a_shard(self, rows: tuple[int, int]) -> int:
+        """The most rows of a half-open range that one shard holds."""
+        first, end = rows
+        starts = range(first - first % self.block, end, self.block)
+        return max(min(low + self.block, end) - max(low, first) for low in starts)
 
     def release(self) -> None:
         """Free CUDA graphs."""

@@ -43,7 +43,9 @@ def plan_tables(
     if ranks.world_size == 1:
         # A single rank holds whole tables: table_wise does not sort rows into shards and back.
         allowed = ["table_wise"]
-    elif not fills_all_ranks(model.head.num_items, ranks.world_size):
+    elif not fills_all_ranks(
+        model.head.num_items, ranks.world_size, model.embeddings.num_attributes
+    ):
         # FBGEMM looks up in no shard without rows.
         allowed = [kind for kind in allowed if kind != "row_wise"] or ["table_wise"]
     # Without compute_kernels the planner may choose "dense", which is broken on CPU.
@@ -74,9 +76,10 @@ def plan_tables(
         ) from error
 
 
-def fills_all_ranks(num_items: int, world_size: int) -> bool:
+def fills_all_ranks(num_items: int, world_size: int, num_attributes: int = 0) -> bool:
     """Whether every rank holds a row of a row-wise sharded table."""
-    return shard_rows(num_items, world_size) * (world_size - 1) < num_items + 2
+    block = shard_rows(num_items, world_size, num_attributes)
+    return block * (world_size - 1) < num_items + 2 + num_attributes
 
 
 def column_width(width: int, world_size: int) -> int:

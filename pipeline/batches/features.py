@@ -9,7 +9,9 @@ work row by row. Many candidates get more rows, in which there are no items::
     features["candidate"]  values   1 2 3 4 5 | 6 7 8 9 10      candidate_range (1, 11)
                            lengths          5 |          5
 
-Shapes: B rows, T items, C candidates.
+With attributes of the items, all their rows are a third feature, ``attribute``, spread as evenly.
+
+Shapes: B rows, T items, C candidates, A attributes, S rows of each feature.
 """
 
 from functools import lru_cache
@@ -22,6 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 ITEM = "item"
 CANDIDATE = "candidate"
+ATTRIBUTE = "attribute"
 # FBGEMM looks up a row with one warp, which needs milliseconds for thousands of items.
 _CANDIDATES_A_ROW = 64
 # Ids of streams under capture; none is used twice.
@@ -79,7 +82,7 @@ def with_candidates(
 
 
 def items_of(candidate_range: tuple[int, int], device: torch.device) -> Tensor:
-    """The items of a half-open range, int64 [C]."""
+    """The ids of a half-open range, int64 [C]."""
     return _range(candidate_range, device, _stream_id(device))
 
 
@@ -101,10 +104,35 @@ def join_candidates(features: KeyedJaggedTensor, values: Tensor, count: int) -> 
     )
 
 
+def with_attributes(
+    features: KeyedJaggedTensor, attributes: tuple[int, int] | None
+) -> KeyedJaggedTensor:
+    """Items and candidates with a half-open range of ids under the key "attribute".
+
+    The same features if ``attributes`` is None.
+    """
+    if attributes is None:
+        return features
+    values, lengths, offsets = features.values(), features.lengths(), features.offsets_or_none()
+    device, stream = values.device, _stream_id(values.device)
+    count, rows = attributes[1] - attributes[0], features.stride()
+    evenly = _evenly(count, rows, device, stream)
+    if offsets is not None:
+        offsets = torch.cat([offsets, values.numel() + evenly.cumsum(0)])
+    return KeyedJaggedTensor(
+        keys=[*features.keys(), ATTRIBUTE],
+        values=torch.cat([values, _range(attributes, device, stream)]),
+        lengths=torch.cat([lengths, evenly]),
+        offsets=offsets,
+        stride=rows,
+        length_per_key=[*features.length_per_key(), count],
+    )
+
+
 # Cached per stream: another CUDA stream would have to wait until the tensors are written.
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _range(candidate_range: tuple[int, int], device: torch.device, stream_id: int) -> Tensor:
     """int64 [C]; few are cached, because a catalog may be large."""
     return torch.arange(*candidate_range, dtype=torch.int64, device=device)
@@ -117,9 +145,16 @@ def _spread(count: int, num_rows: int, device: torch.device, stream_id: int) -> 
     S - B rows without items, then ``count`` candidates spread over S >= B rows.
     """
     rows = max(num_rows, -(-count // _CANDIDATES_A_ROW))
-    lengths = torch.full((2 * rows - num_rows,), count // rows, dtype=torch.int64, device=device)
-    lengths[: rows - num_rows] = 0
-    lengths[rows - num_rows :][: count % rows] += 1
+    lengths = torch.zeros(2 * rows - num_rows, dtype=torch.int64, device=device)
+    lengths[rows - num_rows :] = _evenly(count, rows, device, stream_id)
+    return lengths
+
+
+@lru_cache(maxsize=64)
+def _evenly(count: int, rows: int, device: torch.device, stream_id: int) -> Tensor:
+    """Lengths of rows that hold ``count`` ids: int64 [S]."""
+    lengths = torch.full((rows,), count // rows, dtype=torch.int64, device=device)
+    lengths[: count % rows] += 1
     return lengths
 
 

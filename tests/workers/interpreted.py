@@ -1,18 +1,25 @@
 """Worker: the kernels that sum equal ids, in Triton's interpreter, against float64 and plain torch.
 
+And the gradients of attributes, which these kernels sum.
+
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
 
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
 from model.kernels import segment_sum
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
+from model.network import attributes
+from model.network.attributes import AttributeSums
 from model.tables import table_update
 from model.tables.table_update import Step, update_some
+from pipeline.batches.attributes import ItemAttributes
 
 _patch = interpreter._patch_lang_tensor
 
@@ -56,6 +63,27 @@ def check(rows: int, index: Tensor, width: int) -> None:
         torch.testing.assert_close([table, *states], plain, rtol=1e-5, atol=1e-5)
 
 
+def check_attributes(places: Tensor, count: int, width: int) -> None:
+    """Gradients of attributes, of which ``count`` in ``places`` is none."""
+
+    def sorted_(index: Tensor, rows: int) -> SortedIndex:
+        keys, order = index.int().sort(stable=True)
+        return SortedIndex(index, rows, keys, order)
+
+    own = np.ones(len(places), bool)
+    sums = AttributeSums(ItemAttributes(places.int().numpy(), count, own))
+    rows, weights = torch.randn(2, len(places), width).unbind()
+    found, expected = (torch.randn(count, width, requires_grad=True) for _ in range(2))
+    with (
+        patch.object(attributes, "sort_index", sorted_),
+        patch.object(segment_sum, "_has_kernels", lambda *_: True),
+    ):
+        (sums.of_range(rows, found, 0) * weights).sum().backward()
+    known = torch.cat([expected, torch.zeros(1, width)])
+    ((rows + known[places].sum(dim=1)) * weights).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
@@ -65,4 +93,6 @@ if __name__ == "__main__":
     check(2, torch.tensor([1]), 4)
     # Tiles of 4 or 8: a run ends in a chunk's first tile, the next one goes on in its second.
     check(6, torch.tensor([0] * 62 + [1] * 5 + [2] * 20 + [4, 4, 6])[torch.randperm(90)], 70)
+    check_attributes(torch.randint(0, 6, (70, 3)), 5, 4)
+    check_attributes(torch.cat([torch.randint(0, 9, (40, 2)), torch.full((9, 2), 8)]), 8, 70)
     print("checked")

@@ -39,12 +39,14 @@ from model.evaluation import catalog_scores
 from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.users import encode
 from model.execution import ExecutionPlan
+from model.network.attributes import AttributeSums
 from model.network.config import EncoderConfig, HeadConfig
 from model.run.build import (
     build_model,
     build_plain_model,
     evaluator,
     first_rows,
+    num_attributes,
     train_loader,
 )
 from model.run.execution import plan_execution
@@ -57,7 +59,15 @@ from model.step.pipelines import StepPipeline, train_pipeline
 from model.tables.config import ShardingConfig
 from model.tables.distribute import replicated, unwrap
 from model.tables.upstream import set_table_steps
-from pipeline.batches.features import CANDIDATE, ITEM, Ids, jagged_items, with_candidates
+from pipeline.batches.attributes import ItemAttributes
+from pipeline.batches.features import (
+    ATTRIBUTE,
+    CANDIDATE,
+    ITEM,
+    Ids,
+    jagged_items,
+    with_candidates,
+)
 from pipeline.evaluation.config import HoldoutConfig
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.store import SequenceStore
@@ -101,7 +111,7 @@ def config_of(
         windows=WindowConfig(max_len=MAX_LEN),
         loader=LoaderConfig(train_batch_size=GLOBAL_BATCH // ranks.world_size, seed=4),
         # 16 wide: column_wise makes two shards of 8, the fewest columns it may.
-        encoder=EncoderConfig(16, 2, 1, dropout=0),
+        encoder=EncoderConfig(16, 2, 1, dropout=0, item_dropout=0),
         head=HeadConfig(head, logit_temperature=0.2, loss=loss),
         negatives=NegativesConfig(train_negatives=12),
         sharding=sharding,
@@ -119,20 +129,30 @@ class Built:
     ranks: Ranks
     plan: ExecutionPlan
     model: DistributedModelParallel
+    num_attributes: int = 0
 
     @classmethod
-    def of(cls, config: RunConfig, ranks: Ranks, **changes: Any) -> "Built":
+    def of(
+        cls,
+        config: RunConfig,
+        ranks: Ranks,
+        attributes: ItemAttributes | None = None,
+        **changes: Any,
+    ) -> "Built":
         """The plan of a run, with ``changes``."""
-        plan = replace(plan_execution(config, NUM_ITEMS, ranks), **changes)
+        count = num_attributes(attributes)
+        plan = replace(plan_execution(config, NUM_ITEMS, ranks, count), **changes)
         rows = first_rows(config, histories(), ranks)
-        return cls(config, ranks, plan, build_model(config, NUM_ITEMS, ranks, plan, rows=rows))
+        model = build_model(config, NUM_ITEMS, ranks, plan, rows=rows, attributes=attributes)
+        return cls(config, ranks, plan, model, count)
 
     def optimizers(self) -> Optimizers:
         """Those of train.py."""
         return Optimizers(self.model, self.plan, self.config.optimizer, self.ranks)
 
     def loader(self) -> TrainLoader:
-        return train_loader(self.config, histories(), self.ranks, self.plan)
+        given = self.config, histories(), self.ranks, self.plan
+        return train_loader(*given, count=self.num_attributes)
 
 
 def by_torchrec(ranks: Ranks) -> dict[str, Any]:
@@ -164,7 +184,10 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     features = with_candidates(jagged_items(rows, torch.tensor([len(rows)])), (1, 1))
     model.eval()
     with torch.no_grad():
-        found = {"table": bert.embeddings(Ids(features))[ITEM].values().clone()}
+        looked_up = bert.embeddings(Ids(features))
+        found = {"table": looked_up[ITEM].values().clone()}
+        if bert.attributes is not None:
+            found["attributes"] = looked_up[ATTRIBUTE].values().clone()
     model.train()
     return found | {name: p.detach().clone() for name, p in bert.encoder.named_parameters()}
 
@@ -323,6 +346,69 @@ def unsharded(ranks: Ranks) -> dict[str, Run]:
     return runs
 
 
+def attributes() -> ItemAttributes:
+    """Of each item its number modulo 4, of all but the first three also one of three others."""
+    items = np.arange(NUM_ITEMS + 2)
+    places = np.stack([items % 4, np.where(items > 3, 4 + items % 3, 7)], axis=1)
+    places[[0, -1]] = 7
+    return ItemAttributes(places.astype(np.int32), 7, own=items != 5)  # item 5 has no row
+
+
+LOSSES = {"": "softmax", ", sampled": "sampled_softmax"}
+
+
+def with_attributes(ranks: Ranks) -> dict[str, Run]:
+    """With attributes of the items, by SGD: in each sharding, exchange and lookup."""
+    runs, own = {}, attributes()
+    for name, loss in LOSSES.items():
+        for way, sharding in WAYS.items():
+            if not name or way in ("row_wise", "ddp"):
+                built = Built.of(config_of(sharding, ranks, loss=loss), ranks, own)
+                runs[f"{way}{name}"] = pipelined(built)
+        config = config_of(WAYS["row_wise"], ranks, loss=loss)
+        ways = {"looked up": {"in_place": False}, "sent": by_torchrec(ranks)}
+        if ranks.world_size > 1:
+            ways["requested"] = {"exchange": "all_to_all"}
+            ways["requested, looked up"] = {"exchange": "all_to_all", "in_place": False}
+        for way, changes in ways.items():
+            runs[f"{way}{name}"] = pipelined(Built.of(config, ranks, own, **changes))
+        for way in ("row_wise", "requested")[: ranks.world_size]:
+            with as_on_cuda():
+                built = Built.of(config, ranks, own, graphs="step", **ways.get(way, {}))
+                runs[f"{way}, replayed{name}"] = pipelined(built)
+    return runs
+
+
+def unsharded_with_attributes(ranks: Ranks) -> dict[str, Run]:
+    """Autograd alone sums and differentiates; only on one rank."""
+    runs, own = {}, attributes()
+    for name, loss in LOSSES.items():
+        config = config_of(WAYS["ddp"], ranks, loss=loss)
+        plan = plan_execution(config, NUM_ITEMS, ranks, own.count)
+        model = build_plain_model(config, NUM_ITEMS, ranks, plan, attributes=own)
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        with (
+            patch.object(AttributeSums, "of_items", summed_by_autograd),
+            patch.object(AttributeSums, "of_range", range_summed_by_autograd),
+        ):
+            loader = train_loader(config, histories(), ranks, plan)
+            runs[name] = plain_loop(model, optimizer, loader, ranks.device)
+    return runs
+
+
+def summed_by_autograd(
+    self: AttributeSums, rows: torch.Tensor, added: torch.Tensor, items: torch.Tensor
+) -> torch.Tensor:
+    known = torch.cat([added, torch.zeros(1, added.shape[1])])
+    return rows * (items != 5)[:, None] + known[self.places[items].long()].sum(dim=1)
+
+
+def range_summed_by_autograd(
+    self: AttributeSums, rows: torch.Tensor, added: torch.Tensor, low: int
+) -> torch.Tensor:
+    return summed_by_autograd(self, rows, added, torch.arange(low, low + len(rows)))
+
+
 def own_optimizers(ranks: Ranks) -> dict[str, Run]:
     """The optimizers of train.py, under a learning rate that changes every step.
 
@@ -373,11 +459,16 @@ def evaluation(ranks: Ranks) -> dict[str, dict[str, Any]]:
         config = config_of(sharding, ranks)
         model = Built.of(config, ranks).model
         found[name] = evaluator(config, model, histories(), "test", ranks)()
+        model = Built.of(config, ranks, attributes()).model
+        found[f"{name}, attributes"] = evaluator(config, model, histories(), "test", ranks)()
         if name == "row_wise":
             # 21 items in parts of 5, of which a second rank has as many, one of them empty.
-            catalog_scores.PART_ITEMS, before = 5, catalog_scores.PART_ITEMS
-            found["in parts"] = evaluator(config, model, histories(), "test", ranks)()
-            catalog_scores.PART_ITEMS = before
+            with patch.object(catalog_scores, "PART_ITEMS", 5):
+                found["in parts, attributes"] = evaluator(
+                    config, model, histories(), "test", ranks
+                )()
+                model = Built.of(config, ranks).model
+                found["in parts"] = evaluator(config, model, histories(), "test", ranks)()
     return found
 
 
@@ -446,16 +537,18 @@ class Copied:
 def exported(ranks: Ranks) -> dict[str, Copied]:
     """The seed's initial weights, saved by all ranks and exported by the first one."""
     found, folder = {}, Path(from_first_rank(ranks, tempfile.mkdtemp))
-    for name, sharding in WAYS.items():
+    given = {name: (sharding, None) for name, sharding in WAYS.items()}
+    given |= {f"{name}, attributes": (each, attributes()) for name, each in WAYS.items()}
+    for name, (sharding, own) in given.items():
         config = config_of(sharding, ranks)
-        built = Built.of(config, ranks)
+        built = Built.of(config, ranks, own)
         checkpoints = Checkpoints(folder / name, ranks)
         if ranks.is_first:
             (folder / name).mkdir()
         assert checkpoints.save(built.model, built.optimizers(), Position(step=1))
         if ranks.is_first:
             plain = build_plain_model(config, NUM_ITEMS, ALONE, table_device="meta")
-            trained = Trained(plain, checkpoints.path(1), 1, {}, folder, folder)
+            trained = Trained(plain, checkpoints.path(1), 1, {}, folder, folder, attributes=own)
             found[name] = copied(trained, folder / name)
     if ranks.is_first:
         shutil.rmtree(folder)
@@ -491,6 +584,13 @@ def answers(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "linear": linear(ranks),
         "saved": saved(ranks, folder),
         "unsharded": unsharded(ranks) if ranks.world_size == 1 else {},
+        "with_attributes": with_attributes(ranks),
+        "initial_with_attributes": weights_of(
+            Built.of(config_of(WAYS["ddp"], ranks), ranks, attributes()).model
+        ),
+        "unsharded_with_attributes": (
+            unsharded_with_attributes(ranks) if ranks.world_size == 1 else {}
+        ),
         "own_optimizers": own_optimizers(ranks),
         "at_factor": at_factor(ranks),
         "evaluation": evaluation(ranks),

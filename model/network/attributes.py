@@ -1,0 +1,97 @@
+"""Rows of items with those of their attributes (``pipeline/batches/attributes.py``) added.
+
+    rows of items [N, D] + rows of all attributes [A, D], summed item by item -> [N, D]
+
+Both the positions of histories and the scored items get the sums: items that share attributes are
+close as inputs and as targets. The rows stay separate in the table and in its optimizer. In
+training, a share of the positions has the attributes alone: they have to do without the own rows of
+rare items, which fit noise.
+
+Shapes: N items, A attributes, P most attributes of an item, V items of the catalog, D width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.kernels.segment_sum import SortedIndex, accumulate, add_rows, sort_index
+from pipeline.batches.attributes import ItemAttributes
+
+
+class AttributeSums(nn.Module):
+    """Adds attributes' rows to items' rows; no parameters.
+
+    Args:
+        item_dropout: share of the positions without their item's own row, in training.
+    """
+
+    places: Tensor  # int32 [V + 2, P]
+    own: Tensor | None  # bool [V + 2]; None: all True
+
+    def __init__(self, attributes: ItemAttributes, item_dropout: float = 0.0) -> None:
+        super().__init__()
+        self._count, self._item_dropout = attributes.count, item_dropout
+        # Not among the weights: they are made of the catalog. On the default device.
+        self.register_buffer("places", torch.tensor(attributes.places), persistent=False)
+        own = None if attributes.own.all() else torch.tensor(attributes.own)
+        self.register_buffer("own", own, persistent=False)
+
+    def of_positions(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
+        """As :meth:`of_items`, with dropout of own rows in training."""
+        if not (self.training and self._item_dropout):
+            return self.of_items(rows, added, items)
+        places = self.places.index_select(0, items)
+        drawn = torch.rand(len(items), device=rows.device) >= self._item_dropout
+        has_none = places[:, 0] == self._count  # the mask token, too
+        return _Sums.apply(rows, added, places, self._with_rows(items, drawn | has_none))
+
+    def of_items(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
+        """Sums [N, D] of the rows of ``items``, int64 [N], and those ``added`` [A, D]."""
+        places = self.places.index_select(0, items)
+        return _Sums.apply(rows, added, places, self._with_rows(items))
+
+    def of_range(self, rows: Tensor, added: Tensor, low: int) -> Tensor:
+        """The same of the items ``low`` ... ``low + N - 1``."""
+        items = slice(low, low + len(rows))
+        own = None if self.own is None else self.own[items]
+        return _Sums.apply(rows, added, self.places[items], own)
+
+    def _with_rows(self, items: Tensor, drawn: Tensor | None = None) -> Tensor | None:
+        """Which of the items have rows of their own: bool [N]; None: all."""
+        if self.own is None:
+            return drawn
+        own = self.own.index_select(0, items)
+        return own if drawn is None else own & drawn
+
+
+class _Sums(torch.autograd.Function):
+    """The backward pass adds in a fixed order; without ``own`` the sums' gradient is the rows'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, added: Tensor, places: Tensor, own: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(places, own)
+        ctx.count = len(added)
+        known = torch.cat([added, added.new_zeros(1, added.shape[1])])
+        sums = F.embedding_bag(places, known, mode="sum")
+        return sums.add_(rows if own is None else torch.where(own[:, None], rows, 0.0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        places, own = ctx.saved_tensors
+        of_added = gradient.new_zeros(ctx.count + 1, gradient.shape[1])  # the last: of none
+        index = sort_index(places.flatten().long(), ctx.count)
+        if index.order is None:
+            for column in places.long().unbind(1):
+                accumulate(of_added, column, gradient)
+        else:  # the kernels read row order[i] / P instead of P copies of each row
+            order = index.order // places.shape[1]
+            index = SortedIndex(index.index, index.count, index.keys, order)
+            add_rows(of_added[:-1], index, gradient.contiguous())
+        of_rows = gradient if own is None else torch.where(own[:, None], gradient, 0.0)
+        return of_rows, of_added[:-1], None, None

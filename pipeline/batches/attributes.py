@@ -1,0 +1,134 @@
+"""Attributes of the items: rows of the item table behind the mask token, V items, A attributes.
+
+    item  genres          --item_attributes "genres,studio"
+    7     drama|war       row 7 + row (genres, drama) + row (genres, war) + row (studio, ...)
+
+    rows of the table     0 padding | 1 ... V items | V + 1 mask token | V + 2 ... V + 1 + A
+
+An attribute is a value of a column; those of a single item say no more than its own row, and are
+left out. Each step looks up all A rows, once, and sums them item by item (``model/network``). An
+item without a training rating is the sum of its attributes: its own row is never a target's.
+
+Shapes: P most attributes of an item.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import UserError
+from pipeline.preparation.catalog import Catalog
+from pipeline.tables.names import list_names
+
+LEAST_ITEMS = 2  # of an attribute
+# Every step looks up all attributes; every item has as many places as the one with the most.
+MOST_ATTRIBUTES, MOST_OF_AN_ITEM = 100_000, 64
+
+
+@dataclass(frozen=True, eq=False)
+class ItemAttributes:
+    """The attributes of each row of padding, items and mask token."""
+
+    places: np.ndarray  # int32 [V + 2, P], numbers 0 ... A - 1, then A: none
+    count: int  # A
+    own: np.ndarray  # bool [V + 2], whose own rows count: not of untrained items with attributes
+
+    @classmethod
+    def of(cls, catalog: Catalog, columns: str, separator: str) -> "ItemAttributes":
+        """The attributes that the table of the items (``--items_path``) has in ``columns``.
+
+        Args:
+            columns: names, with commas between them.
+            separator: between several values in one text; a list has its elements.
+
+        Raises:
+            UserError: there is no such column, or no attribute, or there are too many.
+        """
+        pairs = [_pairs(catalog, name.strip(), separator) for name in columns.split(",")]
+        items, numbers, count = _joined(pairs)
+        items_of = np.bincount(numbers, minlength=count)
+        kept = np.flatnonzero(items_of >= LEAST_ITEMS)
+        flag = f"--item_attributes {columns}"
+        if not len(kept):
+            raise UserError(
+                f"{flag}: no value is that of two items: an attribute is one that items share; "
+                "check --attribute_separator"
+            )
+        if len(kept) > MOST_ATTRIBUTES:
+            raise UserError(
+                f"{flag}: {len(kept):,} values are those of at least two items, and every step "
+                f"looks up all: at most {MOST_ATTRIBUTES:,}, leave a column out"
+            )
+        new = np.full(count, len(kept))
+        new[kept] = np.arange(len(kept))
+        inside = new[numbers] < len(kept)
+        items, numbers = items[inside], new[numbers[inside]]
+        each = np.bincount(items, minlength=len(catalog.items) + 2)
+        if each.max() > MOST_OF_AN_ITEM:
+            raise UserError(
+                f"{flag}: item {catalog.item_id(int(each.argmax()))} has {each.max()} attributes: "
+                f"at most {MOST_OF_AN_ITEM}, leave a column out"
+            )
+        places = np.full((len(each), each.max()), len(kept), np.int32)
+        order = np.lexsort((numbers, items))
+        items, numbers = items[order], numbers[order]
+        places[items, np.arange(len(items)) - (np.cumsum(each) - each)[items]] = numbers
+        own = np.ones(len(each), bool)
+        own[1:-1] = (catalog.train_counts > 0) | (each[1:-1] == 0)
+        return cls(places, len(kept), own)
+
+    def fingerprint(self) -> str:
+        """Hash of all attributes."""
+        digest = hashlib.sha256(f"{self.count} {self.places.shape}".encode())
+        digest.update(np.ascontiguousarray(self.places).data)
+        digest.update(self.own.data)
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> str:
+        """How many there are, as a line for the user."""
+        each = (self.places < self.count).sum(axis=1)[1:-1]
+        return (
+            f"{self.count:,} attributes of at least {LEAST_ITEMS} items, {each.mean():.1f} of an "
+            f"item; {np.count_nonzero(each == 0):,} items have none"
+        )
+
+
+def _pairs(catalog: Catalog, name: str, separator: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Items and numbers of their values in a column, each pair once; how many values there are."""
+    table = catalog.attributes
+    if table is None or name not in table.column_names:
+        known = "it has none" if table is None else f"it has {list_names(table.column_names)}"
+        raise UserError(
+            f"--item_attributes: {name!r} is no column of the table of the items, --items_path: "
+            f"{known}"
+        )
+    kind, column = table.schema.field(name).type, table[name]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lists = ((str(one) for one in each or () if one is not None) for each in column.to_pylist())
+    elif pa.types.is_nested(kind):
+        raise UserError(
+            f"--item_attributes: the column {name!r} holds {kind}: attributes are texts, numbers "
+            "or lists of them"
+        )
+    else:
+        texts = column.cast(pa.string()).fill_null("").to_pylist()
+        lists = (text.split(separator) for text in texts)
+    found = [dict.fromkeys(filter(None, map(str.strip, each))) for each in lists]
+    items = np.repeat(np.arange(1, len(found) + 1), [len(each) for each in found])
+    values = pa.array([value for each in found for value in each], pa.string())
+    coded = values.dictionary_encode()
+    return items, coded.indices.to_numpy().astype(np.int64), len(coded.dictionary)
+
+
+def _joined(
+    pairs: list[tuple[np.ndarray, np.ndarray, int]],
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The pairs of all columns: equal values of two columns are two attributes."""
+    before, items, numbers = 0, [], []
+    for of_items, of_values, count in pairs:
+        items.append(of_items)
+        numbers.append(of_values + before)
+        before += count
+    return np.concatenate(items), np.concatenate(numbers), before
