@@ -143,7 +143,7 @@ def test_teachers() -> None:
     long, short = store_of(9, 200), store_of(9, 5, 200_000)
     names = "dropout", "teacher_share", "loss"
     assert chosen(long, *names, teachers="a") == [0.0, 0.9, "softmax"]
-    assert chosen(short, *names, teachers="a") == [0.4, 0.8, "softmax"]
+    assert chosen(short, *names, teachers="a") == [0.1, 0.9, "softmax"]
 
 
 ANY = {

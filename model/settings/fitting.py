@@ -100,8 +100,8 @@ def _for_lengths(short: bool, given: Mapping[str, Any]) -> dict[str, Any]:
         flags |= {"two_stream": True, "mask_prob": 0.4, "dropout": 0.4}
     else:
         flags |= {"two_stream": False, "mask_prob": 0.3, "dropout": 0.2}
-        if given.get("teachers"):  # whose probabilities of all items reduce overfitting
-            flags |= {"dropout": 0.0, "teacher_share": 0.9}
+    if given.get("teachers"):  # whose probabilities of all items reduce overfitting
+        flags |= {"dropout": 0.1 if short else 0.0, "teacher_share": 0.9}
     if given.get("left_context_share") == 0:
         flags["two_stream"] = False
     return flags
