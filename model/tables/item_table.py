@@ -66,7 +66,8 @@ class TableShard:
         self._first = 0
         self.in_place: Tensor | None = None
         if scored is not None:
-            self._first = scored.low - exchange.low
+            # A shard behind the items has attributes alone.
+            self._first = max(0, scored.low - exchange.low)
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
         # Kernels read what a step differs in from the device: one graph serves many steps.
         self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
