@@ -174,6 +174,9 @@ def main() -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         gpus = visible.split(",")[:count] if visible else [*map(str, range(count))]
+    if gpus and all_ranks[-1] > len(gpus):
+        most = f"--ranks {all_ranks[-1]} needs as many GPUs, not {len(gpus)}"
+        parser.error(f"{most}: give fewer, or --device cpu")
     folder = Path(tempfile.mkdtemp(prefix="bert4rec-agreement-"))
     started = time.perf_counter()
     try:

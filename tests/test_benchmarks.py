@@ -295,6 +295,19 @@ def test_ranks_that_fit_the_gpus_run_at_once() -> None:
     assert agreement.rounds([one, two], 0) == [[one], [two]]  # CPU
 
 
+def test_more_ranks_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["agreement.py"])
+    with pytest.raises(SystemExit) as ended:
+        agreement.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--ranks 4 needs as many GPUs, not 2: give fewer, or --device cpu")
+
+
 @pytest.mark.parametrize(
     ("found", "shown", "verdict"),
     [
