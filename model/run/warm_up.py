@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)  # private: fake tensors have no public name
+
+# Private: fake tensors have no public name.
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from model.bert4rec import TABLE_PRECISIONS
