@@ -286,7 +286,7 @@ class _LookUp(torch.autograd.Function):
         if shard.in_place is not None:
             # A gradient has its value's dtype: fp16 rows are converted.
             return own, shard.in_place.detach().float(), *added
-        scored = own[num_items:] if candidates is None else rows.float()[count:]
+        scored = own[num_items:] if candidates is None else rows[count:].float()
         return own[:num_items], scored, *added
 
     @staticmethod
