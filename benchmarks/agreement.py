@@ -109,7 +109,7 @@ def compared(name: str, ranks: int, found: dict[str, float], first: dict[str, fl
     apart = {key: float("inf") for key in first | found}
     for key in first.keys() & found.keys():
         difference = abs(found[key] - first[key])
-        apart[key] = min(apart[key], difference)  # NaN is far
+        apart[key] = min(apart[key], difference)  # infinite for NaN
     worst = max(apart, key=lambda key: apart[key])
     last = list(found)[-1]
     verdict = "PASS" if apart[worst] <= LIMIT else "FAIL"

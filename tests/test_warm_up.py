@@ -271,6 +271,23 @@ def test_a_compiler_that_fails_is_a_warning(
     assert line == "warning: kernels are compiled when they are used: RuntimeError: no ptxas"
 
 
+def test_a_fake_model_that_fails_is_a_warning(
+    no_device: None,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, loader, config, plan = parts(cache_dir)
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise NotImplementedError("no fake operator")
+
+    monkeypatch.setattr(warm_up, "build_plain_model", fail)
+    KernelsAhead(replace(ALONE, device=GPU)).start(config, 80, loader, plan)
+    assert "used: NotImplementedError: no fake operator\n" in capsys.readouterr().err
+    assert not compiler._underway
+
+
 def test_nothing_is_compiled_for_a_cpu(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FakeStep", "ThreadPoolExecutor"):
         monkeypatch.setattr(warm_up, name, None)

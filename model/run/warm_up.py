@@ -83,9 +83,10 @@ class KernelsAhead:
     ) -> None:
         """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
-            # Made here: another thread would change the generator of this one's initial weights.
-            step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
-            captures_wait(self._pool.submit(self._find, step, loader.examples()))
+            with self._failures_told():
+                # Made here: another thread would change the generator of the initial weights.
+                step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
+                captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
         with self._failures_told(), noted_launches(self._note):
