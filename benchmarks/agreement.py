@@ -109,7 +109,7 @@ def compared(name: str, ranks: int, found: dict[str, float], first: dict[str, fl
     apart = {key: float("inf") for key in first | found}
     for key in first.keys() & found.keys():
         difference = abs(found[key] - first[key])
-        apart[key] = min(apart[key], difference)  # NaN is far
+        apart[key] = min(apart[key], difference)  # infinite for NaN
     worst = max(apart, key=lambda key: apart[key])
     last = list(found)[-1]
     verdict = "PASS" if apart[worst] <= LIMIT else "FAIL"
@@ -174,6 +174,9 @@ def main() -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = torch.cuda.device_count()
         gpus = visible.split(",")[:count] if visible else [*map(str, range(count))]
+    if gpus and all_ranks[-1] > len(gpus):
+        most = f"--ranks {all_ranks[-1]} needs as many GPUs, not {len(gpus)}"
+        parser.error(f"{most}: give fewer, or --device cpu")
     folder = Path(tempfile.mkdtemp(prefix="bert4rec-agreement-"))
     started = time.perf_counter()
     try:

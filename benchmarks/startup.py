@@ -31,6 +31,7 @@ POINTS = {
     "ranks": "process group ready",
     "data": "data ready",
     "loader": "loader ready",
+    "vectors": "first item vectors made",
     "model": "model built",
     "log": "training starts",
 }
@@ -46,9 +47,9 @@ def points(
         steps: lines of metrics.jsonl.
     """
     at, found = trains - sum(stages.values()), {}
-    for stage, name in POINTS.items():
-        at += stages[stage]
-        found[name] = at - started
+    for stage, seconds in stages.items():
+        at += seconds
+        found[POINTS[stage]] = at - started
     trained = (line for line in steps if line["event"] == "train")
     return found | {f"step {line['step']} done": line["time"] - started for line in trained}
 

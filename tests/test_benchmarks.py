@@ -295,6 +295,19 @@ def test_ranks_that_fit_the_gpus_run_at_once() -> None:
     assert agreement.rounds([one, two], 0) == [[one], [two]]  # CPU
 
 
+def test_more_ranks_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("sys.argv", ["agreement.py"])
+    with pytest.raises(SystemExit) as ended:
+        agreement.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--ranks 4 needs as many GPUs, not 2: give fewer, or --device cpu")
+
+
 @pytest.mark.parametrize(
     ("found", "shown", "verdict"),
     [
@@ -379,7 +392,7 @@ def test_tables_of_negatives_are_measured(
 
 def test_points_of_a_start() -> None:
     line = "before training: imports 4.000 s, ranks 0.500 s, data 1.000 s, loader 0.250 s, "
-    stages = Stages.parse(line + "model 2.000 s, log 0.250 s\n")
+    stages = Stages.parse(line + "vectors 0.500 s, model 1.500 s, log 0.250 s\n")
     steps = [
         {"event": "train", "time": 112.5, "step": 1},
         {"event": "validation", "time": 113.0, "step": 1},
@@ -390,6 +403,7 @@ def test_points_of_a_start() -> None:
         "process group ready": 5.0,
         "data ready": 6.0,
         "loader ready": 6.25,
+        "first item vectors made": 6.75,
         "model built": 8.25,
         "training starts": 8.5,
         "step 1 done": 11.0,
@@ -400,7 +414,7 @@ def test_points_of_a_start() -> None:
 def test_a_start_is_measured(tmp_path: Path) -> None:
     run = startup.measure([*TINY], tmp_path)
     times = [value for name, value in run.items() if not name.startswith("kernels")]
-    assert list(run)[6:10] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
+    assert list(run)[7:11] == ["step 1 done", "step 2 done", "step 3 done", "ended"]
     assert times[0] > 0 and times == sorted(times)
     lines = startup.table({"empty caches": run, "full caches": run}).splitlines()
     assert lines[0] == "| | empty caches | full caches |"

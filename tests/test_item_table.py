@@ -14,13 +14,14 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from model.distributed import Ranks
-from model.network.head import CatalogSlice
+from model.kernels.segment_sum import KINDS
+from model.network.head import CatalogSlice, catalog_slice
 from model.tables.config import ShardingConfig
 from model.tables.cpu_adam import CpuAdamTables
 from model.tables.item_table import TableShard, _LookUp
 from model.tables.row_exchange import RowExchange
 from model.tables.sharding_plan import FUSED_OPTIMIZERS
-from model.tables.table_update import UPDATES, Step, update
+from model.tables.table_update import Step, update
 from tests.conftest import RunMain, whole_and_in_parts
 from tests.workers import sharded
 from tests.workers.sharded import Built, by_torchrec
@@ -103,7 +104,7 @@ def by_fbgemm(
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("optimizer", UPDATES)
+@pytest.mark.parametrize("optimizer", KINDS)
 @pytest.mark.parametrize(("low", "count"), [(1, 7), (0, 8), (0, 9), (2, 3), (1, 0)])
 def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) -> None:
     plain, own = table(optimizer, device), table(optimizer, device)
@@ -126,7 +127,7 @@ def test_steps_equal_fbgemms(optimizer: str, device: str, low: int, count: int) 
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("optimizer", UPDATES)
+@pytest.mark.parametrize("optimizer", KINDS)
 def test_rows_looked_up_are_updated_as_by_fbgemm(optimizer: str, device: str) -> None:
     plain, own = table(optimizer, device), table(optimizer, device)
     shard = shard_of(own, optimizer)
@@ -226,6 +227,24 @@ def test_several_ranks_divide_gradients_and_ignore_rows_of_other_shards(
     moved = (before - made.split_embedding_weights()[0]).sum(dim=1) / (0.1 * WIDTH / 4)
     scored = 0.0 if catalog is None else 1.0
     torch.testing.assert_close(moved, torch.tensor([1.0, 0, 0, 1, 0, scored, 0, 0, 0]))
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("optimizer", KINDS)
+def test_a_shard_of_attributes_alone_is_updated_in_place(optimizer: str, device: str) -> None:
+    """Three items, the mask token, row 4, and 13 attributes: the second of two ranks has row 9."""
+    exchange = Received(3, Ranks(1, 2, 2, torch.device(device)), 13)
+    catalog = catalog_slice(3, 1, 2, sharded=True, num_attributes=13)
+    assert (exchange.low, exchange.rows) == (ROWS, ROWS)
+    looked_up, in_place = table(optimizer, device), table(optimizer, device)
+    for ids, weights, _ in steps(device, 0):
+        for made, scored in ((looked_up, None), (in_place, catalog)):
+            found, candidates = look_up(made, shard_of(made, optimizer, scored, exchange), ids)
+            assert len(candidates) == 0
+            (found * weights).sum().backward()
+    rows = [made.split_embedding_weights()[0] for made in (looked_up, in_place)]
+    torch.testing.assert_close(*rows)
+    assert not rows[0].equal(table(optimizer, device).split_embedding_weights()[0])
 
 
 def test_fp16_rows_are_rounded_by_the_same_bits_on_all_ranks() -> None:

@@ -78,6 +78,15 @@ def test_tensors_that_work_reads_are_kept_until_the_end(stream: _Stream) -> None
     assert gradient() is None
 
 
+def test_results_are_kept_until_the_end(stream: _Stream) -> None:
+    with side_stream.running_on(stream):
+        result = weakref.ref(side_stream.start(lambda: torch.ones(2)).result())
+        gc.collect()
+        assert result() is not None
+    gc.collect()
+    assert result() is None
+
+
 def test_work_on_a_marked_tensor_does_not_wait_for_later_kernels(
     main: _Stream, stream: _Stream
 ) -> None:

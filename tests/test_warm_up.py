@@ -271,6 +271,23 @@ def test_a_compiler_that_fails_is_a_warning(
     assert line == "warning: kernels are compiled when they are used: RuntimeError: no ptxas"
 
 
+def test_a_fake_model_that_fails_is_a_warning(
+    no_device: None,
+    cache_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, loader, config, plan = parts(cache_dir)
+
+    def fail(*given: Any, **named: Any) -> None:
+        raise NotImplementedError("no fake operator")
+
+    monkeypatch.setattr(warm_up, "build_plain_model", fail)
+    KernelsAhead(replace(ALONE, device=GPU)).start(config, 80, loader, plan)
+    assert "used: NotImplementedError: no fake operator\n" in capsys.readouterr().err
+    assert not compiler._underway
+
+
 def test_nothing_is_compiled_for_a_cpu(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FakeStep", "ThreadPoolExecutor"):
         monkeypatch.setattr(warm_up, name, None)
@@ -361,7 +378,7 @@ SIZES = st.sampled_from([0, 1, 2, 8, 15, 16, 17, 96, 2**31 - 1, 2**31, 2**31 + 3
 def test_noted_types_are_those_that_triton_compiles_for(
     one: int, other: int, offset: int, dtype: torch.dtype
 ) -> None:
-    from model.kernels.segment_sum import _add_runs
+    from model.kernels.segment_sum import RowOptimizer, _add_runs
 
     keys: list[str] = []
 
@@ -371,16 +388,25 @@ def test_noted_types_are_those_that_triton_compiles_for(
 
     tensor = torch.empty(64, dtype=dtype)[offset:]
     out = (tensor, torch.empty(16, 4), one)
+    state = torch.empty(16, 4)
+    kept = state, state, state[0], torch.empty(1, dtype=torch.int32)
+    how, other_how = (
+        RowOptimizer(triton.language.constexpr(3), *kept, 0.9, beta2, 1e-8, scale, one)
+        for beta2, scale in ((0.98, 1.0), (0.999, 0.25))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", NoDevice())
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", keep)
         values = tensor, tensor, other
-        given_ = tensor, tensor, values, tensor, one, 16, other, out, None, "add", 32, 8, 4
-        _add_runs.warmup(*given_, grid=(1,), num_warps=2)
+        given_ = tensor, tensor, values, tensor, one, 16, other, out
+        rest = "step", 32, 8, 4
+        _add_runs.warmup(*given_, how, *rest, grid=(1,), num_warps=2)
         noted: list[Launch] = []
         with noted_launches(noted.append):
-            launch(_add_runs, (1,), *given_, num_warps=2)
-        noted[0].compile()
+            for each in (how, other_how):  # another run's constants, on other ranks
+                launch(_add_runs, (1,), *given_, each, *rest, num_warps=2)
+        assert noted[0] == noted[1]
+        noted[1].compile()
     assert keys[0] == keys[1]
     # And no more types than needed.
     assert len({type_of(size) for size in (0, 2, 5, 15, 17, 32, 48, 2**31 - 1)}) == 3

@@ -26,7 +26,7 @@ except ImportError:
 __all__ = ["launch", "row_tiles", "tl", "triton"]
 
 # Triton compiles other code for pointers and integers that are not multiples of it, for the integer
-# 1, and for integers of 64 bits.
+# 1, and for integers of 64 bits; for all floats the same.
 MULTIPLE = 16
 
 
@@ -125,7 +125,7 @@ def type_of(argument: Any) -> Any:
     if isinstance(argument, int) and argument > 1:
         wide = 2**32 if argument >= 2**31 else 0
         return wide + (MULTIPLE if argument % MULTIPLE == 0 else 2)
-    return argument
+    return 0.5 if isinstance(argument, float) else argument
 
 
 def row_tiles(shape: Sequence[int], values: int) -> tuple[int, int, int]:

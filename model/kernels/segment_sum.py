@@ -258,7 +258,8 @@ if triton is not None:
     ) -> None:
         start, place = tl.program_id(0) * block, tl.arange(0, block)
         opens, end = start % chunk == 0, tl.minimum((start // chunk + 1) * chunk, count)
-        # All that memory says of the tile is loaded at once; places of values, in case of need.
+        # All keys that the tile depends on are loaded at once, and the places of values of the next
+        # tile, which few need.
         at, ahead, after = start + place, start + block + place, start + block + tl.arange(0, chunk)
         key, key_after = _key(keys, at, at < count), _key(keys, at + 1, at + 1 < count)
         before, key_ahead = _key(keys, start - 1, start > 0), _key(keys, after, after < end)

@@ -27,8 +27,9 @@ import torch
 T = TypeVar("T")
 
 _side: torch.cuda.Stream | None = None  # only the training thread uses it
-# Tensors that running work reads must not be freed: the main stream could reuse their memory.
-_kept: list[Callable[[], object]] = []
+# Tensors that running work reads must not be freed: the main stream could reuse their memory. Nor
+# must results, which the main stream may still read: the side stream could reuse theirs.
+_kept: list[object] = []
 _marked: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
 
@@ -94,4 +95,5 @@ def _started(work: Callable[[], T], side: torch.cuda.Stream, ready: torch.cuda.E
     side.wait_event(ready)
     with torch.cuda.stream(side):
         value, done = work(), side.record_event()
+    _kept.append(value)
     return Pending(lambda: value, done)

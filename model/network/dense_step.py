@@ -24,7 +24,7 @@ from model.network.head import ScoringHead
 class StepInput(NamedTuple):
     """A batch without its embeddings: arguments of :class:`Encoder` and :class:`ScoringHead`.
 
-    ``ids``, int64 [T + ...], for teachers, begin with the items of the positions.
+    ``ids``, int64 [T + ...], for teachers and attributes, begin with the items of the positions.
     """
 
     offsets: Tensor
@@ -84,8 +84,6 @@ class DenseStep(nn.Module):
             items, candidates = self._with_attributes(items, candidates, given, added)
         may_replay = self.training and equal_shapes and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
-        if self._teachers is None:
-            given = given._replace(ids=None)
         encoder, _ = self._parts
         if graphs == "encoder":
             hidden = self._graph()(items, *given.layout)

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)  # private: fake tensors have no public name
+
+# Private: fake tensors have no public name.
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from model.bert4rec import TABLE_PRECISIONS
@@ -83,9 +83,10 @@ class KernelsAhead:
     ) -> None:
         """Start to find the kernels, and to compile each; a launch waits for its own."""
         if self._pool is not None:
-            # Made here: another thread would change the generator of this one's initial weights.
-            step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
-            captures_wait(self._pool.submit(self._find, step, loader.examples()))
+            with self._failures_told():
+                # Made here: another thread would change the generator of the initial weights.
+                step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
+                captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
         with self._failures_told(), noted_launches(self._note):

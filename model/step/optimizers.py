@@ -67,20 +67,14 @@ class Optimizers:
     def _wrapped(
         self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]
     ) -> KeyedOptimizer:
-        """Add averaging over ranks and a CUDA graph to the optimizer, as planned.
-
-        The graph includes the averaging if all ranks replay their graphs at the same steps.
-        """
+        """Add averaging over ranks and a CUDA graph to the optimizer, as planned."""
         plan = self._plan
-        graphed = self._graphed_lr is not None and plan.graphs != "step"
-        if graphed and not plan.agrees_on_sizes:
+        if self._graphed_lr is not None and plan.graphs != "step":
             optimizer = GraphedOptimizer(optimizer, parameters)
         if plan.agrees_on_sizes or plan.exchange == "torchrec":
             # In a graph of the whole step, it runs beside the exchange of the table's gradients.
             group = separate_group(self._ranks) if plan.graphs == "step" else None
             optimizer = AveragingOptimizer(optimizer, parameters, group)
-        if graphed and plan.agrees_on_sizes:
-            optimizer = GraphedOptimizer(optimizer, parameters)
         return optimizer
 
     def __str__(self) -> str:

@@ -66,7 +66,8 @@ class TableShard:
         self._first = 0
         self.in_place: Tensor | None = None
         if scored is not None:
-            self._first = scored.low - exchange.low
+            # A shard behind the items has attributes alone.
+            self._first = max(0, scored.low - exchange.low)
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
         # Kernels read what a step differs in from the device: one graph serves many steps.
         self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
@@ -74,11 +75,16 @@ class TableShard:
     def look_up(
         self, request: Any, num_items: int, candidates: Tensor | None, num_attributes: int = 0
     ) -> tuple[Tensor, ...]:
-        """Rows of items, candidates and any attributes.
+        """Rows of items [T, D], of candidates [C, D] and of any attributes [A, D], float32.
 
         When trained in place, there are no candidates: they are the shard's items. The backward
         pass sends the gradients and updates the rows, on the side stream if one is open: the caller
         of ``running_on`` averages the encoder's gradients by another communicator.
+
+        Args:
+            request: of the exchange, for the ids of items, of drawn candidates and of attributes;
+                None: no rows are exchanged.
+            candidates: ids of this shard, int64 [C]; None: they are drawn.
         """
         return _LookUp.apply(self._trigger, self, request, num_items, candidates, num_attributes)
 
@@ -130,7 +136,7 @@ def look_up_all(
     candidates: Tensor | None,
     num_attributes: int = 0,
 ) -> tuple[Tensor, ...]:
-    """Rows of items, candidates and any attributes from one table, or of the former from one each.
+    """Rows [T, D], [C, D] and any [A, D] of :meth:`TableShard.look_up`, of one table or one each.
 
     Without ``candidates`` they are drawn: the ids after ``num_items`` of the only request, or those
     of the second one. The last ids are those of the attributes.
@@ -285,7 +291,7 @@ class _LookUp(torch.autograd.Function):
         if shard.in_place is not None:
             # A gradient has its value's dtype: fp16 rows are converted.
             return own, shard.in_place.detach().float(), *added
-        scored = own[num_items:] if candidates is None else rows.float()[count:]
+        scored = own[num_items:] if candidates is None else rows[count:].float()
         return own[:num_items], scored, *added
 
     @staticmethod

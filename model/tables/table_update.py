@@ -259,7 +259,6 @@ _UPDATES: dict[str, Callable[..., None]] = {
     "rowwise_adagrad": _rowwise_adagrad,
     "adam": _adam_by_torch,
 }
-UPDATES = tuple(_UPDATES)
 
 
 if triton is not None:
