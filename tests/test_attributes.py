@@ -359,7 +359,8 @@ def test_other_attributes_are_another_run(
     text = (data / "items.csv").read_text()
     items.write_text(text.replace("i7,k3", "i7,k0"))
     outcome = run_main("train", *given, ATTRIBUTES, f"--items_path={items}")
-    assert outcome.code == 2 and str(run_dir) in outcome.err
+    message = f"--resume auto: {run_dir} was trained on other data (attributes "
+    assert_one_line(outcome, "train", message)
 
     shutil.rmtree(run_dir / "model")
     config = json.loads((run_dir / "config.json").read_text())
@@ -371,6 +372,24 @@ def test_other_attributes_are_another_run(
         (run_dir / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
             Recommender.load(run_dir, "cpu")
+
+
+def test_the_files_may_be_moved(run_main: RunMain, data: Path, tmp_path: Path) -> None:
+    first, second, run_dir = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    first.mkdir()
+    for name in ("r.csv", "items.csv"):
+        shutil.copy(data / name, first)
+    given = (*flags(first, tmp_path / "cache", run_dir), ATTRIBUTES)
+    assert run_main("train", *given, "--max_steps=3").code == 0
+    first.rename(second)
+    given = (*flags(second, tmp_path / "cache", run_dir), ATTRIBUTES)
+    outcome = run_main("train", *given, "--resume=auto")
+    assert outcome.code == 0 and not outcome.err, outcome.err
+    second.rename(first)
+    paths = (f"--dataset_path={first / 'r.csv'}", f"--items_path={first / 'items.csv'}")
+    for script, *more in (("eval",), ("recommend", "--user=3")):
+        outcome = run_main(script, f"--checkpoint={run_dir}", *paths, *more)
+        assert outcome.code == 0 and not outcome.err, outcome.err
 
 
 @pytest.mark.parametrize(
