@@ -815,6 +815,18 @@ def test_ambiguous_or_wrong(
         ),
         (
             "r.csv",
+            b"user,item,time\nu,a,1600000000\nu,b,0\nu,c,1600000001\nv,a,-1\nv,b,1600000000\n",
+            {},
+            "2 ratings of r have the time 0 or -1, in 1970: if it stands for a missing one, leave",
+        ),
+        (
+            "r.csv",
+            b"user,item,date\nu,a,1970-01-01\nu,b,2020-01-01\nu,c,2020-01-01\n",
+            {},
+            "1 ratings of r have the time 0 or -1, in 1970",
+        ),
+        (
+            "r.csv",
             b"user,item,dateRead\nu,a,2020-01-02\nu,b,2020-01-01\nu,c,2020-01-01\n",
             {},
             "no column is known as the time, so the order of the rows is taken for that of time; "
@@ -838,6 +850,13 @@ def test_warnings(
 ) -> None:
     prepared(tmp_path, {name: content}, **flags)
     assert capfd.readouterr().err.startswith(f"warning: {warning}")
+
+
+def test_small_numbers_are_no_missing_times(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepared(tmp_path, {"r.csv": b"user,item,time\nu,a,-1\nu,b,0\nu,c,1\n"})
+    assert not capfd.readouterr().err
 
 
 def test_newest_first_reverses_equal_times_only(tmp_path: Path) -> None:
