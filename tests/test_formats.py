@@ -974,8 +974,13 @@ def test_titles_and_attributes(
         ("i.json", b'[{"item":"cup",\n"name":"A cup","n":1}]', {"n": [1, None, None]}),
         ("i.jsonl", b'{"item":"cup","name":"A cup","more":{}}\n', {"more": ["{}", None, None]}),
         ("i.csv", b"item, name, kind\ncup,A cup,y\n", {"kind": ["y", None, None]}),
+        (
+            "i.csv",
+            b"item,name,words\ncup,A cup," + b"a b " * (1 << 20) + b"\nhat,,c\n",
+            {"words": ["a b " * (1 << 20), "c", None]},
+        ),
     ],
-    ids=["semicolons", "values of several types", "array", "empty object", "blanks"],
+    ids=["semicolons", "values of several types", "array", "empty object", "blanks", "long"],
 )
 def test_tables_of_items_as_they_are_published(
     tmp_path: Path, name: str, content: bytes, attributes: dict[str, list]

@@ -28,6 +28,7 @@ from pipeline.tables.values import BLANKS
 
 _SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
 _TITLES = ("title", "name", "itemname", "producttitle", "movietitle", "description")
+_LARGEST_BLOCK = (1 << 31) - 1  # of Arrow
 _RESERVED = ("item", "title", "train_count")  # columns of the catalog
 
 
@@ -111,13 +112,11 @@ def _table(file: SourceFile) -> pa.Table:
                 separator = next((mark for mark in ",\t;|" if mark in first), separator)
             content = pa.py_buffer(text.encode())
             parse = pacsv.ParseOptions(delimiter=separator, newlines_in_values=extension == "csv")
-            header = pacsv.open_csv(content, parse_options=parse).schema.names
+            # A row of any length fits one block.
+            whole = pacsv.ReadOptions(block_size=min(max(1, content.size), _LARGEST_BLOCK))
+            header = pacsv.open_csv(content, whole, parse).schema.names
             kinds = {header[_item_place(file, header)]: pa.string()}
-            table = pacsv.read_csv(
-                content,
-                parse_options=parse,
-                convert_options=pacsv.ConvertOptions(column_types=kinds),
-            )
+            table = pacsv.read_csv(content, whole, parse, pacsv.ConvertOptions(column_types=kinds))
             return table.rename_columns([untyped(name).strip() for name in table.column_names])
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
