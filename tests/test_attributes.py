@@ -1,6 +1,7 @@
 """Attributes of items: read from their table, summed, trained, exported."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,31 @@ def test_equal_values_of_two_columns_are_two_attributes() -> None:
         (["a;b", None, "b; a"], ";"),
         ([["1", "2"], [], ["2", "1"]], "|"),
         ([[1, 2], [], [2, 1]], "|"),
+        (pa.array([[1, 2], None, [2, 1]], pa.list_(pa.int64(), 2)), "|"),
+        ([[1.5, 2.5], [math.nan], [math.nan, 2.5, 1.5]], "|"),
     ],
 )
-def test_lists_and_separators(column: list[Any], separator: str) -> None:
+def test_lists_and_separators(column: Any, separator: str) -> None:
     found = ItemAttributes.of(catalog(of=column), "of", separator)
     assert found.count == 2 and sets(found)[1] == []
     assert sets(found)[0] == sets(found)[2] == [0, 1]
+
+
+def test_a_number_that_is_none_is_no_attribute() -> None:
+    found = ItemAttributes.of(catalog(of=[1.0, math.nan, None, math.nan, 1.0]), "of", "|")
+    assert found.count == 1 and sets(found) == [[0], [], [], [], [0]]
+
+
+def test_a_column_named_twice_is_one() -> None:
+    found = ItemAttributes.of(catalog(of=["a", "a", "b"]), "of, of", "|")
+    assert found.count == 1 and sets(found) == [[0], [0], []]
+
+
+def test_words_of_titles_are_attributes() -> None:
+    given = catalog(of=["a", "b", "b"])
+    given.titles = pa.array(["red car", "", "car  box"])
+    assert sets(ItemAttributes.of(given, "title", " ")) == [[0], [], [0]]
+    assert sets(ItemAttributes.of(given, "title,of", " ")) == [[0], [1], [0, 1]]
 
 
 def test_a_fingerprint_is_that_of_all_attributes() -> None:
@@ -98,10 +118,13 @@ def test_a_fingerprint_is_that_of_all_attributes() -> None:
             "deep",
             "the column 'deep' holds struct<x: int64>: attributes are texts, numbers or lists",
         ),
+        ("lists", "the column 'lists' holds list<item: struct<x: int64>>: attributes are texts"),
+        ("bytes", "the column 'bytes' holds binary: attributes are texts"),
     ],
 )
 def test_what_is_no_attribute_is_an_error(columns: str, message: str) -> None:
-    given = catalog(of=["a", "b"], deep=[{"x": 1}, {"x": 1}])
+    deep = [{"x": 1}, {"x": 1}]
+    given = catalog(of=["a", "b"], deep=deep, lists=[deep, deep], bytes=[b"\xff", b"\xff"])
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         ItemAttributes.of(given, columns, "|")
 
@@ -336,7 +359,8 @@ def test_other_attributes_are_another_run(
     text = (data / "items.csv").read_text()
     items.write_text(text.replace("i7,k3", "i7,k0"))
     outcome = run_main("train", *given, ATTRIBUTES, f"--items_path={items}")
-    assert outcome.code == 2 and str(run_dir) in outcome.err
+    message = f"--resume auto: {run_dir} was trained on other data (attributes "
+    assert_one_line(outcome, "train", message)
 
     shutil.rmtree(run_dir / "model")
     config = json.loads((run_dir / "config.json").read_text())
@@ -348,6 +372,24 @@ def test_other_attributes_are_another_run(
         (run_dir / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=said):
             Recommender.load(run_dir, "cpu")
+
+
+def test_the_files_may_be_moved(run_main: RunMain, data: Path, tmp_path: Path) -> None:
+    first, second, run_dir = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    first.mkdir()
+    for name in ("r.csv", "items.csv"):
+        shutil.copy(data / name, first)
+    given = (*flags(first, tmp_path / "cache", run_dir), ATTRIBUTES)
+    assert run_main("train", *given, "--max_steps=3").code == 0
+    first.rename(second)
+    given = (*flags(second, tmp_path / "cache", run_dir), ATTRIBUTES)
+    outcome = run_main("train", *given, "--resume=auto")
+    assert outcome.code == 0 and not outcome.err, outcome.err
+    second.rename(first)
+    paths = (f"--dataset_path={first / 'r.csv'}", f"--items_path={first / 'items.csv'}")
+    for script, *more in (("eval",), ("recommend", "--user=3")):
+        outcome = run_main(script, f"--checkpoint={run_dir}", *paths, *more)
+        assert outcome.code == 0 and not outcome.err, outcome.err
 
 
 @pytest.mark.parametrize(

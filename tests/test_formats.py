@@ -815,6 +815,18 @@ def test_ambiguous_or_wrong(
         ),
         (
             "r.csv",
+            b"user,item,time\nu,a,1600000000\nu,b,0\nu,c,1600000001\nv,a,-1\nv,b,1600000000\n",
+            {},
+            "2 ratings of r have the time 0 or -1, in 1970: if it stands for a missing one, leave",
+        ),
+        (
+            "r.csv",
+            b"user,item,date\nu,a,1970-01-01\nu,b,2020-01-01\nu,c,2020-01-01\n",
+            {},
+            "1 ratings of r have the time 0 or -1, in 1970",
+        ),
+        (
+            "r.csv",
             b"user,item,dateRead\nu,a,2020-01-02\nu,b,2020-01-01\nu,c,2020-01-01\n",
             {},
             "no column is known as the time, so the order of the rows is taken for that of time; "
@@ -838,6 +850,13 @@ def test_warnings(
 ) -> None:
     prepared(tmp_path, {name: content}, **flags)
     assert capfd.readouterr().err.startswith(f"warning: {warning}")
+
+
+def test_small_numbers_are_no_missing_times(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepared(tmp_path, {"r.csv": b"user,item,time\nu,a,-1\nu,b,0\nu,c,1\n"})
+    assert not capfd.readouterr().err
 
 
 def test_newest_first_reverses_equal_times_only(tmp_path: Path) -> None:
@@ -914,6 +933,7 @@ ROWS_OF_ITEMS = [
 COLUMNS_OF_ITEMS = pa.table(
     {"item": ["cup", "pen"], "Title": ["A cup", "A pen"], "kind": ["y", "x"], "price": [2, 1.5]}
 )
+AS_VIEWS = COLUMNS_OF_ITEMS.set_column(2, "kind", pa.array(["y", "x"], pa.string_view()))
 ITEMS = {
     "csv": text([*ROWS_OF_ITEMS, ["z", "pen", "again", "3"]]),
     "tsv": text(ROWS_OF_ITEMS, separator="\t"),
@@ -921,7 +941,7 @@ ITEMS = {
     "jsonl": b'{"id":"cup","name":"A cup","kind":"y","price":2}\n'
     b'{"id":"pen","name":"A pen","kind":"x","price":1.5}\n',
     "parquet": parquet(COLUMNS_OF_ITEMS),
-    "arrow": arrow(COLUMNS_OF_ITEMS),
+    "arrow": arrow(AS_VIEWS),
 }
 
 
@@ -953,8 +973,14 @@ def test_titles_and_attributes(
         ),
         ("i.json", b'[{"item":"cup",\n"name":"A cup","n":1}]', {"n": [1, None, None]}),
         ("i.jsonl", b'{"item":"cup","name":"A cup","more":{}}\n', {"more": ["{}", None, None]}),
+        ("i.csv", b"item, name, kind\ncup,A cup,y\n", {"kind": ["y", None, None]}),
+        (
+            "i.csv",
+            b"item,name,words\ncup,A cup," + b"a b " * (1 << 20) + b"\nhat,,c\n",
+            {"words": ["a b " * (1 << 20), "c", None]},
+        ),
     ],
-    ids=["semicolons", "values of several types", "array", "empty object"],
+    ids=["semicolons", "values of several types", "array", "empty object", "blanks", "long"],
 )
 def test_tables_of_items_as_they_are_published(
     tmp_path: Path, name: str, content: bytes, attributes: dict[str, list]
@@ -966,10 +992,15 @@ def test_tables_of_items_as_they_are_published(
 
 
 def test_tables_of_items_that_do_not_fit(tmp_path: Path) -> None:
-    def message(content: bytes) -> str:
-        (tmp_path / "i.csv").write_bytes(content)
-        return refused(tmp_path, {"r.csv": CSV}, items_path=str(tmp_path / "i.csv"))
+    def message(content: bytes, name: str = "i.csv") -> str:
+        (tmp_path / name).write_bytes(content)
+        return refused(tmp_path, {"r.csv": CSV}, items_path=str(tmp_path / name))
 
+    assert "several columns are called 'a'" in message(b"item,a,a\ncup,1,2\n")
+    assert "several columns are called 'a'" in message(b"item,a:token,a:float\ncup,1,2\n")
+    for column in ("item", "title"):
+        content = json.dumps({"item": "cup", "title": "a cup"} | {column: ["x"]}).encode()
+        assert f"the column {column!r} holds list" in message(content, "i.json")
     assert "cannot tell the item column among a, b" in message(b"a,b\n1,2\n")
     assert "none of the items is in its column 'item'" in message(b"item,b\n1,2\n")
     assert "rename the column 'train_count'" in message(b"item,train_count\ncup,2\n")

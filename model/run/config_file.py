@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
 
 # Flags that say where the data are, or how they are read, not which.
-_PLACES = ("cache_dir", "dataset_path", "split_path", "memory_gb")
+PLACES = ("cache_dir", "dataset_path", "split_path", "items_path", "memory_gb")
 _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
@@ -95,7 +95,7 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
         if recorded.get(name, value) != value:
             raise UserError(
                 f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
-                f"{value}): give the ratings of that run, or choose another --run_dir"
+                f"{value}): give the ratings and items of that run, or choose another --run_dir"
             )
 
 
@@ -104,7 +104,7 @@ def lasting_flags(config: RunConfig) -> dict[str, Any]:
     kept = {"seed": config.loader.seed, "table_precision": config.sharding.table_precision}
     for group in ("data", "windows", "mask", "encoder", "head", "negatives"):
         kept |= flatten(getattr(config, group))
-    return {name: kept[name] for name in kept if name not in _PLACES}
+    return {name: kept[name] for name in kept if name not in PLACES}
 
 
 def versions() -> dict[str, str]:

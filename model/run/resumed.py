@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from model.checkpoints.position import Position
+from model.run.config_file import PLACES
 from model.run.execution import table_lr
 from model.settings.config import RunConfig
 from model.settings.flags import build, current_flags, flatten
@@ -23,7 +24,7 @@ _GROUPS_WITHOUT_EFFECT = ("checkpoint", "profiling", "board")
 _WITHOUT_EFFECT = (
     *("run_dir", "resume", "export_root", "with_users", "acceleration"),
     *("val_batch_size", "test_batch_size", "table_init"),
-    *("recipe", "dataset_path", "cache_dir", "prefetch_batches"),
+    *("recipe", "prefetch_batches", *PLACES),
     *("log_every", "max_steps", "rank_timeout", "metrics_at"),
 )
 

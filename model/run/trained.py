@@ -60,7 +60,7 @@ class TrainedRun:
         # An exported model has none: its items' rows are sums.
         self._num_attributes = 0 if self._exported else read_num_attributes(self._recorded)
         settings = dict(self._recorded["flags"])
-        given = ("dataset_path", "cache_dir", "metrics_at")
+        given = ("dataset_path", "items_path", "cache_dir", "metrics_at")
         settings |= {name: value for name in given if (value := getattr(flags, name))}
         if settings.get("split_path") and flags.dataset_path:  # the same ratings elsewhere
             settings |= {"split_path": flags.dataset_path, "dataset_path": ""}

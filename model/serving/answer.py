@@ -35,9 +35,8 @@ def answer(flags: RecommendFlags, ranks: Ranks) -> None:
         from_first_rank(ranks, lambda: check_output(output))
     allow, deny = _read_ids("allow", flags.allow), _read_ids("deny", flags.deny)
     at = known.moment(flags.at, "--at") if flags.at else None
-    run = TrainedRun(
-        EvalFlags(flags.checkpoint, dataset_path=flags.dataset_path, cache_dir=flags.cache_dir)
-    )
+    places = {name: getattr(flags, name) for name in ("dataset_path", "items_path", "cache_dir")}
+    run = TrainedRun(EvalFlags(flags.checkpoint, **places))
     catalog = run.catalog()
     if flags.similar is not None:
         item = item_number(flags.similar, catalog)

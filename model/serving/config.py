@@ -49,6 +49,7 @@ class RecommendFlags(Config):
         "with --use_times: date or number, when users are recommended to (default: newest known)",
     )
     dataset_path: str = flag("", "path of the training ratings (default: as in training)")
+    items_path: str = flag("", "path of the table of the items (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
         None,

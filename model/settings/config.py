@@ -136,6 +136,7 @@ class EvalFlags(Config):
     checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
     split: str = flag("test", "held-out items to rank", choices=("test", "validation"))
     dataset_path: str = flag("", "path of the ratings (default: as in training)")
+    items_path: str = flag("", "path of the table of the items (default: as in training)")
     cache_dir: str = flag("", "folder for downloads and prepared data (default: as in training)")
     batch_size: int | None = flag(
         None, "users per batch and rank (default: as in training)", at_least=1, limit=1 << 24

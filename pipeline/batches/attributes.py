@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
@@ -46,7 +47,8 @@ class ItemAttributes:
         Raises:
             UserError: there is no such column, or no attribute, or there are too many.
         """
-        pairs = [_pairs(catalog, name.strip(), separator) for name in columns.split(",")]
+        names = dict.fromkeys(name.strip() for name in columns.split(","))
+        pairs = [_pairs(catalog, name, separator) for name in names]
         items, numbers, count = _joined(pairs)
         items_of = np.bincount(numbers, minlength=count)
         kept = np.flatnonzero(items_of >= LEAST_ITEMS)
@@ -97,29 +99,46 @@ class ItemAttributes:
 
 def _pairs(catalog: Catalog, name: str, separator: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Items and numbers of their values in a column, each pair once; how many values there are."""
-    table = catalog.attributes
-    if table is None or name not in table.column_names:
-        known = "it has none" if table is None else f"it has {list_names(table.column_names)}"
+    column = _column(catalog, name)
+    values, items = column, np.arange(1, len(column) + 1)
+    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    is_list = any(each(column.type) for each in kinds)
+    if is_list:
+        items = items[pc.list_parent_indices(column).to_numpy()]
+        values = pc.list_flatten(column)
+    if pa.types.is_floating(values.type):  # a missing number, to some
+        values = pc.if_else(pc.is_nan(values), None, values)
+    try:
+        texts = values.cast(pa.string()).fill_null("").to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(
+            f"--item_attributes: the column {name!r} holds {column.type}: attributes are texts, "
+            "numbers or lists of them"
+        ) from error
+    found = ([text] if is_list else text.split(separator) for text in texts)
+    pairs = dict.fromkeys(
+        (item, value)
+        for item, each in zip(items.tolist(), found, strict=True)
+        for value in filter(None, map(str.strip, each))
+    )
+    coded = pa.array([value for _, value in pairs], pa.string()).dictionary_encode()
+    numbers = coded.indices.to_numpy().astype(np.int64)
+    return np.array([item for item, _ in pairs], np.int64), numbers, len(coded.dictionary)
+
+
+def _column(catalog: Catalog, name: str) -> pa.Array:
+    """A column of the table of the items; "title" is that of the titles, whatever its name."""
+    columns: dict[str, pa.ChunkedArray] = {}
+    if pc.any(pc.not_equal(catalog.titles, "")).as_py():
+        columns["title"] = pa.chunked_array([catalog.titles])
+    if (table := catalog.attributes) is not None:
+        columns |= zip(table.column_names, table.columns, strict=True)
+    if name not in columns:
         raise UserError(
             f"--item_attributes: {name!r} is no column of the table of the items, --items_path: "
-            f"{known}"
+            f"it has {list_names([*columns]) or 'none'}"
         )
-    kind, column = table.schema.field(name).type, table[name]
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        lists = ((str(one) for one in each or () if one is not None) for each in column.to_pylist())
-    elif pa.types.is_nested(kind):
-        raise UserError(
-            f"--item_attributes: the column {name!r} holds {kind}: attributes are texts, numbers "
-            "or lists of them"
-        )
-    else:
-        texts = column.cast(pa.string()).fill_null("").to_pylist()
-        lists = (text.split(separator) for text in texts)
-    found = [dict.fromkeys(filter(None, map(str.strip, each))) for each in lists]
-    items = np.repeat(np.arange(1, len(found) + 1), [len(each) for each in found])
-    values = pa.array([value for each in found for value in each], pa.string())
-    coded = values.dictionary_encode()
-    return items, coded.indices.to_numpy().astype(np.int64), len(coded.dictionary)
+    return columns[name].combine_chunks()
 
 
 def _joined(

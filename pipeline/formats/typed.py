@@ -89,7 +89,7 @@ class TypedColumns:
         only.ratings(times, place)
 
     def _ratings(self, table: pa.Table) -> pa.Table:
-        table = open_structs(_without_views(table))
+        table = open_structs(without_views(table))
         for key, value in self.keys:
             if key not in table.column_names:
                 table = table.append_column(key, pa.repeat(value, len(table)))
@@ -156,7 +156,7 @@ class TypedColumns:
         """What is wrong with the time of a row, with its text; "" if nothing is."""
         if self.roles.get("timestamp", "") not in field_names(self.schema):
             return ""
-        time = explode_one(open_structs(_without_views(one))[self.roles["timestamp"]])
+        time = explode_one(open_structs(without_views(one))[self.roles["timestamp"]])
         if len(time) != 1 or time.null_count:
             return ""
         text = str(time.cast(pa.string())[0])
@@ -180,7 +180,7 @@ class TypedColumns:
         return ""
 
 
-def _without_views(table: pa.Table) -> pa.Table:
+def without_views(table: pa.Table) -> pa.Table:
     """The table without string and binary views, for which Arrow lacks most functions."""
     kinds = [_without_view(field.type) for field in table.schema]
     return table.cast(pa.schema(list(zip(table.column_names, kinds, strict=True))))

@@ -89,6 +89,16 @@ def shown_time(time: int, unit: str) -> str:
     return str(np.datetime64(time // UNITS[unit], "s")) if unit in UNITS else f"{time:,}"
 
 
+def warn_of_missing(times: np.ndarray, name: str) -> None:
+    """Warn of times since 1970 (int64) that other programs write for a missing one: 0 and -1."""
+    count = sum(np.count_nonzero((part == 0) | (part == -1)) for (part,) in blocks(times))
+    if count:
+        warn(
+            f"{count:,} ratings of {name} have the time 0 or -1, in 1970: if it stands for a "
+            "missing one, leave them out with --where"
+        )
+
+
 def warn_of_order(grouped: GroupByUser, name: str) -> None:
     """Warn if equal times keep the order of a file that seems to begin with the newest."""
     if grouped.ties and grouped.is_newest_first and not grouped.newest_first:

@@ -21,12 +21,14 @@ from pipeline.formats.jsonlines import is_json
 from pipeline.formats.layout import split_line
 from pipeline.formats.parquet import is_typed
 from pipeline.formats.source_file import SourceFile, reading
+from pipeline.formats.typed import without_views
 from pipeline.remote import seekable
-from pipeline.tables.names import canonical, known_places, list_names
+from pipeline.tables.names import canonical, known_places, list_names, several, untyped
 from pipeline.tables.values import BLANKS
 
 _SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
 _TITLES = ("title", "name", "itemname", "producttitle", "movietitle", "description")
+_LARGEST_BLOCK = (1 << 31) - 1  # of Arrow
 _RESERVED = ("item", "title", "train_count")  # columns of the catalog
 
 
@@ -58,12 +60,13 @@ def read_items(file: SourceFile, items: pa.StringArray) -> tuple[pa.StringArray,
     """
     table = _table(file)
     names = table.column_names
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(several(str(file), repeated[0], None))
     key = names[_item_place(file, names)]
     titles = next((name for name in names if canonical(name) in _TITLES and name != key), None)
     if clash := [name for name in names if name in _RESERVED and name not in (key, titles)]:
         raise UserError(f"{file}: rename the column {clash[0]!r}: the catalog has one of that name")
-    ids = table[key].cast(pa.string())
-    ids = pc.utf8_trim(ids, BLANKS)
+    ids = pc.utf8_trim(_texts(file, table, key), BLANKS)
     rows = pc.index_in(items, ids.combine_chunks())
     if rows.null_count == len(rows):
         raise UserError(
@@ -72,12 +75,12 @@ def read_items(file: SourceFile, items: pa.StringArray) -> tuple[pa.StringArray,
         )
     if rows.null_count:
         warn(f"{file} has no row for {rows.null_count:,} of {len(items):,} items")
-    if repeated := len(ids) - len(pc.unique(ids)):
-        warn(f"{file}: {repeated:,} rows have the item of an earlier row; the first one is taken")
+    if later := len(ids) - len(pc.unique(ids)):
+        warn(f"{file}: {later:,} rows have the item of an earlier row; the first one is taken")
     found = table.take(rows).combine_chunks()
     title = pa.repeat("", len(items))
     if titles is not None:
-        text = found[titles].cast(pa.string()).fill_null("")
+        text = _texts(file, found, titles).fill_null("")
         title = pa.concat_arrays(text.chunks) if text.num_chunks else title
     rest = found.select([name for name in names if name not in (key, titles)])
     for at, attribute in enumerate(rest.schema):
@@ -94,7 +97,7 @@ def _table(file: SourceFile) -> pa.Table:
                 with file.open() as stream:
                     is_parquet = stream.read(4) == b"PAR1"
                 read = pq.read_table if is_parquet else pyarrow.feather.read_table
-                return read(seekable(file.path))
+                return without_views(read(seekable(file.path)))
             if is_json(file):
                 with file.open() as stream:
                     return _of_json(stream.read())
@@ -109,16 +112,23 @@ def _table(file: SourceFile) -> pa.Table:
                 separator = next((mark for mark in ",\t;|" if mark in first), separator)
             content = pa.py_buffer(text.encode())
             parse = pacsv.ParseOptions(delimiter=separator, newlines_in_values=extension == "csv")
-            header = pacsv.open_csv(content, parse_options=parse).schema.names
+            # A row of any length fits one block.
+            whole = pacsv.ReadOptions(block_size=min(max(1, content.size), _LARGEST_BLOCK))
+            header = pacsv.open_csv(content, whole, parse).schema.names
             kinds = {header[_item_place(file, header)]: pa.string()}
-            table = pacsv.read_csv(
-                content,
-                parse_options=parse,
-                convert_options=pacsv.ConvertOptions(column_types=kinds),
-            )
-            return table.rename_columns([name.split(":")[0] for name in table.column_names])
+            table = pacsv.read_csv(content, whole, parse, pacsv.ConvertOptions(column_types=kinds))
+            return table.rename_columns([untyped(name).strip() for name in table.column_names])
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+
+
+def _texts(file: SourceFile, table: pa.Table, name: str) -> pa.ChunkedArray:
+    try:
+        return table[name].cast(pa.string())
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{file}: the column {name!r} holds {table[name].type}, not text or numbers: rename it"
+        ) from error
 
 
 def _of_json(content: bytes) -> pa.Table:

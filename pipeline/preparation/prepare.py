@@ -194,6 +194,8 @@ def _keep_times(
         return
     name = store.counts["name"]
     unit = "ns" if are_dates else checks.time_unit(histories.times, name)
+    if unit:
+        checks.warn_of_missing(histories.times, name)
     times, unit = checks.in_int64(histories.times, histories.fractions, unit, memory)
     store.times = times
     if marked is not None:
