@@ -12,7 +12,7 @@ PYTHON ?= python3
 REQUIREMENTS ?= $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 # Its builds without CUDA are a tenth of the size of PyPI's, which work as well.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# Test processes: the largest tests start two ranks each.
+# Test processes: the largest tests start two ranks each. A file stays in one, with the runs that its tests share.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -46,7 +46,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -65,7 +65,7 @@ $(NEWEST_REQUIREMENTS): $(REQUIREMENTS) Makefile
 test-newest: $(NEWEST_REQUIREMENTS)
 	$(MAKE) install VENV=$(NEWEST) REQUIREMENTS=$(NEWEST_REQUIREMENTS) \
 		TORCHREC=torchrec==$(NEWEST_TORCHREC)
-	$(NEWEST)/bin/python -m pytest -n $(JOBS)
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(NEWEST)
