@@ -46,7 +46,7 @@ types: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -65,7 +65,7 @@ $(NEWEST_REQUIREMENTS): $(REQUIREMENTS) Makefile
 test-newest: $(NEWEST_REQUIREMENTS)
 	$(MAKE) install VENV=$(NEWEST) REQUIREMENTS=$(NEWEST_REQUIREMENTS) \
 		TORCHREC=torchrec==$(NEWEST_TORCHREC)
-	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) $(NEWEST)
