@@ -341,6 +341,7 @@ def test_help_is_printed() -> None:
     assert "--dataset_name TEXT" in outcome.out
 
 
+@pytest.mark.slow
 @needs_ml_100k
 def test_ml_100k_on_two_ranks_and_on_one(
     run_main: RunMain, tmp_path: Path, cache_dir: Path

@@ -70,6 +70,7 @@ def find(config: dict[str, Any], name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
+@pytest.mark.slow
 def test_two_nodes_equal_one(tmp_path: Path) -> None:
     where = ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
