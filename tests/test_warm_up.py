@@ -1,7 +1,9 @@
 """The kernels of a run are compiled before its first step, for the arguments of its launches."""
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections import Counter
 from concurrent import futures
@@ -43,7 +45,7 @@ from tests.conftest import ROOT, TINY, environment
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+from triton.runtime import build, driver  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 GPU = torch.device("cuda", 0)
@@ -323,6 +325,29 @@ def test_launches_are_noted_in_one_thread_only() -> None:
     assert noted == [Launch(kernel, (16, 48), (("num_warps", 2),))]
     called = [((4,), (48, 48), {}), ((5, 1), (48, 48), {"num_warps": 2})]
     assert kernel.launched == called
+
+
+def test_another_load_leaves_a_launcher_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers of two kernels; that of the first is loaded once more, for a kernel like it."""
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not has_headers or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("there is no C compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    source = """#include <Python.h>
+        static PyObject* launch(PyObject* self, PyObject* _) { return PyLong_FromLong(%d); }
+        static PyMethodDef methods[] = {{"launch", launch, METH_NOARGS, ""}, {0}};
+        static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcher", 0, -1, methods};
+        PyMODINIT_FUNC PyInit_launcher(void) { return PyModule_Create(&module); }"""
+    loaded = [build.compile_module_from_src(source % number, "launcher") for number in (1, 2, 1)]
+    assert [each.launch() for each in loaded] == [1, 2, 1]
+
+
+def test_a_triton_that_loads_otherwise_is_left_as_it_is() -> None:
+    other = SimpleNamespace()
+    assert not compiler.load_apart(other)
+    assert not vars(other)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no ptxas")])

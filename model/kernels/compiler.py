@@ -13,6 +13,8 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,10 +22,35 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.runtime import build
 except ImportError:
-    triton = tl = None
+    triton = tl = build = None
 
 __all__ = ["launch", "row_tiles", "tl", "triton"]
+
+
+def load_apart(build: Any) -> bool:
+    """Let several threads load the code that launches kernels; False if this Triton has other code.
+
+    That code is extension modules that all have one name. Python answers the second load of a file
+    with the module that has the name at this moment, perhaps of another file, and puts the
+    functions of the first load into it: a kernel would be launched as if it were another one. So a
+    caller gets the functions of its file apart, before another thread loads one.
+    """
+    load, one_at_a_time = getattr(build, "_load_module_from_path", None), Lock()
+    if load is None:
+        return False
+
+    def loaded(name: str, path: str) -> SimpleNamespace:
+        with one_at_a_time:
+            return SimpleNamespace(**vars(load(name, path)))
+
+    build._load_module_from_path = loaded  # the name is private
+    return True
+
+
+# Whether threads may compile kernels beside each other.
+THREADS_COMPILE = triton is not None and load_apart(build)
 
 # Triton compiles other code for pointers and integers that are not multiples of it, for the integer
 # 1, and for integers of 64 bits; for all floats the same.

@@ -32,6 +32,7 @@ from model.evaluation.users import vectors
 from model.execution import ExecutionPlan
 from model.kernels.compiler import (
     MULTIPLE,
+    THREADS_COMPILE,
     Launch,
     captures_wait,
     launches_wait,
@@ -61,7 +62,7 @@ class KernelsAhead:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._noted, self._untold = ranks, dict[Launch, Future[None]](), Lock()
         self._pool: ThreadPoolExecutor | None = None
-        if triton is not None and ranks.device.type == "cuda":
+        if THREADS_COMPILE and ranks.device.type == "cuda":
             threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
             # Every thread has a current device of its own.
             self._pool = ThreadPoolExecutor(
