@@ -6,14 +6,14 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from model.step.averaging import AveragingOptimizer
+from model.step.averaging import AveragingOptimizer, JoinedGradients
 
 
 def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three = (nn.Parameter(torch.zeros(n)) for n in (3, 1, 2))
     parameters = {"one": one, "two": two, "three": three}
     sgd = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=1.0))
-    averaging = AveragingOptimizer(sgd, list(parameters.values()))
+    averaging = AveragingOptimizer(sgd, JoinedGradients(list(parameters.values())))
     sent: list[int] = []
 
     def add_ones_of_another_rank(gradients: torch.Tensor, group: object) -> None:
@@ -37,7 +37,7 @@ def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_already_in_the_buffer_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = nn.Parameter(torch.zeros(2))
     sgd = KeyedOptimizerWrapper({"it": parameter}, lambda params: torch.optim.SGD(params, lr=0.0))
-    averaging = AveragingOptimizer(sgd, [parameter])
+    averaging = AveragingOptimizer(sgd, JoinedGradients([parameter]))
     monkeypatch.setattr(dist, "all_reduce", lambda _, group: None)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     averaging.step()

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.losses import linear_cross_entropy as core
@@ -169,3 +171,28 @@ def test_flash_attention_on_cuda(width: int, positions: int) -> None:
         found = solved(ours, (hidden.float(), rows.float(), targets, weights), True, SCALE)
     for one, exact in zip(found, expected, strict=True):
         assert error(one.cpu().double(), exact) < 0.03
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_queries_in_parts_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [part.cuda() for part in problem(700, 900, 64, torch.float32)]
+    found = []
+    for size in (700, 256):  # the last part has 188
+        monkeypatch.setattr(core, "query_part", lambda *_, size=size: size)
+        with torch.autocast("cuda", torch.bfloat16):
+            found.append(solved(ours, asked, True, SCALE))
+    for whole, parts in zip(*found, strict=True):
+        assert error(parts.double(), whole.double()) < 0.01
+
+
+@given(st.integers(0, 200_000), st.sampled_from((108, 132)))
+def test_few_queries_or_so_many_that_all_multiprocessors_have_work(
+    count: int, processors: int
+) -> None:
+    size = core.query_part(count, processors)
+    if size == count:
+        assert count <= 0.8 * 128 * processors or count >= core.MANY * 128 * processors
+    else:
+        assert size % 128 == 0 and size <= 0.8 * 128 * processors
+        assert size > 0.3 * 128 * processors  # no smaller parts than necessary
+        assert (-(-count // size) - 1) * size < count

@@ -20,6 +20,8 @@ error of at most 1/256 of its length; a learned position's small gradient has th
 Shapes: M positions, C candidates, D width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ from model.kernels.varlen_attention import takes
 MAX_BOUND = 60.0
 # Memory of a block of logits where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
+# Programs of the fused kernel a multiprocessor that keep all multiprocessors busy.
+MANY = 4
 
 
 def softmax_means(
@@ -110,9 +114,36 @@ def weighted_hidden(
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(queries @ keys.T) @ values [N, D], and the log-sum-exp [N] of its logits."""
     # ``scaled_dot_product_attention`` calls the same operators, but hides the log-sum-exp.
-    fused = torch.ops.aten._scaled_dot_product_flash_attention
     if not queries.is_cuda:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return _of_one_head(fused, queries, keys, values)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention
+    processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
+    size = query_part(len(queries), processors)
+    if size == len(queries):
+        return _of_one_head(fused, queries, keys, values)
+    parts = [_of_one_head(fused, part, keys, values) for part in queries.split(size)]
+    means, sums = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(sums)
+
+
+def query_part(count: int, processors: int) -> int:
+    """How many of ``count`` queries a call of the kernel on CUDA should get.
+
+    A program of the kernel has 128 queries. It divides the keys between programs where queries make
+    fewer than .8 programs a multiprocessor. With a few more of them, most multiprocessors have too
+    little work: on an H200 14,336 queries took 1.36 times as long as 13,312.
+    """
+    most = 128 * int(0.8 * processors)
+    if not most < count < MANY * 128 * processors:
+        return count
+    parts = -(-count // most)
+    return -(-count // parts // 128) * 128
+
+
+def _of_one_head(
+    fused: Any, queries: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
     heads = (part[None, None] for part in (queries, keys, values))  # [1, 1, N, D]
     means, sums, *_ = fused(*heads, scale=1.0)
     return means[0, 0], sums[0, 0]

@@ -18,52 +18,60 @@ from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 _ALIGNED = 4
 
 
+class JoinedGradients:
+    """The gradients of parameters in one tensor, ``flat``; gaps between them are zeros.
+
+    The parameters are all of one dtype and device.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
+        self.flat = parameters[0].new_zeros(sum(sizes))
+        self._gaps = [
+            self.flat.new_zeros(size - p.numel()) for p, size in zip(parameters, sizes, strict=True)
+        ]
+        self._views = [
+            part[: p.numel()].view_as(p)
+            for p, part in zip(parameters, self.flat.split(sizes), strict=True)
+        ]
+
+    def join(self) -> None:
+        """Move the gradients there; None counts as zeros."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        # Some are there already: autograd added them to those of the last step.
+        moved = [g is not view for g, view in zip(gradients, self._views, strict=True)]
+        if all(moved):  # one small kernel; copies of each would be several slow ones
+            pairs = zip(gradients, self._gaps, strict=True)
+            torch.cat([part.reshape(-1) for pair in pairs for part in pair], out=self.flat)
+        else:
+            for view, gradient in zip(self._views, gradients, strict=True):
+                if gradient is not view:
+                    view.copy_(gradient)
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+
 class AveragingOptimizer(OptimizerWrapper):
     """Replaces the gradients by their means over all ranks, then steps.
 
-    The parameters are the same on every rank, all of one dtype and device. None gradients count as
-    zeros.
-
     Args:
+        gradients: of parameters that are the same on every rank.
         group: all ranks, for an all-reduce beside other collectives; None: the default group.
     """
 
     def __init__(
         self,
         optimizer: KeyedOptimizer,
-        parameters: list[nn.Parameter],
+        gradients: JoinedGradients,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(optimizer)
-        self._parameters, self._group = parameters, group
-        sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
-        self._flat = parameters[0].new_zeros(sum(sizes))
-        self._between = [
-            self._flat.new_zeros(size - p.numel())
-            for p, size in zip(parameters, sizes, strict=True)
-        ]
-        self._means = [
-            part[: p.numel()].view_as(p)
-            for p, part in zip(parameters, self._flat.split(sizes), strict=True)
-        ]
-
-    def step(self, closure: Any = None) -> None:
-        self._average()
-        super().step(closure)
+        self._gradients, self._group = gradients, group
 
     @torch.no_grad()
-    def _average(self) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        # In the buffer are those that autograd added to the last step's means.
-        moved = [g is not mean for g, mean in zip(gradients, self._means, strict=True)]
-        if all(moved):  # one small kernel; copies of each would be several slow ones
-            pairs = zip(gradients, self._between, strict=True)
-            torch.cat([part.reshape(-1) for pair in pairs for part in pair], out=self._flat)
-        else:
-            for mean, gradient in zip(self._means, gradients, strict=True):
-                if gradient is not mean:
-                    mean.copy_(gradient)
-        dist.all_reduce(self._flat, group=self._group)
-        self._flat /= dist.get_world_size()
-        for parameter, mean in zip(self._parameters, self._means, strict=True):
-            parameter.grad = mean
+    def step(self, closure: Any = None) -> None:
+        self._gradients.join()
+        dist.all_reduce(self._gradients.flat, group=self._group)
+        self._gradients.flat /= dist.get_world_size()
+        super().step(closure)

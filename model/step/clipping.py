@@ -6,24 +6,47 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
+from model.kernels import side_stream
+from model.step.averaging import JoinedGradients
+
+# So that the factor of gradients of zero is finite, as in ``clip_grad_norm_``.
+_EPSILON = 1e-6
+
 
 class ClippingOptimizer(OptimizerWrapper):
     """Divides the gradients by their common norm over ``limit`` where that is above 1, then steps.
 
     TorchRec's `GradientClippingOptimizer` does the same and forgets the norm.
+
+    Args:
+        joined: has the gradients when a step begins: three kernels then do what several do for
+            many small tensors. None: they are apart.
     """
 
-    def __init__(self, optimizer: KeyedOptimizer, limit: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizer: KeyedOptimizer,
+        limit: float,
+        device: torch.device,
+        joined: JoinedGradients | None = None,
+    ) -> None:
         super().__init__(optimizer)
-        self._limit = limit
+        self._limit, self._joined = limit, joined
         self._parameters = [p for group in self.param_groups for p in group["params"]]
         # Sums over steps of the norm and of [norm > limit]; on the device, also in a CUDA graph.
         self._sums = torch.zeros(2, device=device)
 
     def step(self, closure: Any = None) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)
-        self._sums += torch.stack([norm, (norm > self._limit).to(norm.dtype)])
+        if self._joined is None:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)
+        else:
+            norm = torch.linalg.vector_norm(self._joined.flat)
+            self._joined.flat *= (self._limit / (norm + _EPSILON)).clamp(max=1)
+        side_stream.run(lambda: self._count(norm), norm)
         super().step(closure)
+
+    def _count(self, norm: Tensor) -> None:
+        self._sums += torch.stack([norm, (norm > self._limit).to(norm.dtype)])
 
     def take_sums(self) -> Tensor:
         """float32 [2], sums over the steps since the last call: of norms, of clipped steps."""

@@ -7,7 +7,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 
 from model.distributed import Ranks, separate_group
 from model.execution import ExecutionPlan
-from model.step.averaging import AveragingOptimizer
+from model.step.averaging import AveragingOptimizer, JoinedGradients
 from model.step.clipping import ClippingOptimizer
 from model.step.config import OptimizerConfig
 from model.step.graphed_optimizer import GraphedOptimizer
@@ -33,17 +33,20 @@ class Optimizers:
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
         self.dense = KeyedOptimizerWrapper(parameters, lambda params: self._adamw(params, device))
+        joined = None
+        if plan.agrees_on_sizes or plan.exchange == "torchrec":  # averaged here, not by DDP
+            joined = JoinedGradients(list(parameters.values()))
         stepped: KeyedOptimizer = self.dense
         self.clipping: ClippingOptimizer | None = None
         if config.max_grad_norm:
-            self.clipping = ClippingOptimizer(self.dense, config.max_grad_norm, device)
+            self.clipping = ClippingOptimizer(self.dense, config.max_grad_norm, device, joined)
             stepped = self.clipping
         self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
         if plan.graphs == "step" or (plan.has_static_gradients and not self._table_ids):
             self._graphed_lr = torch.tensor(config.lr, device=device)
             for group in self.dense.param_groups:
                 group["lr"] = self._graphed_lr
-        self._stepped = self._wrapped(stepped, list(parameters.values()))
+        self._stepped = self._wrapped(stepped, list(parameters.values()), joined)
         self._has_gradients = False
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
 
@@ -65,16 +68,19 @@ class Optimizers:
         )
 
     def _wrapped(
-        self, optimizer: KeyedOptimizer, parameters: list[torch.nn.Parameter]
+        self,
+        optimizer: KeyedOptimizer,
+        parameters: list[torch.nn.Parameter],
+        joined: JoinedGradients | None,
     ) -> KeyedOptimizer:
         """Add averaging over ranks and a CUDA graph to the optimizer, as planned."""
         plan = self._plan
         if self._graphed_lr is not None and plan.graphs != "step":
             optimizer = GraphedOptimizer(optimizer, parameters)
-        if plan.agrees_on_sizes or plan.exchange == "torchrec":
+        if joined is not None:
             # In a graph of the whole step, it runs beside the exchange of the table's gradients.
             group = separate_group(self._ranks) if plan.graphs == "step" else None
-            optimizer = AveragingOptimizer(optimizer, parameters, group)
+            optimizer = AveragingOptimizer(optimizer, joined, group)
         return optimizer
 
     def __str__(self) -> str:

@@ -52,7 +52,7 @@ from model.run.build import (
 from model.run.execution import plan_execution
 from model.run.measure import measure
 from model.settings.config import OutputConfig, RunConfig
-from model.step.averaging import AveragingOptimizer
+from model.step.averaging import AveragingOptimizer, JoinedGradients
 from model.step.config import OptimizerConfig
 from model.step.optimizers import Optimizers
 from model.step.pipelines import StepPipeline, train_pipeline
@@ -166,7 +166,7 @@ def sgd(model: nn.Module) -> KeyedOptimizer:
     parameters = replicated(model)
     dense = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=LR))
     if any(model.plan.plan.values()) and dist.get_world_size() > 1:
-        dense = AveragingOptimizer(dense, list(parameters.values()))
+        dense = AveragingOptimizer(dense, JoinedGradients(list(parameters.values())))
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
 
 
