@@ -112,7 +112,7 @@ class Recommender:
         if (len(times) or at is not None) and len(times) != lists:
             raise ValueError("times: one list a history, for a model with times; at needs them")
         for history, given in zip(histories, map(np.asarray, times), strict=False):
-            if given.size and (given.shape != (len(history),) or given.dtype.kind != "i"):
+            if given.size and (given.shape != (len([*history]),) or given.dtype.kind != "i"):
                 raise ValueError("times: whole seconds since 1970, one an item or none at all")
         longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
         users = max(1, min(_USERS, _SCORES // len(self.items)))
