@@ -122,7 +122,8 @@ def _train(
     config, decided = with_seen(config, store)
     ranks.say("\n".join([decided, *reasons]))
 
-    attributes = item_attributes(config, lambda: store.catalog)
+    on_validation = config.windows.train_on_validation
+    attributes = item_attributes(config, lambda: store.trained_catalog(on_validation))
     if attributes is not None:
         ranks.say(attributes.describe())
     count = num_attributes(attributes)

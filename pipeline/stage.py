@@ -108,10 +108,9 @@ class Prefetch(Iterator[T]):
 
 @dataclass(eq=False)
 class InThread(BaseNode[T]):
-    """Runs ``source`` in a thread of its own, at most ``count`` items ahead; its state is not."""
+    """Runs ``source`` in a thread of its own, at most two items ahead; its state is not."""
 
     source: BaseNode[T]
-    count: int = 2
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class InThread(BaseNode[T]):
         super().reset(initial_state)
         self.source.reset(initial_state)
         self._state = self.source.state_dict()
-        self._running = Prefetch(_with_states(self.source), self.count)
+        self._running = Prefetch(_with_states(self.source), 2)
 
     def get_state(self) -> dict[str, Any]:
         return self._state

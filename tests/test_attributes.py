@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from model.checkpoints.weights_file import AddedRows, Part
-from model.distributed import Ranks
+from model.distributed import ALONE, Ranks
 from model.network.attributes import AttributeSums
 from model.programs import recommender as program
+from model.run.trained import TrainedRun
 from model.serving.recommender import Recommender
+from model.settings.config import EvalFlags
 from model.tables.row_exchange import RowExchange
 from pipeline.batches import attributes as module
 from pipeline.batches.attributes import ItemAttributes
@@ -334,6 +336,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         folder = tmp_path / name / "model"
         tables.append(load_file(folder / "model.safetensors"))
     assert all(tables[0][name].equal(tables[1][name]) for name in tables[0])
+
+
+def test_an_item_of_validation_parts_alone_may_be_trained_on(
+    run_main: RunMain, data: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    """User 0's last items are new ones: i40 its validation part, i41 its test part."""
+    for name, lines in {"r.csv": "0,i40,8\n0,i41,9", "items.csv": "i40,k0,1|2\ni41,k0,3|4"}.items():
+        (tmp_path / name).write_text((data / name).read_text() + f"\n{lines}\n")
+    run_dir = tmp_path / "run"
+    given = (*flags(tmp_path, cache_dir, run_dir), ATTRIBUTES, "--train_on_validation=true")
+    assert run_main("train", *given, "--max_steps=3").code == 0
+    outcome = run_main("train", *given, "--resume=auto")
+    assert outcome.code == 0, outcome.err
+    best = best_items(run_dir)
+    shutil.rmtree(run_dir / "model")
+    run = TrainedRun(EvalFlags(checkpoint=str(run_dir)))
+    attributes = run.trained(ALONE).attributes
+    assert attributes is not None
+    items = run.catalog().items.to_pylist()
+    without = [item for item, own in zip(items, attributes.own[1:-1], strict=True) if not own]
+    assert without == ["i41"]
+    again = best_items(run_dir)
+    assert again[0] == best[0] and again[1] == pytest.approx(best[1], abs=1e-5)
 
 
 def test_attributes_change_the_model(

@@ -21,7 +21,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
-from model.board import markdown, tags
+from model.board import markdown, projector, tags
 from model.board.examples import Examples
 from model.board.projector import popular_items
 from model.board.result import Measured, write_measured
@@ -298,7 +298,9 @@ def test_the_norm_that_clipping_computed(one_rank: Ranks) -> None:
     assert optimizer.take_sums().tolist() == [0, 0]
 
 
-def test_examples_are_the_best_unseen_items_and_the_target(one_rank: Ranks) -> None:
+def test_examples_are_the_best_unseen_items_and_the_target(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The last user's validation target, 3, is in the history before it.
     rows = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [2, 4, 6, 8, 10, 12], [3, 5, 3, 7]]
     offsets = np.cumsum([0, *map(len, rows)])
@@ -316,7 +318,8 @@ def test_examples_are_the_best_unseen_items_and_the_target(one_rank: Ranks) -> N
         expected = sorted(allowed, key=lambda item: -score[item - 1])[:10]
         assert items.tolist() == expected
 
-    popular = popular_items(model, store.train_item_counts, most=5)
+    monkeypatch.setattr(projector, "MOST_ITEMS", 5)
+    popular = popular_items(model, store.train_item_counts)
     counts = store.train_item_counts[1:-1]
     assert popular.items.tolist() == (np.argsort(-counts, kind="stable")[:5] + 1).tolist()
     np.testing.assert_array_equal(popular.vectors, recommender.item_vectors()[popular.items - 1])

@@ -69,7 +69,7 @@ def test_gradients_of_both_features_equal_those_of_a_split(
         l2_normalize.torch, "cat", lambda parts, *rest: copied.append(1) or real(parts, *rest)
     )
     config = HeadConfig(logit_temperature=temperature)
-    head = ScoringHead(config, CatalogSlice(1, ITEMS + 1, shared=False))
+    head = ScoringHead(config, CatalogSlice(1, ITEMS + 1, shared=False), ITEMS)
     rows = torch.randn(POSITIONS + ITEMS, WIDTH, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([3, 0, 40])
     found = []

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 
 from model.evaluation.details import details, histogram, intervals
-from model.evaluation.metrics import mean_metrics, metric_names, user_metrics
+from model.evaluation.metrics import metric_names, user_metrics
 from model.evaluation.ranked_users import RankedUsers
 from model.evaluation.report import format_report
 from tests.test_evaluation import HISTORIES, evaluated, of_ranks, store_of
 
 CUTOFFS = (1, 5, 10, 20)
+
+
+def mean_metrics(ranks: np.ndarray) -> dict[str, float]:
+    means = user_metrics(ranks, CUTOFFS).mean(axis=1)
+    return dict(zip(metric_names(CUTOFFS), means.tolist(), strict=True))
 
 
 def test_metrics_of_each_user_have_the_means_of_all() -> None:

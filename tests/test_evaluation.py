@@ -12,6 +12,7 @@ from torch import nn
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.evaluation import catalog_scores
+from model.evaluation import evaluate as module
 from model.evaluation.evaluate import Result, evaluate, target_ranks
 from model.evaluation.metrics import METRICS
 from model.evaluation.report import format_report, remarks, write_result
@@ -125,7 +126,8 @@ def test_users_with_fewer_negatives_are_counted(asked: int, fewer: int | None) -
     """The users have 0, 2 and 2 unseen items that occur in training parts."""
     store = store_of(HISTORIES, 6)
     batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
-    result = evaluate(model_with(SCORES), batches, negatives=asked)
+    counts = torch.from_numpy(store.train_item_counts)
+    result = evaluate(model_with(SCORES), batches, counts, negatives=asked)
     assert result.get("fewer_negatives") == fewer
     lines = format_report("test", result).splitlines()
     said = [line for line in lines if "fewer unseen items" in line]
@@ -187,16 +189,11 @@ def test_popularity_of_an_earlier_result_is_reused(monkeypatch: pytest.MonkeyPat
     }
 
 
-def test_popularity_may_be_left_out() -> None:
-    batches = EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1))
-    assert evaluate(model_with(SCORES), batches).keys() == {"users", "sampled", "full"}
-
-
 def test_evaluation_restores_the_model_s_mode() -> None:
     batches = list(EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1)))
     model = model_with(SCORES)
     for training in (True, False):
-        evaluate(model.train(training), batches)
+        evaluate(model.train(training), batches, torch.ones(8))
         assert model.training == training
 
 
@@ -225,20 +222,19 @@ def test_batch_and_block_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     config = ModelConfig(60, 8, EncoderConfig(emb_dim=8), HeadConfig())
     model = BERT4Rec(config, CatalogSlice(1, 61, shared=False))
     nn.init.normal_(model.embeddings.embeddings["item"].weight)
-    results = [
-        evaluate(
-            model,
-            EvalLoader(store, "test", 8, batch_size, candidate_range=(1, 1)),
-            popularity,
-            max_scores,
-        )
-        for batch_size, max_scores in product((1, 5, 100), (1, 4 * 60, 1 << 26))
-    ]
+    results = []
+
+    def add(batch_size: int, max_scores: int) -> None:
+        batches = EvalLoader(store, "test", 8, batch_size, candidate_range=(1, 1))
+        monkeypatch.setattr(module, "MAX_SCORES", max_scores)
+        results.append(evaluate(model, batches, popularity))
+
+    for batch_size, max_scores in product((1, 5, 100), (1, 4 * 60, 1 << 26)):
+        add(batch_size, max_scores)
     monkeypatch.setattr(catalog_scores, "PART_ITEMS", 7)
     for kept_bytes in (0, 1 << 20):
         monkeypatch.setattr(catalog_scores, "KEPT_BYTES", kept_bytes)
-        batches = EvalLoader(store, "test", 8, 5, candidate_range=(1, 1))
-        results.append(evaluate(model, batches, popularity, 4 * 7))
+        add(5, 4 * 7)
     assert results[0]["users"] == 23
     assert 0 < results[0]["full"]["MRR"] < 1
     for result in results[1:]:

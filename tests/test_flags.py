@@ -376,3 +376,6 @@ def test_eval_needs_a_checkpoint() -> None:
         EvalFlags()
     with pytest.raises(UserError, match="--batch_size must be at least 1, not 0"):
         EvalFlags(checkpoint="x", batch_size=0)
+    # A run with --split_path reads it as that.
+    with pytest.raises(UserError, match=r"--dataset_path ~nobody\.here: there is no such"):
+        EvalFlags(checkpoint="x", dataset_path="~nobody.here")

@@ -32,7 +32,7 @@ def step(
     encoder = Encoder(EncoderConfig(emb_dim=64, nhead=2, dropout=dropout), max_len=40).train()
     for parameter in encoder.parameters():  # small initial weights would hide attention
         torch.nn.init.normal_(parameter, std=0.15)
-    head = ScoringHead(HeadConfig(loss=loss), CatalogSlice(1, ITEMS + 1, shared=False))
+    head = ScoringHead(HeadConfig(loss=loss), CatalogSlice(1, ITEMS + 1, shared=False), ITEMS)
     return DenseStep(encoder, head, plan or ExecutionPlan()).train(), encoder
 
 

@@ -20,7 +20,7 @@ from tests.workers.softmax import SIZES, SLICES, problem, teachers, work
 
 
 def test_loss_by_hand_with_dot_products() -> None:
-    head = ScoringHead(HeadConfig(logit_temperature=0), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(logit_temperature=0), CatalogSlice(1, 4, shared=False), 3)
     hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     candidates = torch.tensor([[3.0, 1.0], [0.0, 0.0], [1.0, -1.0]])
     # Logits 3 0 1 and 2 0 -2; targets: item 3 and item 1.
@@ -33,7 +33,7 @@ def test_loss_by_hand_with_dot_products() -> None:
 
 
 def test_loss_by_hand_with_cosines() -> None:
-    head = ScoringHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False))
+    head = ScoringHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False), 2)
     # Cosines .6 and .8, divided by .5: logits 1.2 and 1.6.
     loss, _ = head(
         torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([2])
@@ -42,7 +42,7 @@ def test_loss_by_hand_with_cosines() -> None:
 
 
 def test_without_masked_positions_the_loss_is_0_and_differentiable() -> None:
-    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False), 3)
     hidden = torch.zeros(0, 4, requires_grad=True)
     loss, report = head(hidden, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
     loss.backward()
@@ -50,7 +50,7 @@ def test_without_masked_positions_the_loss_is_0_and_differentiable() -> None:
 
 
 def test_positions_without_a_target_do_not_count() -> None:
-    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False))
+    head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False), 3)
     hidden, candidates = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
     loss, report = head(hidden, candidates, torch.tensor([2, 0, 3]))
     two, _ = head(hidden[[0, 2]], candidates, torch.tensor([2, 3]))

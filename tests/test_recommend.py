@@ -281,6 +281,10 @@ def test_a_pipe_beside_the_output(trained: Trained, run_main: RunMain, tmp_path:
             ["--histories=missing.csv", "--output=recs.csv"],
             "no such file: missing.csv; check the path",
         ),
+        (
+            ["--histories=~nobody.here/--dataset_path", "--output=recs.csv"],
+            "--histories ~nobody.here/--dataset_path: there is no such user's home folder",
+        ),
         (["--user=42", "--allow=/dev/zero"], "cannot be read: it is a pipe or device"),
         (["--user=42", "--deny={pipe}"], "cannot be read: it is a pipe or device"),
         ([f"--checkpoint={'a' * 300}", "--user=42"], "cannot be read (File name too long)"),

@@ -103,7 +103,7 @@ def test_deletion_ends_the_thread() -> None:
 def test_a_stage_in_a_thread_resumes_from_what_was_taken() -> None:
     before = threading.active_count()
     source = Numbers(9)
-    stage = Doubled(InThread(source, 2))
+    stage = Doubled(InThread(source))
     assert [next(stage), next(stage)] == [0, 2]
     wait_for(lambda: source.made == 4)  # two items ahead
     state = stage.state_dict()

@@ -97,6 +97,17 @@ def test_written_store_reads_back_memory_mapped(tmp_path: Path) -> None:
     assert store.catalog.train_counts.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_catalog_of_a_run_says_what_it_trains_on(tmp_path: Path) -> None:
+    """Training parts [1, 2], [2, 2], [], [4], validation parts [3], [], [], [1]."""
+    store = SequenceStore.from_arrays(ITEMS, OFFSETS, 5)
+    trained = [store.trained_catalog(on_validation) for on_validation in (False, True)]
+    trained[1].write_to(tmp_path)
+    read = Catalog.read(tmp_path, store.catalog_fingerprint)
+    found = [each.is_trained().tolist() for each in (*trained, read)]
+    assert found == [[True, True, False, True, False], *[[True, True, True, True, False]] * 2]
+    assert read.attributes is None and read.train_counts.tolist() == [1, 3, 0, 1, 0]
+
+
 def test_catalog_copy_has_the_same_fingerprint_and_another_order_has_not(tmp_path: Path) -> None:
     catalog = small_store().catalog
     catalog.write_to(tmp_path)

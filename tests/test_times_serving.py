@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +296,14 @@ def test_an_export_recommends_as_the_run(trained: Trained) -> None:
     assert serving.recommend(histories, times=times, at=at)[0] == [
         (item, pytest.approx(score)) for item, score in found[:10]
     ]
-    with pytest.raises(ValueError, match="zip"):
-        serving.recommend(histories, times=[each[1:] for each in times])
+    first, *others = times
+    for wrong in (
+        *(first[1:], [*first, 5], [first], 5),  # of all items, in one list
+        *(["5"] * len(first), [None] * len(first), [float("nan")] * len(first)),
+        *([datetime(2001, 1, 1)] * len(first), [1 << 63] * len(first)),
+    ):
+        with pytest.raises(ValueError, match="seconds since 1970, one an item"):
+            serving.recommend(histories, times=[wrong, *others], at=at)
     for wrong in (times[1:], [*times, [5]], []):  # a list too few, one too many, at without times
         with pytest.raises(ValueError, match="one list a history"):
             serving.recommend(histories, times=wrong, at=at)

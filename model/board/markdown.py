@@ -7,10 +7,10 @@ from pipeline.errors import printable
 _LONGEST = 60  # characters shown of an id or a title
 
 
-def shortened(text: str, longest: int = _LONGEST) -> str:
-    """One printable line of at most ``longest`` characters."""
-    line = printable(text[: longest + 1])
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+def shortened(text: str) -> str:
+    """One printable line of at most 60 characters."""
+    line = printable(text[: _LONGEST + 1])
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
 def escaped(text: str) -> str:

@@ -39,7 +39,7 @@ class ItemVectors:
     vectors: np.ndarray  # float32 [N, D]
 
 
-def popular_items(model: nn.Module, counts: np.ndarray, most: int = MOST_ITEMS) -> ItemVectors:
+def popular_items(model: nn.Module, counts: np.ndarray) -> ItemVectors:
     """The most popular items; called on all ranks, which send only the rows of these items.
 
     Args:
@@ -47,7 +47,7 @@ def popular_items(model: nn.Module, counts: np.ndarray, most: int = MOST_ITEMS) 
     """
     bert = unwrap(model)
     device = next(bert.encoder.parameters()).device
-    chosen = np.argsort(-counts[1:-1], kind="stable")[:most] + 1
+    chosen = np.argsort(-counts[1:-1], kind="stable")[:MOST_ITEMS] + 1
     items = torch.from_numpy(chosen).to(device)
     with torch.no_grad(), exact(model):
         catalog = CatalogScores(bert, device)

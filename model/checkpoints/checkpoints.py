@@ -36,7 +36,7 @@ from model.tables.upstream import drop_cached_rows, set_table_steps
 from pipeline.errors import UserError, remedy
 from pipeline.files import aside_of, clear, remove_folder
 
-_NAME = re.compile(r"step-(\d{8,})")
+_FOLDER, _NAME = "checkpoints", re.compile(r"step-(\d{8,})")
 # Row-wise Adagrad has a number for each row of each part of a table's width.
 _OTHER_CUT = re.compile(r"Size mismatch .* for optimizer\.state\.tables")
 # The exported best model in a run folder, written when training is over.
@@ -45,6 +45,12 @@ PORTABLE = "model"
 # lost, which the training loop explains.
 _SAVE_ERRORS = (dcp.api.CheckpointException, OSError, UserError)
 _LOAD_ERRORS = (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError)
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps of all checkpoints in the folder of a run, ascending."""
+    found = (_NAME.fullmatch(path.name) for path in (run_dir / _FOLDER).glob("step-*"))
+    return sorted(int(match.group(1)) for match in found if match)
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,7 +64,7 @@ class Checkpoints:
     recorded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder = self.run_dir / "checkpoints"
+        self.folder = self.run_dir / _FOLDER
         # Created here: during training, its creation would wait forever for a lost rank.
         self._writer = CheckpointWriter(self.ranks, self.recorded)
         self._last_write = time.monotonic()
@@ -67,8 +73,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
-        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match.group(1)) for match in found if match)
+        return checkpoint_steps(self.run_dir)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

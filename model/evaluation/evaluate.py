@@ -63,8 +63,7 @@ class Ranking:
 def evaluate(
     model: nn.Module,
     batches: Iterable[EvalBatch],
-    popularity: Tensor | None = None,
-    max_scores: int = MAX_SCORES,
+    popularity: Tensor,
     discount: float = 0.0,
     earlier: Result | None = None,
     negatives: int = 0,
@@ -73,16 +72,15 @@ def evaluate(
     """Metrics of ``model``, and of ranking by popularity, over all users of all ranks.
 
     Args:
-        popularity: int64 [V + 2] training count of each item; None leaves its metrics out.
         earlier: an earlier result for the same users, whose popularity metrics are reused.
         cutoffs: of the metrics, ascending.
-        model, batches, max_scores, discount, negatives: as of :func:`rank_users`.
+        model, batches, popularity, discount, negatives: as of :func:`rank_users`.
 
     Returns:
         As :func:`summed`.
     """
     ranked = rank_users(
-        model, batches, popularity, max_scores, discount, negatives, by_popularity=earlier is None
+        model, batches, popularity, discount, negatives, by_popularity=earlier is None
     )
     result = summed(ranked, cutoffs)
     return result if earlier is None else result | {"popularity": earlier["popularity"]}
@@ -92,8 +90,7 @@ def evaluate(
 def rank_users(
     model: nn.Module,
     batches: Iterable[EvalBatch],
-    popularity: Tensor | None = None,
-    max_scores: int = MAX_SCORES,
+    popularity: Tensor,
     discount: float = 0.0,
     negatives: int = 0,
     by_popularity: bool = True,
@@ -105,24 +102,22 @@ def rank_users(
         model: a BERT4Rec, possibly sharded; its train pipeline must be detached.
         batches: this rank's users; every rank must have the same number of batches.
         popularity: int64 [V + 2] training count of each item.
-        discount: subtract this times log(1 + count) from every item's logit; needs ``popularity``.
+        discount: subtract this times log(1 + count) from every item's logit.
             From one of count 0, whose logit was never trained, as much as from the most popular.
         negatives: of each user, as demanded: users with fewer are counted.
-        by_popularity: rank by ``popularity``, if it is given, too.
-        list_lengths: ascending; find each user's best items, too; needs ``popularity``.
+        by_popularity: rank by ``popularity``, too.
+        list_lengths: ascending; find each user's best items, too.
     """
-    assert popularity is not None or not discount
     with exact(model):
         bert = unwrap(model)
         device = next(bert.encoder.parameters()).device
-        counts = None if popularity is None else popularity.to(device, torch.float32)
+        counts = popularity.to(device, torch.float32)
         lowered = None
-        if counts is not None and discount:
+        if discount:
             lowered = popularity_penalty(counts) * (discount / bert.head.scale)
         catalog = CatalogScores(bert, device, lowered)
         listed = None
         if list_lengths:
-            assert popularity is not None
             listed = ListedItems(len(popularity) - 2, list_lengths, lowered, device)
         # Reduced only at the end, so that the host does not wait for the device in between.
         ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
@@ -135,9 +130,9 @@ def rank_users(
             owners.append(batch.users[batch.users >= 0])
             several |= batch.encoded_row is not None
             users = encode(bert, batch.to(device, non_blocking=True))
-            for block in users.blocks(max(1, max_scores // catalog.part_items)):
+            for block in users.blocks(max(1, MAX_SCORES // catalog.part_items)):
                 *each, score = target_ranks(block, catalog.scored(block.hidden), catalog.shared)
-                if counts is not None and by_popularity:
+                if by_popularity:
                     counted = catalog.counted(counts, len(block.hidden))
                     each += target_ranks(block, counted, catalog.shared)[:2]
                 ranks.append(torch.stack(each))

@@ -146,9 +146,3 @@ def user_metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> np.ndar
     gain = 1 / np.log2(ranks + 1.0)
     gains = [np.where(hit, gain, 0) for hit, k in zip(hits, cutoffs, strict=True) if k > 1]
     return np.stack([*(hit.astype(np.float64) for hit in hits), *gains, 1 / ranks])
-
-
-def mean_metrics(ranks: np.ndarray, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Means over users of int64 [U] ranks, by name."""
-    values = user_metrics(ranks, cutoffs).mean(axis=1)
-    return dict(zip(metric_names(cutoffs), values.tolist(), strict=True))

@@ -25,7 +25,8 @@ Inputs = tuple[Tensor | None, ...]
 
 _WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
 _MAX_GRAPHS = 48
-# Larger inputs are not copied: a graph is captured for their address.
+# Every graph keeps a copy of its inputs: up to 3 GiB of all graphs. Of larger ones, such as rows of
+# more than 65,536 positions of width 256, none is made: a graph is captured for their address.
 _COPIED_BYTES = 64 << 20
 
 
@@ -80,7 +81,7 @@ class GraphedCall:
 
 
 def _address(tensor: Tensor) -> int:
-    """The address of a tensor too large to copy, else 0."""
+    """Where a graph reads a tensor that is too large to copy, and so part of its key; else 0."""
     return tensor.data_ptr() if tensor.nbytes > _COPIED_BYTES else 0
 
 
@@ -133,8 +134,11 @@ def _static(given: Tensor) -> Tensor:
 
 
 def _unowned(grad: Tensor) -> Tensor:
-    """A large gradient that does not own its memory, so that all graphs share the memory."""
-    # It is read right after the replay that writes it, before any other graph is replayed.
+    """The gradient of a large input, as a tensor that does not keep its memory.
+
+    A capture takes memory of the pool that no tensor keeps: later graphs write their gradients into
+    the same. One is read right after the replay that writes it, before any other graph's replay.
+    """
     if not _address(grad) or grad.dtype != torch.float32 or not grad.is_contiguous():
         return grad
     data, shape = (grad.data_ptr(), False), tuple(grad.shape)

@@ -34,6 +34,7 @@ class AttributeSums(nn.Module):
     def __init__(self, attributes: ItemAttributes, item_dropout: float = 0.0) -> None:
         super().__init__()
         self._count, self._item_dropout = attributes.count, item_dropout
+        self._sorted: dict[tuple[int, int], SortedIndex | None] = {}  # of ranges of items
         # Not among the weights: they are made of the catalog. On the default device.
         self.register_buffer("places", torch.tensor(attributes.places), persistent=False)
         own = None if attributes.own.all() else torch.tensor(attributes.own)
@@ -46,18 +47,21 @@ class AttributeSums(nn.Module):
         places = self.places.index_select(0, items)
         drawn = torch.rand(len(items), device=rows.device) >= self._item_dropout
         has_none = places[:, 0] == self._count  # the mask token, too
-        return _Sums.apply(rows, added, places, self._with_rows(items, drawn | has_none))
+        return _Sums.apply(rows, added, places, self._with_rows(items, drawn | has_none), None)
 
     def of_items(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
         """Sums [N, D] of the rows of ``items``, int64 [N], and those ``added`` [A, D]."""
         places = self.places.index_select(0, items)
-        return _Sums.apply(rows, added, places, self._with_rows(items))
+        return _Sums.apply(rows, added, places, self._with_rows(items), None)
 
     def of_range(self, rows: Tensor, added: Tensor, low: int) -> Tensor:
-        """The same of the items ``low`` ... ``low + N - 1``."""
+        """The same of the items ``low`` ... ``low + N - 1``, in training always the same ones."""
         items = slice(low, low + len(rows))
-        own = None if self.own is None else self.own[items]
-        return _Sums.apply(rows, added, self.places[items], own)
+        places, own = self.places[items], None if self.own is None else self.own[items]
+        known = low, len(rows)
+        if added.requires_grad and known not in self._sorted:
+            self._sorted[known] = _sorted_rows(places, len(added))
+        return _Sums.apply(rows, added, places, own, self._sorted.get(known))
 
     def _with_rows(self, items: Tensor, drawn: Tensor | None = None) -> Tensor | None:
         """Which of the items have rows of their own: bool [N]; None: all."""
@@ -72,10 +76,16 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, added: Tensor, places: Tensor, own: Tensor | None
+        ctx: Any,
+        rows: Tensor,
+        added: Tensor,
+        places: Tensor,
+        own: Tensor | None,
+        index: SortedIndex | None,
     ) -> Tensor:
+        """``index``: of ``places``, for the backward pass; None: made there."""
         ctx.save_for_backward(places, own)
-        ctx.count = len(added)
+        ctx.count, ctx.index = len(added), index
         known = torch.cat([added, added.new_zeros(1, added.shape[1])])
         sums = F.embedding_bag(places, known, mode="sum")
         return sums.add_(rows if own is None else torch.where(own[:, None], rows, 0.0))
@@ -85,13 +95,20 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         places, own = ctx.saved_tensors
         of_added = gradient.new_zeros(ctx.count + 1, gradient.shape[1])  # the last: of none
-        index = sort_index(places.flatten().long(), ctx.count)
-        if index.order is None:
+        index = ctx.index or _sorted_rows(places, ctx.count)
+        if index is None:
             for column in places.long().unbind(1):
                 accumulate(of_added, column, gradient)
-        else:  # the kernels read row order[i] / P instead of P copies of each row
-            order = index.order // places.shape[1]
-            index = SortedIndex(index.index, index.count, index.keys, order)
+        else:
             add_rows(of_added[:-1], index, gradient.contiguous())
         of_rows = gradient if own is None else torch.where(own[:, None], gradient, 0.0)
-        return of_rows, of_added[:-1], None, None
+        return of_rows, of_added[:-1], None, None, None
+
+
+def _sorted_rows(places: Tensor, count: int) -> SortedIndex | None:
+    """Which of the N rows have each of ``count`` attributes; None where there are no kernels."""
+    index = sort_index(places.flatten().long(), count)
+    if index.order is None:
+        return None
+    # Instead of P copies of each row.
+    return SortedIndex(index.index, count, index.keys, index.order // places.shape[1])

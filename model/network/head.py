@@ -55,15 +55,12 @@ class ScoringHead(nn.Module):
     """Scores of the items in ``catalog`` and the loss of masked positions.
 
     Args:
-        num_items: V; None: the slice is the whole catalog.
+        num_items: V.
     """
 
-    def __init__(
-        self, config: HeadConfig, catalog: CatalogSlice, num_items: int | None = None
-    ) -> None:
+    def __init__(self, config: HeadConfig, catalog: CatalogSlice, num_items: int) -> None:
         super().__init__()
-        self.config, self.catalog = config, catalog
-        self.num_items = num_items or catalog.high - catalog.low
+        self.config, self.catalog, self.num_items = config, catalog, num_items
 
     def project(self, vectors: Tensor) -> Tensor:
         """Unit length for cosine scores, unchanged for dot products; float32 [*, D]."""

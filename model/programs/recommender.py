@@ -19,8 +19,7 @@ Found = list[tuple[str | int, float]]  # ids and their scores, best first
 class Recommender:
     """Best items for histories of ids as in items.json; several threads may call it.
 
-    Raises:
-        OSError, RuntimeError, ValueError: a new export is replacing this one, or it is damaged.
+    OSError, RuntimeError or ValueError if a new export is replacing this one, or it is damaged.
     """
 
     def __init__(self, folder: str | Path = Path(__file__).parent, threads: int = 1) -> None:
@@ -77,8 +76,7 @@ class Recommender:
             raise ValueError("seen is trained, drop or keep, popularity_discount 0 to 1")
         keep = (self.config["flags"].get("seen") if seen == "trained" else seen) == "keep"
         usable = self.train_counts > 0
-        if allow is not None:
-            usable &= np.isin(np.arange(len(usable)), self.rows(allow))
+        usable &= allow is None or np.isin(np.arange(len(usable)), self.rows(allow))
         usable[self.rows(deny)] = False
         lowered, best = popularity_discount * self._popularity, []
         for block, vectors in self._encoded(histories, times, at):
@@ -96,8 +94,7 @@ class Recommender:
 
     def user_vectors(self, histories: Many, times: Times = (), at: int | None = None) -> np.ndarray:
         """float32 [users, width]; the product with an item's vector is its score."""
-        encoded = self._encoded(histories, times, at)
-        return np.concatenate([self.vectors[:0], *(vectors for _, vectors in encoded)])
+        return np.vstack([self.vectors[:0], *(v for _, v in self._encoded(histories, times, at))])
 
     def rows(self, items: Ids) -> np.ndarray:
         """int64 places in ``self.items`` of the known ones of these items, in their order."""
@@ -114,6 +111,9 @@ class Recommender:
         lists = len(known) if "times" in self.config else -1
         if (len(times) or at is not None) and len(times) != lists:
             raise ValueError("times: one list a history, for a model with times; at needs them")
+        for history, given in zip(histories, map(np.asarray, times), strict=False):
+            if given.size and (given.shape != (len([*history]),) or given.dtype.kind != "i"):
+                raise ValueError("times: whole seconds since 1970, one an item or none at all")
         longest = self.config["flags"]["max_len"] - 1  # one position is the mask token's
         users = max(1, min(_USERS, _SCORES // len(self.items)))
         for low in range(0, len(known), users):
@@ -126,7 +126,7 @@ class Recommender:
             if "times" in self.config:  # -2^62: unknown
                 inputs["times"] = np.full((len(block), padded.shape[1] + 2), -(2**62))
                 for user, line in enumerate(inputs["times"] if len(times) else (), low):
-                    pairs = zip(histories[user], times[user], strict=len(times[user]) > 0)
+                    pairs = zip(histories[user], times[user], strict=False)
                     of_items = [time for item, time in pairs if self._key(item) in self._rows]
                     newest = max([self.config["times"]["newest"], *of_items[-1:]])
                     moments = of_items and [*of_items, newest if at is None else at][-len(line) :]

@@ -6,6 +6,7 @@ model = build_model(config, store.num_items, ranks, plan)    sharded, the seed's
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec, ModelConfig
+from model.checkpoints.checkpoints import checkpoint_steps
 from model.distributed import Ranks, from_first_rank
 from model.evaluation.evaluate import Result, evaluate
 from model.execution import ExecutionPlan
@@ -92,6 +94,8 @@ def build_plain_model(
 def first_rows(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Tensor | None:
     """Rows that ``--table_init`` starts the tables from, made by rank 0; None: the model's own.
 
+    A run that is resumed has those of its checkpoint.
+
     Raises:
         UserError: there are too many items.
     """
@@ -104,7 +108,9 @@ def first_rows(config: RunConfig, store: SequenceStore, ranks: Ranks) -> Tensor 
             f"{items:,} items of width {width}: take --table_init normal, or a smaller --emb_dim"
         )
 
-    def make() -> Tensor:
+    def make() -> Tensor | None:
+        if config.output.run_dir and checkpoint_steps(Path(config.output.run_dir)):
+            return None
         pairs = pairs_of(store, seed, config.windows.train_on_validation)
         cosine = config.head.logit_temperature > 0
         return initial_rows(pairs, items, width, seed, cosine, ranks.device)

@@ -111,8 +111,10 @@ class RunFolder:
         from_first_rank(self.ranks, write)
 
     def _write_catalog(self) -> None:
-        if self.store.path is None:
-            self.store.catalog.write_to(self.path)
+        # Attributes depend on which items are trained on.
+        counts_more = self.attributes is not None and self.config.windows.train_on_validation
+        if self.store.path is None or counts_more:
+            self.store.trained_catalog(counts_more).write_to(self.path)
         else:
             Catalog.copy(self.store.path, self.path, users=self.store.path)
 

@@ -75,12 +75,8 @@ def histories_of(
     if flags.histories:
         path, columns, separator = flags.histories, flags.columns, flags.separator
         data = DataConfig(dataset_path=path, columns=columns, separator=separator)
-        try:
-            source = resolve(data)
-            kept = run.config.data.min_rating, run.span is not None
-            return known.of_ratings(source.ratings, catalog, *kept)
-        except UserError as error:
-            raise UserError(str(error).replace("--dataset_path", "--histories")) from error
+        kept = run.config.data.min_rating, run.span is not None
+        return known.of_ratings(resolve(data).ratings, catalog, *kept)
     store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
     everyone = known.of_store(store, run.span is not None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
+from pipeline.sources.config import expanded_place
 
 EXTENSIONS = (".parquet", ".csv", ".jsonl")
 
@@ -82,3 +83,5 @@ class RecommendFlags(Config):
             raise UserError(f"--at needs histories with times, which {given} has not: leave it out")
         if (self.columns or self.separator) and not self.histories:
             raise UserError("--columns and --separator describe --histories: leave them out")
+        if self.histories:
+            expanded_place("histories", self.histories)

@@ -12,7 +12,7 @@ from model.training.config import ProfileConfig, TrainingConfig
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
 from pipeline.evaluation.config import HoldoutConfig
-from pipeline.sources.config import DataConfig
+from pipeline.sources.config import DataConfig, expanded_place
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
 
 # Positions of a step, which kernels count in 32 bits, two for each item of two streams.
@@ -176,6 +176,8 @@ class EvalFlags(Config):
             raise UserError(f"--per_user must end with .parquet, not {self.per_user}")
         if self.metrics_at:
             HoldoutConfig(metrics_at=self.metrics_at)
+        if self.dataset_path:  # may become the run's --split_path, which is not typed
+            expanded_place("dataset_path", self.dataset_path)
 
 
 @dataclass(frozen=True)

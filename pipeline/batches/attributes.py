@@ -7,7 +7,7 @@
 
 An attribute is a value of a column; those of a single item say no more than its own row, and are
 left out. Each step looks up all A rows, once, and sums them item by item (``model/network``). An
-item without a training rating is the sum of its attributes: its own row is never a target's.
+item that is not trained on is the sum of its attributes: its own row is never a target's.
 
 Shapes: P most attributes of an item.
 """
@@ -78,7 +78,7 @@ class ItemAttributes:
         items, numbers = items[order], numbers[order]
         places[items, np.arange(len(items)) - (np.cumsum(each) - each)[items]] = numbers
         own = np.ones(len(each), bool)
-        own[1:-1] = (catalog.train_counts > 0) | (each[1:-1] == 0)
+        own[1:-1] = catalog.is_trained() | (each[1:-1] == 0)
         return cls(places, len(kept), own)
 
     def fingerprint(self) -> str:

@@ -83,12 +83,6 @@ def record_ends(block: bytes, separator: str) -> np.ndarray:
     return line_feeds + 1
 
 
-def first_record(block: bytes, separator: str) -> bytes:
-    """The block's first record with its line end."""
-    ends = record_ends(block, separator)
-    return block[: ends[0]] if len(ends) else block
-
-
 def is_open(block: bytes, separator: str) -> bool:
     """Whether a quotation mark in the block is opened and not closed."""
     return len(_enclosing_marks(block, separator)) % 2 == 1

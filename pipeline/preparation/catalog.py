@@ -21,6 +21,7 @@ from pipeline.files import open_regular, whole_file
 
 FILES = ("catalog.parquet", "users.parquet")
 _ITEMS = pa.schema({"item": pa.string(), "title": pa.string(), "train_count": pa.int64()})
+_VALIDATION = "validation_count"  # a further column, in the folder of a run that trains on them
 _NO_USERS = pa.table({"user": pa.array([], pa.string())})
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
@@ -38,6 +39,8 @@ class Catalog:
     item_type: pa.DataType = field(default_factory=pa.string)
     user_type: pa.DataType = field(default_factory=pa.string)
     attributes: pa.Table | None = None  # V rows: other columns of --items_path
+    # int64 [V], occurrences in the validation parts, if these are trained on, too.
+    validation_counts: np.ndarray | None = None
 
     @classmethod
     def read(cls, folder: str | Path, fingerprint: str = "") -> "Catalog":
@@ -54,7 +57,10 @@ class Catalog:
             items, users = _read(paths[0], _ITEMS), _NO_USERS
             if paths[1].exists():
                 users = _read(paths[1], _NO_USERS.schema)
-            attributes = items.drop_columns(_ITEMS.names)
+            attributes, validation = items.drop_columns(_ITEMS.names), None
+            if _VALIDATION in attributes.column_names:
+                validation = attributes[_VALIDATION].cast(pa.int64()).fill_null(0).to_numpy()
+                attributes = attributes.drop_columns(_VALIDATION)
             catalog = cls(
                 items["item"].combine_chunks(),
                 items["title"].combine_chunks(),
@@ -63,6 +69,7 @@ class Catalog:
                 _id_type(items),
                 _id_type(users),
                 attributes if attributes.num_columns else None,
+                validation,
             )
         except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
@@ -77,6 +84,8 @@ class Catalog:
     def write_to(self, folder: str | Path) -> None:
         """Write the catalog's files into an existing folder."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
+        if self.validation_counts is not None:
+            columns[_VALIDATION] = self.validation_counts
         of_items = pa.table(columns)
         if self.attributes is not None:
             for name in self.attributes.column_names:
@@ -86,7 +95,8 @@ class Catalog:
         for name, table, kind in zip(FILES, tables, types, strict=True):
             if kind != pa.string():
                 table = table.replace_schema_metadata({_ID_TYPE: str(kind)})
-            pq.write_table(table, Path(folder) / name)
+            with whole_file(Path(folder) / name) as file:
+                pq.write_table(table, file)
 
     @staticmethod
     def copy(items: Path, to: Path, users: Path | None) -> None:
@@ -100,6 +110,11 @@ class Catalog:
     def read_train_counts(folder: Path) -> np.ndarray:
         """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
         return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
+
+    def is_trained(self) -> np.ndarray:
+        """bool [V]: items with a rating that a model is trained on."""
+        later = 0 if self.validation_counts is None else self.validation_counts
+        return self.train_counts + later > 0
 
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""

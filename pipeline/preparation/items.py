@@ -29,7 +29,7 @@ from pipeline.tables.values import BLANKS
 _SEPARATORS = {"dat": "::", "csv": ",", "item": "\t", "tsv": "\t"}
 _TITLES = ("title", "name", "itemname", "producttitle", "movietitle", "description")
 _LARGEST_BLOCK = (1 << 31) - 1  # of Arrow
-_RESERVED = ("item", "title", "train_count")  # columns of the catalog
+_RESERVED = ("item", "title", "train_count", "validation_count")  # columns of the catalog
 
 
 def read_titles(file: SourceFile, items: pa.StringArray) -> pa.StringArray:

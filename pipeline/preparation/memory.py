@@ -43,7 +43,7 @@ class Memory:
 
     def __init__(self, limit: float = math.inf, folder: Path | None = None) -> None:
         self.limit, self.folder = limit, folder
-        self.written = self.on_disk = self.most_on_disk = self._said = 0
+        self.written = self.on_disk = self._said = 0
 
     @classmethod
     def of(cls, memory_gb: float | None, folder: Path) -> "Memory":
@@ -59,7 +59,6 @@ class Memory:
         """Count bytes that were written (or, below 0, freed); say from time to time how many."""
         self.on_disk += size
         self.written += max(size, 0)
-        self.most_on_disk = max(self.most_on_disk, self.on_disk)
         if self.written >= self._said:
             assert self.folder is not None
             if not self._said:

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.jagged import jagged_positions
 
 SPLITS = ("validation", "test")
-LEAVE_ONE_OUT, BY_TIME, BY_FILE = "leave_one_out", "time", "file"
+LEAVE_ONE_OUT, BY_TIME = "leave_one_out", "time"
 PARTS = 3
 TRAINING, VALIDATION, TEST = range(PARTS)  # codes of the parts
 

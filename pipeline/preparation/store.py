@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,14 @@ class SequenceStore:
             users = pa.array(np.arange(self.num_users)).cast(pa.string())
             return Catalog(ids, pa.repeat("", len(ids)), self.train_item_counts[1:-1], users)
         return Catalog.read(self.path)
+
+    def trained_catalog(self, train_on_validation: bool) -> Catalog:
+        """The catalog of a run, which says which items it trains on."""
+        if not train_on_validation:
+            return self.catalog
+        places = jagged_positions(self.parts.training_end, self.parts.validation_end)
+        counts = np.bincount(self.items[places], minlength=self.num_items + 2)[1:-1]
+        return replace(self.catalog, validation_counts=counts)
 
     def lengths(self) -> np.ndarray:
         """int64 [U]: items of each user."""
