@@ -73,6 +73,8 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
         monkeypatch.setattr(warm_up, "backward", backward_without_engine)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        properties = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr("model.run.build.TrainLoader", partial(TrainLoader, few_shapes=True))
     monkeypatch.setattr(driver, "_active", NoDevice())
 
