@@ -35,7 +35,6 @@ def eval_batch() -> EvalBatch:
         seen_offsets=torch.tensor([0, 1, 1]),
         num_rows=2,
         longest=8,
-        candidate_range=(1, 11),
     )
 
 
@@ -83,7 +82,7 @@ def test_lengths_per_key_need_no_device_synchronisation() -> None:
 def test_an_eval_batch_keeps_every_field() -> None:
     moved = eval_batch().to(CPU)
     assert moved.features["item"].lengths().tolist() == [2, 1]
-    assert moved.features["candidate"].lengths().tolist() == [5, 5]
+    assert moved.features["candidate"].lengths().tolist() == [0, 0]
     for name in ("masked", "targets", "users", "negatives", "seen", "seen_offsets"):
         assert torch.equal(getattr(moved, name), getattr(eval_batch(), name)), name
 

@@ -60,7 +60,7 @@ def model_with(scores: list[float]) -> BERT4Rec:
 
 def evaluated(scores: list[float], split: str = "test") -> Result:
     store = store_of(HISTORIES, 6)
-    batches = EvalLoader(store, split, 8, 2, candidate_range=(1, 1))
+    batches = EvalLoader(store, split, 8, 2)
     return evaluate(model_with(scores), batches, torch.from_numpy(store.train_item_counts))
 
 
@@ -100,7 +100,7 @@ def test_a_popularity_discount_lowers_frequent_items() -> None:
     counts = torch.from_numpy(store.train_item_counts)
     scores = [0.6, 0.7, *SCORES[2:]]
     for discount in (0.4, 1.0):
-        batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+        batches = EvalLoader(store, "test", 8, 2)
         found = evaluate(model_with(scores), batches, counts, discount=discount)
         # Items 5 and 6 were never trained: lowered as item 2, the most popular.
         assert counts[1:-1].tolist() == [1, 3, 1, 1, 0, 0]
@@ -115,7 +115,7 @@ def test_a_popularity_discount_lowers_frequent_items() -> None:
 def test_a_discount_of_1_lifts_no_item_that_was_never_trained() -> None:
     store = store_of(HISTORIES, 6)
     counts = torch.from_numpy(store.train_item_counts)
-    batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+    batches = EvalLoader(store, "test", 8, 2)
     found = evaluate(model_with(SCORES), batches, counts, discount=1.0)["full"]
     # Lowered by nothing, 5 would be ahead of the targets 3 and 2: ranks 1 3 4.
     assert found == pytest.approx(of_ranks(1, 2, 3))
@@ -125,7 +125,7 @@ def test_a_discount_of_1_lifts_no_item_that_was_never_trained() -> None:
 def test_users_with_fewer_negatives_are_counted(asked: int, fewer: int | None) -> None:
     """The users have 0, 2 and 2 unseen items that occur in training parts."""
     store = store_of(HISTORIES, 6)
-    batches = EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))
+    batches = EvalLoader(store, "test", 8, 2)
     counts = torch.from_numpy(store.train_item_counts)
     result = evaluate(model_with(SCORES), batches, counts, negatives=asked)
     assert result.get("fewer_negatives") == fewer
@@ -177,7 +177,7 @@ def test_nan_never_wins() -> None:
 def test_popularity_of_an_earlier_result_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(HISTORIES, 6)
     counts = torch.from_numpy(store.train_item_counts)
-    batches = [*EvalLoader(store, "test", 8, 2, candidate_range=(1, 1))]
+    batches = [*EvalLoader(store, "test", 8, 2)]
     before = evaluated([0.5] * 6)
     monkeypatch.setattr(
         catalog_scores.CatalogScores, "counted", lambda *_: pytest.fail("counted again")
@@ -190,7 +190,7 @@ def test_popularity_of_an_earlier_result_is_reused(monkeypatch: pytest.MonkeyPat
 
 
 def test_evaluation_restores_the_model_s_mode() -> None:
-    batches = list(EvalLoader(store_of(HISTORIES, 6), "test", 8, 2, candidate_range=(1, 1)))
+    batches = list(EvalLoader(store_of(HISTORIES, 6), "test", 8, 2))
     model = model_with(SCORES)
     for training in (True, False):
         evaluate(model.train(training), batches, torch.ones(8))
@@ -225,7 +225,7 @@ def test_batch_and_block_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     results = []
 
     def add(batch_size: int, max_scores: int) -> None:
-        batches = EvalLoader(store, "test", 8, batch_size, candidate_range=(1, 1))
+        batches = EvalLoader(store, "test", 8, batch_size)
         monkeypatch.setattr(module, "MAX_SCORES", max_scores)
         results.append(evaluate(model, batches, popularity))
 

@@ -101,13 +101,12 @@ def test_a_rank_without_any_user() -> None:
 
 
 def test_it_can_be_iterated_again_with_the_same_result() -> None:
-    loader = EvalLoader(store_of(HISTORIES, NUM_ITEMS), "test", 8, 1, candidate_range=(1, 10))
+    loader = EvalLoader(store_of(HISTORIES, NUM_ITEMS), "test", 8, 1)
     first, second = list(loader), list(loader)
     assert len(first) == len(second) == len(loader) == 3
     for one, other in zip(first, second, strict=True):
         assert one.negatives.tolist() == other.negatives.tolist()
         assert rows_of(one) == rows_of(other)
-        assert one.candidate_range == (1, 10)
 
 
 def test_errors_are_the_users_to_fix() -> None:

@@ -18,7 +18,7 @@ from tests.test_evaluation import HISTORIES, SCORES, model_with, of_ranks, store
 
 def kept(store: SequenceStore, split: str = "test", **more: int) -> EvalLoader:
     config = HoldoutConfig(eval_negatives=more.pop("negatives", 100))
-    loader = EvalLoader(store, split, 8, 2, config, candidate_range=(1, 1), keep_seen=True, **more)
+    loader = EvalLoader(store, split, 8, 2, config, keep_seen=True, **more)
     list(loader)
     return loader
 

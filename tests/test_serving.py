@@ -233,7 +233,7 @@ def test_hit_rates_are_those_of_the_full_ranking(discount: float) -> None:
     histories = [generator.permutation(60)[: generator.integers(3, 20)] + 1 for _ in range(40)]
     store = store_of(histories, 60)
     model, counts = random_model(60, 8), torch.from_numpy(store.train_item_counts)
-    batches = EvalLoader(store, "test", 8, 16, candidate_range=(1, 1))
+    batches = EvalLoader(store, "test", 8, 16)
     full = evaluate(model, batches, counts, discount=discount)["full"]
 
     before = KnownHistories(

@@ -145,7 +145,7 @@ def test_evaluation_equals_plain_lists(
     histories = [([1, 2, 2], [3, 1], [4, 2, 4]), *histories]
     store, scores = parted(histories), [each / V for each in order]
     config = HoldoutConfig(eval_negatives=3, targets="all")
-    loader = EvalLoader(store, split, 8, batch_size, config, candidate_range=(1, 1), keep_seen=keep)
+    loader = EvalLoader(store, split, 8, batch_size, config, keep_seen=keep)
     counts = torch.from_numpy(store.train_item_counts)
     ranking = rank_users(model_with(scores), loader, counts, negatives=3, list_lengths=CUTOFFS)
     result, users = summed(ranking, CUTOFFS), gathered(ranking, loader)
@@ -233,7 +233,7 @@ def test_groups_count_only_their_targets() -> None:
     # Item 1 is the head. The user's targets 1 (repeated) and 9 (cold) are at 1 and 4.
     store = parted([([1, 1, 1, 2], [3], [9, 1])])
     config = HoldoutConfig(eval_negatives=1, targets="all")
-    loader = EvalLoader(store, "test", 8, 4, config, candidate_range=(1, 1), keep_seen=True)
+    loader = EvalLoader(store, "test", 8, 4, config, keep_seen=True)
     model = model_with([9, 8, 7, 5, 4, 3, 2, 1, 6])
     ranking = rank_users(model, loader, torch.from_numpy(store.train_item_counts))
     found = details(gathered(ranking, loader), store, "test", (10,), seed=0)

@@ -130,9 +130,7 @@ def test_hit_rates_are_those_of_the_full_ranking_at_the_targets_times() -> None:
     item_times = ItemTimes(store)
     model, counts = model_of(60, item_times.span()), torch.from_numpy(store.train_item_counts)
     full, without = (
-        evaluate(
-            model, EvalLoader(store, "test", 8, 16, candidate_range=(1, 1), times=each), counts
-        )
+        evaluate(model, EvalLoader(store, "test", 8, 16, times=each), counts)
         for each in (item_times, None)
     )
     assert full["full"] != without["full"]

@@ -236,7 +236,6 @@ def eval_loader(config: RunConfig, store: SequenceStore, split: str, ranks: Rank
         batch_size=output.val_batch_size if split == "validation" else output.test_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        candidate_range=(1, 1),  # the table needs both features; candidates are looked up once
         keep_seen=protocol["seen"] == "keep",
         times=ItemTimes(store) if config.encoder.use_times else None,
     )

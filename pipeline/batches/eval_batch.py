@@ -19,8 +19,7 @@ class EvalBatch:
     In an evaluation a row's seen items are distinct. A user with several targets has as many rows,
     one after the other. Only the first in a batch has the history, the others the mask token alone.
 
-    ``num_rows``, ``longest`` and ``candidate_range`` are as in
-    :class:`~pipeline.batches.train_batch.TrainBatch`; tensors are int64 unless said.
+    ``num_rows`` and ``longest`` are as in ``TrainBatch``; tensors are int64 unless said.
     """
 
     features: KeyedJaggedTensor  # key "item"; a row is a user's last known items and the mask token
@@ -33,16 +32,17 @@ class EvalBatch:
     seen_offsets: Tensor  # [B + 1]; row b has seen[seen_offsets[b]:seen_offsets[b + 1]]
     num_rows: int
     longest: int
-    candidate_range: tuple[int, int] | None = None
     encoded_row: Tensor | None = None  # [B], the row that has the history; None: each its own
     times: Tensor | None = None  # [T, 2], as in ``TrainBatch``; a mask token has its target's
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "EvalBatch":
-        """A copy on ``device``, with the candidates appended."""
+        """A copy on ``device``, with the key "candidate": the table needs both features.
+
+        It has no ids: candidates are looked up once for all batches.
+        """
         parts = tensors_of(self).items()
         moved = {name: part.to(device, non_blocking=non_blocking) for name, part in parts}
-        if self.candidate_range is not None:
-            moved["features"] = with_candidates(moved["features"], self.candidate_range)
+        moved["features"] = with_candidates(moved["features"], (1, 1))
         return replace(self, **moved)
 
     def pin_memory(self) -> "EvalBatch":

@@ -128,7 +128,6 @@ class EvalLoader:
         split: "validation" or "test".
         max_len: most items of a row, mask token included.
         batch_size: targets per batch.
-        candidate_range: half-open range of item ids that this rank scores; put into each batch.
         keep_seen: rank a user's seen items like all others.
         times: of the store's items, put into each batch; None: batches have no times.
 
@@ -145,7 +144,6 @@ class EvalLoader:
         config: HoldoutConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
-        candidate_range: tuple[int, int] | None = None,
         keep_seen: bool = False,
         times: ItemTimes | None = None,
     ) -> None:
@@ -163,7 +161,7 @@ class EvalLoader:
             raise UserError(f"no user has {needed}: nothing to evaluate")
         self.store, self.split = store, split
         self.max_len, self.batch_size = max_len, batch_size
-        self.candidate_range, self.keep_seen, self._times = candidate_range, keep_seen, times
+        self.keep_seen, self._times = keep_seen, times
         is_first = np.diff(users, prepend=-1) > 0
         of_rank = (np.cumsum(is_first) - 1) % world_size
         fillers = np.bincount(of_rank, minlength=world_size).max() - (of_rank == rank).sum()
@@ -255,7 +253,6 @@ class EvalLoader:
             seen_offsets=_int64(np.searchsorted(seen, np.arange(len(users) + 1) * id_bound)),
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
-            candidate_range=self.candidate_range,
             encoded_row=_int64(np.maximum.accumulate(has_history * rows)) if self._every else None,
             times=times,
         ).pin_memory()

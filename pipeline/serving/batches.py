@@ -96,6 +96,5 @@ class HistoryBatches:
             seen_offsets=torch.from_numpy(splits(end - begin)),
             num_rows=len(users),
             longest=rounded_up(int(lengths.max())),
-            candidate_range=(1, 1),  # the table needs both features
             times=times,
         ).pin_memory()

@@ -518,11 +518,11 @@ def scores(ranks: Ranks) -> torch.Tensor:
     """Of the same weights, float64 [users, items]; on one rank."""
     config = config_of(WAYS["ddp"], ranks)
     bert = unwrap(Built.of(config, ranks).model).eval()
-    (batch,) = EvalLoader(histories(), "test", MAX_LEN, 100, candidate_range=(1, NUM_ITEMS + 1))
+    (batch,) = EvalLoader(histories(), "test", MAX_LEN, 100)
     with torch.no_grad():
-        batch = batch.to(ranks.device)
-        rows = bert.head.project(bert.embeddings(batch)[CANDIDATE].values())
-        return encode(bert, batch).hidden.double() @ rows.double().T
+        features = with_candidates(batch.features.to(ranks.device), (1, NUM_ITEMS + 1))
+        rows = bert.head.project(bert.embeddings(Ids(features))[CANDIDATE].values())
+        return encode(bert, batch.to(ranks.device)).hidden.double() @ rows.double().T
 
 
 @dataclass
