@@ -5,6 +5,7 @@ is needed late can run beside the chain::
 
     main stream   lookup -- encoder, head -- backward -- averaging, AdamW -------+--> next step
     side stream      \\---- sort of the ids          \\-- exchange, table's update --/
+                      \\-- norms of candidates   \\-- their gradient
 
     with side_stream.running_on(stream):
         pending = side_stream.start(lambda: ids.sort())
@@ -44,6 +45,10 @@ class Pending(Generic[T]):
         """The result, for use on the current stream, which waits for it."""
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
+        return self.work()
+
+    def unfinished(self) -> T:
+        """The result, of which only work that :func:`run` starts later reads values."""
         return self.work()
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from model.kernels import side_stream
 from model.kernels.l2_normalize import normalize_rows, normalize_rows_gradient
 from model.kernels.segment_sum import add_rows, sort_index
+from model.kernels.side_stream import Pending
 from model.losses.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
 
 
@@ -62,6 +63,29 @@ class TeacherLogits:
     log_sums: Tensor | None = None  # [m], over the whole catalog; the loss computes it
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What the loss needs of the rows alone, so that it may run beside the encoder.
+
+    With a side stream (``model/kernels/side_stream.py``) their unit vectors are computed there from
+    now on, and in the backward pass their gradient.
+    """
+
+    # The rows as products take them, at length 1 for cosines; the inverses of their lengths.
+    unit: Pending[tuple[Tensor, Tensor | None]]
+    in_backward: bool
+
+    @classmethod
+    def start(cls, rows: Tensor, cosine: bool, in_backward: bool = False) -> "Beside":
+        """Start for the rows [C, D] of :func:`linear_cross_entropy`, inside the same autocast.
+
+        Args:
+            in_backward: only work of ``side_stream.run`` reads the rows' gradient.
+        """
+        given = rows.detach(), _product_dtype(rows), cosine
+        return cls(side_stream.start(lambda: _unit_rows(*given)), in_backward)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     rows: Tensor,
@@ -73,6 +97,7 @@ def linear_cross_entropy(
     teacher_logits: Sequence[TeacherLogits] = (),
     teacher_share: float = 0.0,
     sizes: list[int] | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
 
@@ -85,6 +110,7 @@ def linear_cross_entropy(
         scale: factor of the scores, which are cosines if ``cosine``, else dot products.
         teacher_share: summed weight of all teachers; the target has the rest.
         sizes: m of every rank, if known.
+        beside: started for these rows; None: nothing runs beside other work.
 
     Returns:
         float32 [m]. If ``shared``, every rank must call ``backward``, and the gradient for ``rows``
@@ -92,19 +118,17 @@ def linear_cross_entropy(
     """
     hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
     bound = abs(scale) if cosine else torch.inf
-    options = low, bound, cosine, shared, teacher_logits, teacher_share, sizes
+    beside = beside or Beside.start(rows, cosine)
+    options = low, bound, shared, teacher_logits, teacher_share, sizes, beside
     return _LinearCrossEntropy.apply(hidden * scale, rows, targets, *options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, *options: Any) -> Tensor:
-        low, bound, cosine, shared, teacher_logits, teacher_share, sizes = options
-        kind, dtype = hidden.device.type, hidden.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        unit, inverse = normalize_rows(rows, dtype) if cosine else (rows.to(dtype), None)
-        hidden, items = hidden.to(dtype), len(rows)
+        low, bound, shared, teacher_logits, teacher_share, sizes, beside = options
+        unit, inverse = beside.unit.result()
+        hidden, items = hidden.to(unit.dtype), len(rows)
         if shared:
             hidden, sizes = all_gather_rows(hidden, sizes)
             targets, _ = all_gather_rows(targets, sizes)
@@ -136,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             direction = summed[: sizes[rank]]
             losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound = sizes, bound
+        ctx.sizes, ctx.bound, ctx.beside = sizes, bound, beside.in_backward
         ctx.teacher_logits, ctx.teacher_share = teacher_logits, teacher_share
         return losses
 
@@ -146,24 +170,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = direction * weights[:, None]
         if ctx.sizes:
             weights, _ = all_gather_rows(weights, ctx.sizes)
-        mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
-        if ctx.teacher_logits:
-            mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
-        for teacher in ctx.teacher_logits:
-            less, times = weighted_hidden(
-                teacher.hidden, teacher.rows, teacher.log_sums, weights, teacher.bound, hidden
-            )
-            mixed.addcmul_(less, times[:, None], value=-ctx.teacher_share / len(ctx.teacher_logits))
-        at_targets = hidden * (-weights * owned * (1 - ctx.teacher_share))[:, None]
-        if inverse is None:
-            grad_rows = mixed * factor[:, None]
+        given = weights, hidden, unit, inverse, log_sums, column, owned
+        if ctx.beside:
+            for_rows = side_stream.start(lambda: _gradient_of_rows(ctx, *given)).unfinished()
         else:
-            grad_rows = normalize_rows_gradient(mixed, factor * inverse, unit)
-        if unit.shape[0]:
-            if inverse is not None:
-                at_targets = normalize_rows_gradient(at_targets, inverse[column], unit[column])
-            add_rows(grad_rows, ctx.index.result(), at_targets.to(grad_rows.dtype))
-        return grad_hidden, grad_rows, *([None] * 8)
+            for_rows = _gradient_of_rows(ctx, *given)
+        return grad_hidden, for_rows, *([None] * 8)
+
+
+def _gradient_of_rows(
+    ctx: Any,
+    weights: Tensor,
+    hidden: Tensor,
+    unit: Tensor,
+    inverse: Tensor | None,
+    log_sums: Tensor,
+    column: Tensor,
+    owned: Tensor,
+) -> Tensor:
+    mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
+    if ctx.teacher_logits:
+        mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
+    for teacher in ctx.teacher_logits:
+        less, times = weighted_hidden(
+            teacher.hidden, teacher.rows, teacher.log_sums, weights, teacher.bound, hidden
+        )
+        mixed.addcmul_(less, times[:, None], value=-ctx.teacher_share / len(ctx.teacher_logits))
+    at_targets = hidden * (-weights * owned * (1 - ctx.teacher_share))[:, None]
+    if inverse is None:
+        gradient = mixed * factor[:, None]
+    else:
+        gradient = normalize_rows_gradient(mixed, factor * inverse, unit)
+    if unit.shape[0]:
+        if inverse is not None:
+            at_targets = normalize_rows_gradient(at_targets, inverse[column], unit[column])
+        add_rows(gradient, ctx.index.result(), at_targets.to(gradient.dtype))
+    return gradient
+
+
+def _product_dtype(vectors: Tensor) -> torch.dtype:
+    """The dtype of products: autocast's, if it is on."""
+    kind = vectors.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vectors.dtype
+
+
+@torch.no_grad()
+def _unit_rows(rows: Tensor, dtype: torch.dtype, cosine: bool) -> tuple[Tensor, Tensor | None]:
+    return normalize_rows(rows, dtype) if cosine else (rows.to(dtype), None)
 
 
 def _taught(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.execution import ExecutionPlan
 from model.kernels.graphed_call import GraphedCall
-from model.losses.sharded_softmax import TeacherLogits
+from model.losses.sharded_softmax import Beside, TeacherLogits
 from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
@@ -84,12 +84,14 @@ class DenseStep(nn.Module):
             items, candidates = self._with_attributes(items, candidates, given, added)
         may_replay = self.training and equal_shapes and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
-        encoder, _ = self._parts
+        encoder, head = self._parts
+        # The backward pass of attributes' sums reads the candidates' gradient, not the table alone.
+        beside = head.start(candidates, in_backward=added is None)
         if graphs == "encoder":
             hidden = self._graph()(items, *given.layout)
         else:  # under capture only the shapes may decide
             hidden = encoder(items, *given.layout, longest=None if graphs == "step" else longest)
-        return self._loss(hidden, candidates, given, len(items))
+        return self._loss(hidden, candidates, given, len(items), beside)
 
     def _with_attributes(
         self, items: Tensor, candidates: Tensor, given: StepInput, added: Tensor
@@ -111,7 +113,12 @@ class DenseStep(nn.Module):
         return self._graphed
 
     def _loss(
-        self, hidden: Tensor, candidates: Tensor, given: StepInput, positions: int
+        self,
+        hidden: Tensor,
+        candidates: Tensor,
+        given: StepInput,
+        positions: int,
+        beside: Beside | None,
     ) -> tuple[Tensor, Tensor]:
         _, head = self._parts
         logits: list[TeacherLogits] = []
@@ -124,4 +131,4 @@ class DenseStep(nn.Module):
         if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
         scored = given.targets, given.negatives, given.log_counts
-        return head(hidden, candidates, *scored, logits, share, sizes, given.all_targets)
+        return head(hidden, candidates, *scored, logits, share, sizes, given.all_targets, beside)

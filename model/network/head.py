@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses import sampled
-from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
+from model.losses.sharded_softmax import Beside, TeacherLogits, linear_cross_entropy
 from model.network.config import HeadConfig
 
 
@@ -72,6 +72,12 @@ class ScoringHead(nn.Module):
         """Factor of the scores: 1 / temperature."""
         return 1 / (self.config.logit_temperature or 1.0)
 
+    def start(self, candidates: Tensor, in_backward: bool) -> Beside | None:
+        """Start what the exact softmax needs of the candidates alone; before the encoder."""
+        if self.config.loss != "softmax":
+            return None
+        return Beside.start(candidates, self.config.logit_temperature > 0, in_backward)
+
     def forward(
         self,
         hidden: Tensor,
@@ -83,6 +89,7 @@ class ScoringHead(nn.Module):
         teacher_share: float = 0.0,
         sizes: list[int] | None = None,
         all_targets: Tensor | None = None,
+        beside: Beside | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean loss over the masked positions of all ranks.
 
@@ -95,6 +102,7 @@ class ScoringHead(nn.Module):
             log_counts: float32 [K], logarithms of the negatives' expected counts.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
             all_targets: int64 [1], targets of all ranks; None: counted and added up here.
+            beside: of :meth:`start`, if it was called.
 
         Returns:
             The loss, a float32 scalar, scaled so that the mean over ranks of its gradients is the
@@ -113,6 +121,7 @@ class ScoringHead(nn.Module):
                 teacher_logits=teacher_logits,
                 teacher_share=teacher_share,
                 sizes=sizes,
+                beside=beside,
             )
         else:
             assert negatives is not None and log_counts is not None
