@@ -185,14 +185,27 @@ def test_queries_in_parts_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(parts.double(), whole.double()) < 0.01
 
 
-@given(st.integers(0, 200_000), st.sampled_from((108, 132)))
-def test_few_queries_or_so_many_that_all_multiprocessors_have_work(
-    count: int, processors: int
-) -> None:
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [
+        (0, 0),
+        (13_440, 13_440),  # 105 programs: the kernel divides the keys
+        (13_441, 6_784),  # 106
+        (15_104, 7_552),  # 118
+        (15_105, 15_105),  # 119, of 132 in a round
+        (20_000, 10_112),  # 157, of 264
+        (33_792, 33_792),  # two whole rounds
+        (40_960, 10_240),  # 320, of 396
+        (125_000, 125_000),  # 977, of 1,056
+    ],
+)
+def test_queries_in_whole_rounds_or_few_enough(count: int, size: int) -> None:
+    assert core.query_part(count, 132) == size
+
+
+@given(st.integers(0, 200_000), st.sampled_from((78, 108, 132)))
+def test_parts_are_few_enough(count: int, processors: int) -> None:
     size = core.query_part(count, processors)
-    if size == count:
-        assert count <= 0.8 * 128 * processors or count >= core.MANY * 128 * processors
-    else:
+    if size != count:
         assert size % 128 == 0 and size <= 0.8 * 128 * processors
-        assert size > 0.3 * 128 * processors  # no smaller parts than necessary
         assert (-(-count // size) - 1) * size < count

@@ -3,9 +3,8 @@
 A step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work whose result
 is needed late can run beside the chain::
 
-    main stream   lookup -- encoder, head -- backward -- averaging, AdamW -------+--> next step
-    side stream      \\---- sort of the ids          \\-- exchange, table's update --/
-                      \\-- norms of candidates   \\-- their gradient
+    main stream   lookup -- encoder, head -- backward -- averaging, AdamW ---------+--> next step
+    side stream      \\-- sort of ids, norms       \\-- candidates, exchange, update --/
 
     with side_stream.running_on(stream):
         pending = side_stream.start(lambda: ids.sort())
