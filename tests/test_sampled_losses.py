@@ -26,6 +26,7 @@ def test_sampled_softmax_by_hand() -> None:
     loss = sampled_losses.softmax(
         torch.tensor([3.0]),
         torch.tensor([[1.0, 0.0]]),
+        torch.eye(2),
         ITEM_3,
         DRAWN,
         torch.tensor([math.log(2), math.log(0.5)]),
@@ -36,7 +37,9 @@ def test_sampled_softmax_by_hand() -> None:
 
 def test_draws_of_the_target_do_not_count() -> None:
     scores, drawn = torch.tensor([[1.0, 9.0]]).requires_grad_(), torch.tensor([1, 3])
-    loss = sampled_losses.softmax(torch.tensor([2.0]), scores, ITEM_3, drawn, torch.zeros(2))
+    loss = sampled_losses.softmax(
+        torch.tensor([2.0]), scores, torch.eye(2), ITEM_3, drawn, torch.zeros(2)
+    )
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
     loss.sum().backward()
     assert scores.grad[0, 1] == 0 and scores.grad[0, 0] > 0
@@ -49,7 +52,7 @@ def test_draws_of_the_target_do_not_count() -> None:
 def test_all_draws_are_the_target() -> None:
     positive = torch.tensor([2.0], requires_grad=True)
     scores, drawn = torch.tensor([[1.0, 1.0]], requires_grad=True), torch.tensor([3, 3])
-    loss = sampled_losses.softmax(positive, scores, ITEM_3, drawn, torch.zeros(2))
+    loss = sampled_losses.softmax(positive, scores, torch.eye(2), ITEM_3, drawn, torch.zeros(2))
     loss.sum().backward()
     assert loss.item() == 0 and positive.grad.item() == 0 and not scores.grad.any()
 

@@ -22,6 +22,12 @@ def sum_dtype(vectors: Tensor) -> torch.dtype:
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
+def product_dtype(vectors: Tensor) -> torch.dtype:
+    """The dtype of products of ``vectors``: autocast's, if it is on."""
+    kind = vectors.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vectors.dtype
+
+
 def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
     unit = _empty_at_same_offset(rows, dtype)

@@ -27,7 +27,8 @@ def log_sums(
     results = torch.empty_like(scores), tops, totals
     block = min(_BLOCK, triton.next_power_of_2(draws))
     given, lowest = (scores, targets, negatives, log_counts), torch.finfo(torch.float32).min
-    launch(_log_sums, (count,), *given, results, draws, lowest, block, num_warps=8)
+    sizes = draws, lowest, block, draws <= block
+    launch(_log_sums, (count,), *given, results, *sizes, num_warps=8)
     return results
 
 
@@ -42,25 +43,42 @@ if triton is not None:
 
     @triton.jit
     def _log_sums(
-        scores, targets, negatives, log_counts, results, draws, lowest, block: tl.constexpr
+        scores,
+        targets,
+        negatives,
+        log_counts,
+        results,
+        draws,
+        lowest,
+        block: tl.constexpr,
+        is_whole: tl.constexpr,
     ) -> None:
         masses, tops, totals = results
         position = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + position)
         of = position * draws
-        top, total = lowest, 0.0
-        for start in range(0, draws, block):
-            draw = start + tl.arange(0, block)
+        if is_whole:  # a block has all draws
+            draw = tl.arange(0, block)
             inside = draw < draws
             value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
-            before = top
-            top = tl.maximum(top, tl.max(tl.where(inside, value, lowest), axis=0))
+            top = tl.max(tl.where(inside, value, lowest), axis=0)
             mass = tl.where(inside, tl.exp(value - top), 0.0)
-            total = total * tl.exp(before - top) + tl.sum(mass, axis=0)
-        for start in range(0, draws, block):
-            draw = start + tl.arange(0, block)
-            inside = draw < draws
-            value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
-            tl.store(masses + of + draw, tl.exp(value - top), mask=inside)
+            total = tl.sum(mass, axis=0)
+            tl.store(masses + of + draw, mass, mask=inside)
+        else:
+            top, total = lowest, 0.0
+            for start in range(0, draws, block):
+                draw = start + tl.arange(0, block)
+                inside = draw < draws
+                value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
+                before = top
+                top = tl.maximum(top, tl.max(tl.where(inside, value, lowest), axis=0))
+                mass = tl.where(inside, tl.exp(value - top), 0.0)
+                total = total * tl.exp(before - top) + tl.sum(mass, axis=0)
+            for start in range(0, draws, block):
+                draw = start + tl.arange(0, block)
+                inside = draw < draws
+                value = _exponent(scores + of, negatives, log_counts, draw, inside, target, lowest)
+                tl.store(masses + of + draw, tl.exp(value - top), mask=inside)
         tl.store(tops + position, top)
         tl.store(totals + position, total)

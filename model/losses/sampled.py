@@ -6,7 +6,7 @@ items but the target, and the loss tends to the exact softmax as K grows. The ta
 itself, without correction (arXiv 2507.09331). A position ignores negatives equal to its target
 (hits).
 
-Shapes: M positions, K negatives.
+Shapes: M positions, K negatives, D width.
 """
 
 from typing import Any
@@ -16,21 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels import log_sum as kernel
+from model.kernels.l2_normalize import product_dtype
 
 
 def softmax(
-    positives: Tensor, scores: Tensor, targets: Tensor, negatives: Tensor, log_counts: Tensor
+    positives: Tensor,
+    hidden: Tensor,
+    drawn: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_counts: Tensor,
 ) -> Tensor:
     """Sampled softmax cross-entropy of each position: float32 [M].
 
     Args:
         positives: float32 [M], scores of the targets.
-        scores: [M, K] of the negatives, float32 or half precision.
+        hidden, drawn: float32 [M, D] and [K, D], vectors of the positions and of the negatives;
+            their products are the scores, bfloat16 inside autocast.
         targets: int64 [M] item ids.
         negatives: int64 [K] item ids, as drawn.
         log_counts: float32 [K], logarithms of the negatives' expected counts.
     """
-    return F.softplus(_LogSum.apply(scores, targets, negatives, log_counts) - positives)
+    sums = _LogSum.apply(hidden, drawn, product_dtype(hidden), targets, negatives, log_counts)
+    return F.softplus(sums - positives)
 
 
 def log_sums(
@@ -49,19 +57,28 @@ def log_sums(
 
 
 class _LogSum(torch.autograd.Function):
-    """The log-sum-exp [M] of :func:`log_sums`; autograd's would keep four copies of the scores."""
+    """The log-sum-exp [M] of :func:`log_sums`; autograd's would keep four copies of the scores.
+
+    In the backward pass, too, a position's weight multiplies its vector, not its K masses.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, *known: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, drawn: Tensor, dtype: torch.dtype, *known: Tensor
+    ) -> Tensor:
+        hidden, drawn = hidden.to(dtype), drawn.to(dtype)
+        scores = hidden @ drawn.T
         sums = kernel.log_sums if kernel.takes(scores) else log_sums
         masses, tops, totals = sums(scores, *known)
-        ctx.save_for_backward(masses, totals)
+        ctx.save_for_backward(hidden, drawn, masses, totals)
         return tops + totals.log()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        masses, totals = ctx.saved_tensors
-        return masses * (grad / totals).to(masses.dtype)[:, None], None, None, None
+        hidden, drawn, masses, totals = ctx.saved_tensors
+        weights = (grad / totals)[:, None]
+        of_drawn = masses.T @ (hidden * weights).to(hidden.dtype)
+        return (masses @ drawn) * weights, of_drawn.to(weights.dtype), *([None] * 4)
 
 
 def gbce(

@@ -29,7 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.kernels import side_stream
-from model.kernels.l2_normalize import normalize_rows, normalize_rows_gradient
+from model.kernels.l2_normalize import (
+    normalize_rows,
+    normalize_rows_gradient,
+    product_dtype,
+)
 from model.kernels.segment_sum import add_rows, sort_index
 from model.kernels.side_stream import Pending
 from model.losses.linear_cross_entropy import softmax_means, target_logits, weighted_hidden
@@ -82,7 +86,7 @@ class Beside:
         Args:
             in_backward: only work of ``side_stream.run`` reads the rows' gradient.
         """
-        given = rows.detach(), _product_dtype(rows), cosine
+        given = rows.detach(), product_dtype(rows), cosine
         return cls(side_stream.start(lambda: _unit_rows(*given)), in_backward)
 
 
@@ -206,12 +210,6 @@ def _gradient_of_rows(
             at_targets = normalize_rows_gradient(at_targets, inverse[column], unit[column])
         add_rows(gradient, ctx.index.result(), at_targets.to(gradient.dtype))
     return gradient
-
-
-def _product_dtype(vectors: Tensor) -> torch.dtype:
-    """The dtype of products: autocast's, if it is on."""
-    kind = vectors.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else vectors.dtype
 
 
 @torch.no_grad()

@@ -127,13 +127,13 @@ class ScoringHead(nn.Module):
             assert negatives is not None and log_counts is not None
             hidden = self.project(hidden) * self.scale
             own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
-            scores = (hidden * own).sum(dim=1), hidden @ drawn.T, targets, negatives
+            positives, items = (hidden * own).sum(dim=1), (targets, negatives)
             if config.loss == "sampled_softmax":
-                losses = sampled.softmax(*scores, log_counts)
+                losses = sampled.softmax(positives, hidden, drawn, *items, log_counts)
             else:
                 draws = negatives.numel()
                 beta = sampled.gbce_beta(config.gbce_calibration, draws, self.num_items)
-                losses = sampled.gbce(*scores, beta)
+                losses = sampled.gbce(positives, hidden @ drawn.T, *items, beta)
         counted = targets != 0  # the padding item
         total = torch.where(counted, losses, 0.0).sum()
         count = counted.sum().to(total.dtype)

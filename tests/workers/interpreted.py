@@ -1,6 +1,6 @@
-"""Worker: the kernels that sum equal ids, in Triton's interpreter, against float64 and plain torch.
+"""Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
-And the gradients of attributes, which these kernels sum.
+Those that sum equal ids, the gradients of attributes, which they sum, and the sums over negatives.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from model.kernels import segment_sum
+from model.kernels import log_sum, segment_sum
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
+from model.losses import sampled
 from model.network import attributes
 from model.network.attributes import AttributeSums
 from model.tables import table_update
@@ -89,6 +90,15 @@ def check_attributes(places: Tensor, count: int, width: int) -> None:
     torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-5)
 
 
+def check_log_sums(positions: int, draws: int) -> None:
+    """Sums over negatives, half of which are the first position's target."""
+    targets, negatives = torch.randint(1, 50, (positions,)), torch.randint(1, 50, (draws,))
+    negatives[: draws // 2] = targets[0]
+    given = 10 * torch.randn(positions, draws), targets, negatives, torch.randn(draws)
+    found, plain = log_sum.log_sums(*given), sampled.log_sums(*given)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
@@ -100,4 +110,6 @@ if __name__ == "__main__":
     check(6, torch.tensor([0] * 62 + [1] * 5 + [2] * 20 + [4, 4, 6])[torch.randperm(90)], 70)
     check_attributes(torch.randint(0, 6, (70, 3)), 5, 4)
     check_attributes(torch.cat([torch.randint(0, 9, (40, 2)), torch.full((9, 2), 8)]), 8, 70)
+    for draws in (1, 3, 100, 10_001):  # the last in three blocks
+        check_log_sums(5, draws)
     print("checked")
