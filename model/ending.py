@@ -41,7 +41,15 @@ GONE = re.compile(r"closed by peer|connection (reset|refused|closed)|broken pipe
 
 
 class LostRankError(UserError):
-    """Another rank has ended or is stuck: this one is not the cause."""
+    """Another rank has ended or is stuck: this one is not the cause.
+
+    Args:
+        is_known: the message names the other rank, which only this rank knows.
+    """
+
+    def __init__(self, message: str, is_known: bool = False) -> None:
+        super().__init__(message)
+        self.is_known = is_known
 
 
 def failure_of_another_rank() -> str | None:
@@ -116,7 +124,7 @@ def run_script(main: Callable[[], object]) -> None:
         message = _users_to_fix(error)
         is_lost = message is None and GONE.search(str(error))
         if _has_other_ranks() and (is_lost or isinstance(error, LostRankError)):
-            if _is_printed():
+            if _is_printed() and not (isinstance(error, LostRankError) and error.is_known):
                 os._exit(2)
             message = message or failure_of_another_rank() or "another rank ended: see its error"
         elif _has_other_ranks():

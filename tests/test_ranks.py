@@ -67,6 +67,17 @@ def test_a_line_that_its_rank_has_printed_is_not_repeated(
     assert capsys.readouterr().err == ""
 
 
+def test_the_rank_that_knows_which_one_is_stuck_prints_it(
+    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others, which know less, may have printed before."""
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
+    ends(UserError("no answer from rank 0, or a rank that it names"), monkeypatch)
+    capsys.readouterr()
+    assert ends(LostRankError("no answer from rank 5", is_known=True), monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(": no answer from rank 5\n")
+
+
 def test_a_line_of_a_rank_on_another_host_is_repeated(
     one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

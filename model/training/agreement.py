@@ -103,7 +103,8 @@ class Agreement:
             waited = time.monotonic() - started >= _BARRIER_TIMEOUT.total_seconds()
             if GONE.search(text) and not waited:
                 return LostRankError(f"another rank ended at step {step}; {advice}")
-            return LostRankError(f"no answer from {silent} {when}: it is stuck; {advice}")
+            message = f"no answer from {silent} {when}: it is stuck; {advice}"
+            return LostRankError(message, is_known=dist.get_rank() == 0)
         # All ranks are alive: the first to time out closed its connections to the others.
         places = self._waiting_places(error)
         if len(set(places)) > 1:
