@@ -112,6 +112,7 @@ def linear_cross_entropy(
         targets: int64 [m] item ids. The loss of a position whose target is in no slice is
             meaningless, and the gradient given for it must be zero.
         scale: factor of the scores, which are cosines if ``cosine``, else dot products.
+        teacher_logits: of each teacher, at this rank's positions.
         teacher_share: summed weight of all teachers; the target has the rest.
         sizes: m of every rank, if known.
         beside: started for these rows and ``cosine``; None: started here.

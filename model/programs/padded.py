@@ -33,7 +33,7 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         encoder = bert.encoder
         self.longest = encoder.max_len - 1  # one position is the mask token's
-        self._is_cosine = bool(bert.head.config.logit_temperature)
+        self._is_cosine = bert.head.is_cosine
         self._left_only = bert.left_only
         self.positions, self.embedding_norm = encoder.positions, encoder.embedding_norm
         self.layers, self.final_norm = encoder.layers, encoder.final_norm
