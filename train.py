@@ -200,9 +200,17 @@ def _train(
         log.write_result(best_step, "test", result, best_possible, board.items())
     if ranks.is_first:
         plain = build_plain_model(config, store.num_items, ALONE, table_device="meta", span=span)
-        output, metrics = config.output, {"test": result}
-        known = best_step, metrics, folder.path, folder.path, best["epoch"]
-        trained = Trained(plain, checkpoints.path(best_step), *known, attributes=attributes)
+        output = config.output
+        trained = Trained(
+            plain,
+            checkpoints.path(best_step),
+            best_step,
+            metrics={"test": result},
+            folder=folder.path,
+            users=folder.path,
+            epoch=best["epoch"],
+            attributes=attributes,
+        )
         export(trained, folder.path / PORTABLE, output.with_users, with_programs=False)
         if output.export_root:
             export(trained, Path(output.export_root), output.with_users, with_programs=True)

@@ -1,4 +1,4 @@
-"""Means of gradients by hand; tests/test_distributed.py checks them on real ranks."""
+"""Means and norms of gradients by hand; tests/test_distributed.py checks them on real ranks."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from model.step.averaging import AveragingOptimizer, JoinedGradients
+from model.step.clipping import ClippingOptimizer
 
 
 def test_means_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,3 +45,24 @@ def test_gradients_already_in_the_buffer_are_not_copied(monkeypatch: pytest.Monk
     parameter.grad += 5  # autograd adds to an existing gradient
     averaging.step()
     assert parameter.grad.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("in_one_tensor", [False, True])
+def test_longer_gradients_are_clipped_and_all_norms_added_up(in_one_tensor: bool) -> None:
+    one, two = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    parameters = {"one": one, "two": two}
+    sgd = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=1.0))
+    joined = JoinedGradients([one, two]) if in_one_tensor else None
+    optimizer = ClippingOptimizer(sgd, 1.0, torch.device("cpu"), joined)
+    stepped_to = []
+    for gradients in ((3.0, 4.0), (0.3, 0.4), (0.0, 0.0)):
+        one.grad, two.grad = (torch.tensor([each]) for each in gradients)
+        if joined is not None:
+            joined.join()
+        optimizer.step()
+        stepped_to.append([one.item(), two.item()])
+    assert stepped_to == [
+        pytest.approx(each) for each in ([-0.6, -0.8], [-0.9, -1.2], [-0.9, -1.2])
+    ]
+    assert optimizer.take_sums().tolist() == pytest.approx([5.5, 1])
+    assert optimizer.take_sums().tolist() == [0, 0]

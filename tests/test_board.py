@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,7 +18,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
-from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 from model.board import markdown, projector, tags
 from model.board.examples import Examples
@@ -31,7 +29,6 @@ from model.run.build import build_model
 from model.run.execution import plan_execution
 from model.serving.recommender import Recommender
 from model.settings.config import RunConfig
-from model.step.clipping import ClippingOptimizer
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.training.config import WindowConfig
@@ -282,20 +279,6 @@ def test_lines_are_of_one_kind_for_each_event(
     assert train.time.is_monotonic_increasing
     assert (train.gradient_norm > 1e-3).all() and (train.clipped_share == 1).all()
     assert (train.table_lr > 0).sum() == (train.lr > 0).sum()
-
-
-def test_the_norm_that_clipping_computed(one_rank: Ranks) -> None:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    plain = KeyedOptimizerWrapper({"w": weight}, lambda params: torch.optim.SGD(params, lr=1.0))
-    optimizer = ClippingOptimizer(plain, 1.0, torch.device("cpu"))
-    weight.grad = torch.tensor([3.0, 4.0])
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
-    weight.grad = torch.tensor([0.3, 0.4])
-    optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([-0.9, -1.2]))
-    torch.testing.assert_close(optimizer.take_sums(), torch.tensor([5.5, 1.0]))
-    assert optimizer.take_sums().tolist() == [0, 0]
 
 
 def test_examples_are_the_best_unseen_items_and_the_target(

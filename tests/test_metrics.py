@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from model.evaluation.metrics import METRICS, means, metric_names, metric_sums
+from model.evaluation.metrics import CUTOFFS, METRICS, metric_names, metric_sums, named_means
 from model.evaluation.report import format_table
 
 
-def of_ranks(*ranks: int) -> dict[str, float]:
-    return means(metric_sums(torch.tensor(ranks)))
+def of_ranks(*ranks: int, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float]:
+    sums = metric_sums(torch.tensor(ranks, dtype=torch.int64), cutoffs)
+    return named_means(sums, metric_names(cutoffs))
 
 
 def test_by_hand() -> None:
@@ -49,7 +50,7 @@ def test_sums_of_parts_add_up() -> None:
 
 
 def test_zero_users_do_not_divide_by_zero() -> None:
-    assert means(metric_sums(torch.tensor([], dtype=torch.int64))) == dict.fromkeys(METRICS, 0.0)
+    assert of_ranks() == dict.fromkeys(METRICS, 0.0)
 
 
 def test_the_table_is_aligned_and_leaves_unknown_cells_empty() -> None:
@@ -64,9 +65,8 @@ def test_the_table_is_aligned_and_leaves_unknown_cells_empty() -> None:
 
 
 def test_other_cutoffs_by_hand() -> None:
-    ranks, cutoffs = torch.tensor([1, 3, 7]), (2, 3, 10)
     assert metric_names((1, 4)) == ("HR@1", "HR@4", "NDCG@4", "MRR")  # NDCG@1 is HR@1
-    assert means(metric_sums(ranks, cutoffs), cutoffs) == pytest.approx(
+    assert of_ranks(1, 3, 7, cutoffs=(2, 3, 10)) == pytest.approx(
         {
             "HR@2": 1 / 3,
             "HR@3": 2 / 3,
@@ -77,7 +77,7 @@ def test_other_cutoffs_by_hand() -> None:
             "MRR": (1 + 1 / 3 + 1 / 7) / 3,
         }
     )
-    wide = means(metric_sums(ranks, (10, 1000)), (10, 1000))
+    wide = of_ranks(1, 3, 7, cutoffs=(10, 1000))
     header, row = format_table([("model", wide)]).splitlines()
     assert header.split() == ["HR@10", "HR@1000", "NDCG@10", "NDCG@1000", "MRR"]
     assert len(row) == len(header)

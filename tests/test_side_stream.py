@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.kernels import side_stream
+from model.losses.sharded_softmax import Beside, linear_cross_entropy
 
 GRADIENT = torch.ones(2)
 
@@ -108,6 +109,24 @@ def test_a_failure_ends_the_side_stream(stream: _Stream) -> None:
     done = []
     side_stream.start(lambda: done.append("never needed"))
     assert not done
+
+
+@pytest.mark.parametrize(("in_backward", "works"), [(False, 2), (True, 3)])
+def test_a_softmax_whose_norms_and_gradient_run_beside_is_the_same(
+    stream: _Stream, in_backward: bool, works: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, rows = torch.randn(12, 4, generator=generator).requires_grad_().split([5, 7])
+    found = []
+    for opened in (nullcontext(), side_stream.running_on(stream)):
+        with opened:
+            beside = Beside.start(rows, True, in_backward)
+            targets = torch.tensor([1, 7, 7, 3, 2])
+            losses = linear_cross_entropy(hidden, rows, targets, 1, 9.0, True, beside=beside)
+            gradients = torch.autograd.grad(losses.sum(), (hidden, rows), retain_graph=True)
+        found.append((losses, *gradients))
+    assert all(map(torch.equal, *found))
+    assert len(stream.waited) == works  # the norms, the sort of the targets, the rows' gradient
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,5 +1,6 @@
 """The kernels of a run are compiled before its first step, for the arguments of its launches."""
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -350,6 +351,16 @@ def test_a_triton_that_loads_otherwise_is_left_as_it_is() -> None:
     other = SimpleNamespace()
     assert not compiler.load_apart(other)
     assert not vars(other)
+
+
+def test_a_triton_without_the_loaders_module_still_has_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(triton.runtime, "build")
+    monkeypatch.setitem(sys.modules, "triton.runtime.build", None)  # an import fails
+    loaded = runpy.run_path(compiler.__file__)
+    assert loaded["triton"] is triton
+    assert not loaded["THREADS_COMPILE"]
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no ptxas")])

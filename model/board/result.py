@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from model.board import markdown, tags
 from model.board.hparams import add_flags
 from model.evaluation.evaluate import Result
-from model.evaluation.report import MODEL, about_lists, rankings, remarks
+from model.evaluation.ranked_users import MODEL
+from model.evaluation.report import about_lists, rankings, remarks
 
 RESULTS = "results"
 _PROTOCOLS = ("full", "sampled")  # the first one chooses the best model

@@ -10,7 +10,7 @@ Shapes: U rows, C columns.
 import torch
 from torch import Tensor
 
-from model.kernels.compiler import row_tiles, tl, triton
+from model.kernels.compiler import launch, row_tiles, tl, triton
 
 
 def chunk_maxima(values: Tensor, chunk: int) -> Tensor:
@@ -20,7 +20,7 @@ def chunk_maxima(values: Tensor, chunk: int) -> Tensor:
         return chunks.amax(dim=1).view(len(values), -1)
     maxima = torch.empty(len(chunks), device=values.device)
     tiles, *tile = row_tiles(chunks.shape, values=4096)
-    _maxima[(tiles,)](chunks, maxima, *chunks.shape, *tile)
+    launch(_maxima, (tiles,), chunks, maxima, *chunks.shape, *tile)
     return maxima.view(len(values), -1)
 
 

@@ -102,9 +102,7 @@ def intervals(ranks: np.ndarray, cutoffs: Sequence[int], seed: int) -> dict[str,
     drawn = np.random.default_rng(seed).multinomial(
         len(ranks), counts / len(ranks), size=_RESAMPLES
     )
-    outside = (1 - _CONFIDENCE) / 2
-    bounds = np.quantile(drawn @ values.T / len(ranks), (outside, 1 - outside), axis=0)
-    return dict(zip(metric_names(cutoffs), bounds.T.tolist(), strict=True))
+    return _percentiles(metric_names(cutoffs), drawn @ values.T / len(ranks))
 
 
 def intervals_of_several(
@@ -117,9 +115,14 @@ def intervals_of_several(
     for draw in range(_RESAMPLES):
         counts = np.bincount(generator.integers(size, size=size), minlength=size)
         means[draw] = values @ counts / size
+    return _percentiles(users.names(cutoffs), means)
+
+
+def _percentiles(names: Sequence[str], means: np.ndarray) -> dict[str, list[float]]:
+    """[low, high] of each of M metrics by its resampled means, float64 [resamples, M]."""
     outside = (1 - _CONFIDENCE) / 2
     bounds = np.quantile(means, (outside, 1 - outside), axis=0)
-    return dict(zip(users.names(cutoffs), bounds.T.tolist(), strict=True))
+    return dict(zip(names, bounds.T.tolist(), strict=True))
 
 
 def _debiased(ranks: np.ndarray, counts: np.ndarray, cutoffs: Sequence[int]) -> dict[str, float]:

@@ -116,11 +116,6 @@ def metric_sums(ranks: torch.Tensor, cutoffs: Sequence[int] = CUTOFFS) -> torch.
     return torch.stack([*sums, ranks.double().reciprocal().sum(), users])
 
 
-def means(sums: torch.Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Means over users, from added :func:`metric_sums`."""
-    return named_means(sums, metric_names(cutoffs))
-
-
 def named_means(sums: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
     """Means over users, from the sums of the named metrics and the number of users."""
     *totals, users = sums.tolist()

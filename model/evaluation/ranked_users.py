@@ -29,6 +29,7 @@ from pipeline.files import check_writable, whole_file
 from pipeline.preparation.store import SequenceStore
 
 PROTOCOLS = ("sampled", "full")
+# What ranks; the last three are keys of a result's "baselines".
 MODEL, POPULARITY, REPEAT_LAST, MOST_FREQUENT, RECENT = (
     "model",
     "popularity",

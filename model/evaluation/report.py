@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from model.evaluation.evaluate import Result
+from model.evaluation.ranked_users import MODEL, MOST_FREQUENT, RECENT, REPEAT_LAST
 from pipeline.errors import UserError
 from pipeline.files import write_json
 
@@ -17,11 +18,11 @@ _PROTOCOLS = {
         "full": "full (all items, seen ones kept)",
     },
 }
-MODEL, _HALF_WIDTH = "model", "± (95 %)"
+_HALF_WIDTH = "± (95 %)"
 _BASELINES = {
-    "repeat_last": "repeat last",
-    "most_frequent": "most frequent of the user",
-    "popular_recently": "popular in the last {recent_days} days",
+    REPEAT_LAST: "repeat last",
+    MOST_FREQUENT: "most frequent of the user",
+    RECENT: "popular in the last {recent_days} days",
 }
 _KINDS = {
     "history": "history length (users)",
@@ -64,7 +65,11 @@ def notes(result: Result) -> list[str]:
 def rankings(
     result: Result, best_possible: Mapping[str, float] | None = None
 ) -> dict[str, dict[str, Mapping[str, float]]]:
-    """By protocol the metrics of the model, half of their intervals, and those of its rivals."""
+    """By protocol the metrics of the model, half of their intervals, and those of other rankings.
+
+    Args:
+        best_possible: full metrics that no model can beat, if they are known.
+    """
     found: dict[str, dict[str, Mapping[str, float]]] = {}
     for protocol in _PROTOCOLS[_seen(result)]:
         rows = found[protocol] = {MODEL: result[protocol]}
@@ -145,7 +150,7 @@ def remarks(result: Result) -> list[str]:
             remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
         found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")
     baselines = dict(result.get("baselines", {}))
-    recent = baselines.pop("popular_recently", None)
+    recent = baselines.pop(RECENT, None)
     if recent and result["full"]["NDCG@10"] < recent["full"]["NDCG@10"]:
         found.append(
             f"the model is below what was popular in the last {result['recent_days']} days "

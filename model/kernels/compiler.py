@@ -2,7 +2,8 @@
 
 Modules define their kernels inside ``if triton is not None`` and start them by :func:`launch`.
 Triton compiles a kernel at its first launch with arguments of these types, which takes up to a
-second. To compile those of a step at once, before it, the step is called with them only noted::
+second. The kernels of a step are compiled all at once, before it: a call of the step on fake
+tensors only notes its launches::
 
     with noted_launches(lambda each: launches_wait(each, executor.submit(each.compile))):
         step(...)                                                     on torch's fake tensors
@@ -22,20 +23,30 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton.runtime import build
 except ImportError:
-    triton = tl = build = None
+    triton = tl = None
+try:
+    from triton.runtime import build
+except ImportError:  # no Triton, or one without this module
+    build = None
 
 __all__ = ["launch", "row_tiles", "tl", "triton"]
 
 
 def load_apart(build: Any) -> bool:
-    """Let several threads load the code that launches kernels; False if this Triton has other code.
+    """Let several threads load launchers, the code by which Triton starts a kernel.
 
-    That code is extension modules that all have one name. Python answers the second load of a file
-    with the module that has the name at this moment, perhaps of another file, and puts the
-    functions of the first load into it: a kernel would be launched as if it were another one. So a
-    caller gets the functions of its file apart, before another thread loads one.
+    A launcher is an extension module, and all launchers have one name. Python answers the second
+    load of a file with the module that has the name at this moment, perhaps of another file, and
+    puts the functions of the first load into it: a kernel would be launched as if it were another
+    one. Here each load returns the functions of its file in an object of their own, before another
+    thread loads one.
+
+    Args:
+        build: ``triton.runtime.build``; None: this Triton has no such module.
+
+    Returns:
+        Whether threads may load launchers; False: ``build`` has another loader, and keeps it.
     """
     load, one_at_a_time = getattr(build, "_load_module_from_path", None), Lock()
     if load is None:
@@ -45,12 +56,12 @@ def load_apart(build: Any) -> bool:
         with one_at_a_time:
             return SimpleNamespace(**vars(load(name, path)))
 
-    build._load_module_from_path = loaded  # the name is private
+    build._load_module_from_path = loaded  # Private: Triton has no public setter
     return True
 
 
 # Whether threads may compile kernels beside each other.
-THREADS_COMPILE = triton is not None and load_apart(build)
+THREADS_COMPILE = load_apart(build)
 
 # Triton compiles other code for pointers and integers that are not multiples of it, for the integer
 # 1, and for integers of 64 bits; for all floats the same.
@@ -90,7 +101,7 @@ class Launch:
             _ = compiled.run  # made now: by the C compiler, code that launches it; both are loaded
 
 
-# What other threads do for kernels: all of it, and the compilations among it.
+# Work of other threads for kernels: all of it, and the compilations by what waits for them.
 _underway: dict[Future[None], None] = {}
 _awaited: dict[Launch, Future[None]] = {}
 # Every thread has its own.

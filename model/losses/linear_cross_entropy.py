@@ -32,6 +32,11 @@ from model.kernels.varlen_attention import takes
 MAX_BOUND = 60.0
 # Memory of a block of logits where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
+# FlashAttention on CUDA: queries of a program, and programs for each multiprocessor, up to which it
+# divides the keys between programs, too.
+_PROGRAM_QUERIES, _DIVIDING_PROGRAMS = 128, 0.8
+# The part of the multiprocessors that have work, on average over the rounds, which is enough.
+_BUSY_ENOUGH = 0.9
 
 
 def softmax_means(
@@ -126,24 +131,25 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tens
 
 
 def query_part(count: int, processors: int) -> int:
-    """How many of ``count`` queries a call of the kernel on CUDA should get.
+    """How many of ``count`` queries a call of FlashAttention should get on so many multiprocessors.
 
-    A program of the kernel has 128 queries. Where there are fewer than .8 programs for each
-    multiprocessor, it divides the keys between programs. With more, all multiprocessors have work
-    only in whole rounds: on an H200, with 125,000 keys of width 128, 14,336 and 20,000 queries took
-    1.24 and 1.35 times as long as in two parts, 33,792 (two rounds) .87 times as long as in three.
+    All queries, if they are so few that it divides the keys, or if their programs fill whole rounds
+    of the multiprocessors; else equal parts, for each of which it divides the keys. On an H200,
+    with 125,000 keys of width 128, 14,336 and 20,000 queries took 1.24 and 1.35 times as long as in
+    two parts, 33,792 (two rounds) .87 times as long as in three.
     """
-    programs, most = -(-count // 128), int(0.8 * processors)
+    programs, most = -(-count // _PROGRAM_QUERIES), int(_DIVIDING_PROGRAMS * processors)
     rounds = -(-programs // processors)
-    if programs <= most or programs >= 0.9 * rounds * processors:
+    if programs <= most or programs >= _BUSY_ENOUGH * rounds * processors:
         return count
     parts = -(-programs // most)
-    return -(-programs // parts) * 128
+    return -(-programs // parts) * _PROGRAM_QUERIES
 
 
 def _of_one_head(
     fused: Any, queries: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """As :func:`_attend`, by one call of the operator ``fused``."""
     heads = (part[None, None] for part in (queries, keys, values))  # [1, 1, N, D]
     means, sums, *_ = fused(*heads, scale=1.0)
     return means[0, 0], sums[0, 0]

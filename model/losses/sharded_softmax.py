@@ -69,13 +69,16 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class Beside:
-    """What the loss needs of the rows alone, so that it may run beside the encoder.
+    """What the loss computes of the rows alone: it may run while the encoder does.
 
-    With a side stream (``model/kernels/side_stream.py``) their unit vectors are computed there from
-    now on, and in the backward pass their gradient.
+    With a side stream (``model/kernels/side_stream.py``) it runs there from :meth:`start` on.
+
+    Attributes:
+        unit: the rows [C, D] as products take them, at length 1 for cosines, and the inverses [C]
+            of their lengths; None for dot products.
+        in_backward: the rows' gradient runs on the side stream, too.
     """
 
-    # The rows as products take them, at length 1 for cosines; the inverses of their lengths.
     unit: Pending[tuple[Tensor, Tensor | None]]
     in_backward: bool
 
@@ -84,7 +87,8 @@ class Beside:
         """Start for the rows [C, D] of :func:`linear_cross_entropy`, inside the same autocast.
 
         Args:
-            in_backward: only work of ``side_stream.run`` reads the rows' gradient.
+            in_backward: possible only if nothing but work of ``side_stream.run`` reads the rows'
+                gradient.
         """
         given = rows.detach(), product_dtype(rows), cosine
         return cls(side_stream.start(lambda: _unit_rows(*given)), in_backward)
@@ -112,9 +116,10 @@ def linear_cross_entropy(
         targets: int64 [m] item ids. The loss of a position whose target is in no slice is
             meaningless, and the gradient given for it must be zero.
         scale: factor of the scores, which are cosines if ``cosine``, else dot products.
+        teacher_logits: of each teacher, at this rank's positions.
         teacher_share: summed weight of all teachers; the target has the rest.
         sizes: m of every rank, if known.
-        beside: started for these rows; None: nothing runs beside other work.
+        beside: started for these rows and ``cosine``; None: started here.
 
     Returns:
         float32 [m]. If ``shared``, every rank must call ``backward``, and the gradient for ``rows``
@@ -152,10 +157,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             aims = torch.lerp(aims.to(taught.dtype), taught, teacher_share)
             wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teacher_share)
         if sizes:
-            slice_sums, each = log_sums, [1] * len(sizes)
-            parts, _ = all_gather_rows(torch.stack([log_sums, wanted])[None], each)  # [W, 2, W * M]
-            log_sums, wanted = parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
-            means *= (slice_sums - log_sums).exp()[:, None]
+            log_sums, wanted = _of_all_slices(means, log_sums, wanted)
         direction, losses = means - aims, log_sums - wanted
         if sizes:
             rank, most = dist.get_rank(), max(sizes)
@@ -164,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             direction = summed[: sizes[rank]]
             losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound, ctx.beside = sizes, bound, beside.in_backward
+        ctx.sizes, ctx.bound, ctx.on_side_stream = sizes, bound, beside.in_backward
         ctx.teacher_logits, ctx.teacher_share = teacher_logits, teacher_share
         return losses
 
@@ -175,7 +177,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.sizes:
             weights, _ = all_gather_rows(weights, ctx.sizes)
         given = weights, hidden, unit, inverse, log_sums, column, owned
-        if ctx.beside:
+        if ctx.on_side_stream:
             for_rows = side_stream.start(lambda: _gradient_of_rows(ctx, *given)).unfinished()
         else:
             for_rows = _gradient_of_rows(ctx, *given)
@@ -192,6 +194,7 @@ def _gradient_of_rows(
     column: Tensor,
     owned: Tensor,
 ) -> Tensor:
+    """The gradient [C, D] for the rows, by the losses' ``weights`` [W * M] of all ranks."""
     mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
     if ctx.teacher_logits:
         mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
@@ -217,6 +220,21 @@ def _unit_rows(rows: Tensor, dtype: torch.dtype, cosine: bool) -> tuple[Tensor, 
     return normalize_rows(rows, dtype) if cosine else (rows.to(dtype), None)
 
 
+def _of_all_slices(means: Tensor, log_sums: Tensor, *added: Tensor) -> tuple[Tensor, ...]:
+    """The log-sum-exp over the whole catalog, [N] as ``log_sums``, those over this rank's slice.
+
+    Args:
+        means: [N, D] over the slice; become, **in place**, its part of those over the catalog.
+        added: [N] each, of the slice; returned as sums over all slices.
+    """
+    each_rank = [1] * dist.get_world_size()
+    slices, _ = all_gather_rows(torch.stack([log_sums, *added])[None], each_rank)
+    whole, *rest = slices.unbind(1)  # [W, N] each
+    whole = whole.logsumexp(dim=0)
+    means *= (log_sums - whole).exp()[:, None]
+    return whole, *(part.sum(dim=0) for part in rest)
+
+
 def _taught(
     teacher_logits: Sequence[TeacherLogits], unit: Tensor, sizes: list[int]
 ) -> tuple[Tensor, list[TeacherLogits]]:
@@ -228,9 +246,7 @@ def _taught(
             hidden, _ = all_gather_rows(hidden, sizes)
         means, log_sums = softmax_means(hidden, teacher.rows, teacher.bound, unit)
         if sizes:
-            parts, _ = all_gather_rows(log_sums[None], [1] * len(sizes))
-            slice_sums, log_sums = log_sums, parts.logsumexp(dim=0)
-            means *= (slice_sums - log_sums).exp()[:, None]
+            (log_sums,) = _of_all_slices(means, log_sums)
         total = total + means / len(teacher_logits)
         gathered.append(TeacherLogits(hidden, teacher.rows, teacher.bound, log_sums))
     return total, gathered

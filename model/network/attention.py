@@ -61,6 +61,13 @@ def _rotations(max_len: int, width: int) -> Tensor:
 def _rotate(projected: Tensor, rotation: Tensor) -> Tensor:
     """Rotate queries and keys [T, 3, H, K] by their positions' angles [T, 2, K / 2]."""
     cos, sin = rotation.to(projected.dtype)[:, None, None].unbind(-2)
-    low, high = projected[:, :2].chunk(2, dim=-1)
-    turned = torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)
-    return torch.cat([turned, projected[:, 2:]], dim=1)
+    return torch.cat([rotated(projected[:, :2], cos, sin), projected[:, 2:]], dim=1)
+
+
+def rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Vectors [..., K] rotated by the cosines and sines of their angles, [..., K / 2].
+
+    Value i of the first half and value i of the second are a pair.
+    """
+    low, high = vectors.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)

@@ -34,7 +34,8 @@ class AttributeSums(nn.Module):
     def __init__(self, attributes: ItemAttributes, item_dropout: float = 0.0) -> None:
         super().__init__()
         self._count, self._item_dropout = attributes.count, item_dropout
-        self._sorted: dict[tuple[int, int], SortedIndex | None] = {}  # of ranges of items
+        # By the range of items, (low, N): what :meth:`of_range` needs for its backward passes.
+        self._sorted: dict[tuple[int, int], SortedIndex | None] = {}
         # Not among the weights: they are made of the catalog. On the default device.
         self.register_buffer("places", torch.tensor(attributes.places), persistent=False)
         own = None if attributes.own.all() else torch.tensor(attributes.own)
@@ -45,34 +46,37 @@ class AttributeSums(nn.Module):
         if not (self.training and self._item_dropout):
             return self.of_items(rows, added, items)
         places = self.places.index_select(0, items)
-        drawn = torch.rand(len(items), device=rows.device) >= self._item_dropout
+        kept = torch.rand(len(items), device=rows.device) >= self._item_dropout
         has_none = places[:, 0] == self._count  # the mask token, too
-        return _Sums.apply(rows, added, places, self._with_rows(items, drawn | has_none), None)
+        return _Sums.apply(rows, added, places, self._whose_own(items, kept | has_none), None)
 
     def of_items(self, rows: Tensor, added: Tensor, items: Tensor) -> Tensor:
         """Sums [N, D] of the rows of ``items``, int64 [N], and those ``added`` [A, D]."""
         places = self.places.index_select(0, items)
-        return _Sums.apply(rows, added, places, self._with_rows(items), None)
+        return _Sums.apply(rows, added, places, self._whose_own(items), None)
 
     def of_range(self, rows: Tensor, added: Tensor, low: int) -> Tensor:
-        """The same of the items ``low`` ... ``low + N - 1``, in training always the same ones."""
-        items = slice(low, low + len(rows))
+        """As :meth:`of_items`, of the items ``low`` ... ``low + N - 1``; training has one range."""
+        items, key = slice(low, low + len(rows)), (low, len(rows))
         places, own = self.places[items], None if self.own is None else self.own[items]
-        known = low, len(rows)
-        if added.requires_grad and known not in self._sorted:
-            self._sorted[known] = _sorted_rows(places, len(added))
-        return _Sums.apply(rows, added, places, own, self._sorted.get(known))
+        if added.requires_grad and key not in self._sorted:
+            self._sorted[key] = _sorted_rows(places, len(added))
+        return _Sums.apply(rows, added, places, own, self._sorted.get(key))
 
-    def _with_rows(self, items: Tensor, drawn: Tensor | None = None) -> Tensor | None:
-        """Which of the items have rows of their own: bool [N]; None: all."""
+    def _whose_own(self, items: Tensor, kept: Tensor | None = None) -> Tensor | None:
+        """Of which items the own rows count: bool [N]; None: of all.
+
+        Args:
+            kept: bool [N], the positions whose own rows dropout leaves; None: all.
+        """
         if self.own is None:
-            return drawn
+            return kept
         own = self.own.index_select(0, items)
-        return own if drawn is None else own & drawn
+        return own if kept is None else own & kept
 
 
 class _Sums(torch.autograd.Function):
-    """The backward pass adds in a fixed order; without ``own`` the sums' gradient is the rows'."""
+    """The sums; their backward pass adds in a fixed order: the same bits in every run."""
 
     @staticmethod
     def forward(
@@ -83,11 +87,19 @@ class _Sums(torch.autograd.Function):
         own: Tensor | None,
         index: SortedIndex | None,
     ) -> Tensor:
-        """``index``: of ``places``, for the backward pass; None: made there."""
+        """float [N, D].
+
+        Args:
+            rows: [N, D].
+            added: [A, D].
+            places: int32 [N, P], numbers of attributes, A for none.
+            own: bool [N], whose rows count; None: all.
+            index: of ``places``, for the backward pass; None: made there.
+        """
         ctx.save_for_backward(places, own)
         ctx.count, ctx.index = len(added), index
-        known = torch.cat([added, added.new_zeros(1, added.shape[1])])
-        sums = F.embedding_bag(places, known, mode="sum")
+        with_none = torch.cat([added, added.new_zeros(1, added.shape[1])])
+        sums = F.embedding_bag(places, with_none, mode="sum")
         return sums.add_(rows if own is None else torch.where(own[:, None], rows, 0.0))
 
     @staticmethod

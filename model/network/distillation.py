@@ -41,7 +41,7 @@ class Teacher:
         self.uses_times = encoder.times is not None
         self._head, self._items = head, items
         self._rows = head.project(candidates).to(dtype)
-        self._bound = head.scale if head.config.logit_temperature > 0 else torch.inf
+        self._bound = head.scale if head.is_cosine else torch.inf
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, layout: Layout) -> TeacherLogits:

@@ -54,6 +54,8 @@ def catalog_slice(
 class ScoringHead(nn.Module):
     """Scores of the items in ``catalog`` and the loss of masked positions.
 
+    ``is_cosine``: scores are cosines divided by the temperature, else dot products.
+
     Args:
         num_items: V.
     """
@@ -61,11 +63,12 @@ class ScoringHead(nn.Module):
     def __init__(self, config: HeadConfig, catalog: CatalogSlice, num_items: int) -> None:
         super().__init__()
         self.config, self.catalog, self.num_items = config, catalog, num_items
+        self.is_cosine = config.logit_temperature > 0
 
     def project(self, vectors: Tensor) -> Tensor:
         """Unit length for cosine scores, unchanged for dot products; float32 [*, D]."""
         vectors = vectors.float()
-        return F.normalize(vectors, dim=-1) if self.config.logit_temperature else vectors
+        return F.normalize(vectors, dim=-1) if self.is_cosine else vectors
 
     @property
     def scale(self) -> float:
@@ -73,10 +76,17 @@ class ScoringHead(nn.Module):
         return 1 / (self.config.logit_temperature or 1.0)
 
     def start(self, candidates: Tensor, in_backward: bool) -> Beside | None:
-        """Start what the exact softmax needs of the candidates alone; before the encoder."""
+        """Start what the exact softmax computes of the candidates alone; before the encoder.
+
+        Args:
+            in_backward: as of :meth:`Beside.start`.
+
+        Returns:
+            An argument of :meth:`forward`; None for a sampled loss.
+        """
         if self.config.loss != "softmax":
             return None
-        return Beside.start(candidates, self.config.logit_temperature > 0, in_backward)
+        return Beside.start(candidates, self.is_cosine, in_backward)
 
     def forward(
         self,
@@ -100,6 +110,7 @@ class ScoringHead(nn.Module):
             targets: int64 [M] item ids; 0: no target.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of the negatives' expected counts.
+            teacher_logits, teacher_share: as of :func:`linear_cross_entropy`.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
             all_targets: int64 [1], targets of all ranks; None: counted and added up here.
             beside: of :meth:`start`, if it was called.
@@ -108,15 +119,14 @@ class ScoringHead(nn.Module):
             The loss, a float32 scalar, scaled so that the mean over ranks of its gradients is the
             gradient of the global mean; float32 [2], this rank's sum of losses and their number.
         """
-        config = self.config
-        if config.loss == "softmax":
+        if self.config.loss == "softmax":
             losses = linear_cross_entropy(
                 hidden.float(),
                 candidates,
                 targets,
                 self.catalog.low,
                 scale=self.scale,
-                cosine=config.logit_temperature > 0,
+                cosine=self.is_cosine,
                 shared=self.catalog.shared,
                 teacher_logits=teacher_logits,
                 teacher_share=teacher_share,
@@ -125,22 +135,42 @@ class ScoringHead(nn.Module):
             )
         else:
             assert negatives is not None and log_counts is not None
-            hidden = self.project(hidden) * self.scale
-            own, drawn = self.project(candidates).split([targets.numel(), negatives.numel()])
-            positives, items = (hidden * own).sum(dim=1), (targets, negatives)
-            if config.loss == "sampled_softmax":
-                losses = sampled.softmax(positives, hidden, drawn, *items, log_counts)
-            else:
-                draws = negatives.numel()
-                beta = sampled.gbce_beta(config.gbce_calibration, draws, self.num_items)
-                losses = sampled.gbce(positives, hidden @ drawn.T, *items, beta)
-        counted = targets != 0  # the padding item
-        total = torch.where(counted, losses, 0.0).sum()
-        count = counted.sum().to(total.dtype)
-        report = torch.stack([total.detach(), count])
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        if all_targets is not None:
-            count = all_targets[0].to(total.dtype)
-        elif world_size > 1:
-            dist.all_reduce(count)
-        return total * world_size / count.clamp(min=1), report
+            losses = self._sampled_losses(hidden, candidates, targets, negatives, log_counts)
+        return _global_mean(losses, targets != 0, all_targets)  # 0: the padding item
+
+    def _sampled_losses(
+        self,
+        hidden: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        negatives: Tensor,
+        log_counts: Tensor,
+    ) -> Tensor:
+        """The sampled loss of each position, float32 [M]; arguments as for :meth:`forward`."""
+        hidden, draws = self.project(hidden) * self.scale, negatives.numel()
+        own, drawn = self.project(candidates).split([targets.numel(), draws])
+        positives, items = (hidden * own).sum(dim=1), (targets, negatives)
+        if self.config.loss == "sampled_softmax":
+            return sampled.softmax(positives, hidden, drawn, *items, log_counts)
+        beta = sampled.gbce_beta(self.config.gbce_calibration, draws, self.num_items)
+        return sampled.gbce(positives, hidden @ drawn.T, *items, beta)
+
+
+def _global_mean(
+    losses: Tensor, counted: Tensor, all_counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and report of :meth:`ScoringHead.forward` from the losses of positions, [M].
+
+    Args:
+        counted: bool [M], the positions with a target.
+        all_counted: int64 [1], their number on all ranks; None: added up here.
+    """
+    total = torch.where(counted, losses, 0.0).sum()
+    count = counted.sum().to(total.dtype)
+    report = torch.stack([total.detach(), count])
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if all_counted is not None:
+        count = all_counted[0].to(total.dtype)
+    elif world_size > 1:
+        dist.all_reduce(count)
+    return total * world_size / count.clamp(min=1), report

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.bert4rec import BERT4Rec
-from model.network.attention import SelfAttention
+from model.network.attention import SelfAttention, rotated
 from model.network.encoder import EncoderLayer
 from model.network.times import turns_a_second, with_times
 from pipeline.batches.times import UNKNOWN
@@ -33,7 +33,7 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         encoder = bert.encoder
         self.longest = encoder.max_len - 1  # one position is the mask token's
-        self._is_cosine = bool(bert.head.config.logit_temperature)
+        self._is_cosine = bert.head.is_cosine
         self._left_only = bert.left_only
         self.positions, self.embedding_norm = encoder.positions, encoder.embedding_norm
         self.layers, self.final_norm = encoder.layers, encoder.final_norm
@@ -107,13 +107,8 @@ def _attend(
     query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, L, K]
     if turns is not None:
         cos, sin = turns.unbind(-2)  # [L, K / 2] or [B, 1, L, K / 2]
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
     if is_last:
         query, visible = query[:, :, -1:], visible[:, :, -1:]
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
     return attention.project_out(mixed.transpose(1, 2).flatten(2))
-
-
-def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = vectors.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, low * sin + high * cos], dim=-1)

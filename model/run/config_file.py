@@ -69,21 +69,7 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
-    sharding = config.sharding
-    now = lasting_flags(config) | {"mode": sharding.mode}
-    # What "auto" stood for: earlier versions had another optimizer on CPU.
-    execution = recorded.get("execution")
-    if isinstance(execution, dict) and "table_optimizer" in execution:
-        before["embedding_optimizer"] = execution["table_optimizer"]
-        now["embedding_optimizer"] = table_optimizer(sharding)
-    if config.holdout.seen != "auto":  # else the data decide, as before
-        now["seen"] = config.holdout.seen
-        before.setdefault("seen", "drop")  # the only way of earlier versions
-    now["targets"] = config.holdout.targets
-    before.setdefault("targets", "next")
-    for flags in (before, now):  # one fact: a window of a longer --split_time has both
-        end = f" until {until}" if (until := flags.pop("split_until", "")) else ""
-        flags["split_time"] = f"{flags.get('split_time', '')}{end}"
+    before, now = _comparable(before, config, recorded.get("execution"))
     for name in now:
         if before.get(name, now[name]) != now[name]:
             was, new = (flags[name] if flags[name] != "" else "none" for flags in (before, now))
@@ -97,6 +83,31 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
                 f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
                 f"{value}): give the ratings and items of that run, or choose another --run_dir"
             )
+
+
+def _comparable(
+    before: dict[str, Any], config: RunConfig, execution: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flags of a run before, and those of ``config`` that must be the same, in one form.
+
+    Args:
+        execution: of the run before, as its config.json has it.
+    """
+    sharding = config.sharding
+    before, now = dict(before), lasting_flags(config) | {"mode": sharding.mode}
+    # What "auto" stood for: earlier versions had another optimizer on CPU.
+    if isinstance(execution, dict) and "table_optimizer" in execution:
+        before["embedding_optimizer"] = execution["table_optimizer"]
+        now["embedding_optimizer"] = table_optimizer(sharding)
+    if config.holdout.seen != "auto":  # else the data decide, as before
+        now["seen"] = config.holdout.seen
+        before.setdefault("seen", "drop")  # the only way of earlier versions
+    now["targets"] = config.holdout.targets
+    before.setdefault("targets", "next")  # likewise
+    for flags in (before, now):  # one fact: a window of a longer --split_time has both
+        end = f" until {until}" if (until := flags.pop("split_until", "")) else ""
+        flags["split_time"] = f"{flags.get('split_time', '')}{end}"
+    return before, now
 
 
 def lasting_flags(config: RunConfig) -> dict[str, Any]:

@@ -185,15 +185,29 @@ class TrainedRun:
             recorded = read_config(self._exported)
             step, metrics = recorded.get("step", 0), recorded.get("metrics", {})
             self._check_exported(self._exported, self._weightless_model(), ranks)
-            known = step, metrics, self._exported, self.folder, recorded.get("epoch", 0)
-            return Trained(self._tableless_model(), self._exported, *known)
+            return Trained(
+                self._tableless_model(),
+                self._exported,
+                step,
+                metrics,
+                folder=self._exported,
+                users=self.folder,
+                epoch=recorded.get("epoch", 0),
+            )
         checkpoints = Checkpoints(self.folder, ranks)
         step = checkpoints.best_step(checks_bytes=False)  # the export does
         checkpoints.check_fit(self._weightless_model(), step)
         self._check_recorded(checkpoints.path(step))
-        known = step, {}, self.folder, self.folder, checkpoints.epoch(step)
-        plain, attributes = self._tableless_model(), self._attributes()
-        return Trained(plain, checkpoints.path(step), *known, attributes=attributes)
+        return Trained(
+            self._tableless_model(),
+            checkpoints.path(step),
+            step,
+            metrics={},
+            folder=self.folder,
+            users=self.folder,
+            epoch=checkpoints.epoch(step),
+            attributes=self._attributes(),
+        )
 
     def check_users(self) -> None:
         """UserError unless the folder has the users' original ids."""

@@ -105,11 +105,18 @@ class Recommender:
     ) -> "Recommender":
         """The model of a run, sharded over the ranks, with the run's catalog."""
         config = run.config
-        sizes = config.windows.max_len, ranks, batch_size
         # An earlier version recorded no choice: it dropped them.
         seen = "keep" if config.holdout.seen == "keep" else "drop"
-        newest = None if run.span is None else run.span.newest
-        return cls(run.model(ranks), catalog, *sizes, config.data.min_rating, seen, newest)
+        return cls(
+            run.model(ranks),
+            catalog,
+            config.windows.max_len,
+            ranks,
+            batch_size,
+            min_rating=config.data.min_rating,
+            seen=seen,
+            newest=None if run.span is None else run.span.newest,
+        )
 
     def recommend(self, histories: Histories, k: int = 10, **options: Any) -> Any:
         """:meth:`recommended` as a pandas DataFrame."""

@@ -136,15 +136,20 @@ class FlagParser(argparse.ArgumentParser):
         """The flags on a command line, by name, without defaults."""
         known, rest = self.parse_known_args([_underscored(a) for a in arguments])
         if rest:
-            name = rest[0].split("=")[0].lower()
-            known_names = self._option_string_actions
-            # --batch_size is a part of several names, and nearest to none of them.
-            word = name.strip("-")
-            close = [each for each in known_names if word and each.endswith(f"_{word}")]
-            close = close or difflib.get_close_matches(name, known_names, n=1)
+            close = self._close_to(rest[0].split("=")[0].lower())
             hint = f"did you mean {' or '.join(close)}?" if close else "see --help"
             raise UserError(f"unknown argument {rest[0]}: {hint}")
         return vars(known)
+
+    def _close_to(self, name: str) -> list[str]:
+        """The flags that may be meant by an unknown name."""
+        known = ["--help", "--help_all"]
+        for entry in flags_of(self.config_class).values():
+            known += [f"--{each}" for each in (entry.name, *entry.metadata["aliases"])]
+        # --batch_size is a part of several names, and nearest to none of them.
+        word = name.strip("-")
+        close = [each for each in known if word and each.endswith(f"_{word}")]
+        return close or difflib.get_close_matches(name, known, n=1)
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise the message instead of printing the usage."""

@@ -19,9 +19,9 @@ _ALIGNED = 4
 
 
 class JoinedGradients:
-    """The gradients of parameters in one tensor, ``flat``; gaps between them are zeros.
+    """The gradients of parameters in one tensor, ``flat``, each at a multiple of ``_ALIGNED``.
 
-    The parameters are all of one dtype and device.
+    The parameters are all of one dtype and device. Values of ``flat`` between them are zeros.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -37,11 +37,14 @@ class JoinedGradients:
         ]
 
     def join(self) -> None:
-        """Move the gradients there; None counts as zeros."""
+        """Copy the gradients into ``flat``, of which each ``.grad`` is a view from then on.
+
+        A gradient that is None counts as zeros.
+        """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        # Some are there already: autograd added them to those of the last step.
-        moved = [g is not view for g, view in zip(gradients, self._views, strict=True)]
-        if all(moved):  # one small kernel; copies of each would be several slow ones
+        # A gradient that was set to zero, not to None, is the view: autograd has added to it.
+        apart = [g is not view for g, view in zip(gradients, self._views, strict=True)]
+        if all(apart):  # one small kernel; copies of each would be several slow ones
             pairs = zip(gradients, self._gaps, strict=True)
             torch.cat([part.reshape(-1) for pair in pairs for part in pair], out=self.flat)
         else:

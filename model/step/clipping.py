@@ -1,4 +1,4 @@
-"""Limit the norm of the gradients before an optimizer's step, and keep what it was."""
+"""Limit the norm of the gradients before an optimizer's step, and add it up for the log."""
 
 from typing import Any
 
@@ -14,13 +14,15 @@ _EPSILON = 1e-6
 
 
 class ClippingOptimizer(OptimizerWrapper):
-    """Divides the gradients by their common norm over ``limit`` where that is above 1, then steps.
+    """Scales the gradients so that their common norm is at most ``limit``, then steps.
 
-    TorchRec's `GradientClippingOptimizer` does the same and forgets the norm.
+    TorchRec's `GradientClippingOptimizer` does the same, but does not give the norm.
 
     Args:
-        joined: has the gradients when a step begins: three kernels then do what several do for
-            many small tensors. None: they are apart.
+        limit: of the L2 norm of all gradients as one vector.
+        device: that of the gradients.
+        joined: holds all gradients in one tensor when a step begins, so that few kernels clip them;
+            None: they are tensors of their own.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class ClippingOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self._limit, self._joined = limit, joined
         self._parameters = [p for group in self.param_groups for p in group["params"]]
-        # Sums over steps of the norm and of [norm > limit]; on the device, also in a CUDA graph.
+        # Sums over steps of the norm and of [norm > limit]; on the device, for CUDA graphs.
         self._sums = torch.zeros(2, device=device)
 
     def step(self, closure: Any = None) -> None:

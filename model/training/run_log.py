@@ -59,6 +59,7 @@ class RunLog:
         self._bar: tqdm | None = None
         self._has_failed = False
         self._started = time.monotonic()
+        self._file: IO[str] | None = None  # metrics.jsonl, on rank 0
         self._opened = ExitStack()
         if self.board is not None:
             self._opened.callback(self.board.close)
@@ -99,7 +100,7 @@ class RunLog:
         self._on_board(lambda board: board.add_evaluation(at.step, result, seconds, examples))
 
     def _write(self, event: str, at: At, values: dict[str, Any]) -> None:
-        if self.run_dir is None:
+        if self._file is None:
             return
         head = {"event": event, "time": round(time.time(), 3), **asdict(at)}
         try:

@@ -80,6 +80,7 @@ class Trainer:
         self._agreement = Agreement(self.ranks)
         self._throttle = HostThrottle(self.ranks.device, self.ranks.timeout)
         self._total = self.config.num_epochs * self.loader.num_samples
+        self._window = LogWindow()
         # For each batch in the pipeline: its windows, and the epoch's samples consumed after it.
         self._held: deque[tuple[int, int]] = deque()
 

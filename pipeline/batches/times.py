@@ -40,7 +40,7 @@ class TimeSpan:
 
 def has_times(store: SequenceStore) -> bool:
     """Whether a store has times of a known unit, by its manifest."""
-    return store.counts.get("times", {}).get("unit", "") in UNITS
+    return store.time_unit in UNITS
 
 
 class ItemTimes:
@@ -62,7 +62,7 @@ class ItemTimes:
                 f"--use_times, of the model or a teacher: the times of {name} are numbers of "
                 "unknown unit: give dates or seconds since 1970, or train without the flag"
             )
-        self._times, self._scale = np.asarray(store.times), UNITS[store.counts["times"]["unit"]]
+        self._times, self._scale = np.asarray(store.times), UNITS[store.time_unit]
         self._offsets, self._parts, self._name = store.offsets, store.parts, name
 
     def seconds(self, places: np.ndarray | slice) -> np.ndarray:

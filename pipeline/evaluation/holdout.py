@@ -21,6 +21,7 @@ Shapes: B users, N negatives of each, V items.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -196,59 +197,31 @@ class EvalLoader:
     def _batch(self, index: int) -> EvalBatch:
         block = slice(index * self.batch_size, (index + 1) * self.batch_size)
         users, places = self.users[block], self.places[block]
-        items, parts, split = self.store.items, self.store.parts, self.split
-        is_user = users >= 0
-        num_users, num_fillers = is_user.sum(), (~is_user).sum()  # the fillers come last
-        begin, known_end, excluded_end, targets_end = (
-            np.where(is_user, bounds[users], 0)  # 0 of a filler row: it has the mask token alone
-            for bounds in (
-                parts.begin,
-                parts.history_end(split),
-                parts.excluded_end(split),
-                parts.targets_end(split),
-            )
-        )
+        items, is_user, bounds = self.store.items, users >= 0, self._bounds(users)
         before = self.users[block.start - 1] if index else -1
         is_first = np.diff(users, prepend=before) != 0
         has_history = is_first.copy()
         has_history[0] = True
 
-        start = np.maximum(begin, known_end - (self.max_len - 1))
-        start = np.where(has_history, start, known_end)
-        values = items[jagged_positions(start, known_end + 1)]
-        lengths = known_end + 1 - start
+        # From the start to the first item of the part, in whose place the mask token is.
+        end = bounds.known_end + 1
+        start = np.where(has_history, np.maximum(bounds.begin, end - self.max_len), end - 1)
+        values, lengths = items[jagged_positions(start, end)], end - start
         masked = np.cumsum(lengths) - 1
         values[masked] = self.store.num_items + 1
         targets = np.where(is_user, items[places], 1)
         times = None
         if self._times is not None:  # the first target of a part is its first item
-            times = _int64(self._times.rows(start, known_end + 1))
-
-        id_bound = self.store.num_items + 2
-        rows = np.arange(len(users))
-        # Of each row: its target, or all targets of its user.
-        target_keys = rows * id_bound + targets
-        if self._every:
-            of_users = row_item_keys(items, known_end, targets_end, id_bound)
-            target_keys = np.union1d(target_keys, of_users)
-        seen = np.empty(0, np.int64)
-        if not self.keep_seen:
-            known = row_item_keys(items, begin, known_end, id_bound)
-            seen = np.setdiff1d(known, target_keys, assume_unique=True)
-        if index not in self._negatives:
-            excluded = target_keys
-            if not self.keep_seen:
-                excluded = row_item_keys(items, begin, excluded_end, id_bound)
-            drawn = self._sampler(users[:num_users], excluded)
-            self._negatives[index] = drawn.astype(np.int32)
-
+            times = _int64(self._times.rows(start, end))
+        rows, id_bound = np.arange(len(users)), self.store.num_items + 2
+        seen, negatives = self._seen_and_negatives(index, users, rows * id_bound + targets, bounds)
         return EvalBatch(
             features=jagged_items(_int64(values), _int64(lengths)),
             masked=_int64(masked),
             targets=_int64(targets),
             users=_int64(users),
             is_first=torch.from_numpy(is_first & is_user),
-            negatives=_int64(np.pad(self._negatives[index], ((0, num_fillers), (0, 0)))),
+            negatives=_int64(negatives),
             seen=_int64(seen % id_bound),
             seen_offsets=_int64(np.searchsorted(seen, np.arange(len(users) + 1) * id_bound)),
             num_rows=len(users),
@@ -256,6 +229,52 @@ class EvalLoader:
             encoded_row=_int64(np.maximum.accumulate(has_history * rows)) if self._every else None,
             times=times,
         ).pin_memory()
+
+    def _bounds(self, users: np.ndarray) -> "_Bounds":
+        parts, split = self.store.parts, self.split
+        of_all = (
+            parts.begin,
+            parts.history_end(split),
+            parts.excluded_end(split),
+            parts.targets_end(split),
+        )
+        # 0 of a filler row: it has the mask token alone.
+        return _Bounds(*(np.where(users >= 0, places[users], 0) for places in of_all))
+
+    def _seen_and_negatives(
+        self, index: int, users: np.ndarray, target_keys: np.ndarray, bounds: "_Bounds"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Seen items as ascending keys, int64 [S], and negatives of each row, int32 [B, N].
+
+        Args:
+            index: number of the batch, whose negatives are drawn once and kept.
+            target_keys: int64 [B], ``row * (V + 2) + target``; keys of seen items are made alike.
+        """
+        items, id_bound = self.store.items, self.store.num_items + 2
+        if self._every:  # all targets of a row's user count as its own
+            of_users = row_item_keys(items, bounds.known_end, bounds.targets_end, id_bound)
+            target_keys = np.union1d(target_keys, of_users)
+        seen, excluded = np.empty(0, np.int64), target_keys
+        if not self.keep_seen:
+            known = row_item_keys(items, bounds.begin, bounds.known_end, id_bound)
+            seen = np.setdiff1d(known, target_keys, assume_unique=True)
+        num_users = np.count_nonzero(users >= 0)  # the fillers come last
+        if index not in self._negatives:
+            if not self.keep_seen:
+                excluded = row_item_keys(items, bounds.begin, bounds.excluded_end, id_bound)
+            drawn = self._sampler(users[:num_users], excluded)
+            self._negatives[index] = drawn.astype(np.int32)
+        return seen, np.pad(self._negatives[index], ((0, len(users) - num_users), (0, 0)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Bounds:
+    """Places in the store's items, int64 [B] each, of a batch's rows."""
+
+    begin: np.ndarray  # of the history
+    known_end: np.ndarray  # of the history before the targets
+    excluded_end: np.ndarray  # of the items that are no negatives
+    targets_end: np.ndarray
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:

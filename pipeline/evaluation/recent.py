@@ -25,7 +25,7 @@ def recent_scores(store: SequenceStore, split: str, days: int) -> np.ndarray | N
 
     None if the split is not by time, or the unit of the times is unknown.
     """
-    unit = store.counts.get("times", {}).get("unit", "")
+    unit = store.time_unit
     if "times" not in store.split or unit not in UNITS or store.times is None:
         return None
     point = store.split["times"][SPLITS.index(split) if len(store.split["times"]) > 1 else 0]

@@ -112,6 +112,8 @@ class _Text:
         # Values of the columns after those of the file, which are the same in each record.
         self.keys = [keys[name] for name in layout.names[layout.width :]]
         self.types = _types(layout, block, self.keys)
+        # Names of all columns, by place: a file's own may be equal.
+        self.columns = [f"column {at}" for at in range(layout.width + len(self.keys))]
 
     def table(self, block: bytes, first_line: int) -> pa.Table:
         """A block of whole records as a checked table."""
@@ -123,27 +125,34 @@ class _Text:
             raise UserError(self._explain(first_line, block, error)) from error
 
     def _parse_times(self, block: bytes) -> pa.Table:
-        """`_parse`; whole numbers, and dates as Arrow reads them, are fast until another one."""
-        types = self.types
-        whole = types.get("timestamp") == pa.int64()
-        is_date = types.get("timestamp") in (NANOSECONDS, ZONED)
+        """`_parse_dates`; whole numbers as times are fast until another number."""
+        whole = self.types.get("timestamp") == pa.int64()
         has_x = b"x" in block or b"X" in block  # far faster than the pattern
         if not (whole and has_x and _HEXADECIMAL.search(block)):
             try:
-                return self._parse(block)
+                return self._parse_dates(block)
             except (pa.ArrowException, ValueError):
-                if is_date:
-                    return self._parse(block, written_dates=True)
                 if not whole:
                     raise
-        types["timestamp"] = pa.string()
+        self.types["timestamp"] = pa.string()
         return self._parse(block)
+
+    def _parse_dates(self, block: bytes) -> pa.Table:
+        """`_parse`; dates as Arrow reads them are fast, others are read as text."""
+        try:
+            return self._parse(block)
+        except (pa.ArrowException, ValueError):
+            if self.types.get("timestamp") not in (NANOSECONDS, ZONED):
+                raise
+            return self._parse(block, written_dates=True)
 
     def _parse(self, block: bytes, written_dates: bool = False) -> pa.Table:
         """A block of records as a table; raises ValueError or ArrowException at a malformed one."""
         if not block.strip(b"\r\n"):
             columns = {role: pa.array([], kind) for role, kind in self.types.items()}
             return checked(pa.table(columns))
+        if self.layout.rest:
+            return self._of_rows(block)
         # Between parts Arrow may lose the line feed of a quoted "\r\n".
         if not (b'"' in block and b"\r" in block):
             try:
@@ -154,16 +163,15 @@ class _Text:
         return self._read_csv(block, written_dates, len(block))  # a record may be longer
 
     def _read_csv(self, block: bytes, written_dates: bool, parsed_bytes: int) -> pa.Table:
+        """`_parse` by Arrow's reader, a thread of which takes ``parsed_bytes`` at a time."""
         layout, types = self.layout, self.types
-        if layout.rest:
-            return self._of_rows(block)
         kinds = {layout.places[role]: kind for role, kind in types.items()}
         if written_dates or layout.lists:
             text = ["timestamp"] if not layout.lists else types
             kinds |= {layout.places[role]: pa.string() for role in text if role in types}
         kinds = {place: pa.string() for place in layout.conditions.values()} | kinds
-        names = [f"column {at}" for at in range(layout.width + len(self.keys))]
-        separator = layout.separator
+        names, separator = self.columns, layout.separator
+        read = {names[place]: kind for place, kind in kinds.items() if place < layout.width}
         if separator == "::":
             separator, block = _UNIT, block.replace(b"::", _UNIT.encode())
         if block.startswith(BOM):  # Arrow drops it from the beginning, where it belongs to an id
@@ -176,18 +184,17 @@ class _Text:
                 quote_char='"' if encloses(separator) else False,
                 newlines_in_values=encloses(separator) and b'"' in block,
             ),
-            pacsv.ConvertOptions(
-                include_columns=[names[place] for place in kinds if place < layout.width],
-                column_types={
-                    names[place]: kind for place, kind in kinds.items() if place < layout.width
-                },
-                null_values=[""],
-            ),
+            pacsv.ConvertOptions(include_columns=[*read], column_types=read, null_values=[""]),
         )
         for place, kind in kinds.items():
             if place >= layout.width:
                 column = _repeated(self.keys[place - layout.width], len(found), kind)
                 found = found.append_column(names[place], column)
+        return self._ratings(found, written_dates)
+
+    def _ratings(self, found: pa.Table, written_dates: bool) -> pa.Table:
+        """The ratings for which --where holds, from the columns that are needed."""
+        layout, types, names = self.layout, self.types, self.columns
         table = pa.table({role: found[names[layout.places[role]]] for role in types})
         if layout.lists:
             return self._of_lists(table)
@@ -210,13 +217,8 @@ class _Text:
     def _of_rows(self, block: bytes) -> pa.Table:
         """The ratings of rows like ``user item item item``."""
         lines = [line for line in block.decode().split("\n") if line.strip()]
-        places = self.layout.places
-        rows = split_rows(
-            pa.chunked_array([lines], pa.string()),
-            self.layout.separator,
-            places["user"],
-            places["item"],
-        )
+        places, text = self.layout.places, pa.chunked_array([lines], pa.string())
+        rows = split_rows(text, self.layout.separator, places["user"], places["item"])
         return self._of_lists(rows)
 
     def _of_lists(self, table: pa.Table) -> pa.Table:
@@ -239,20 +241,15 @@ class _Text:
 
     def _explain(self, first_line: int, block: bytes, error: Exception) -> str:
         """A message on the first malformed record of a block that could not be parsed."""
-        layout, types = self.layout, self.types
+        layout = self.layout
         ends = record_ends(block, layout.separator).tolist()
         bounds = [0, *ends] if ends and ends[-1] == len(block) else [0, *ends, len(block)]
 
         def mistake(start: int, end: int) -> str:
             try:
-                self._parse(block[bounds[start] : bounds[end]])
-            except (pa.ArrowException, ValueError):
-                try:
-                    if types.get("timestamp") not in (NANOSECONDS, ZONED):
-                        raise
-                    self._parse(block[bounds[start] : bounds[end]], written_dates=True)
-                except (pa.ArrowException, ValueError) as error:
-                    return str(error).splitlines()[0]
+                self._parse_dates(block[bounds[start] : bounds[end]])
+            except (pa.ArrowException, ValueError) as error:
+                return str(error).splitlines()[0]
             return ""
 
         at = first_failing(len(bounds) - 1, lambda start, end: bool(mistake(start, end)))
@@ -271,25 +268,29 @@ class _Text:
         if reason.startswith("--where"):
             return f"{where}: {reason}"
         fields += self.keys
-        for role, kind in types.items():
-            text = fields[layout.places[role]].strip()
-            value = f"the {role} {text[:40]!r}"
-            if kind == _ID and not text:
-                return f"{where}: the {role} id is empty"
-            if kind == pa.float64() and not (
-                (not text and not self.wanted.needs_rating)
-                or (_arrow_reads(text, kind) and math.isfinite(float(text)))
-            ):
-                return f"{where}: {value} is not a number"
-            if kind == pa.bool_() and not _arrow_reads(text, kind):
-                return f"{where}: {value} is not true or false"
-            if kind == pa.string() and time_mistake(text):
-                return f"{where}: {value} {time_mistake(text)}"
-            if kind in (NANOSECONDS, ZONED) and not _arrow_reads(text, kind):
-                zone = "has no time zone" if kind == ZONED else "has a time zone"
-                other = "has one" if kind == ZONED else "has none"
-                return f"{where}: {value} {date_mistake(text) or f'{zone}, the first one {other}'}"
-        return f"{where}: {reason}"
+        texts = ((role, fields[layout.places[role]].strip()) for role in self.types)
+        mistakes = (self._field_mistake(role, text) for role, text in texts)
+        return f"{where}: {next(filter(None, mistakes), reason)}"
+
+    def _field_mistake(self, role: str, text: str) -> str:
+        """What is wrong with a field of a role, "" if nothing is."""
+        kind, value = self.types[role], f"the {role} {text[:40]!r}"
+        if kind == _ID and not text:
+            return f"the {role} id is empty"
+        if kind == pa.float64() and not (
+            (not text and not self.wanted.needs_rating)
+            or (_arrow_reads(text, kind) and math.isfinite(float(text)))
+        ):
+            return f"{value} is not a number"
+        if kind == pa.bool_() and not _arrow_reads(text, kind):
+            return f"{value} is not true or false"
+        if kind == pa.string() and time_mistake(text):
+            return f"{value} {time_mistake(text)}"
+        if kind in (NANOSECONDS, ZONED) and not _arrow_reads(text, kind):
+            zone = "has no time zone" if kind == ZONED else "has a time zone"
+            other = "has one" if kind == ZONED else "has none"
+            return f"{value} {date_mistake(text) or f'{zone}, the first one {other}'}"
+        return ""
 
 
 def _types(layout: Layout, block: bytes, keys: list[str]) -> Types:

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 def first_histories(store: SequenceStore) -> list[str]:
     """A line for each of the first users: original id, and the first items with their times."""
     lines = []
-    times, unit = store.times, store.counts.get("times", {}).get("unit", "")
+    times, unit = store.times, store.time_unit
     for user in range(min(_USERS, store.num_users)):
         start, end = store.offsets[user : user + 2].tolist()
         shown = []

@@ -4,6 +4,7 @@ Each filter is one pass, in this order, as in TorchRec's examples/bert4rec; drop
 items with fewer than --min_item_count ratings.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -81,48 +82,20 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
     dense = stages.Densify(active, memory)
     grouped = GroupByUser(dense, config.file_order == "newest_first", memory)
     histories = next(grouped, None)
-    kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
-    filters: dict[str, stages.CountingStage] = {
-        f"--min_item_count {config.min_item_count}": popular,
-        f"--min_user_count {config.min_user_count}": active,
-    }
-    if config.min_rating is not None:
-        filters = {f"--min_rating {config.min_rating:g}": rated} | filters
+    filters: dict[str, stages.CountingStage] = {}
     if single is not encoded:
-        filters = {"--duplicates drop": single} | filters
-    for flag, stage in filters.items():
-        if not stage.counts["ratings"]:
-            raise UserError(
-                f"{flag} drops all of the {kept[-1]['ratings']:,} ratings of {config.name}: "
-                "lower it"
-            )
-        kept.append({"stage": flag} | stage.counts)
+        filters["--duplicates drop"] = single
+    if config.min_rating is not None:
+        filters[f"--min_rating {config.min_rating:g}"] = rated
+    filters[f"--min_item_count {config.min_item_count}"] = popular
+    filters[f"--min_user_count {config.min_user_count}"] = active
+    kept = _kept(encoded, filters, config.name)
     assert histories is not None
-    store = SequenceStore(histories.items, histories.offsets, len(dense.kept_items))
-    if histories.ends is not None:
-        _hold_out(store, histories.ends, config, marked)
-    elif kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
+    store = _with_parts(histories, len(dense.kept_items), config, marked)
+    _check_targets(store, config, kept)
+    if not store.split and kept[0]["ratings"] == kept[-1]["ratings"]:  # none was dropped
         store.best_possible = getattr(source.ratings, "best_possible", None)
-    if not len(store.evaluable_users()):
-        dropping = [
-            after["stage"].split()[0]
-            for before, after in pairwise(kept)
-            if after["ratings"] < before["ratings"]
-        ]
-        advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
-        raise UserError(
-            f"no user of {config.name} has 3 items, which training, validation and test need: "
-            f"{advice}check --columns"
-        )
-    items = encoded.items.take(pa.array(dense.kept_items))
-    users = encoded.users.take(pa.array(dense.kept_users))
-    titles, attributes = pa.repeat("", len(items)), None
-    if source.titles and config.items_path:
-        titles, attributes = read_items(source.titles, items)
-    elif source.titles:
-        titles = read_titles(source.titles, items)
-    counts, types = store.train_item_counts[1:-1], (encoded.types["item"], encoded.types["user"])
-    store.catalog = Catalog(items, titles, counts, users, *types, attributes)
+    store.catalog = _catalog(source, config, encoded, dense, store.train_item_counts[1:-1])
     store.counts = {"name": config.name, "stages": kept} | _measure(store)
     dropped = parted.ratings_of_parts - dense.ratings_of_parts
     for split, part in zip(SPLITS, (VALIDATION, TEST), strict=True):
@@ -135,6 +108,45 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
         checks.warn_of_look_alikes(ids, role, config.name)
     store.counts["trimmed"] = dict(getattr(source.ratings, "trimmed", {}))
     return store
+
+
+def _kept(
+    encoded: stages.EncodeIds, filters: Mapping[str, stages.CountingStage], name: str
+) -> list[dict[str, Any]]:
+    """What was read and what each filter kept, by its flag; UserError if that is nothing."""
+    kept: list[dict[str, Any]] = [{"stage": "read"} | encoded.counts]
+    for flag, stage in filters.items():
+        if not stage.counts["ratings"]:
+            raise UserError(
+                f"{flag} drops all of the {kept[-1]['ratings']:,} ratings of {name}: lower it"
+            )
+        kept.append({"stage": flag} | stage.counts)
+    return kept
+
+
+def _catalog(
+    source: DataSource,
+    config: DataConfig,
+    encoded: stages.EncodeIds,
+    dense: stages.Densify,
+    train_counts: np.ndarray,
+) -> Catalog:
+    """The catalog of the kept items and users; ``train_counts``: int64 [V]."""
+    items = encoded.items.take(pa.array(dense.kept_items))
+    titles, attributes = pa.repeat("", len(items)), None
+    if source.titles and config.items_path:
+        titles, attributes = read_items(source.titles, items)
+    elif source.titles:
+        titles = read_titles(source.titles, items)
+    return Catalog(
+        items,
+        titles,
+        train_counts,
+        encoded.users.take(pa.array(dense.kept_users)),
+        item_type=encoded.types["item"],
+        user_type=encoded.types["user"],
+        attributes=attributes,
+    )
 
 
 def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
@@ -155,24 +167,41 @@ def _points(config: DataConfig) -> tuple[list[Point], Point | None]:
     return points, until
 
 
-def _hold_out(
-    store: SequenceStore, ends: np.ndarray, config: DataConfig, marked: MarkParts | None
-) -> None:
-    """Give the store the parts that time or a file made.
-
-    Raises:
-        UserError: no user has a target of validation or test and a history before it.
-    """
-    has_validation = (ends[1] > ends[0]).any() if marked is None else len(marked.points) == 2
-    if not has_validation:
-        ends = validation_from_training(ends, store.offsets[:-1])
-    store.ends, store.split = ends, {"by": config.split_by}
-    flag = f"--split_path {config.split_path}"
+def _with_parts(
+    histories: Histories, num_items: int, config: DataConfig, marked: MarkParts | None
+) -> SequenceStore:
+    """The store of the histories, with the parts that time or a file made, if one did."""
+    ends, split = histories.ends, dict[str, Any]()
+    if ends is not None:
+        has_validation = (ends[1] > ends[0]).any() if marked is None else len(marked.points) == 2
+        if not has_validation:
+            ends = validation_from_training(ends, histories.offsets[:-1])
+        split["by"] = config.split_by
     if marked is not None:
-        flag = f"--split_time {config.split_time}"
-        store.split["points"] = [point.text for point in marked.points]
+        split["points"] = [point.text for point in marked.points]
         if marked.until is not None:
-            store.split["until"] = marked.until.text
+            split["until"] = marked.until.text
+    return SequenceStore(histories.items, histories.offsets, num_items, ends=ends, split=split)
+
+
+def _check_targets(store: SequenceStore, config: DataConfig, kept: list[dict[str, Any]]) -> None:
+    """UserError unless each split has a user with a target and a history before it."""
+    if not store.split:
+        if len(store.evaluable_users()):
+            return
+        dropping = [
+            after["stage"].split()[0]
+            for before, after in pairwise(kept)
+            if after["ratings"] < before["ratings"]
+        ]
+        advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
+        raise UserError(
+            f"no user of {config.name} has 3 items, which training, validation and test need: "
+            f"{advice}check --columns"
+        )
+    flag = f"--split_path {config.split_path}"
+    if config.split_by == BY_TIME:
+        flag = f"--split_time {config.split_time}"
     for split in SPLITS:
         if not len(store.evaluable_users(split)):
             raise UserError(
@@ -270,7 +299,7 @@ def describe(store: SequenceStore) -> str:
         lines.append(f"  {_times_line(times)}")
     cold = "; ".join(
         f"{split} {counts[split]['cold_targets']:,} targets ({counts[split]['cold_items']:,} items)"
-        for split in ("validation", "test")
+        for split in SPLITS
     )
     lines.append(f"  cold (never in a training part): {cold}")
     if trimmed := counts.get("trimmed"):  # not in stores of earlier versions

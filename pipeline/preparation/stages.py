@@ -233,9 +233,8 @@ class _Ids:
         """The ids in ascending order as text, and int32 [numbers]: the place of each in it."""
         ids = self.ids
         assert ids is not None
-        with suppress(
-            pa.ArrowInvalid
-        ):  # sort as numbers if all are whole numbers in plain notation
+        # Sorted as numbers if all are whole numbers in plain notation.
+        with suppress(pa.ArrowInvalid):
             numbers = ids.cast(pa.int64())
             ids = numbers if numbers.cast(ids.type).equals(ids) else ids
         order = pc.sort_indices(ids).to_numpy()

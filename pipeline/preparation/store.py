@@ -67,9 +67,14 @@ class SequenceStore:
             return Parts.leave_one_out(self.offsets)
         return Parts.of_ends(self.offsets, self.ends, self.split["by"])
 
+    @property
+    def time_unit(self) -> str:
+        """Unit of the times: "s", "ms", "us", "ns" since 1970; another text or "": unknown."""
+        return self.counts.get("times", {}).get("unit", "")
+
     @cached_property
     def times(self) -> np.ndarray | None:
-        """int64 [R]: times of the items in ``counts["times"]["unit"]``; None: there are none.
+        """int64 [R]: times of the items in :attr:`time_unit`; None: there are none.
 
         Memory-mapped and checked when first read: training does not read them.
         """
@@ -111,9 +116,10 @@ class SequenceStore:
             if check and name != _TIMES:
                 _check(path / name, recorded)
         items, offsets = (np.load(path / name, mmap_mode="r") for name in _ARRAYS)
-        store = cls(items, offsets, **{name: manifest[name] for name in _FIELDS}, path=path)
+        known: dict[str, Any] = {name: manifest[name] for name in _FIELDS}
         if "split" in manifest:
-            store.split, store.ends = manifest["split"], np.load(path / _PARTS, mmap_mode="r")
+            known |= {"split": manifest["split"], "ends": np.load(path / _PARTS, mmap_mode="r")}
+        store = cls(items, offsets, **known, path=path)
         if "catalog" in manifest:  # not in stores of earlier versions
             store.catalog_fingerprint = manifest["catalog"]
         return store

@@ -52,29 +52,35 @@ def find_ratings(path: Path | RemotePath, name: str) -> tuple[list[SourceFile], 
             return find_ratings(archive, name)
     names = names_in(path)
     wanted = (ratings_file, f"{name}.inter") if is_movielens else tuple(_TITLES_FILE)
-    found = []
-    for each in names:
-        plain = unpacked_name(each.rsplit("/", 1)[-1])
-        if plain in wanted or (plain.endswith(".inter") and not is_movielens):
-            found.append(each)
-    depth = min((each.count("/") for each in found), default=0)
-    found = sorted(each for each in found if each.count("/") == depth)
+    found = _least_deep(names, wanted if is_movielens else (*wanted, ".inter"))
     parts = _parts(names)
     if not found and parts and (not is_movielens or format_of(parts[0]) == "parquet"):
         return [inside(path, each) for each in sorted(parts, key=numbers_in_order)], None
     if not found and not is_movielens and len(names) == 1:
         found = names
     if len(found) != 1:
-        what = f"several ratings files ({', '.join(found[:5])})" if found else "no ratings file"
-        expected = "" if found else f"; looked for {', '.join(wanted)}"
-        advice = "give the file itself"
-        if not found and len(names) > 1:
-            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
-            advice += f" (there are {shown}; names of parts differ only in numbers)"
-        raise UserError(f"{path}: {what} in it{expected}; {advice}")
+        raise UserError(f"{path}: {_not_one(found, names, wanted)}")
     folder, _, file = found[0].rpartition("/")
     titles = f"{folder}/{_titles_file(file)}".lstrip("/")
     return [inside(path, found[0])], inside(path, titles) if titles in names else None
+
+
+def _least_deep(names: list[str], wanted: tuple[str, ...]) -> list[str]:
+    """The wanted files in the fewest folders, ascending; a name that begins with "." is an end."""
+    plain = {each: unpacked_name(each.rsplit("/", 1)[-1]) for each in names}
+    ends = tuple(each for each in wanted if each.startswith("."))
+    found = [each for each in names if plain[each] in wanted or plain[each].endswith(ends)]
+    depth = min((each.count("/") for each in found), default=0)
+    return sorted(each for each in found if each.count("/") == depth)
+
+
+def _not_one(found: list[str], names: list[str], wanted: tuple[str, ...]) -> str:
+    """What is wrong if several ratings files were found, or none, among these names."""
+    if found:
+        return f"several ratings files ({', '.join(found[:5])}) in it; give the file itself"
+    shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+    others = f" (there are {shown}; names of parts differ only in numbers)" * (len(names) > 1)
+    return f"no ratings file in it; looked for {', '.join(wanted)}; give the file itself{others}"
 
 
 def names_in(path: Path | RemotePath) -> list[str]:

@@ -80,10 +80,17 @@ class TrainLoader:
         times: ItemTimes | None = None,
         shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
-        table = WindowTable.build(store, windows, shared=shared)
-        if len(table) == 0:
+        self._table = WindowTable.build(store, windows, shared=shared)
+        if len(self._table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
-        self.num_windows = len(table)
+        assert shard_rows is None or all_sizes is not None
+        self.num_windows = len(self._table)
+        self._windows, self._mask, self._config = windows, mask, config
+        self._items, self._times = np.asarray(store.items), times
+        self._cloze = ClozeMask(mask, store.num_items, config.seed)
+        self._candidate_range, self._negatives = candidate_range, negatives
+        self._all_sizes, self._shard_rows = all_sizes, shard_rows
+        self._few_shapes = torch.cuda.is_available() if few_shapes is None else few_shapes
         step_items = config.train_batch_size * windows.max_len
         step_items = max(step_items, negatives.count if negatives is not None else 0)
         steps_per_chunk = max(1, _CHUNK_ITEMS // step_items)
@@ -98,44 +105,40 @@ class TrainLoader:
         )
         self.num_samples = self._samples.num_samples  # of an epoch, over all ranks
         self.steps_per_epoch = self.steps_left(0)
-        cloze = ClozeMask(mask, store.num_items, config.seed)
-        has_cuda = torch.cuda.is_available()
-        few = has_cuda if few_shapes is None else few_shapes
-
-        def stages(samples: ShuffledSamples, all_sizes: AllSizes | None) -> ToTensors:
-            ordered = LeftContextFirst(samples, cloze)
-            cut: BaseNode[JaggedWindows] = CutWindows(ordered, np.asarray(store.items), table)
-            if times is not None:
-                cut = AddTimes(cut, times, table, config.seed)
-            make_rows = TwoStreams if mask.two_stream else MaskItems
-            # Two threads, each for half of the work.
-            chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, cloze))
-            if few or all_sizes is not None:
-                mean_items = config.train_batch_size * table.mean_length()
-                # Share of positions of second streams.
-                second = mask.left_context_share if mask.two_stream else 0.0
-                masked_share = second + (1 - second) * mask.mask_prob
-                chunks = PadToBuckets(
-                    chunks,
-                    windows.max_len,
-                    cloze.mask_token,
-                    position_unit=bucket_size(mean_items * (1 + second)) if few else 1,
-                    mask_unit=bucket_size(mean_items * masked_share) if few else 1,
-                    all_sizes=all_sizes,
-                )
-            if negatives is not None:
-                chunks = DrawNegatives(chunks, negatives)
-            if shard_rows is not None:
-                assert all_sizes is not None
-                chunks = CountSlots(chunks, shard_rows, world_size, cloze.mask_token, all_sizes)
-            return ToTensors(chunks, cloze.mask_token, candidate_range, pin_memory=has_cuda)
-
-        self._stages = stages(self._samples, all_sizes)
-        self._make_stages, self._exchanges_sizes = stages, all_sizes is not None
+        self._stages = self._stages_of(self._samples, all_sizes)
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
         self._prefetch: Prefetch[Steps] | None = None
         self._state = {"epoch": 0, "sample": 0}
+
+    def _stages_of(self, samples: ShuffledSamples, all_sizes: AllSizes | None) -> ToTensors:
+        """The stages that make batches of samples; ``all_sizes`` as in :class:`PadToBuckets`."""
+        ordered = LeftContextFirst(samples, self._cloze)
+        cut: BaseNode[JaggedWindows] = CutWindows(ordered, self._items, self._table)
+        if self._times is not None:
+            cut = AddTimes(cut, self._times, self._table, self._config.seed)
+        make_rows = TwoStreams if self._mask.two_stream else MaskItems
+        # Two threads, each for half of the work.
+        chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, self._cloze))
+        token = self._cloze.mask_token
+        if self._few_shapes or all_sizes is not None:
+            units = self._bucket_sizes() if self._few_shapes else (1, 1)
+            chunks = PadToBuckets(chunks, self._windows.max_len, token, *units, all_sizes)
+        if self._negatives is not None:
+            chunks = DrawNegatives(chunks, self._negatives)
+        if self._shard_rows is not None:
+            assert all_sizes is not None
+            chunks = CountSlots(chunks, self._shard_rows, samples.world_size, token, all_sizes)
+        has_cuda = torch.cuda.is_available()
+        return ToTensors(chunks, token, self._candidate_range, pin_memory=has_cuda)
+
+    def _bucket_sizes(self) -> tuple[int, int]:
+        """Units of positions and of masked positions, by the means of a step."""
+        mean_items = self._config.train_batch_size * self._table.mean_length()
+        # Share of positions of second streams.
+        second = self._mask.left_context_share if self._mask.two_stream else 0.0
+        masked_share = second + (1 - second) * self._mask.mask_prob
+        return bucket_size(mean_items * (1 + second)), bucket_size(mean_items * masked_share)
 
     def steps_left(self, sample: int) -> int:
         """Batches of an epoch after its first ``sample`` samples, the same on every rank."""
@@ -163,9 +166,9 @@ class TrainLoader:
         def all_alike(own: np.ndarray) -> np.ndarray:
             return np.stack([own] * samples.world_size)
 
-        stages = self._make_stages(
+        stages = self._stages_of(
             replace(samples, num_windows=few, dupe_factor=1, steps_per_chunk=1),
-            all_alike if self._exchanges_sizes else None,
+            None if self._all_sizes is None else all_alike,
         )
         stages.reset()
         for steps in stages:
