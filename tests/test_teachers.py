@@ -204,7 +204,7 @@ def test_a_table_too_large_to_be_held_whole(
     assert outcome.code == 2 and "held whole by a rank" in outcome.err
 
 
-def test_flags() -> None:
+def test_teachers_need_the_exact_softmax() -> None:
     assert TeachersConfig().folders == []
     assert TeachersConfig("runs/a, runs/b").folders == ["runs/a", "runs/b"]
     with pytest.raises(UserError, match="--teachers needs --loss softmax"):
