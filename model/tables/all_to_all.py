@@ -117,10 +117,10 @@ class AllToAll(RowExchange):
         begin = torch.searchsorted(keys, blocks)
         before = torch.cat([counted.new_zeros(1), counted])[begin]
         slot = owner * slots + counted - 1 - before[owner]
-        asked = ids.new_full((self.world_size * slots,), -1)
-        asked.scatter_(0, slot, (keys - owner * self.block).long())
-        received = torch.empty_like(asked)
-        dist.all_to_all_single(received, asked, group=self._group)
+        sent = ids.new_full((self.world_size * slots,), -1)
+        sent.scatter_(0, slot, (keys - owner * self.block).long())
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self._group)
         return Request.of(torch.empty_like(slot).scatter_(0, order, slot), order, slot, received)
 
     def local_ids(self, request: Request) -> Tensor:
