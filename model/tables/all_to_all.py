@@ -23,6 +23,7 @@ from torchrec.streamable import Multistreamable
 
 from model.distributed import Ranks, narrow_group
 from model.kernels.compiler import before_capture
+from model.kernels.graphed_call import MAX_GRAPHS
 from model.kernels.segment_sum import SortedIndex, sum_rows
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
@@ -142,10 +143,6 @@ class AllToAll(RowExchange):
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums)
         return [received]
-
-
-# Requests and steps of more shapes are launched kernel by kernel.
-MAX_GRAPHS = 48
 
 
 class _Captured:
