@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,16 @@ def torchrun(num_ranks: int, *command: str | Path, **more: object) -> Outcome:
     """``torchrun --standalone --nproc_per_node N ...``."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks))
     return run_process(*launch, *command, **more)
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(run_dir: Path) -> dict[int, float]:
+    """The logged losses of a run by step; of a step that was trained again, the later one."""
+    return {line["step"]: line["loss"] for line in read_log(run_dir) if "loss" in line}
 
 
 def seal(folder: Path) -> None:

@@ -25,7 +25,7 @@ from pipeline.batches.attributes import ItemAttributes
 from pipeline.batches.features import ATTRIBUTE, jagged_items, with_attributes, with_candidates
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
-from tests.conftest import RunMain, assert_one_line
+from tests.conftest import RunMain, assert_one_line, losses_of
 
 CUDA = torch.cuda.is_available()
 PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs CUDA"))]
@@ -368,8 +368,7 @@ def test_attributes_change_the_model(
     for number, more in enumerate([(), (ATTRIBUTES,), ("--item_attributes=kind",)]):
         run_dir = tmp_path / str(number)
         assert run_main("train", *flags(data, cache_dir, run_dir), *more).code == 0
-        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        found.append(tuple(line["loss"] for line in lines if "loss" in line))
+        found.append(tuple(losses_of(run_dir).values()))
     assert len(set(found)) == 3
 
 

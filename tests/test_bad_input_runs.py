@@ -118,7 +118,9 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_configs(run_main: RunMain, run_dir: Path, case: str) -> None:
+def test_a_changed_config_is_refused_before_a_result_is_written(
+    run_main: RunMain, run_dir: Path, case: str
+) -> None:
     change, message = CONFIGS[case]
     rewrite_config(run_dir, change)
     (run_dir / "eval_test.json").unlink()

@@ -30,7 +30,7 @@ from model.run.script import Stages
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from model.settings.recipes import with_recipe
-from tests.conftest import ROOT, TINY, RunMain, run_process
+from tests.conftest import ROOT, TINY, RunMain, losses_of, run_process
 from tests.test_profile import event
 
 
@@ -185,8 +185,7 @@ def test_the_plain_loop_equals_the_pipeline(tmp_path: Path, cache_dir: Path) -> 
         flags = [*TINY, "--max_steps=7", f"--cache_dir={cache_dir}", f"--run_dir={run_dir}"]
         outcome = run_process(ROOT / script, *flags)
         assert outcome.code == 0, outcome.err
-        lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-        losses.append([line["loss"] for line in lines if "loss" in line])
+        losses.append(losses_of(run_dir))
     assert losses[0] == losses[1]
     assert len(losses[0]) == 7
 

@@ -55,7 +55,7 @@ def test_linear_in_half_precision(count: int, with_bias: bool) -> None:
 @needs_cuda
 @pytest.mark.parametrize("width", [60, 64, 768, 1000, 1024])
 @pytest.mark.parametrize("count", [0, 1, 1003, 30001])
-def test_column_sums(count: int, width: int) -> None:
+def test_column_sums_are_exact_and_the_same_in_every_run(count: int, width: int) -> None:
     torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is no harmless zero
     rows = normal(count, width).detach()
     found = column_sum(rows)
@@ -66,7 +66,7 @@ def test_column_sums(count: int, width: int) -> None:
 @needs_cuda
 @pytest.mark.parametrize("width", [64, 384, 1000, 1024])
 @pytest.mark.parametrize("count", [0, 1, 3001])
-def test_gelu(count: int, width: int) -> None:
+def test_gelu_and_its_gradients_are_those_of_float64(count: int, width: int) -> None:
     torch.full((1 << 24,), torch.nan, device="cuda")  # what is not written is no harmless zero
     hidden, bias = normal(count, width), torch.randn(width, device="cuda").requires_grad_()
     weights = torch.randn(count, width, device="cuda").bfloat16()

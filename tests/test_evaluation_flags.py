@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.evaluation.config import HoldoutConfig
-from tests.conftest import TINY, RunMain, assert_one_line
+from tests.conftest import TINY, RunMain, assert_one_line, read_log
 
 NUM_ITEMS = 12
 
@@ -122,8 +122,7 @@ def test_metrics_at_other_cutoffs(
     for row in (result["sampled"], result["full"], result["popularity"]["full"]):
         assert list(row) == names and row["HR@12"] == 1
     assert names in [line.split() for line in outcome.out.splitlines()]
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert "NDCG@12" in lines[-1]["full"]
+    assert "NDCG@12" in read_log(run)[-1]["full"]
     assert run_main("eval", f"--checkpoint={run}", "--metrics_at=1").code == 0
     again = read_result(run)
     assert list(again["full"]) == ["HR@1", "HR@10", "NDCG@10", "MRR"]

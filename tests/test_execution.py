@@ -113,7 +113,9 @@ def as_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"width": 12}, "none"),  # heads of 6
     ],
 )
-def test_the_graphs(as_with_cuda: None, changed: dict[str, Any], graphs: str) -> None:
+def test_graphs_follow_precision_lookup_and_head_width(
+    as_with_cuda: None, changed: dict[str, Any], graphs: str
+) -> None:
     plan = planned("cuda", **{"width": 16, "nhead": 2} | changed)
     assert plan.graphs == graphs
     assert plan.precision == changed.get("precision", "bf16")

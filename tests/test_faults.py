@@ -1,6 +1,5 @@
 """Faults of processes and machines, through the real commands on two gloo ranks."""
 
-import json
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoints.manifest import verify
-from tests.conftest import ROOT, TINY, RunMain, environment
+from tests.conftest import ROOT, TINY, RunMain, environment, losses_of
 
 FLAGS = (*TINY, "--num_epochs=20", "--eval_every=5", "--lr=0.003", "--checkpoint_every=0.002")
 
@@ -109,11 +108,6 @@ def final(run_dir: Path) -> tuple[bytes, bytes]:
     return weights, (run_dir / "eval_test.json").read_bytes()
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
-
-
 def newest(run_dir: Path) -> dict:
     return verify(max((run_dir / "checkpoints").glob("step-*")))
 
@@ -129,7 +123,7 @@ def test_a_lost_rank_restarts_the_job_and_changes_nothing(start: Start) -> None:
     assert "another rank ended" in job.err
     # On the same number of ranks the run and its learning curve are the same, bit by bit.
     assert final(job.run_dir) == final(whole.run_dir)
-    assert losses(job.run_dir) == losses(whole.run_dir)
+    assert losses_of(job.run_dir) == losses_of(whole.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -202,11 +196,11 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
     step, epoch, sample = map(int, line.groups())  # epochs are printed from 1, stored from 0
     assert (position["step"], position["epoch"] + 1, position["sample"]) == (step, epoch, sample)
 
-    before = losses(job.run_dir)
+    before = losses_of(job.run_dir)
     flags = [*FLAGS, f"--cache_dir={job.run_dir.parents[1] / 'cache'}", "--sharding=table_wise"]
     outcome = run_main("train", *flags, f"--run_dir={job.run_dir}", "--resume=auto")
     assert outcome.code == 0, outcome.err
-    after = losses(job.run_dir)
+    after = losses_of(job.run_dir)
     assert {step: after[step] for step in before} == before
     # The rest of the epochs was trained with 32 instead of 64 windows per step.
     windows = newest(job.run_dir)["position"]
@@ -226,7 +220,7 @@ def test_two_runs_in_one_folder(start: Start) -> None:
     assert f"--run_dir {first.run_dir} is in use by another run" in second.err
     first.wait_for_steps(first.steps() + 5)  # the first run continues
     stop(first, signal.SIGHUP)  # its terminal is closed
-    curve = losses(first.run_dir)
+    curve = losses_of(first.run_dir)
     assert sorted(curve) == list(range(1, len(curve) + 1))
     assert newest(first.run_dir)["position"]["step"] == len(curve)
 
@@ -299,7 +293,7 @@ def test_twenty_kills_at_random_moments(start: Start) -> None:
     job = start("killed", 2, *flags)
     assert job.wait(300) == 0, job.err
     assert final(job.run_dir) == final(whole.run_dir)
-    assert losses(job.run_dir) == losses(whole.run_dir)
+    assert losses_of(job.run_dir) == losses_of(whole.run_dir)
 
 
 @pytest.mark.slow
@@ -315,7 +309,7 @@ def test_two_then_three_then_one_rank(start: Start) -> None:
             assert manifest["world_size"] == num_ranks
         else:
             assert job.wait() == 0, job.err
-    curve = losses(job.run_dir)
+    curve = losses_of(job.run_dir)
     assert sorted(curve) == list(range(1, len(curve) + 1))
 
 

@@ -139,7 +139,7 @@ def test_flags_given_stay_and_the_others_fit_them() -> None:
     assert fit(store, embedding_optimizer="rowwise_adagrad")["embedding_lr"] is None
 
 
-def test_teachers() -> None:
+def test_teachers_lower_dropout_and_need_the_exact_softmax() -> None:
     long, short = store_of(9, 200), store_of(9, 5, 200_000)
     names = "dropout", "teacher_share", "loss"
     assert chosen(long, *names, teachers="a") == [0.0, 0.9, "softmax"]

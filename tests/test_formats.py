@@ -545,7 +545,9 @@ def histories(store: SequenceStore) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("case", FORMATS)
-def test_formats(tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_format_gives_the_same_histories(
+    tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """By the command line, which shows up to eight items of three users."""
     files, flags = FORMATS[case]
     path = written(tmp_path, files, flags.get("path", ""))
@@ -840,7 +842,7 @@ def test_ambiguous_or_wrong(
         ),
     ],
 )
-def test_warnings(
+def test_what_may_mean_something_else_is_a_warning(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     name: str,

@@ -196,7 +196,9 @@ CATALOGS: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 
 @pytest.mark.parametrize("case", CATALOGS)
-def test_catalogs(run_main: RunMain, run_dir: Path, tmp_path: Path, case: str) -> None:
+def test_another_catalog_is_refused(
+    run_main: RunMain, run_dir: Path, tmp_path: Path, case: str
+) -> None:
     """Recommendations would name other items than those that the model was trained on."""
     for folder in (run_dir, run_dir.with_name("exported")):
         changed_catalog(folder, CATALOGS[case])
@@ -328,7 +330,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any], Path], Any]] = {
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
-def test_manifests(
+def test_another_manifest_is_refused(
     run_main: RunMain, train: Callable[..., Outcome], run_dir: Path, case: str
 ) -> None:
     rewrite_manifests(run_dir, MANIFESTS[case])
@@ -436,7 +438,7 @@ INDICES: dict[str, Callable[[dict[str, Any], Path], Any]] = {
 
 
 @pytest.mark.parametrize("case", INDICES)
-def test_indices(
+def test_another_index_of_tensors_is_refused(
     run_main: RunMain, train: Callable[..., Outcome], run_dir: Path, case: str
 ) -> None:
     rewrite_manifests(run_dir, INDICES[case])

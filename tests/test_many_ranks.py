@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import agreement
-from tests.conftest import ROOT, TINY, torchrun
+from tests.conftest import ROOT, TINY, losses_of, torchrun
 from tests.test_faults import Start, start, stop
 from tests.test_two_nodes import free_port, train_on_nodes
 
@@ -28,12 +28,6 @@ SETTINGS = (*FLAGS, f"--num_epochs={EPOCHS}", "--log_every=1")
 
 def batch(num_ranks: int) -> str:
     return f"--train_batch_size={GLOBAL_BATCH // num_ranks}"
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """By step; of a step that was trained again, the later one."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def evaluated(run_dir: Path) -> dict[str, Any]:
@@ -55,7 +49,7 @@ def trained(num_ranks: int, folder: Path) -> Path:
 
 
 def assert_same(run_dir: Path, alone: Path) -> None:
-    found, expected = losses(run_dir), losses(alone)
+    found, expected = losses_of(run_dir), losses_of(alone)
     assert len(expected) >= 4 * EPOCHS and expected[max(expected)] < expected[1] - 0.05
     assert found == pytest.approx(expected, abs=1e-4)
     one, other = evaluated(alone), evaluated(run_dir)
@@ -82,7 +76,7 @@ def test_the_benchmark_of_agreement_passes(tmp_path: Path) -> None:
     flags = [flag for flag in TINY if "batch_size" not in flag and "epochs" not in flag]
     lines = list(agreement.agreement(tmp_path, [1, 2], GLOBAL_BATCH, flags, gpus=[]))
     assert len(lines) == 5 and all(line.endswith("PASS |") for line in lines)
-    trained = losses(tmp_path / "trained on 1")
+    trained = losses_of(tmp_path / "trained on 1")
     assert trained[max(trained)] < trained[1] - 0.05
 
 
@@ -90,10 +84,10 @@ def test_saved_on_four_and_continued_on_one_and_two(
     alone: Path, tmp_path: Path, start: Start
 ) -> None:
     job = start("four", 4, *SETTINGS, batch(4))
-    job.wait_for_steps(len(losses(alone)) // 2)
+    job.wait_for_steps(len(losses_of(alone)) // 2)
     stop(job, signal.SIGTERM)
-    saved = max(losses(job.run_dir))
-    assert saved < max(losses(alone))
+    saved = max(losses_of(job.run_dir))
+    assert saved < max(losses_of(alone))
     for num_ranks in (1, 2):
         (tmp_path / str(num_ranks)).mkdir()
         shutil.copytree(job.run_dir, tmp_path / str(num_ranks) / "run")

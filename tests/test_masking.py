@@ -119,7 +119,7 @@ def test_a_catalog_of_one_item() -> None:
     assert set(targets.tolist()) == {1}
 
 
-def test_an_empty_chunk() -> None:
+def test_a_chunk_without_rows_has_no_targets() -> None:
     _, masked, targets = masked_rows([], MaskConfig())
     assert masked.tolist() == targets.tolist() == []
 

@@ -64,7 +64,9 @@ def write(path: Path, content: bytes) -> Path:
     ids=plain_id,
 )
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
-def test_formats(tmp_path: Path, name: str, content: bytes, packed: bool) -> None:
+def test_separators_headers_and_packing_change_no_row(
+    tmp_path: Path, name: str, content: bytes, packed: bool
+) -> None:
     if packed:
         name, content = name + ".gz", gzip.compress(content)
     assert read(write(tmp_path / name, content)) == ROWS
@@ -166,7 +168,7 @@ def test_typed_name_without_its_type(tmp_path: Path) -> None:
         (["+5", "5."], [5, 5], None),
     ],
 )
-def test_times(
+def test_a_time_is_its_whole_part_and_the_rest(
     tmp_path: Path, times: list[str], whole: list[int], fraction: list[float] | None
 ) -> None:
     lines = "".join(f"u,i,{time}\n" for time in times)
@@ -307,7 +309,9 @@ def test_bad_line_is_counted_over_blocks(tmp_path: Path, monkeypatch: pytest.Mon
         read(file)
 
 
-def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_longer_than_a_block_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
     with pytest.raises(UserError, match=r"a\.csv:1: a line of more than 64 bytes"):
         read(write(tmp_path / "a.csv", b"x" * 1000))

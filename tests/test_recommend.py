@@ -136,7 +136,9 @@ def test_all_users_on_two_ranks_and_three(trained: Trained, run_main: RunMain) -
     assert pq.read_table(output).equals(one)
 
 
-def test_in_python(trained: Trained, run_main: RunMain, no_cuda: None) -> None:
+def test_python_recommends_what_the_command_does(
+    trained: Trained, run_main: RunMain, no_cuda: None
+) -> None:
     history = ["1193", "661"]
     output = trained.folder / "new.parquet"
     flags = [*trained.flags, "--history", ",".join(history), f"--output={output}"]

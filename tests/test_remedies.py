@@ -40,7 +40,7 @@ def failure(number: int) -> OSError:
 
 
 @every
-def test_the_log(tmp_path: Path, number: int) -> None:
+def test_a_log_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: int) -> None:
     log = RunLog(tmp_path, total=4, step=0)
     log._file = SimpleNamespace(write=lambda text: raises(failure(number)))
     with pytest.raises(UserError) as told:
@@ -53,7 +53,9 @@ def test_the_log(tmp_path: Path, number: int) -> None:
 
 @every
 @pytest.mark.parametrize("of", ["this rank", "another rank", "a user's error"])
-def test_a_checkpoint(tmp_path: Path, one_rank: Ranks, number: int, of: str) -> None:
+def test_a_checkpoint_that_cannot_be_written_says_what_to_do(
+    tmp_path: Path, one_rank: Ranks, number: int, of: str
+) -> None:
     def fail() -> None:
         if of == "another rank":
             raise dcp.api.CheckpointException("write", {1: (failure(number), None)})
@@ -72,7 +74,9 @@ def test_a_checkpoint(tmp_path: Path, one_rank: Ranks, number: int, of: str) -> 
 
 
 @every
-def test_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_an_export_that_cannot_be_written_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     error = OSError(number, os.strerror(number))
     monkeypatch.setattr(Path, "write_bytes", lambda *_: raises(error))
     with pytest.raises(OSError, match=r".") as found:

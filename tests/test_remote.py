@@ -100,7 +100,7 @@ def history(path: str, **flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_http(url: str, name: str) -> None:
+def test_files_are_read_over_http(url: str, name: str) -> None:
     assert history(f"{url}/{name}?signature=x") == HISTORY
 
 
@@ -121,7 +121,7 @@ def test_http_mistakes(url: str, name: str, message: str) -> None:
     assert "key=secret" not in str(caught.value)
 
 
-def test_no_server() -> None:
+def test_a_server_that_refuses_is_named() -> None:
     with pytest.raises(UserError, match=r"cannot read http://127\.0\.0\.1:1/r\.csv: .*refused"):
         history("http://127.0.0.1:1/r.csv")
 

@@ -1,6 +1,5 @@
 """Log lines or a bar; metrics.jsonl and events on a full disk and after a resume."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 from model.training.run_log import At, RunLog
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain
+from tests.conftest import TINY, RunMain, read_log
 
 
 def break_metrics(log: RunLog) -> None:
@@ -43,10 +42,6 @@ def broken(
     return request.param
 
 
-def lines(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_full_disk_stops_the_run(
     run_main: RunMain, run_dir: Path, cache_dir: Path, broken: Callable[[RunLog], None]
 ) -> None:
@@ -69,7 +64,7 @@ def test_training_continues_on_a_full_disk_with_on_save_error_continue(
     assert "Traceback" not in outcome.err
     assert outcome.err.count("warning: ") == 1
     assert "metrics cannot be written: No space left on device, training goes on" in outcome.err
-    steps = [line["step"] for line in lines(run_dir) if "loss" in line]
+    steps = [line["step"] for line in read_log(run_dir) if "loss" in line]
     assert steps == ([1, 2] if broken is break_metrics else list(range(1, steps[-1] + 1)))
     assert "test, 60 users" in outcome.out and (run_dir / "eval_test.json").exists()
 
@@ -198,7 +193,7 @@ def test_a_reader_of_stdout_that_ends_stops_nothing(
         log.close()
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), written)  # what is buffered must go somewhere
-    assert [line["step"] for line in lines(tmp_path)] == [2, 3]
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 3]
 
 
 def test_other_ranks_write_and_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:

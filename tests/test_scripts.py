@@ -31,6 +31,7 @@ from tests.conftest import (
     RunMain,
     environment,
     needs_ml_100k,
+    read_log,
     run_process,
     torchrun,
 )
@@ -43,10 +44,6 @@ CLOCK = (
     "seconds",
     "time",
 )
-
-
-def read_lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_clock(lines: Iterable[dict[str, float]]) -> list[dict[str, Any]]:
@@ -143,7 +140,7 @@ def test_output_of_a_run(trained: dict[str, Any]) -> None:
     lines = [
         line for line in out.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)
     ]
-    logged = [line for line in read_lines(trained["run"]) if "loss" in line]
+    logged = [line for line in read_log(trained["run"]) if "loss" in line]
     assert [re.sub(r", [\d,]+ rec/s, ETA \d+:\d\d:\d\d$", "", line[20:]) for line in lines] == [
         f"step {line['step']}/{len(logged)}, epoch {line['epoch']}, loss {line['loss']:.4f}, "
         f"lr {line['lr']:.3g}"
@@ -157,7 +154,7 @@ def test_files_of_a_run(trained: dict[str, Any]) -> None:
     wanted = {"catalog", "checkpoints", "config", "eval_test", "eval_validation", "events"}
     assert wanted | {"metrics"} <= names
     validation, test = (read_result(trained["run"], split) for split in ("validation", "test"))
-    lines = [line for line in read_lines(trained["run"]) if line["event"] == "validation"]
+    lines = [line for line in read_log(trained["run"]) if line["event"] == "validation"]
     best = max(lines, key=lambda line: line["full"]["NDCG@10"])
     assert validation["full"]["NDCG@10"] == pytest.approx(best["full"]["NDCG@10"])
     for result in (validation, test):
@@ -173,7 +170,7 @@ def test_files_of_a_run(trained: dict[str, Any]) -> None:
 
 
 def test_metrics_jsonl_and_the_event_file_agree(trained: dict[str, Any]) -> None:
-    lines = read_lines(trained["run"])
+    lines = read_log(trained["run"])
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
     assert sum(line["event"] == "validation" for line in lines) == 3
@@ -220,7 +217,7 @@ def test_eval_of_the_best_checkpoint_on_validation(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
     run_main("eval", "--checkpoint", trained["run"], "--cache_dir", cache_dir, "--split=validation")
-    lines = [line for line in read_lines(trained["run"]) if line["event"] == "validation"]
+    lines = [line for line in read_log(trained["run"]) if line["event"] == "validation"]
     best = max(lines, key=lambda line: line["full"]["NDCG@10"])
     found = read_result(trained["run"], "validation")
     for protocol in ("sampled", "full"):
@@ -256,7 +253,7 @@ def test_eval_of_the_exported_model(
 def test_resuming_a_finished_run_only_tests_it_again(
     trained: dict[str, Any], run_main: RunMain, cache_dir: Path
 ) -> None:
-    lines = read_lines(trained["run"])
+    lines = read_log(trained["run"])
     outcome = run_main(
         "train",
         *TINY,
@@ -268,7 +265,7 @@ def test_resuming_a_finished_run_only_tests_it_again(
     assert outcome.code == 0, outcome.err
     assert "resumed from" in outcome.out
     assert outcome.out.splitlines()[-7:] == trained["outcome"].out.splitlines()[-7:]
-    assert read_lines(trained["run"]) == lines
+    assert read_log(trained["run"]) == lines
 
 
 def test_a_killed_run_resumes_to_the_bit(
@@ -300,9 +297,9 @@ def test_a_killed_run_resumes_to_the_bit(
     expected = run_main("train", *flags, f"--run_dir={whole}", exports[1])
     assert expected.code == 0, expected.err
 
-    lines = read_lines(killed)
+    lines = read_log(killed)
     assert int(last.removeprefix("step-")) < lines[-1]["step"]
-    assert without_clock(lines) == without_clock(read_lines(whole))
+    assert without_clock(lines) == without_clock(read_log(whole))
     assert_events_are(killed, lines)
     assert read_result(killed) == read_result(whole)
     for name, weight in load_file(whole / "export" / "model.safetensors").items():
@@ -383,7 +380,7 @@ def test_a_final_run_trains_on_validation_items_and_tests_its_last_model(
     flags = (*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
     outcome = run_main("train", *flags, "--train_on_validation=true")
     assert outcome.code == 0, outcome.err
-    lines = read_lines(run_dir)
+    lines = read_log(run_dir)
     assert not any(line["event"] == "validation" for line in lines)
     assert read_result(run_dir)["users"] == 60
     again = run_main("eval", f"--checkpoint={run_dir}", f"--cache_dir={cache_dir}")

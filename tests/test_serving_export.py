@@ -309,7 +309,7 @@ def test_ids_are_items_of_lists(small: Path) -> None:
             call()
 
 
-def test_no_users(small: Path) -> None:
+def test_without_users_nothing_is_recommended(small: Path) -> None:
     serving = Recommender(small)
     assert serving.recommend([]) == []
     assert serving.user_vectors([]).shape == (0, WIDTH)

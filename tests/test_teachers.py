@@ -1,6 +1,5 @@
 """Distillation: the loss by its formula, valid teachers, one rank and two."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from model.run import build as run
 from model.run.trained import _teacher
 from model.settings.config import RunConfig
 from pipeline.errors import UserError
-from tests.conftest import ROOT, TINY, RunMain, torchrun
+from tests.conftest import ROOT, TINY, RunMain, losses_of, torchrun
 
 SCALE = 1 / 0.07
 
@@ -131,11 +130,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     return folder
 
 
-def losses(run_dir: Path) -> list[float]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_two_ranks_with_teachers_equal_one(
     teacher: Path, tmp_path: Path, cache_dir: Path, run_main: RunMain
 ) -> None:
@@ -148,7 +142,7 @@ def test_two_ranks_with_teachers_equal_one(
         2, ROOT / "train.py", *taught, "--train_batch_size=16", f"--run_dir={tmp_path / 'two'}"
     )
     assert outcome.code == 0, outcome.err
-    one, two, without = (losses(tmp_path / name) for name in ("one", "two", "alone"))
+    one, two, without = (losses_of(tmp_path / name) for name in ("one", "two", "alone"))
     # Float32 sums in another order, over 8 steps.
     assert two == pytest.approx(one, rel=1e-4)
     assert one != pytest.approx(without, rel=1e-3)
@@ -204,7 +198,7 @@ def test_a_table_too_large_to_be_held_whole(
     assert outcome.code == 2 and "held whole by a rank" in outcome.err
 
 
-def test_flags() -> None:
+def test_teachers_need_the_exact_softmax() -> None:
     assert TeachersConfig().folders == []
     assert TeachersConfig("runs/a, runs/b").folders == ["runs/a", "runs/b"]
     with pytest.raises(UserError, match="--teachers needs --loss softmax"):

@@ -17,7 +17,7 @@ from model.training.agreement import NOTHING, SAVE, TIMED_OUT, Agreement
 from model.training.config import TrainingConfig
 from model.training.progress import HostThrottle
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain, assert_one_line
+from tests.conftest import TINY, RunMain, assert_one_line, read_log
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,6 @@ def test_flags_out_of_range(flags: dict[str, float], message: str) -> None:
         TrainingConfig(**flags)
 
 
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:
     outcome = run_main(
         "train",
@@ -98,7 +94,7 @@ def test_metrics_jsonl_of_a_run(run_main: RunMain, tmp_path: Path, cache_dir: Pa
         "--eval_every=2",
     )
     assert outcome.code == 0, outcome.err
-    lines = lines_of(tmp_path)
+    lines = read_log(tmp_path)
     trained = [line for line in lines if "loss" in line]
     # 60 users of at most 38 training items are 3 windows of 16 at most: some 160, 32 a step.
     steps = len(trained)
@@ -140,7 +136,7 @@ def test_patience_stops_a_run_without_improvement(
         "--patience=2",
     )
     assert outcome.code == 0, outcome.err
-    lines = lines_of(tmp_path)
+    lines = read_log(tmp_path)
     validated = [line for line in lines if line["event"] == "validation"]
     assert [line["epoch"] for line in validated] == [1, 2, 3]
     assert len({line["full"]["NDCG@10"] for line in validated}) == 1
@@ -163,8 +159,8 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(
         outcome = run_main("train", *flags, f"--max_steps={steps}", f"--run_dir={run_dir}")
         assert outcome.code == 0, outcome.err
         assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps), saved"
-        expected = lines_of(tmp_path / "whole")[:steps]
-        found = lines_of(run_dir)
+        expected = read_log(tmp_path / "whole")[:steps]
+        found = read_log(run_dir)
         assert [line["step"] for line in found] == list(range(1, steps + 1))
         for name in ("epoch", "loss", "lr"):
             assert [line[name] for line in found] == [line[name] for line in expected]
@@ -178,7 +174,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(
         assert outcome.out.splitlines()[-1] == f"ended after step {steps} (--max_steps)"
         assert run_main("train", *again).code == 0
         curves = [
-            [(each["step"], each.get("loss")) for each in lines_of(folder)]
+            [(each["step"], each.get("loss")) for each in read_log(folder)]
             for folder in (run_dir, tmp_path / "whole")
         ]
         assert curves[0] == curves[1]
@@ -256,7 +252,7 @@ def test_training_approaches_the_best_possible_metrics(
     assert 0.75 < result["full"]["HR@10"] < best_hr + 0.02
     assert 0.45 < result["full"]["NDCG@10"] < best_ndcg + 0.02
     assert result["sampled"]["HR@10"] > 0.75
-    lines = [line for line in lines_of(tmp_path) if "loss" in line]
+    lines = [line for line in read_log(tmp_path) if "loss" in line]
     assert lines[0]["loss"] > lines[-1]["loss"] + 1
 
 
@@ -311,7 +307,7 @@ def test_a_pipeline_over_several_epochs_changes_nothing(
         flags = [f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", f"--eval_every={eval_every}"]
         outcome = run_main("train", *TINY, *flags, "--num_epochs=4", "--lr=0.01")
         assert outcome.code == 0, outcome.err
-        lines = lines_of(run_dir)
+        lines = read_log(run_dir)
         assert sum(line["event"] == "validation" for line in lines) == (4 if eval_every == 1 else 2)
         curves.append(
             [(line["step"], line["epoch"], line["loss"]) for line in lines if "loss" in line]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, TINY, environment, torchrun
+from tests.conftest import ROOT, TINY, environment, losses_of, torchrun
 
 FLAGS = (*TINY, "--mode=dmp", "--sharding=row_wise", "--seed=5", "--max_steps=4")
 SECONDS = 120
@@ -57,11 +57,6 @@ def train_on_nodes(folder: Path, launches: list[list[str]], flags: Sequence[str]
     return outputs
 
 
-def losses(run_dir: Path) -> list[float]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def find(config: dict[str, Any], name: str) -> Any:
     """A value of a nested dict by its key."""
     if name in config:
@@ -82,8 +77,8 @@ def test_two_nodes_equal_one(tmp_path: Path) -> None:
         2, ROOT / "train.py", *FLAGS, f"--cache_dir={tmp_path / 'cache'}", f"--run_dir={one}"
     )
     assert done.code == 0, done.err
-    assert len(losses(one)) == 4
+    assert len(losses_of(one)) == 4
     # Nodes exchange rows by all-to-all, ranks of one node by gather: sums in another order.
-    assert losses(two) == pytest.approx(losses(one), rel=1e-6)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-6)
     plans = [json.loads((one.parent / run / "config.json").read_text()) for run in ("one", "two")]
     assert [find(plan, "exchange") for plan in plans] == ["gather", "all_to_all"]

@@ -156,6 +156,6 @@ def test_a_mask_token_ignores_its_item_and_later_ones(positions: str) -> None:
         assert moved.tolist() == expected, changed
 
 
-def test_flags() -> None:
+def test_two_streams_need_windows_with_left_context() -> None:
     with pytest.raises(UserError, match="raise --left_context_share or leave it out"):
         MaskConfig(two_stream=True, left_context_share=0.0)

@@ -51,7 +51,7 @@ TABLE = pa.table(
         (f"big == {2**62 + 1}", [False, True, False]),
     ],
 )
-def test_rows(expression: str, holds: list[bool | None]) -> None:
+def test_an_expression_holds_for_these_rows(expression: str, holds: list[bool | None]) -> None:
     assert Where(expression).holds(TABLE).to_pylist() == holds
 
 
@@ -77,7 +77,7 @@ def test_rows(expression: str, holds: list[bool | None]) -> None:
         ("event > 3", "--where: the event is not a number"),
     ],
 )
-def test_refused(expression: str, message: str) -> None:
+def test_what_is_no_condition_is_refused_with_the_reason(expression: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         Where(expression).holds(TABLE)
     assert isinstance(caught.value, UserError) or expression == "event > 3"
@@ -129,5 +129,5 @@ def test_one_time_in_many_forms() -> None:
     "text",
     ["", "soon", "2014-02-30", "2014-13-01", "10:51", "07.04.2014", "2014-04-07 25:00", "1"],
 )
-def test_no_dates(text: str) -> None:
+def test_what_is_no_date_is_a_mistake(text: str) -> None:
     assert date_mistake(text)

@@ -52,11 +52,12 @@ Result = dict[str, Any]
 class Ranking:
     """What this rank found of the T targets of its own users, in the order of its batches."""
 
-    # int64 [2 or 4, T]: the target's rank in both protocols, then popularity's; 1 = best.
+    # int64 [2 or 4, T]: the target's rank in both protocols, sampled first, then those by
+    # popularity; 1 = best.
     ranks: Tensor
     scores: Tensor  # float32 [T], of the targets
     users: Tensor | None  # int64 [T], whose targets; None: each of another user
-    fewer: Tensor  # number of users with fewer negatives than demanded
+    fewer: Tensor  # float64 [], number of users with fewer negatives than demanded
     listed: ListedItems | None  # what the users' best items are
 
 
@@ -120,7 +121,7 @@ def rank_users(
         if list_lengths:
             listed = ListedItems(len(popularity) - 2, list_lengths, lowered, device)
         # Reduced only at the end, so that the host does not wait for the device in between.
-        ranks: list[Tensor] = []  # [2 or 4, users]: sampled, full, popularity's two
+        ranks: list[Tensor] = []
         scores: list[Tensor] = []
         own: list[Tensor] = []
         owners: list[Tensor] = []
@@ -131,11 +132,8 @@ def rank_users(
             several |= batch.encoded_row is not None
             users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, MAX_SCORES // catalog.part_items)):
-                *each, score = target_ranks(block, catalog.scored(block.hidden), catalog.shared)
-                if by_popularity:
-                    counted = catalog.counted(counts, len(block.hidden))
-                    each += target_ranks(block, counted, catalog.shared)[:2]
-                ranks.append(torch.stack(each))
+                of_block, score = _block_ranks(block, catalog, counts if by_popularity else None)
+                ranks.append(of_block)
                 scores.append(score)
                 own.append(block.own)
                 fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.first).sum()
@@ -149,6 +147,21 @@ def rank_users(
         return Ranking(of_own, torch.cat(scores)[is_own], whose, fewer, listed)
 
 
+def _block_ranks(
+    users: EncodedUsers, catalog: CatalogScores, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Ranks of a block's targets, int64 [2 or 4, U] as in `Ranking`, and their scores [U].
+
+    Args:
+        counts: float32 [V + 2], by which popularity ranks; None: it does not.
+    """
+    *ranks, scores = target_ranks(users, catalog.scored(users.hidden), catalog.shared)
+    if counts is not None:
+        counted = catalog.counted(counts, len(users.hidden))
+        ranks += target_ranks(users, counted, catalog.shared)[:2]
+    return torch.stack(ranks), scores
+
+
 def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
     """Metrics over the users of all ranks, the same on every rank.
 
@@ -157,7 +170,7 @@ def summed(ranking: Ranking, cutoffs: Sequence[int] = CUTOFFS) -> Result:
         "fewer_negatives": number of users, if there are any; "targets": their number, if a user
         may have several.
     """
-    fewer, owners = ranking.fewer, ranking.users
+    fewer, owners = ranking.fewer.clone(), ranking.users  # it is added up in place
     if owners is None:
         sums = torch.stack([metric_sums(each, cutoffs) for each in ranking.ranks])
     else:

@@ -77,7 +77,7 @@ def metrics_of_several(
 
 
 def one_list(ranks: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Ranks of a user's targets in one list, distinct: int64 [2 or 4, T] of the same.
+    """Ranks of a user's targets in one list, distinct: int64 [2 or 4, T], as ``ranks``.
 
     Rows alternate: ranks among a user's negatives alone, which the user's other targets join here
     in the order of the next row, and ranks among all items, where equal ranks are targets that tie:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.ranked_users import MODEL, MOST_FREQUENT, RECENT, REPEAT_LAST
-from pipeline.errors import UserError
 from pipeline.files import write_json
 
 _PROTOCOLS = {
@@ -181,7 +181,11 @@ def format_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 
 def write_result(folder: Path, split: str, result: Result) -> Path:
-    """Write ``eval_<split>.json`` into ``folder``; other keys than training's change the name."""
+    """Write ``eval_<split>.json`` into ``folder``; other keys than training's change the name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     name = f"eval_{split}"
     if discount := result.get("popularity_discount"):
         name += f"-discount-{discount:g}"
@@ -192,8 +196,6 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"
-    try:
+    with writing(str(path)):
         write_json(path, result)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -18,7 +18,7 @@ from model.kernels.random_bits import Dropout, drop
 
 # Programs that sum over rows: as many as a large device runs at once, four per multiprocessor;
 # ``column_sum``, a smaller kernel, runs twice as many.
-_PROGRAMS = 528
+SUMMING_PROGRAMS = 528
 # Rows and columns that a program holds at a time where it adds up the sums of such programs.
 _FINAL_TILE = 256, 8
 
@@ -42,7 +42,7 @@ def gelu_dropout(hidden: Tensor, bias: Tensor, dropout: Dropout | None) -> Tenso
 
 def column_sum(rows: Tensor) -> Tensor:
     """Rows [T, N] (contiguous on CUDA) summed to float32 [N]; the same bits in every run."""
-    partial, grid = _partial(rows, 2 * _PROGRAMS)
+    partial, grid = _partial(rows, 2 * SUMMING_PROGRAMS)
     launch(_column_sum, grid, rows, partial, *rows.shape, _BLOCK.value, _COLUMNS.value)
     return sum_partial(partial)
 
@@ -105,7 +105,7 @@ class _GeluDropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, bias = ctx.saved_tensors
-        gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, _PROGRAMS)
+        gradient, (partial, grid) = torch.empty_like(hidden), _partial(hidden, SUMMING_PROGRAMS)
         tensors = hidden, bias, grad.contiguous(), gradient, partial
         launch(_gelu_gradient, grid, *tensors, *hidden.shape, ctx.dropout)
         return gradient, sum_partial(partial), None

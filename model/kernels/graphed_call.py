@@ -24,7 +24,8 @@ Body = Callable[..., Tensor]
 Inputs = tuple[Tensor | None, ...]
 
 _WARM_UP = 2  # calls before the capture, in which libraries choose their kernels
-_MAX_GRAPHS = 48
+# Graphs of a call, a step or a request; calls of more shapes are launched kernel by kernel.
+MAX_GRAPHS = 48
 # Every graph keeps a copy of its inputs: up to 3 GiB of all graphs. Of larger ones, such as rows of
 # more than 65,536 positions of width 256, none is made: a graph is captured for their address.
 _COPIED_BYTES = 64 << 20
@@ -49,11 +50,11 @@ class GraphedCall:
         self.pool: Any = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """``body(*inputs)``; more combinations of shapes than ``_MAX_GRAPHS`` have no graph."""
+        """``body(*inputs)``; more combinations of shapes than ``MAX_GRAPHS`` have no graph."""
         key = tuple(None if t is None else (*t.shape, _address(t)) for t in inputs)
         captured = self._captured.get(key)
         if captured is None:
-            if len(self._captured) == _MAX_GRAPHS:
+            if len(self._captured) == MAX_GRAPHS:
                 return self._body(*inputs)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             captured = self._captured[key] = self._capture(inputs)

@@ -17,15 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels import residual_kernels as kernels
 from model.kernels import side_stream
-from model.kernels.bf16_linear import sum_partial
+from model.kernels.bf16_linear import SUMMING_PROGRAMS, sum_partial
 from model.kernels.compiler import launch, triton
 from model.kernels.random_bits import Dropout
 from model.kernels.segment_sum import add_rows, sort_index
 
 # Values of each tensor that a program holds at a time; backward it holds more tensors.
 _TILE, _GRADIENT_TILE = 2048, 1024
-# Programs that sum gradients: as many as a large device runs at once, four per multiprocessor.
-_PROGRAMS = 528
 _WIDEST = 2048
 
 
@@ -85,7 +83,7 @@ def _memory(
     stream = None if grad_stream is None else grad_stream.contiguous()
     normed = torch.zeros_like(rows) if grad_normed is None else grad_normed.contiguous()
     number, tiles = kernels.tiles_of(rows.shape, _GRADIENT_TILE)
-    gradient, programs = torch.empty_like(rows), max(1, min(_PROGRAMS, number))
+    gradient, programs = torch.empty_like(rows), max(1, min(SUMMING_PROGRAMS, number))
     partial = torch.empty(programs, sums, rows.shape[1], device=rows.device)
     return (stream, normed, gradient), partial, tiles
 

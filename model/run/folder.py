@@ -116,7 +116,7 @@ class RunFolder:
         if self.store.path is None or counts_more:
             self.store.trained_catalog(counts_more).write_to(self.path)
         else:
-            Catalog.copy(self.store.path, self.path, users=self.store.path)
+            Catalog.copy(self.store.path, self.path, users_folder=self.store.path)
 
     def _claim(self) -> tuple[Path, str]:
         """The locked folder, and what its lock file holds from now on."""

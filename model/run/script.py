@@ -71,7 +71,7 @@ def _prepare_streams() -> None:
 
 
 def _end_with(launcher: int) -> None:
-    """SIGTERM to this rank if torchrun was killed, which nobody would end; a training saves first.
+    """Wait until torchrun was killed, then send this rank SIGTERM, on which a training saves.
 
     The kernel's own such signal (PR_SET_PDEATHSIG) comes when the launcher's thread ends, too.
     """

@@ -24,7 +24,8 @@ from torch.profiler import record_function
 from model.execution import ExecutionPlan
 from model.kernels import side_stream
 from model.kernels.compiler import before_capture
-from model.tables.all_to_all import MAX_GRAPHS, Request
+from model.kernels.graphed_call import MAX_GRAPHS
+from model.tables.all_to_all import Request
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 

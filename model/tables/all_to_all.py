@@ -23,6 +23,7 @@ from torchrec.streamable import Multistreamable
 
 from model.distributed import Ranks, narrow_group
 from model.kernels.compiler import before_capture
+from model.kernels.graphed_call import MAX_GRAPHS
 from model.kernels.segment_sum import SortedIndex, sum_rows
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
@@ -117,10 +118,10 @@ class AllToAll(RowExchange):
         begin = torch.searchsorted(keys, blocks)
         before = torch.cat([counted.new_zeros(1), counted])[begin]
         slot = owner * slots + counted - 1 - before[owner]
-        asked = ids.new_full((self.world_size * slots,), -1)
-        asked.scatter_(0, slot, (keys - owner * self.block).long())
-        received = torch.empty_like(asked)
-        dist.all_to_all_single(received, asked, group=self._group)
+        sent = ids.new_full((self.world_size * slots,), -1)
+        sent.scatter_(0, slot, (keys - owner * self.block).long())
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self._group)
         return Request.of(torch.empty_like(slot).scatter_(0, order, slot), order, slot, received)
 
     def local_ids(self, request: Request) -> Tensor:
@@ -142,10 +143,6 @@ class AllToAll(RowExchange):
         received = torch.empty_like(sums)
         dist.all_to_all_single(received, sums)
         return [received]
-
-
-# Requests and steps of more shapes are launched kernel by kernel.
-MAX_GRAPHS = 48
 
 
 class _Captured:

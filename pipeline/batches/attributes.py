@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.tables.names import list_names
+from pipeline.tables.sequences import is_list
 
 LEAST_ITEMS = 2  # of an attribute
 # Every step looks up all attributes; every item has as many places as the one with the most.
@@ -101,9 +102,7 @@ def _pairs(catalog: Catalog, name: str, separator: str) -> tuple[np.ndarray, np.
     """Items and numbers of their values in a column, each pair once; how many values there are."""
     column = _column(catalog, name)
     values, items = column, np.arange(1, len(column) + 1)
-    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
-    is_list = any(each(column.type) for each in kinds)
-    if is_list:
+    if is_list(column.type):
         items = items[pc.list_parent_indices(column).to_numpy()]
         values = pc.list_flatten(column)
     if pa.types.is_floating(values.type):  # a missing number, to some
@@ -115,7 +114,7 @@ def _pairs(catalog: Catalog, name: str, separator: str) -> tuple[np.ndarray, np.
             f"--item_attributes: the column {name!r} holds {column.type}: attributes are texts, "
             "numbers or lists of them"
         ) from error
-    found = ([text] if is_list else text.split(separator) for text in texts)
+    found = ([text] if is_list(column.type) else text.split(separator) for text in texts)
     pairs = dict.fromkeys(
         (item, value)
         for item, each in zip(items.tolist(), found, strict=True)

@@ -28,7 +28,7 @@ LATEST = 1 << 40
 
 @dataclass(frozen=True)
 class TimeSpan:
-    """What a model knows of a log's times, in seconds since 1970."""
+    """The times that a log spans, in seconds since 1970; a model that reads times has it."""
 
     first: int  # of the training parts
     last: int

@@ -258,7 +258,7 @@ class EvalLoader:
         if not self.keep_seen:
             known = row_item_keys(items, bounds.begin, bounds.known_end, id_bound)
             seen = np.setdiff1d(known, target_keys, assume_unique=True)
-        num_users = np.count_nonzero(users >= 0)  # the fillers come last
+        num_users = int((users >= 0).sum())  # the fillers come last
         if index not in self._negatives:
             if not self.keep_seen:
                 excluded = row_item_keys(items, bounds.begin, bounds.excluded_end, id_bound)

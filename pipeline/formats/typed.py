@@ -156,7 +156,7 @@ class TypedColumns:
         """What is wrong with the time of a row, with its text; "" if nothing is."""
         if self.roles.get("timestamp", "") not in field_names(self.schema):
             return ""
-        time = explode_one(open_structs(without_views(one))[self.roles["timestamp"]])
+        time = _elements(open_structs(without_views(one))[self.roles["timestamp"]])
         if len(time) != 1 or time.null_count:
             return ""
         text = str(time.cast(pa.string())[0])
@@ -203,7 +203,8 @@ def _without_view(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def explode_one(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _elements(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The elements of a column of lists; another column as it is."""
     return pc.list_flatten(column) if pa.types.is_nested(column.type) else column
 
 

@@ -1,4 +1,4 @@
-"""The catalog: original ids, titles and attributes of the dense ids.
+"""The catalog: original ids, titles, training counts and attributes of the dense ids.
 
     store.catalog.item_id(17), store.catalog.title(17)   # ("1193", "One Flew Over the ... (1975)")
 
@@ -29,7 +29,7 @@ _ID_TYPE = b"id_type"
 
 @dataclass(eq=False, repr=False)
 class Catalog:
-    """Original ids, titles and training counts of items 1..V, and original ids of users 0..U-1."""
+    """What is known of items 1..V beside the ratings, and the original ids of users 0..U-1."""
 
     items: pa.StringArray  # [V]
     titles: pa.StringArray  # [V], "" if there is none
@@ -39,7 +39,8 @@ class Catalog:
     item_type: pa.DataType = field(default_factory=pa.string)
     user_type: pa.DataType = field(default_factory=pa.string)
     attributes: pa.Table | None = None  # V rows: other columns of --items_path
-    # int64 [V], occurrences in the validation parts, if these are trained on, too.
+    # int64 [V], occurrences in the validation parts, where a model with attributes is trained on
+    # them, too.
     validation_counts: np.ndarray | None = None
 
     @classmethod
@@ -66,10 +67,10 @@ class Catalog:
                 items["title"].combine_chunks(),
                 items["train_count"].to_numpy(),
                 users["user"].combine_chunks(),
-                _id_type(items),
-                _id_type(users),
-                attributes if attributes.num_columns else None,
-                validation,
+                item_type=_id_type(items),
+                user_type=_id_type(users),
+                attributes=attributes if attributes.num_columns else None,
+                validation_counts=validation,
             )
         except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
@@ -82,7 +83,7 @@ class Catalog:
         return catalog
 
     def write_to(self, folder: str | Path) -> None:
-        """Write the catalog's files into an existing folder."""
+        """Write the catalog's files into an existing folder; OSError if one cannot be written."""
         columns = {"item": self.items, "title": self.titles, "train_count": self.train_counts}
         if self.validation_counts is not None:
             columns[_VALIDATION] = self.validation_counts
@@ -99,22 +100,31 @@ class Catalog:
                 pq.write_table(table, file)
 
     @staticmethod
-    def copy(items: Path, to: Path, users: Path | None) -> None:
-        """Copy the file of the items from one folder, that of the users from another or not."""
-        for name, folder in zip(FILES, (items, users), strict=True):
-            if folder is not None:
-                with open_regular(folder / name) as source, whole_file(to / name) as target:
+    def copy(folder: Path, to: Path, users_folder: Path | None) -> None:
+        """Copy the file of the items, and that of the users from a folder of its own.
+
+        Args:
+            users_folder: None: do not copy the users.
+
+        Raises:
+            OSError: a file cannot be read or written.
+        """
+        for name, each in zip(FILES, (folder, users_folder), strict=True):
+            if each is not None:
+                with open_regular(each / name) as source, whole_file(to / name) as target:
                     shutil.copyfileobj(source, target)
 
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
-        """The ``train_counts`` of the catalog in ``folder``, without reading the rest."""
+        """int64 [V], the ``train_counts`` of a store's catalog, without reading the rest."""
         return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
 
     def is_trained(self) -> np.ndarray:
         """bool [V]: items with a rating that a model is trained on."""
-        later = 0 if self.validation_counts is None else self.validation_counts
-        return self.train_counts + later > 0
+        counts = self.train_counts
+        if self.validation_counts is not None:
+            counts = counts + self.validation_counts
+        return counts > 0
 
     def item_id(self, item: int) -> str:
         """Original id of dense id `item` (1..V)."""
@@ -128,7 +138,7 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the original item ids in dense order; a model fits data sets with the same."""
+        """Hash of the original item ids in dense order: models and data with the same fit."""
         digest = hashlib.sha256(len(self.items).to_bytes(8, "little"))
         whole = pa.ListArray.from_arrays(pa.array([0, len(self.items)], pa.int32()), self.items)
         digest.update(pc.binary_join(whole, "\0")[0].as_buffer())
@@ -137,7 +147,12 @@ class Catalog:
 
 
 def _read(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table with the columns of ``schema``; KeyError or ArrowException if they are not of it."""
+    """The table in a file, its columns of ``schema`` checked and cast; others as they are.
+
+    Raises:
+        OSError, KeyError, UnicodeDecodeError, ArrowException: it cannot be read, or a column of
+            ``schema`` is missing, of another type, or has empty values.
+    """
     with open_regular(path) as file:
         table = pq.read_table(file)
     for name in schema.names:

@@ -1,4 +1,4 @@
-"""Ratings that a stage holds until it knows a total: in memory, beyond a limit on disk.
+"""Ratings that a stage holds until a total is known: in memory, beyond a limit on disk.
 
     held = Held(memory)
     for chunk in self.source: held.add(chunk)         # and count

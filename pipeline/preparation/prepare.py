@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.formats.parquet import ReadTable
-from pipeline.formats.source_file import SourceFile
 from pipeline.preparation import checks, stages
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.grouping import DropDuplicates, GroupByUser, Histories
@@ -30,8 +29,8 @@ from pipeline.preparation.parts import (
 )
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.preparation.time_split import MarkParts, stored_points
-from pipeline.sources.config import DataConfig, expanded_place
-from pipeline.sources.datasets import DataSource, resolve, wanted
+from pipeline.sources.config import DataConfig
+from pipeline.sources.datasets import DataSource, items_file, resolve, wanted
 from pipeline.tables.points import Point, read_points
 
 
@@ -60,10 +59,7 @@ def prepare(data: Any, **flags: Any) -> SequenceStore:
         )
     config = DataConfig(**{"dataset_name": "table", "dataset_path": "table"} | flags)
     rows = ReadTable(data, wanted(config))
-    items = (
-        SourceFile(expanded_place("items_path", config.items_path)) if config.items_path else None
-    )
-    return build(DataSource(rows, items, {}, config.cache_folder), config)
+    return build(DataSource(rows, items_file(config), {}, config.cache_folder), config)
 
 
 def build(source: DataSource, config: DataConfig) -> SequenceStore:

@@ -75,8 +75,7 @@ def resolve(config: DataConfig) -> DataSource:
         else:
             files, titles = find_ratings(path, config.dataset_name)
             ratings = ReadRatings(*files, wanted=wanted(config))
-        if config.items_path:
-            titles = SourceFile(expanded_place("items_path", config.items_path))
+        titles = items_file(config) or titles
         origin = [file.stamp() for file in (*files, titles) if file]
         read = ("columns", "separator", "where", "duplicates", "file_order")
         flags |= {flag: getattr(config, flag) for flag in read} | {"reading": _READING}
@@ -86,6 +85,13 @@ def resolve(config: DataConfig) -> DataSource:
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
     store_path = config.cache_folder / "stores" / f"{config.name}-{digest}"
     return DataSource(ratings, titles, fingerprint, store_path)
+
+
+def items_file(config: DataConfig) -> SourceFile | None:
+    """The table of --items_path; None without the flag."""
+    if not config.items_path:
+        return None
+    return SourceFile(expanded_place("items_path", config.items_path))
 
 
 def wanted(config: DataConfig) -> Wanted:

@@ -29,7 +29,7 @@ from pipeline.training.config import MAX_COPIES, WindowConfig
 
 _HELD = 1 << 24  # windows whose places are held (256 MiB); those of more are computed when needed
 _BLOCK = 1 << 20
-# Windows without times, so that the model knows histories that have none.
+# Share of windows without times: the model also learns to encode histories that have none.
 _TIMELESS_SHARE = 0.05
 # Makes these draws independent of others with the same key.
 _TIMELESS = 0x1F83D9AB
