@@ -5,9 +5,13 @@ Most tests run `main()` in this process; the last ones start real ranks.
 
 import fcntl
 import json
+import os
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -285,6 +289,21 @@ def test_all_ranks_end_and_one_prints_the_error(
     assert outcome.err.count("Traceback (most recent call last)") == 1
     assert "ChildFailedError" in outcome.err and "exitcode  : 2" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preparation_ends_before_the_interpreter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratings: Path
+) -> None:
+    """Arrow's threads may abort an interpreter that ends."""
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    arguments = f"preparation --dry_run --dataset_path {ratings} --min_user_count 1".split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("pipeline.preparation", run_name="__main__")
 
 
 def test_a_module_that_is_run_is_named(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def build(source: DataSource, config: DataConfig) -> SequenceStore:
         advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
         raise UserError(
             f"no user of {config.name} has 3 items, which training, validation and test need: "
-            f"{advice}check --columns"
+            f"{advice}check --columns, or hold out by time with --split_time"
         )
     items = encoded.items.take(pa.array(dense.kept_items))
     users = encoded.users.take(pa.array(dense.kept_users))
