@@ -518,11 +518,27 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
         "FILE/ratings.csv:1: a line of more than 16,777,216 bytes",
     ),
     "encrypted zip": ("r.zip", encrypted(), "FILE/ratings.csv is encrypted: decrypt it first"),
+    "a number after dates": (
+        "r.csv",
+        HEAD + b"1,1,1,2020-01-01\n1,2,1,1600000000\n",
+        "FILE:3: the timestamp '1600000000' is a number, the first one is none: write all in one",
+    ),
+    "a date after numbers": (
+        "r.csv",
+        HEAD + b"1,1,1,1.5\n1,2,1,2020-01-01\n",
+        "FILE:3: the timestamp '2020-01-01' is a date, the first one is a number: write all in one",
+    ),
+    "a date after whole numbers": (
+        "r.csv",
+        HEAD + b"1,1,1,1\n1,2,1,2020-01-01\n",
+        "FILE:3: the timestamp '2020-01-01' is a date, the first one is a number: write all in one",
+    ),
     "one rating": ("r.csv", HEAD + b"1,1,1,1\n", "no user of r has 3 items"),
     "all histories of length 2": (
         "r.csv",
         HEAD + b"".join(b"%d,%d,4,1\n" % (user, item) for user in range(9) for item in (1, 2)),
-        "no user of r has 3 items, which training, validation and test need: check --columns",
+        "no user of r has 3 items, which training, validation and test need: check --columns, "
+        "or hold out by time with --split_time",
     ),
 }
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.config import CheckpointConfig
 from model.checkpoints.manifest import (
     DamagedError,
     describe_files,
@@ -28,7 +30,7 @@ from model.distributed import Ranks
 from model.training.trainer import Trainer
 from pipeline.errors import UserError
 from pipeline.files import publish
-from tests.conftest import TINY, Outcome, RunMain, torchrun
+from tests.conftest import TINY, Outcome, RunMain, most_bytes_of_a_file, torchrun
 
 FLAGS = (*TINY, "--num_epochs=3", "--eval_every=1", "--lr=0.01")
 
@@ -355,6 +357,19 @@ def test_a_full_disk_stops_the_run(
     assert "step-00000010 cannot be written: No space left on device; earlier checkpoints" in last
     assert names(tmp_path) == ["step-00000005"]
     verify(tmp_path / "checkpoints" / "step-00000005")
+
+
+@pytest.mark.parametrize(
+    "most_bytes", [100, 1500, 5000]
+)  # in a tensor's header, its values, its end
+def test_a_tensor_that_a_disk_does_not_take(
+    tmp_path: Path, one_rank: Ranks, most_bytes: int
+) -> None:
+    checkpoints = Checkpoints(tmp_path, one_rank, CheckpointConfig())
+    state = {"model": {"weight": torch.ones(1000)}}
+    with most_bytes_of_a_file(most_bytes), pytest.raises(UserError) as told:
+        checkpoints._succeeds(lambda: checkpoints._write(state, Position(step=1)))
+    assert "checkpoints cannot be written: File too large; earlier checkpoints" in str(told.value)
 
 
 def test_training_continues_on_a_full_disk_with_on_save_error_continue(

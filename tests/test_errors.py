@@ -5,12 +5,31 @@ Most tests run `main()` in this process; the last ones start real ranks.
 
 import fcntl
 import json
+import os
+import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import pytest
 
-from tests.conftest import ROOT, TINY, RunMain, assert_one_line, run_process, torchrun
+from model.distributed import Ranks
+from model.run.folder import RunFolder
+from model.settings.config import OutputConfig, RunConfig
+from pipeline.errors import UserError
+from pipeline.preparation.store import SequenceStore
+from tests.conftest import (
+    ROOT,
+    TINY,
+    RunMain,
+    assert_one_line,
+    most_bytes_of_a_file,
+    run_process,
+    torchrun,
+)
 
 # 4 users of 3 items, 1 of 2.
 RATINGS = "user,item,rating,time\n" + "".join(
@@ -56,6 +75,14 @@ def test_a_run_folder_that_cannot_be_written(
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
         outcome = run_main("train", *TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}")
         assert_one_line(outcome, "train", f"--run_dir {run_dir} cannot be written: ")
+
+
+def test_a_run_folder_on_a_disk_that_takes_nothing(tmp_path: Path, one_rank: Ranks) -> None:
+    config = RunConfig(output=OutputConfig(run_dir=str(tmp_path / "run")))
+    store = SequenceStore.from_arrays(np.arange(1, 4), [0, 3], 3)
+    told = f"--run_dir {tmp_path / 'run'} cannot be written: File too large"
+    with most_bytes_of_a_file(0), pytest.raises(UserError, match=re.escape(told)):
+        RunFolder(config, one_rank, store)
 
 
 def test_an_export_folder_that_cannot_be_written_is_found_before_training(
@@ -262,6 +289,21 @@ def test_all_ranks_end_and_one_prints_the_error(
     assert outcome.err.count("Traceback (most recent call last)") == 1
     assert "ChildFailedError" in outcome.err and "exitcode  : 2" in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preparation_ends_before_the_interpreter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratings: Path
+) -> None:
+    """Arrow's threads may abort an interpreter that ends."""
+
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    arguments = f"preparation --dry_run --dataset_path {ratings} --min_user_count 1".split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("pipeline.preparation", run_name="__main__")
 
 
 def test_a_module_that_is_run_is_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,7 +35,7 @@ from model.settings.flags import build, flatten
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
-from tests.conftest import TINY, RunMain, assert_one_line, seal
+from tests.conftest import TINY, RunMain, assert_one_line, mounted, seal
 
 STORE = SequenceStore.from_arrays([1, 2, 3, 3, 2, 1], [0, 3, 6], 3)
 SMALL = {"emb_dim": 4, "nhead": 1, "num_layers": 1, "max_len": 4}
@@ -228,18 +227,6 @@ def test_users_leave_only_with_with_users(tmp_path: Path, one_weight: None) -> N
     assert not (tmp_path / "a" / "users.parquet").exists()
     catalog = Catalog.read(tmp_path / "a")
     assert catalog.items.to_pylist() == ["1", "2", "3"] and len(catalog.users) == 0
-
-
-@contextmanager
-def mounted(folder: Path) -> Iterator[None]:
-    """A file system of its own in ``folder``."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("how", ["itself", "a link", "a folder in it", "."])

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,14 +25,14 @@ from model.distributed import Ranks
 from model.network.config import EncoderConfig, HeadConfig
 from model.network.head import CatalogSlice
 from model.programs import vectors as vectors_module
-from model.programs.exporters import item_table_name
+from model.programs.exporters import item_table_name, write_exported
 from model.programs.folder import write_programs
 from model.programs.padded import PaddedEncoder
 from model.programs.recommender import Recommender
 from model.serving import recommender
 from pipeline.files import write_json
 from pipeline.preparation.catalog import Catalog
-from tests.conftest import run_process
+from tests.conftest import most_bytes_of_a_file, mounted, run_process
 
 V, MAX_LEN, WIDTH = 12, 6, 8
 KINDS = {
@@ -128,6 +129,27 @@ def test_the_table_is_stored_once(exported: Exported) -> None:
     assert row.numpy().tobytes() in (exported.folder / "model.safetensors").read_bytes()
     assert len(row.numpy().tobytes()) in (bytes_of_row, bytes_of_row // 2)
     assert not any(row.numpy().tobytes() in program for program in programs)
+
+
+@pytest.mark.parametrize("most_bytes", [100, 1500, 5000, 20_000])
+def test_a_program_that_a_disk_does_not_take(
+    exported: Exported, tmp_path: Path, most_bytes: int
+) -> None:
+    with most_bytes_of_a_file(most_bytes), pytest.raises(OSError, match="File too large"):
+        write_exported(exported.bert, tmp_path, str(exported.folder / "model.safetensors"))
+
+
+def test_vectors_that_a_disk_does_not_take(tmp_path: Path) -> None:
+    """An error; writing to a mapped file would end this process."""
+    config = ModelConfig(1000, MAX_LEN, EncoderConfig(WIDTH, 2, 2), HeadConfig())
+    bert = BERT4Rec(config, CatalogSlice(1, 1001, shared=False))  # 32,000 bytes of vectors
+    with mounted(tmp_path):
+        (tmp_path / "last page").write_bytes(b"x")
+        with suppress(OSError):
+            (tmp_path / "rest").write_bytes(bytes(5 << 20))
+        (tmp_path / "last page").unlink()
+        with pytest.raises(OSError, match="No space left"):
+            vectors_module.write_vectors(bert, tmp_path)
 
 
 def test_items_written_in_blocks_are_one_text(

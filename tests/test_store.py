@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig
+from tests.conftest import most_bytes_of_a_file
 
 # Users with 4, 2, 0 and 3 items; item 5 occurs as the test target of user 0 only.
 ITEMS = [1, 2, 3, 5, 2, 2, 4, 1, 3]
@@ -255,13 +255,9 @@ def test_a_disk_that_takes_no_more(tmp_path: Path, most_bytes: int) -> None:
     def build() -> SequenceStore:
         return SequenceStore.from_arrays(np.arange(1, 10_001), [0, 5000, 10_000], 10_000)
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    try:
-        with pytest.raises(UserError, match=r"prepared data to \S+: File too large; name another"):
-            open_or_build(tmp_path / "store", {}, build)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = r"prepared data to \S+: File too large; name another"
+    with most_bytes_of_a_file(most_bytes), pytest.raises(UserError, match=told):
+        open_or_build(tmp_path / "store", {}, build)
     assert not (tmp_path / "store").exists()
 
 

@@ -57,7 +57,12 @@ class CheckpointWriter:
             publish(aside, final)
 
         from_first_rank(self._ranks, make_room, self._group)
-        dcp.save(state, checkpoint_id=aside, process_group=self._group)
+        dcp.save(
+            state,
+            checkpoint_id=aside,
+            storage_writer=_Files(aside),
+            process_group=self._group,
+        )
         files = self._describe(aside)
         manifest = {
             "position": dataclasses.asdict(position),
@@ -82,6 +87,18 @@ class CheckpointWriter:
         if failures := [outcome["error"] for outcome in outcomes if "error" in outcome]:
             raise OSError(*failures[0])
         return {name: about for outcome in outcomes for name, about in outcome.items()}
+
+
+class _Files(dcp.FileSystemWriter):
+    """DCP's files; a tensor that cannot be written is the OSError, not torch's error after it."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def _check_complete(aside: Path, files: dict[str, dict[str, int]]) -> None:

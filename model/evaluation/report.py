@@ -145,7 +145,7 @@ def remarks(result: Result) -> list[str]:
         if result[protocol]["NDCG@10"] < known["NDCG@10"]
     ]
     if below:
-        remedy = "train longer (--num_epochs), change --lr, or use --recipe auto"
+        remedy = "train longer (--num_epochs), change --lr, or leave flags to --recipe auto"
         if "popularity_discount" in result:
             remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
         found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")

@@ -11,6 +11,7 @@ once. The torch program takes it as an argument (tensor ``item_table`` of ``item
 Shapes: B users, L items of the longest history, D width, V items.
 """
 
+import io
 import json
 import logging
 import struct
@@ -67,7 +68,9 @@ def write_exported(bert: BERT4Rec, folder: Path, weights: str) -> None:
     with torch.no_grad(), _quiet():
         program = torch.export.export(encoder, given, dynamic_shapes=shapes)
         program.example_inputs = None  # else the file would hold the table
-        torch.export.save(program, folder / TORCH_PROGRAM)
+        content = io.BytesIO()  # torch's own file says nothing of a full disk
+        torch.export.save(program, content)
+        (folder / TORCH_PROGRAM).write_bytes(content.getvalue())
         exported = torch.onnx.export(
             program,
             opset_version=_OPSET,

@@ -27,10 +27,13 @@ def write_vectors(bert: BERT4Rec, folder: Path) -> None:
         if CANDIDATE in table.feature_names
     )
     rows = table[1:-1]  # without padding and mask token
-    vectors = np.lib.format.open_memmap(folder / VECTORS, "w+", np.float32, tuple(rows.shape))
-    for low in range(0, len(rows), _ROWS):
-        vectors[low : low + _ROWS] = bert.head.project(rows[low : low + _ROWS]).numpy()
-    vectors.flush()
+    about = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": tuple(rows.shape)}
+    # Written, not mapped: on a full disk a mapped file ends the process (SIGBUS).
+    with (folder / VECTORS).open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
+        for low in range(0, len(rows), _ROWS):
+            vectors = bert.head.project(rows[low : low + _ROWS]).numpy()
+            file.write(np.ascontiguousarray(vectors, np.float32).data)
 
 
 def write_items(catalog: Catalog, folder: Path) -> None:

@@ -76,7 +76,8 @@ class RunFolder:
     def close(self) -> None:
         """Let another run use the folder."""
         if self._lock is not None:
-            self._lock.close()
+            with suppress(OSError):  # a full disk did not take the token
+                self._lock.close()
 
     def _check_all_ranks(self, token: str) -> None:
         """Check that every rank sees this folder; a checkpoint would lack the files of others."""

@@ -107,8 +107,8 @@ def text_layout(
     if not separator:
         raise UserError(
             f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
-            ".dat .data .txt .json .jsonl .parquet .arrow .feather, also .gz .bz2 .xz .zst of "
-            "text; or give --separator and --columns"
+            ".dat .data .txt .json .jsonl .ndjson .parquet .orc .arrow .feather .ipc, also .gz "
+            ".bz2 .xz .zst .lz4 of text; or give --separator and --columns"
         )
     if separator != "::" and not (len(separator) == 1 and separator.isascii()):
         ascii_only = "" if separator.isascii() else ": ASCII only"

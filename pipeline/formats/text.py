@@ -284,8 +284,12 @@ class _Text:
             return f"{value} is not a number"
         if kind == pa.bool_() and not _arrow_reads(text, kind):
             return f"{value} is not true or false"
-        if kind == pa.string() and time_mistake(text):
-            return f"{value} {time_mistake(text)}"
+        if kind == pa.string() and (mistake := time_mistake(text)):
+            if not date_mistake(text):
+                mistake = "is a date, the first one is a number: write all in one way"
+            return f"{value} {mistake}"
+        if kind in (NANOSECONDS, ZONED) and is_number(text):
+            return f"{value} is a number, the first one is none: write all in one way"
         if kind in (NANOSECONDS, ZONED) and not _arrow_reads(text, kind):
             zone = "has no time zone" if kind == ZONED else "has a time zone"
             other = "has one" if kind == ZONED else "has none"

@@ -6,6 +6,7 @@ The flags are those of the data, as of train.py.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -90,5 +91,8 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         exit_with_message(str(error))
+    # Not the interpreter's own end: a thread of Arrow that lets a Python object go then aborts it.
+    os._exit(0)

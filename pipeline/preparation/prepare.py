@@ -193,7 +193,7 @@ def _check_targets(store: SequenceStore, config: DataConfig, kept: list[dict[str
         advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
         raise UserError(
             f"no user of {config.name} has 3 items, which training, validation and test need: "
-            f"{advice}check --columns"
+            f"{advice}check --columns, or hold out by time with --split_time"
         )
     flag = f"--split_path {config.split_path}"
     if config.split_by == BY_TIME:
