@@ -283,10 +283,10 @@ class _Text:
                 return f"{where}: {value} is not a number"
             if kind == pa.bool_() and not _arrow_reads(text, kind):
                 return f"{where}: {value} is not true or false"
-            if kind == pa.string() and (mistake := time_mistake(text)):
+            if kind == pa.string() and (wrong := time_mistake(text)):
                 if not date_mistake(text):
-                    mistake = "is a date, the first one is a number: write all in one way"
-                return f"{where}: {value} {mistake}"
+                    wrong = "is a date, the first one is a number: write all in one way"
+                return f"{where}: {value} {wrong}"
             if kind in (NANOSECONDS, ZONED) and is_number(text):
                 return f"{where}: {value} is a number, the first one is none: write all in one way"
             if kind in (NANOSECONDS, ZONED) and not _arrow_reads(text, kind):
