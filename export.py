@@ -36,7 +36,7 @@ def export_model(flags: ExportFlags) -> None:
     run, output = TrainedRun(EvalFlags(checkpoint=flags.checkpoint)), Path(flags.output)
     if flags.with_users:
         run.check_users()
-    check_export("--output", output, run.folder)
+    check_export("--output", output, run.folder, run.config.windows.max_len)
     trained = run.trained(ranks)
     export(trained, output, flags.with_users, with_programs=True)
     ranks.say(f"exported step {trained.step} to {output}")

@@ -112,7 +112,15 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "ratings that are gone": (
         lambda config: config["flags"].update(dataset_path="gone.csv"),
-        "no such file: gone.csv; check the path",
+        "no such file: gone.csv, which FOLDER was trained on: give it by --dataset_path",
+    ),
+    "a split that is gone": (
+        lambda config: config["flags"].update(split_path="gone", dataset_path=""),
+        "no such file: gone, which FOLDER was trained on: give it by --dataset_path",
+    ),
+    "items that are gone": (
+        lambda config: config["flags"].update(items_path="gone.csv"),
+        "no such file: gone.csv, which FOLDER was trained on: give it by --items_path",
     ),
 }
 

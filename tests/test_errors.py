@@ -95,6 +95,16 @@ def test_an_export_folder_that_cannot_be_written_is_found_before_training(
     assert not run_dir.exists()
 
 
+def test_an_export_of_a_model_without_histories(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, run_dir: Path
+) -> None:
+    flags = [f"--cache_dir={cache_dir}", f"--run_dir={run_dir}", f"--export_root={tmp_path / 'e'}"]
+    outcome = run_main("train", *TINY, *flags, "--max_len=1")
+    message = f"--export_root {tmp_path / 'e'}: a model of --max_len 1 reads no history"
+    assert_one_line(outcome, "train", message)
+    assert not run_dir.exists()
+
+
 def test_a_cache_that_cannot_be_written(run_main: RunMain, tmp_path: Path, run_dir: Path) -> None:
     (tmp_path / "file").write_text("")
     cache_dir = tmp_path / "file" / "cache"

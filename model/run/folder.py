@@ -127,7 +127,8 @@ class RunFolder:
         stamp, token = time.strftime("%Y%m%d-%H%M%S"), uuid.uuid4().hex
         path = Path(output.run_dir or f"runs/{self.config.data.name}-{stamp}")
         if output.export_root:
-            check_export("--export_root", Path(output.export_root), path)
+            max_len = self.config.windows.max_len
+            check_export("--export_root", Path(output.export_root), path, max_len)
         with writing(f"--run_dir {path}"):
             if output.run_dir:
                 make_folder(path)
@@ -173,9 +174,14 @@ def _new_folder(wanted: Path) -> Path:
         path = wanted.with_name(f"{wanted.name}-{number}")
 
 
-def check_export(flag: str, folder: Path, run_dir: Path) -> None:
+def check_export(flag: str, folder: Path, run_dir: Path, max_len: int) -> None:
     """Check that the model of a run can be exported into the folder that ``flag`` names."""
     check_exporters()
+    if max_len < 2:
+        raise UserError(
+            f"{flag} {folder}: a model of --max_len 1 reads no history, which an export serves: "
+            "train with a larger one"
+        )
     with writing(f"{flag} {folder}"):
         for path in (folder, run_dir):
             with suppress(FileNotFoundError):

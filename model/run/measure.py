@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed import DistributedModelParallel
 
-from model.distributed import Ranks
+from model.distributed import Ranks, from_first_rank
 from model.evaluation.comparison import compare, format_comparison
 from model.evaluation.details import details
 from model.evaluation.evaluate import Result, rank_users, summed
@@ -159,6 +159,7 @@ def compared(flags: EvalFlags, ranks: Ranks) -> str:
 
 
 def _ratings(run: TrainedRun, ranks: Ranks) -> SequenceStore:
+    from_first_rank(ranks, run.check_places)
     store = prepared(run.config, ranks)
     run.check_catalog(store)
     return store

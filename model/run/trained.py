@@ -1,5 +1,6 @@
 """A trained model on disk, to evaluate or to learn from."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog
 from pipeline.preparation.parts import LEAVE_ONE_OUT
 from pipeline.preparation.store import SequenceStore
+from pipeline.remote import is_url
+from pipeline.sources.config import expanded
 
 USERS = FILES[1]
 _MOST_LAYERS = 1000  # more would take minutes to build, also without weights
@@ -97,6 +100,16 @@ class TrainedRun:
         recorded = read_config(self._exported)
         known = {name: recorded.get(name) for name in ("step", "epoch")}
         return {name: value for name, value in known.items() if type(value) is int}
+
+    def check_places(self) -> None:
+        """UserError unless the local files of ratings and items are where training read them."""
+        flags = {"dataset_path": "dataset_path", "split_path": "dataset_path"}
+        for name, flag in (flags | {"items_path": "items_path"}).items():
+            path = getattr(self.config.data, name)
+            if path and not is_url(path) and not os.path.lexists(expanded(name, path)):
+                raise UserError(
+                    f"no such file: {path}, which {self.folder} was trained on: give it by --{flag}"
+                )
 
     def check_catalog(self, store: SequenceStore) -> None:
         """Check that the data has the items that the model was trained on."""

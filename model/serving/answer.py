@@ -77,6 +77,7 @@ def histories_of(
         data = DataConfig(dataset_path=path, columns=columns, separator=separator)
         kept = run.config.data.min_rating, run.span is not None
         return known.of_ratings(resolve(data).ratings, catalog, *kept)
+    from_first_rank(ranks, run.check_places)
     store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
     everyone = known.of_store(store, run.span is not None)
