@@ -93,7 +93,7 @@ def _train(
     from model.run.folder import RunFolder, check_run_dir
     from model.run.measure import measure
     from model.run.resumed import changed_flags, changed_rates
-    from model.run.trained import load_teachers
+    from model.run.teachers import load_teachers
     from model.run.warm_up import KernelsAhead
     from model.settings.fitting import Machine, fitted
     from model.settings.protocol import with_seen

@@ -15,7 +15,7 @@ from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teacher, Teachers
 from model.network.head import CatalogSlice
 from model.run import build as run
-from model.run.trained import _teacher
+from model.run.teachers import as_teacher
 from model.settings.config import RunConfig
 from pipeline.errors import UserError
 from tests.conftest import ROOT, TINY, RunMain, losses_of, torchrun
@@ -80,7 +80,7 @@ def model(seed: int = 0, **encoder: float) -> BERT4Rec:
 
 
 def teacher_of(trained: BERT4Rec) -> Teacher:
-    return _teacher(trained, trained.head.catalog, torch.device("cpu"), "fp32")
+    return as_teacher(trained, trained.head.catalog, torch.device("cpu"), "fp32")
 
 
 def taught_by(trained: BERT4Rec, share: float, student: BERT4Rec) -> DenseStep:

@@ -21,7 +21,7 @@ from model.network.head import CatalogSlice
 from model.network.times import TimeVectors, turns_a_second, with_times
 from model.run.build import train_loader
 from model.run.execution import plan_execution
-from model.run.trained import _teacher
+from model.run.teachers import as_teacher
 from model.settings.config import RunConfig
 from pipeline.batches.times import UNKNOWN, ItemTimes, TimeSpan, with_gaps
 from pipeline.batches.train_batch import TrainBatch
@@ -317,7 +317,7 @@ def test_a_teacher_reads_the_times_of_the_batch(student_reads: bool) -> None:
         for encoder in (timed, timed if student_reads else plain)
     )
     nn.init.normal_(teacher.encoder.times.rows.weight)
-    teachers = Teachers([_teacher(teacher, teacher.head.catalog, ROWS[0].device, "fp32")], 0.5)
+    teachers = Teachers([as_teacher(teacher, teacher.head.catalog, ROWS[0].device, "fp32")], 0.5)
     assert teachers.use_times
     step = DenseStep(student.encoder, student.head, ExecutionPlan(), teachers)
     table = student.embeddings.embeddings["item"].weight

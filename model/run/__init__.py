@@ -3,6 +3,7 @@
     script              runs a script: flags first, then the slow imports
     folder, config_file the folder of a run; its flags, versions and facts
     trained             the trained model in a run folder, or an exported model
+    teachers            the trained models that a run learns from
     resumed             learning rates and other flags that change when a run is resumed
     board               what TensorBoard shows of a run and of a result
     execution, build    decides how a run is executed; builds model, loader, evaluator

@@ -1,4 +1,4 @@
-"""A trained model on disk, to evaluate or to learn from."""
+"""A trained model on disk."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torchrec.distributed import DistributedModelParallel
 
 from model.bert4rec import BERT4Rec
@@ -15,15 +14,12 @@ from model.checkpoints.export import Trained
 from model.checkpoints.exported import WEIGHTS, check_catalog, check_exported, load_exported
 from model.checkpoints.manifest import read_manifest
 from model.distributed import ALONE, Ranks, raise_on_all
-from model.network.distillation import Teacher, Teachers
-from model.network.head import CatalogSlice
 from model.run.build import (
     WHOLE_TABLE_BYTES,
     build_model,
     build_plain_model,
     item_attributes,
     num_attributes,
-    scored_slice,
     weightless_model,
 )
 from model.run.config_file import (
@@ -37,7 +33,6 @@ from model.run.resumed import recorded_config
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.flags import build, current_flags
 from pipeline.batches.attributes import ItemAttributes
-from pipeline.batches.features import CANDIDATE, ITEM
 from pipeline.batches.times import ItemTimes
 from pipeline.errors import UserError
 from pipeline.preparation.catalog import FILES, Catalog
@@ -302,53 +297,3 @@ class TrainedRun:
                     f"{path} was trained with --{name} {flags[name]}, {self.folder} with {value}: "
                     f"{remedy}"
                 )
-
-
-def load_teachers(
-    config: RunConfig, store: SequenceStore, ranks: Ranks, precision: str, count: int = 0
-) -> Teachers | None:
-    """The models that ``--teachers`` names, unsharded on this rank's device; None without it.
-
-    Args:
-        precision: of their matrix products, "bf16" or "fp32".
-        count: of attributes of the model that they teach.
-    """
-    models = []
-    for folder in config.teaching.folders:
-        run = TrainedRun(EvalFlags(checkpoint=folder))
-        run.check_catalog(store)
-        if run.other_ratings(store):
-            ranks.warn(
-                f"--teachers {folder} was trained on other ratings of these items, or with another "
-                "split: it may know the held-out ones, and metrics would be too good"
-            )
-        if run.config.windows.max_len < config.windows.max_len:
-            raise UserError(
-                f"--teachers {folder} reads windows of {run.config.windows.max_len} items at most: "
-                "give no larger --max_len"
-            )
-        if run.config.windows.train_on_validation and not config.windows.train_on_validation:
-            raise UserError(
-                f"--teachers {folder} was trained on the validation items, which choose this "
-                "run's best model: take another teacher, or --train_on_validation here too"
-            )
-        catalog = scored_slice(config, store.num_items, ranks, count)
-        models.append(_teacher(run.plain_model(), catalog, ranks.device, precision))
-    return Teachers(models, config.teaching.teacher_share) if models else None
-
-
-def _teacher(
-    model: BERT4Rec, catalog: CatalogSlice, device: torch.device, precision: str
-) -> Teacher:
-    tables = {
-        feature: model.embeddings.embeddings[table.name].weight.detach()
-        for table in model.embeddings.embedding_configs()
-        for feature in table.feature_names
-    }
-    return Teacher(
-        model.encoder.to(device),
-        model.head,
-        items=tables[ITEM].to(device),
-        candidates=tables[CANDIDATE][catalog.low : catalog.high].to(device),
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-    )
