@@ -366,7 +366,7 @@ def test_a_tensor_that_a_disk_does_not_take(
     tmp_path: Path, one_rank: Ranks, most_bytes: int
 ) -> None:
     checkpoints = Checkpoints(tmp_path, one_rank, CheckpointConfig())
-    state = {"model": {"weight": torch.ones(1000)}}
+    state = {"model": {"weight": torch.ones(100_000)}}
     with most_bytes_of_a_file(most_bytes), pytest.raises(UserError) as told:
         checkpoints._succeeds(lambda: checkpoints._write(state, Position(step=1)))
     assert "checkpoints cannot be written: File too large; earlier checkpoints" in str(told.value)
