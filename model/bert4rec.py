@@ -143,9 +143,7 @@ class BERT4Rec(nn.Module):
         given = StepInput(*layout, *scored, batch.ids, batch.times)
         # Without autocast's cache of weights: a CUDA graph would keep pointers into it.
         with torch.autocast("cuda", torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            return self.dense_step(
-                items, candidates, given, batch.longest, batch.equal_shapes, added
-            )
+            return self.dense_step(items, candidates, given, batch.longest, added)
 
     def item_rows(self, rows: dict[str, JaggedTensor], ids: Tensor) -> Tensor:
         """Rows [T, D] of the feature "item", whose ids are given, with their attributes' added."""

@@ -71,18 +71,16 @@ class DenseStep(nn.Module):
         candidates: Tensor,
         given: StepInput,
         longest: int | None,
-        equal_shapes: bool = True,
         added: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The head's loss and report.
 
         Args:
-            equal_shapes: the batch's are the same on all ranks.
             added: [A, D], rows of the attributes; None: the items have none.
         """
         if added is not None:
             items, candidates = self._with_attributes(items, candidates, given, added)
-        may_replay = self.training and equal_shapes and given.masked.numel() > 0
+        may_replay = self.training and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         encoder, head = self._parts
         # The backward pass of attributes' sums reads the candidates' gradient, not the table alone.

@@ -78,7 +78,7 @@ class TrainStep:
                 model; None: requested here.
         """
         self._optimizer.zero_grad()
-        key = None if self.is_eager or self._plan.graphs != "step" else _key(batch)
+        key = None if self.is_eager or self._plan.graphs != "step" else graph_key(batch)
         if batch.slots > self._slots:  # it never falls
             self._drop_graphs()
             self._slots = batch.slots
@@ -144,11 +144,16 @@ class TrainStep:
         return captured
 
 
-def _key(batch: PackedBatch) -> Any:
-    """The shapes of a step, by which a graph is found; None: it cannot use a graph."""
+def graph_key(batch: PackedBatch) -> Any:
+    """The shapes of a step on all ranks, by which a graph is found; None: it cannot use a graph.
+
+    In an epoch's last step some ranks have a window more than others. Their sizes differ, but the
+    number of all windows makes keys that are equal on one rank equal on every rank: all capture,
+    and register memory with each other, in the same step.
+    """
     names, sizes = batch.packed.names, tuple(batch.packed.sizes)
     is_masked = sizes[names.index("targets")] > 0
-    return (names, sizes) if batch.equal_shapes and is_masked else None
+    return (names, sizes, batch.all_windows) if is_masked else None
 
 
 class _Captured:

@@ -62,7 +62,6 @@ class TrainBatch(Pipelineable):
     log_counts: Tensor | None = None  # float32 [K], logarithms of the negatives' expected counts
     all_targets: Tensor | None = None  # [1], masked positions of all ranks; None: not counted
     words: Tensor | None = None  # the allocation, if all tensors are views of one
-    equal_shapes: bool = True  # False: ranks exchange sizes, and this step's shapes still differ
 
     @property
     def unpacked(self) -> "TrainBatch":
@@ -117,6 +116,9 @@ class PackedBatch(Pipelineable):
     Its parts are named as the batch's attributes, and "values", "lengths" and "offsets" of the
     features. "values", "targets" and "negatives" come first: they are looked up as one tensor.
 
+    ``all_windows``: of all ranks, where they pad to the same numbers of positions, rows and masked
+    positions: the parts' sizes on any rank follow from these numbers. 0: not counted.
+
     ``slots``: no rank requests more different rows than this of any rank's shard of the table.
     """
 
@@ -125,7 +127,7 @@ class PackedBatch(Pipelineable):
     num_rows: int
     longest: int
     candidate_range: tuple[int, int] | None = None
-    equal_shapes: bool = True
+    all_windows: int = 0
     slots: int = 0
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
@@ -176,7 +178,6 @@ class PackedBatch(Pipelineable):
             num_rows=self.num_rows,
             longest=self.longest,
             candidate_range=self.candidate_range,
-            equal_shapes=self.equal_shapes,
             words=self.packed.words,
             **parts,
         )

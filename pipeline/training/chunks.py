@@ -48,6 +48,6 @@ class MaskedWindows(JaggedWindows):
     steps_ago: np.ndarray | None = None  # int64 [T], as in `TrainBatch`
     negatives: np.ndarray | None = None  # int64 [S, K]
     log_counts: np.ndarray | None = None  # float32 [S, K]
-    equal_shapes: np.ndarray | bool = True  # bool [S]; True: ranks do not exchange sizes
+    all_windows: np.ndarray | int = 0  # int64 [S], as in `PackedBatch`
     all_targets: np.ndarray | None = None  # int64 [S], as in `TrainBatch`
     slots: np.ndarray | int = 0  # int64 [S], as in `PackedBatch`; 0: not counted

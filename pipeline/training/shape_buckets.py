@@ -49,14 +49,13 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         positions = np.diff(value_splits)
         new_positions = _rounded_up(np.maximum(positions, 1), self.position_unit)
         new_masks = _rounded_up(masks, self.mask_unit)
-        new_rows, fewest, equal_shapes, all_targets = rows, new_positions, True, None
+        new_rows, fewest, all_windows, all_targets = rows, new_positions, 0, None
         if self.all_sizes is not None:
             sizes = [new_positions, new_masks, rows, chunk.step_windows, masks]
             of_ranks = self.all_sizes(np.stack(sizes)).swapaxes(0, 1)  # [5, W, S]
-            new_positions, new_masks, new_rows, most_windows, _ = of_ranks.max(axis=1)
+            new_positions, new_masks, new_rows, *_ = of_ranks.max(axis=1)
             fewest = of_ranks[0].min(axis=0)
-            equal_shapes = most_windows == of_ranks[3].min(axis=0)
-            all_targets = of_ranks[4].sum(axis=0)
+            all_windows, all_targets = of_ranks[3:].sum(axis=1)
         # Enough filler rows for any number of positions in the bucket, on any rank.
         most_missing = new_positions - fewest + self.position_unit - 1
         new_rows = new_rows - (-most_missing // self.max_len)
@@ -87,7 +86,7 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
             mask_splits=new_mask_splits,
             steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
             times=None if times is None else _padded(times, heads, size, UNKNOWN),
-            equal_shapes=equal_shapes,
+            all_windows=all_windows,
             all_targets=all_targets,
         )
 

@@ -32,12 +32,12 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
             chunk = self._filled(chunk)
         lengths, rows = np.diff(chunk.offsets), np.diff(chunk.row_splits)
         longest = np.maximum.reduceat(lengths, chunk.row_splits[:-1])
-        each = chunk.step_windows, rows, longest, chunk.equal_shapes, chunk.slots
+        each = chunk.step_windows, rows, longest, chunk.all_windows, chunk.slots
         shapes = [np.broadcast_to(one, len(rows)).tolist() for one in each]
         steps = pack(_parts(chunk, lengths), self.pin_memory)
         batches = [
-            PackedBatch(packed, windows, rows, rounded_up(most), self.candidate_range, equal, slots)
-            for packed, windows, rows, most, equal, slots in zip(steps, *shapes, strict=True)
+            PackedBatch(packed, windows, rows, rounded_up(most), self.candidate_range, total, slots)
+            for packed, windows, rows, most, total, slots in zip(steps, *shapes, strict=True)
         ]
         states = [{"epoch": chunk.epoch, "sample": sample} for sample in chunk.step_samples]
         return [*zip(batches, states, strict=True)]
