@@ -215,7 +215,7 @@ def test_preempted_and_continued_on_one_rank_in_another_sharding(
 def test_two_runs_in_one_folder(start: Start) -> None:
     first = start("shared", 2, "--num_epochs=2000", "--checkpoint_every=10", "--eval_every=2000")
     first.wait_for_steps(5)
-    second = start("second", 2, f"--run_dir={first.run_dir}")
+    second = start("second", 1, f"--run_dir={first.run_dir}")
     assert second.wait() != 0
     assert f"--run_dir {first.run_dir} is in use by another run" in second.err
     first.wait_for_steps(first.steps() + 5)  # the first run continues
