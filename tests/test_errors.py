@@ -284,7 +284,10 @@ def test_a_real_process_prints_one_line() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train", ["--dataset_path", "none.csv"], "no such file: none.csv; check the path"),
+        pytest.param(
+            *("train", ["--dataset_path", "none.csv"], "no such file: none.csv; check the path"),
+            marks=pytest.mark.slow,
+        ),
         ("eval", ["--chekpoint", "x"], "unknown argument --chekpoint: did you mean --checkpoint?"),
     ],
 )

@@ -13,11 +13,12 @@ Three rows, ``max_len`` 4, padded to a multiple of 8 positions and 4 masked ones
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 
 import numpy as np
 
 from pipeline.batches.times import UNKNOWN
-from pipeline.jagged import jagged_positions, splits
+from pipeline.jagged import splits
 from pipeline.stage import MapStage
 from pipeline.training.chunks import MaskedWindows
 
@@ -63,29 +64,24 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         new_mask_splits = splits(new_masks)
 
         # The first filler rows of a step take ``max_len`` of the missing positions each.
-        fillers = new_rows - rows
+        fillers, missing = new_rows - rows, new_positions - positions
         filler = np.arange(fillers.sum()) - np.repeat(splits(fillers)[:-1], fillers)
-        missing = np.repeat(new_positions - positions, fillers) - self.max_len * filler
-        lengths = np.empty(new_row_splits[-1], dtype=np.int64)
-        lengths[_heads(new_row_splits, rows)] = np.diff(chunk.offsets)
-        filler_rows = jagged_positions(new_row_splits[1:] - fillers, new_row_splits[1:])
-        lengths[filler_rows] = np.clip(missing, 0, self.max_len)
+        of_fillers = np.clip(np.repeat(missing, fillers) - self.max_len * filler, 0, self.max_len)
+        lengths = _alternating(np.diff(chunk.offsets), rows, of_fillers, fillers)
 
-        heads, mask_heads = _heads(new_value_splits, positions), _heads(new_mask_splits, masks)
-        moved = np.repeat(new_value_splits[:-1] - value_splits[:-1], masks)
-        masked = np.repeat(new_value_splits[:-1], new_masks)  # the step's first position
-        masked[mask_heads] = chunk.masked + moved
-        steps_ago, times, size = chunk.steps_ago, chunk.times, new_value_splits[-1]
+        in_step = chunk.masked - np.repeat(value_splits[:-1], masks)
+        steps_ago, times, more = chunk.steps_ago, chunk.times, new_masks - masks
+        masked = _padded(in_step, masks, more, 0)  # surplus ones: a step's first position
         return replace(
             chunk,
-            values=_padded(chunk.values, heads, size, self.mask_token),
+            values=_padded(chunk.values, positions, missing, self.mask_token),
             offsets=splits(lengths),
             row_splits=new_row_splits,
-            masked=masked,
-            targets=_padded(chunk.targets, mask_heads, new_mask_splits[-1], 0),
+            masked=masked + np.repeat(new_value_splits[:-1], new_masks),
+            targets=_padded(chunk.targets, masks, more, 0),
             mask_splits=new_mask_splits,
-            steps_ago=None if steps_ago is None else _padded(steps_ago, heads, size, 0),
-            times=None if times is None else _padded(times, heads, size, UNKNOWN),
+            steps_ago=None if steps_ago is None else _padded(steps_ago, positions, missing, 0),
+            times=None if times is None else _padded(times, positions, missing, UNKNOWN),
             all_windows=all_windows,
             all_targets=all_targets,
         )
@@ -95,12 +91,19 @@ def _rounded_up(counts: np.ndarray, unit: int) -> np.ndarray:
     return -(-counts // unit) * unit
 
 
-def _heads(splits: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Positions of the first ``counts[s]`` entries of each part s."""
-    return jagged_positions(splits[:-1], splits[:-1] + counts)
+def _padded(entries: np.ndarray, counts: np.ndarray, more: np.ndarray, fill: int) -> np.ndarray:
+    """Parts of ``counts[s]`` entries, and ``more[s]`` times ``fill`` after each."""
+    fills = np.full((more.sum(), *entries.shape[1:]), fill, dtype=entries.dtype)
+    return _alternating(entries, counts, fills, more)
 
 
-def _padded(entries: np.ndarray, places: np.ndarray, size: int, fill: int) -> np.ndarray:
-    padded = np.full((size, *entries.shape[1:]), fill, dtype=entries.dtype)
-    padded[places] = entries
-    return padded
+def _alternating(
+    entries: np.ndarray, counts: np.ndarray, others: np.ndarray, more: np.ndarray
+) -> np.ndarray:
+    """Parts of ``counts[s]`` entries, and ``more[s]`` of the others after each."""
+    # Copying whole parts takes a third of the time of scattering entries to computed places.
+    both = [
+        [parts[first:after] for first, after in pairwise(splits(sizes).tolist())]
+        for parts, sizes in ((entries, counts), (others, more))
+    ]
+    return np.concatenate([*chain.from_iterable(zip(*both, strict=True))])
