@@ -178,6 +178,7 @@ def test_a_row_measured_through_train_py(
     assert not list((tmp_path / "bert4rec-throughput").glob("run"))
 
 
+@pytest.mark.slow
 def test_the_plain_loop_equals_the_pipeline(tmp_path: Path, cache_dir: Path) -> None:
     losses = []
     for script in ("train.py", "benchmarks/plain_loop.py"):

@@ -205,6 +205,7 @@ def test_a_part_of_the_files_is_checked(tmp_path: Path) -> None:
         verify(folder, slice(0, None, 2))
 
 
+@pytest.mark.slow
 def test_the_second_rank_checks_files_too(tmp_path: Path, cache_dir: Path) -> None:
     flags = [*FLAGS, f"--run_dir={tmp_path / 'run'}", f"--cache_dir={cache_dir}"]
     outcome = torchrun(2, "train.py", *flags, "--num_epochs=2")

@@ -40,6 +40,7 @@ def config(cache_dir: Path) -> RunConfig:
     return FlagParser("", RunConfig).parse([*FLAGS, f"--cache_dir={cache_dir}"])
 
 
+@pytest.mark.slow
 def test_known_collectives(counted: dict[str, Any]) -> None:
     # Each of two ranks sends half of its tensor, twice in an all-reduce; see collectives.py.
     expected = [
@@ -65,6 +66,7 @@ def alone(rank: int, world_size: int) -> Ranks:
     return Ranks(rank, world_size, world_size, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_ddp_sends_every_gradient(counted: dict[str, Any], config: RunConfig) -> None:
     items = counted["ddp"]["items"]
     assert items == 50
@@ -77,6 +79,7 @@ def test_ddp_sends_every_gradient(counted: dict[str, Any], config: RunConfig) ->
     assert found["all-reduce, float32"]["most"] == pytest.approx(4 * numbers + 4)
 
 
+@pytest.mark.slow
 def test_row_wise_gathers_ids_and_gradients_and_scatters_rows(
     counted: dict[str, Any], config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
