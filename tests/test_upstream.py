@@ -209,19 +209,6 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     ("name", "arguments", "results", "purpose"),
     [
         (
-            "_flash_attention_forward",
-            "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask",
-            5,
-            "attention over histories of different lengths",
-        ),
-        (
-            "_flash_attention_backward",
-            "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p "
-            "is_causal rng_state unused",
-            3,
-            "its gradient, for the combined output of several attentions",
-        ),
-        (
             "_scaled_dot_product_flash_attention",
             "query key value dropout_p is_causal return_debug_mask scale",
             9,

@@ -1,16 +1,14 @@
-"""FlashAttention over rows of different lengths and kinds in one batch.
+"""Attention over rows of different lengths and kinds in one batch, packed without padding.
 
-    projected [T, 3, H, W]  queries, keys, values of all positions -> rotate
-      call 0   causal, over the rows with left context only, which come first
-      call 1   both ways, over the other rows
-      call 2   causal, from second streams (queries) to the rows with left context only (keys); a
-               query row is one longer than its key row: a query's keys are strictly before it
-    -> choose -> attended [T, H, W]
+    projected [T, 3, H, W]   queries, keys, values of all positions
+      rows with left context only   a position sees itself and those before it in its row
+      other rows                    a position sees its row
+      second streams                a position sees itself and those before it in its window's row
+      fillers                       a position sees itself
+    -> attended [T, H, W]
 
-In each call the rows of the other calls are empty. Backward: the same calls, then ``join``.
-
-A second stream's position also attends to itself. ``choose`` adds that. FlashAttention's backward
-pass is correct for its keys, given output and log-sum-exp over all visible keys.
+One kernel forward and one backward (:mod:`model.kernels.varlen_kernels`); they rotate queries and
+keys where they load them. Nothing of the size of all queries and keys is stored, and no padding.
 
 Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head, V windows.
 """
@@ -26,13 +24,23 @@ from torch.autograd.function import once_differentiable
 from model.kernels import varlen_kernels as kernels
 from model.kernels.compiler import launch, triton
 
-# Head widths that FlashAttention has kernels for.
-_WIDEST, _STEP = 256, 8
+# Positions of a program's tile, and its warps. A row is read once for each of its tiles: those of
+# long rows are larger. Of seven, (16, 1) to (128, 8), these were the fastest on an H200, or within
+# 2 %, for rows of 4 to 170 positions and heads of 32 to 128; wider heads were not measured.
+_SHORT, _LONG, _WIDE = (16, 1), (64, 4), (16, 4)
+_LONG_ROW, _NARROW, _MIDDLE, _WIDEST = 128, 64, 128, 256
 
 
 def takes(width: int) -> bool:
-    """Whether there is a kernel for heads of this width."""
-    return triton is not None and width <= _WIDEST and width % _STEP == 0
+    """Whether the kernels take heads of this width."""
+    return triton is not None and width <= _WIDEST and width % 2 == 0
+
+
+def tile(positions: int, rows: int, width: int) -> tuple[int, int]:
+    """Positions and warps of a program, for so many positions in so many rows."""
+    if width > _MIDDLE:
+        return _WIDE
+    return _LONG if positions > rows * _LONG_ROW and width <= _NARROW else _SHORT
 
 
 class RowLayout:
@@ -94,40 +102,21 @@ class RowLayout:
         launch(kernels.from_end, (self.rows,), self.offsets, found)
         return found
 
-    # The calls of FlashAttention, the same in every layer.
-
     @cached_property
-    def starts(self) -> Tensor:
-        """The offsets, int32."""
-        return self.offsets.int()
-
-    @cached_property
-    def bounds(self) -> Tensor:
-        """int32 [3], where call 1, call 2 and fillers begin."""
-        starts = self.starts
-        ends = [self.windows, 2 * self.windows] if self.windows else [-1, -1]
-        left = starts.new_zeros(1, dtype=torch.int64)
-        if self.left_only is not None:
-            left = self.left_only.sum()[None]
-        return torch.cat([starts.index_select(0, left), *(starts[end][None] for end in ends)])
-
-    @cached_property
-    def calls(self) -> dict[int, tuple[Tensor, Tensor, bool]]:
-        """Starts of query rows and key rows, and whether causal, of each call that is needed."""
-        starts, left, others = self.starts, self.bounds[0], self.bounds[1]
-        both = starts.clamp(min=left, max=others)
-        calls = {1: (both, both, False)}
-        if self.left_only is not None:
-            rows = starts.clamp(max=left)
-            calls = {0: (rows, rows, True), **calls}
-        if self.windows:
-            queries = starts[self.windows : 2 * self.windows + 1].contiguous()
-            calls[2] = queries, starts[: self.windows + 1].clamp(max=left), True
-        return calls
+    def spans(self) -> Tensor:
+        """int32 [6, T]: what each position sees and is seen by; the same in every layer."""
+        found = self.offsets.new_zeros(6, self.positions, dtype=torch.int32)
+        left_only, windows = self.left_only, self.rows
+        if left_only is not None:  # in a batch, flags are apart from each other in memory
+            left_only, windows = left_only.contiguous(), left_only.numel()
+        if windows:
+            given = self.offsets, left_only, found, self.positions, bool(self.windows)
+            launch(kernels.spans, (windows,), *given)
+        return found
 
 
 def attend(projected: Tensor, layout: RowLayout, rotation: Tensor | None, row: Tensor) -> Tensor:
-    """Attention of every position to its visible positions: [T, H, W], zeros for fillers.
+    """Attention of every position to its visible positions: [T, H, W].
 
     Args:
         projected: half precision [T, 3, H, W] on CUDA, contiguous: queries, keys, values.
@@ -142,50 +131,40 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, projected: Tensor, layout: RowLayout, rotation: Tensor | None, row: Tensor
     ) -> Tensor:
-        rotated = projected
         positions, _, heads, width = projected.shape
+        rotated = projected
         if rotation is not None:
-            rotated = torch.empty_like(projected)
+            rotated = torch.empty_like(projected[:, :2], memory_format=torch.contiguous_format)
             given, sizes = (projected, rotation, row), (heads * width, width // 2)
             launch(kernels.rotate, (positions,), *given, rotated, *sizes)
-        bounds = layout.bounds
-        outputs: list[Any] = [None] * 3
-        sums: list[Any] = [None] * 3
-        ctx.states = {}
-        for number, (*row_starts, causal) in layout.calls.items():
-            options = *row_starts, layout.longest, layout.longest, 0.0, causal, False
-            outputs[number], sums[number], *states, _ = torch.ops.aten._flash_attention_forward(
-                *rotated.unbind(1), *options
-            )
-            ctx.states[number] = states
-        results = outputs[1], sums[1]
-        if layout.left_only is not None:
-            output = torch.empty_like(rotated[:, 0], memory_format=torch.contiguous_format)
-            results = output, torch.empty(heads, positions, device=rotated.device)
-            calls, sizes = (tuple(outputs), tuple(sums)), (heads, width)
-            rest = bounds, results, positions, width**-0.5, *sizes
-            launch(kernels.choose, (positions,), rotated, calls, *rest)
-        ctx.save_for_backward(rotated, rotation, row, *results)
+        output = projected.new_empty(positions, heads, width)
+        log_sums = torch.empty(heads, positions, device=projected.device)
+        vectors = rotated, projected
+        _launch(kernels.attend, layout, vectors, output, log_sums)
+        ctx.save_for_backward(*vectors, output, log_sums, rotation, row)
         ctx.layout = layout
-        return results[0]
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rotated, rotation, row, *results = ctx.saved_tensors
-        layout: RowLayout = ctx.layout
-        grad, longest = grad.contiguous(), layout.longest
-        found: list[Any] = [[None] * 3] * 3  # of queries, keys and values, for each call
-        for number, (*row_starts, causal) in layout.calls.items():
-            options = *row_starts, longest, longest, 0.0, causal, *ctx.states[number]
-            gradients = torch.ops.aten._flash_attention_backward(
-                grad, *rotated.unbind(1), *results, *options
-            )
-            found[number] = [gradient.contiguous() for gradient in gradients]
-        positions, _, heads, width = rotated.shape
-        gradient, kinds = torch.empty_like(rotated), tuple(zip(*found, strict=True))
-        given = *results, grad, layout.bounds, rotation, row
-        sizes = heads, width // 2
-        rest = given, gradient, positions, width**-0.5, *sizes
-        launch(kernels.join, (positions,), rotated, kinds, *rest)
+        rotated, projected, output, log_sums, *turns = ctx.saved_tensors
+        gradient = torch.empty_like(projected)
+        results = output, log_sums, grad.contiguous(), torch.empty_like(log_sums)
+        for kernel in (kernels.query_gradient, kernels.key_gradient):
+            vectors = rotated, projected
+            _launch(kernel, ctx.layout, vectors, results, tuple(turns), gradient)
         return gradient, None, None, None
+
+
+def _launch(
+    kernel: Any, layout: RowLayout, vectors: tuple[Tensor, Tensor], *arguments: Any
+) -> None:
+    """Launch a kernel for queries and keys [T, 2 or 3, H, W] and projections [T, 3, H, W]."""
+    positions, parts, heads, width = vectors[0].shape
+    columns = max(16, triton.next_power_of_2(width // 2))  # at least 16 of a product's operands
+    size, (count, warps) = heads * width, tile(positions, layout.rows, width)
+    sizes = size, parts * size, width // 2, columns, count, 1 + bool(layout.windows)
+    grid = triton.cdiv(positions, count), heads
+    given = vectors, layout.spans, *arguments, positions, width**-0.5
+    launch(kernel, grid, *given, *sizes, num_warps=warps)

@@ -1,10 +1,10 @@
-"""The Triton kernels around the calls of FlashAttention in :mod:`model.kernels.varlen_attention`.
+"""The Triton kernels of :mod:`model.kernels.varlen_attention`: packed positions in tiles.
 
-``bounds``, int32 [3], gives the call of each position: those before bounds[0] belong to call 0
-(rows with left context only), then come call 1 (other rows), call 2 (second streams, see
-``pipeline/training/two_stream.py``), fillers (3). Memory that a call did not write is not read.
+A program takes a tile of positions and one head. The positions that its tile sees, and those that
+see its tile, are a few ranges of the packed positions (``spans``); it loops over them in blocks and
+masks what a position does not see. Short rows share a tile, long rows take several.
 
-Shapes: T positions, H heads, W width of a head (``half`` is W / 2).
+Shapes: T positions, H heads, W width of a head (``half`` is W / 2), R positions of a tile or block.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
@@ -24,158 +24,282 @@ if triton is not None:
             first += _BLOCK
 
     @triton.jit
-    def rotate(
-        projected, rotation, steps_ago, rotated, size: tl.constexpr, half: tl.constexpr
-    ) -> None:
-        """Queries and keys rotated by their positions' angles (arXiv 2104.09864), values copied."""
+    def spans(offsets, left_only, found, positions, seconds: tl.constexpr) -> None:
+        """int32 [6, T], begins and ends: of a position's keys, of its queries, of more queries.
+
+        A program takes a window and, with ``seconds``, its second stream.
+        """
+        window, windows = tl.program_id(0), tl.num_programs(0)
+        first, end = tl.load(offsets + window), tl.load(offsets + window + 1)
+        start, stop, is_left = first * 0, first * 0, first < 0
+        if left_only is not None:
+            is_left = tl.load(left_only + window)
+        if seconds:
+            start = tl.load(offsets + windows + window)
+            stop = tl.load(offsets + windows + window + 1)
+        for base in range(first, end, _BLOCK):
+            at = base + tl.arange(0, _BLOCK)
+            inside = at < end
+            tl.store(found + at, first, mask=inside)
+            tl.store(found + positions + at, tl.where(is_left, at + 1, end), mask=inside)
+            tl.store(found + 2 * positions + at, tl.where(is_left, at, first), mask=inside)
+            tl.store(found + 3 * positions + at, end, mask=inside)
+            if seconds:  # those after its place in the row, of which the second stream has one more
+                inside = inside & is_left
+                tl.store(found + 4 * positions + at, start + at - first + 1, mask=inside)
+                tl.store(found + 5 * positions + at, stop, mask=inside)
+        for base in range(start, stop, _BLOCK):
+            at = base + tl.arange(0, _BLOCK)
+            inside = at < stop
+            tl.store(found + at, first, mask=inside)
+            tl.store(found + positions + at, first + at - start, mask=inside)
+
+    @triton.jit
+    def rotate(projected, rotation, line, rotated, size: tl.constexpr, half: tl.constexpr) -> None:
+        """Queries and keys, [T, 2, H, W], rotated by their positions' angles (arXiv 2104.09864)."""
         position = tl.program_id(0).to(tl.int64)
-        step = tl.load(steps_ago + position)
-        # Pairs of q and k: value i of the first half of a head and value i of the second.
+        # Pairs: value i of the first half of a head and value i of the second.
         pair = tl.arange(0, triton.next_power_of_2(size))
         inside = pair < size
-        at = position * 3 * size + (pair // half) * 2 * half + pair % half
-        angle = rotation + step * 2 * half + pair % half
+        within = (pair // half) * 2 * half + pair % half
+        angle = rotation + tl.load(line + position) * 2 * half + pair % half
         cosine = tl.load(angle, mask=inside, other=0.0)
         sine = tl.load(angle + half, mask=inside, other=0.0)
-        low = _load(projected + at, inside)
-        high = _load(projected + at + half, inside)
-        tl.store(rotated + at, low * cosine - high * sine, mask=inside)
-        tl.store(rotated + at + half, low * sine + high * cosine, mask=inside)
-        value = position * 3 * size + 2 * size + pair
-        tl.store(rotated + value, tl.load(projected + value, mask=inside), mask=inside)
+        source, target = projected + position * 3 * size + within, rotated + position * 2 * size
+        low = tl.load(source, mask=inside, other=0.0)
+        high = tl.load(source + half, mask=inside, other=0.0)
+        tl.store(target + within, low * cosine - high * sine, mask=inside)
+        tl.store(target + within + half, low * sine + high * cosine, mask=inside)
 
     @triton.jit
-    def _load(pointers, mask):
-        """Values as float32, 0 outside the mask."""
-        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    def _vectors(pointer, at, line, positions, width: tl.constexpr, columns: tl.constexpr):
+        """Vectors [R, W] of positions ``at``, ``line`` values apart; zeros outside."""
+        column = tl.arange(0, columns)
+        inside = (at < positions)[:, None] & (column < width)[None, :]
+        return tl.load(pointer + at.to(tl.int64)[:, None] * line + column, mask=inside, other=0.0)
 
     @triton.jit
-    def _call_of(position, bounds):
-        """0, 1, 2 or 3."""
-        call = (position >= tl.load(bounds)).to(tl.int32)
-        call += (position >= tl.load(bounds + 1)).to(tl.int32)
-        return call + (position >= tl.load(bounds + 2)).to(tl.int32)
+    def _halves(pointer, at, line, positions, half: tl.constexpr, columns: tl.constexpr):
+        """The first and second halves [R, W / 2] of vectors of positions ``at``."""
+        low = _vectors(pointer, at, line, positions, half, columns)
+        return low, _vectors(pointer + half, at, line, positions, half, columns)
 
     @triton.jit
-    def _pick(parts, calls: tl.constexpr, at, inside, call):
-        """The values ``at`` from the position's call if it is below ``calls``, else zeros."""
-        found = _load(parts[1] + at, inside & (call == 1))
-        if parts[0] is not None:
-            found += _load(parts[0] + at, inside & (call == 0))
-        if calls == 3 and parts[2] is not None:
-            found += _load(parts[2] + at, inside & (call == 2))
-        return found
+    def _store(pointer, at, vectors, line, positions, width: tl.constexpr, columns: tl.constexpr):
+        column = tl.arange(0, columns)
+        inside = (at < positions)[:, None] & (column < width)[None, :]
+        tl.store(pointer + at.to(tl.int64)[:, None] * line + column, vectors, mask=inside)
 
     @triton.jit
-    def choose(
-        rotated, calls, bounds, results, positions, scale, heads: tl.constexpr, width: tl.constexpr
+    def _store_turned(
+        pointer, at, low, high, line, positions, turns, half: tl.constexpr, columns: tl.constexpr
     ) -> None:
-        """Output [T, H, W] and log-sum-exp [H, T] of each position's own call, from ``calls``.
-
-        A second stream's position also attends to itself.
-        """
-        outputs, call_sums = calls
-        output, log_sums = results
-        position = tl.program_id(0).to(tl.int64)
-        call = _call_of(position, bounds)
-        head = tl.arange(0, triton.next_power_of_2(heads))
-        value = tl.arange(0, triton.next_power_of_2(width))
-        is_head = head < heads
-        inside = is_head[:, None] & (value < width)[None, :]
-        within = head[:, None] * width + value[None, :]
-        size = heads * width
-        at, of_head = position * size + within, head * positions + position
-        found = _pick(outputs, 3, at, inside, call)
-        sums = _pick(call_sums, 3, of_head, is_head, call)
-        if outputs[2] is not None:
-            second = inside & (call == 2)
-            line = rotated + position * 3 * size + within
-            query = _load(line, second)
-            key = _load(line + size, second)
-            own = _load(line + 2 * size, second)
-            score = tl.sum(query * key, axis=1) * scale
-            # FlashAttention without a key returns log-sum-exp infinity and output 0.
-            sums_of_items = tl.where(tl.abs(sums) < 1e30, sums, -1e30)
-            top = tl.maximum(sums_of_items, score)
-            total = top + tl.log(tl.exp(sums_of_items - top) + tl.exp(score - top))
-            share = tl.exp(sums_of_items - total)
-            mixed = found * share[:, None] + own * tl.exp(score - total)[:, None]
-            found = tl.where(call == 2, mixed, found)
-            sums = tl.where(call == 2, total, sums)
-        tl.store(output + at, found, mask=inside)
-        tl.store(log_sums + of_head, sums, mask=is_head)
-
-    @triton.jit
-    def join(
-        rotated, found, given, gradient, positions, scale, heads: tl.constexpr, half: tl.constexpr
-    ) -> None:
-        """The gradient, [T, 3, H, W], for queries, keys and values before the rotation, if any.
-
-        ``found``: gradients of queries, of keys, of values; each by call, None without one.
-        ``given``: the results of ``choose``, the gradient of its output, ``bounds``, the rotation.
-        """
-        queries, keys, values = found
-        output, log_sums, grad, bounds, rotation, steps_ago = given
-        position = tl.program_id(0).to(tl.int64)
-        call = _call_of(position, bounds)
-        head = tl.arange(0, triton.next_power_of_2(heads))
-        pair = tl.arange(0, triton.next_power_of_2(half))
-        is_head = head < heads
-        inside = is_head[:, None] & (pair < half)[None, :]
-        within = head[:, None] * (2 * half) + pair[None, :]
-        size = 2 * heads * half
-        at = position * size + within  # of the first half of a head; the second follows
-        query_low = _pick(queries, 3, at, inside, call)
-        query_high = _pick(queries, 3, at + half, inside, call)
-        key_low = _pick(keys, 2, at, inside, call)
-        key_high = _pick(keys, 2, at + half, inside, call)
-        value_low = _pick(values, 2, at, inside, call)
-        value_high = _pick(values, 2, at + half, inside, call)
-        line = position * 3 * size + within
-        if queries[2] is not None:
-            # Second streams also attend to the rows with left context only.
-            seen = inside & (call == 0)
-            key_low += _load(keys[2] + at, seen)
-            key_high += _load(keys[2] + at + half, seen)
-            value_low += _load(values[2] + at, seen)
-            value_high += _load(values[2] + at + half, seen)
-            # And to themselves: P = exp(score - log-sum-exp), dS = P (dO v - dO O).
-            second = inside & (call == 2)
-            q_low = _load(rotated + line, second)
-            q_high = _load(rotated + line + half, second)
-            k_low = _load(rotated + line + size, second)
-            k_high = _load(rotated + line + size + half, second)
-            v_low = _load(rotated + line + 2 * size, second)
-            v_high = _load(rotated + line + 2 * size + half, second)
-            o_low = _load(output + at, second)
-            o_high = _load(output + at + half, second)
-            g_low = _load(grad + at, second)
-            g_high = _load(grad + at + half, second)
-            is_second = is_head & (call == 2)
-            sums = tl.load(log_sums + head * positions + position, mask=is_second, other=0.0)
-            score = tl.sum(q_low * k_low + q_high * k_high, axis=1) * scale
-            share = tl.where(is_second, tl.exp(score - sums), 0.0)
-            along = tl.sum(g_low * (v_low - o_low) + g_high * (v_high - o_high), axis=1)
-            slope = (share * along * scale)[:, None]
-            query_low += slope * k_low
-            query_high += slope * k_high
-            key_low += slope * q_low
-            key_high += slope * q_high
-            value_low += share[:, None] * g_low
-            value_high += share[:, None] * g_high
+        """Store gradients of rotated vectors as those of the vectors before their rotation."""
+        rotation, lines = turns
         if rotation is not None:
-            angle = rotation + tl.load(steps_ago + position) * 2 * half + pair
-            cosine = tl.load(angle, mask=pair < half, other=0.0)[None, :]
-            sine = tl.load(angle + half, mask=pair < half, other=0.0)[None, :]
-            turned = query_low * cosine + query_high * sine
-            query_high = query_high * cosine - query_low * sine
-            query_low = turned
-            turned = key_low * cosine + key_high * sine
-            key_high = key_high * cosine - key_low * sine
-            key_low = turned
-        tl.store(gradient + line, query_low, mask=inside)
-        tl.store(gradient + line + half, query_high, mask=inside)
-        tl.store(gradient + line + size, key_low, mask=inside)
-        tl.store(gradient + line + size + half, key_high, mask=inside)
-        tl.store(gradient + line + 2 * size, value_low, mask=inside)
-        tl.store(gradient + line + 2 * size + half, value_high, mask=inside)
+            column = tl.arange(0, columns)
+            angle = tl.load(lines + at, mask=at < positions, other=0)[:, None] * 2 * half + column
+            inside = (at < positions)[:, None] & (column < half)[None, :]
+            cosine = tl.load(rotation + angle, mask=inside, other=0.0)
+            sine = tl.load(rotation + angle + half, mask=inside, other=0.0)
+            turned = low * cosine + high * sine
+            high = high * cosine - low * sine
+            low = turned
+        _store(pointer, at, low, line, positions, half, columns)
+        _store(pointer + half, at, high, line, positions, half, columns)
+
+    @triton.jit
+    def _span(spans, number, at, positions):
+        """Begins and ends [R] of a span of positions ``at``."""
+        inside = at < positions
+        begin = tl.load(spans + number * positions + at, mask=inside, other=0)
+        return begin, tl.load(spans + (number + 1) * positions + at, mask=inside, other=0)
+
+    @triton.jit
+    def _reach(begin, end, positions):
+        """The first position of all spans, and the end of the last one."""
+        return tl.min(tl.where(begin < end, begin, positions), axis=0), tl.max(end, axis=0)
+
+    @triton.jit
+    def _masses(low, high, key_low, key_high, sums, span, key, scale):
+        """Probabilities [queries, keys], 0 for keys that a query does not see."""
+        begin, end = span
+        scores = tl.dot(high, tl.trans(key_high), tl.dot(low, tl.trans(key_low)))
+        seen = (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
+        return tl.where(seen, tl.exp(scores * scale - sums[:, None]), 0.0)
+
+    @triton.jit
+    def _own_score(low, high, key_low, key_high, scale):
+        """Scores [R] of the key at each query's own place."""
+        both = low.to(tl.float32) * key_low + high.to(tl.float32) * key_high
+        return tl.sum(both, axis=1) * scale
+
+    @triton.jit
+    def attend(
+        given,
+        spans,
+        output,
+        log_sums,
+        positions,
+        scale,
+        size: tl.constexpr,
+        line: tl.constexpr,
+        half: tl.constexpr,
+        columns: tl.constexpr,
+        tile: tl.constexpr,
+        parts: tl.constexpr,
+    ) -> None:
+        """Output [T, H, W] and log-sum-exp [H, T] of a tile of queries.
+
+        ``given``: queries, then keys, ``line`` values a position; and values, in [T, 3, H, W].
+        ``size``: H W. ``parts``: 2 if there are second streams, else 1.
+        """
+        head, width = tl.program_id(1), 2 * half
+        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
+        keys = queries + size
+        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        begin, end = _span(spans, 0, at, positions)
+        low, high = _halves(queries, at, line, positions, half, columns)
+        # A second stream's position sees itself, too, and a filler only itself.
+        is_apart = (at < begin) | (at >= end)
+        itself = tl.where(is_apart, at, positions)
+        key_low, key_high = _halves(keys, itself, line, positions, half, columns)
+        top = tl.where(is_apart, _own_score(low, high, key_low, key_high, scale), -1e30)
+        total = tl.where(is_apart, 1.0, 0.0)
+        mixed = _vectors(values, itself, 3 * size, positions, width, 2 * columns).to(tl.float32)
+        for part in tl.static_range(parts):  # windows, then second streams
+            ends = tl.where(is_apart == (part == 1), end, 0)
+            first, last = _reach(begin, ends, positions)
+            for start in range(first, last, tile):
+                key = start + tl.arange(0, tile)
+                key_low, key_high = _halves(keys, key, line, positions, half, columns)
+                value = _vectors(values, key, 3 * size, positions, width, 2 * columns)
+                scores = tl.dot(high, tl.trans(key_high), tl.dot(low, tl.trans(key_low)))
+                seen = (key[None, :] >= begin[:, None]) & (key[None, :] < ends[:, None])
+                scores = tl.where(seen, scores * scale, -1e30)
+                new_top = tl.maximum(top, tl.max(scores, axis=1))
+                mass = tl.where(seen, tl.exp(scores - new_top[:, None]), 0.0)
+                fading = tl.exp(top - new_top)
+                total = total * fading + tl.sum(mass, axis=1)
+                mixed = tl.dot(mass.to(value.dtype), value, mixed * fading[:, None])
+                top = new_top
+        mixed = mixed / total[:, None]
+        _store(output + head * width, at, mixed, size, positions, width, 2 * columns)
+        sums = log_sums + head * positions + at
+        tl.store(sums, top + tl.log(total), mask=at < positions)
+
+    @triton.jit
+    def query_gradient(
+        given,
+        spans,
+        results,
+        turns,
+        gradient,
+        positions,
+        scale,
+        size: tl.constexpr,
+        line: tl.constexpr,
+        half: tl.constexpr,
+        columns: tl.constexpr,
+        tile: tl.constexpr,
+        parts: tl.constexpr,
+    ) -> None:
+        """The gradient of a tile of queries, into [T, 3, H, W]; other arguments as before.
+
+        ``results``: output and log-sum-exp of :func:`attend`, the output's gradient, and [H, T],
+        which gets the products of both. ``turns``: rotation, and its row for each position.
+        """
+        output, log_sums, grads, products = results
+        head, width = tl.program_id(1), 2 * half
+        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
+        keys = queries + size
+        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        begin, end = _span(spans, 0, at, positions)
+        low, high = _halves(queries, at, line, positions, half, columns)
+        grad = _vectors(grads + head * width, at, size, positions, width, 2 * columns)
+        found = _vectors(output + head * width, at, size, positions, width, 2 * columns)
+        product = tl.sum(grad.to(tl.float32) * found, axis=1)
+        of_head = head * positions + at
+        tl.store(products + of_head, product, mask=at < positions)
+        sums = tl.load(log_sums + of_head, mask=at < positions, other=0.0)
+        is_apart = (at < begin) | (at >= end)
+        itself = tl.where(is_apart, at, positions)
+        key_low, key_high = _halves(keys, itself, line, positions, half, columns)
+        value = _vectors(values, itself, 3 * size, positions, width, 2 * columns)
+        mass = tl.exp(_own_score(low, high, key_low, key_high, scale) - sums)
+        slope = mass * (tl.sum(grad.to(tl.float32) * value, axis=1) - product) * scale
+        slope = tl.where(is_apart, slope, 0.0)[:, None]
+        query_low, query_high = slope * key_low, slope * key_high
+        for part in tl.static_range(parts):
+            ends = tl.where(is_apart == (part == 1), end, 0)
+            first, last = _reach(begin, ends, positions)
+            for start in range(first, last, tile):
+                key = start + tl.arange(0, tile)
+                key_low, key_high = _halves(keys, key, line, positions, half, columns)
+                value = _vectors(values, key, 3 * size, positions, width, 2 * columns)
+                span = begin, ends
+                masses = _masses(low, high, key_low, key_high, sums, span, key, scale)
+                slopes = tl.dot(grad, tl.trans(value)) - product[:, None]
+                slopes = (masses * slopes * scale).to(low.dtype)
+                query_low = tl.dot(slopes, key_low, query_low)
+                query_high = tl.dot(slopes, key_high, query_high)
+        target, low, high = gradient + head * width, query_low, query_high
+        _store_turned(target, at, low, high, 3 * size, positions, turns, half, columns)
+
+    @triton.jit
+    def key_gradient(
+        given,
+        spans,
+        results,
+        turns,
+        gradient,
+        positions,
+        scale,
+        size: tl.constexpr,
+        line: tl.constexpr,
+        half: tl.constexpr,
+        columns: tl.constexpr,
+        tile: tl.constexpr,
+        parts: tl.constexpr,
+    ) -> None:
+        """The gradients of a tile of keys and of its values; after :func:`query_gradient`."""
+        _, log_sums, grads, products = results
+        head, width = tl.program_id(1), 2 * half
+        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
+        keys, grads = queries + size, grads + head * width
+        log_sums, products = log_sums + head * positions, products + head * positions
+        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        begin, end = _span(spans, 0, at, positions)
+        low, high = _halves(keys, at, line, positions, half, columns)
+        value = _vectors(values, at, 3 * size, positions, width, 2 * columns)
+        is_apart = (at < begin) | (at >= end)
+        itself = tl.where(is_apart, at, positions)
+        query_low, query_high = _halves(queries, itself, line, positions, half, columns)
+        grad = _vectors(grads, itself, size, positions, width, 2 * columns)
+        sums = tl.load(log_sums + at, mask=at < positions, other=0.0)
+        product = tl.load(products + at, mask=at < positions, other=0.0)
+        mass = tl.exp(_own_score(query_low, query_high, low, high, scale) - sums)
+        mass = tl.where(is_apart, mass, 0.0)[:, None]
+        slope = tl.sum(grad.to(tl.float32) * value, axis=1) - product
+        slope = mass * slope[:, None] * scale
+        key_low, key_high, value_sum = slope * query_low, slope * query_high, mass * grad
+        for part in tl.static_range(parts):  # queries in the row, then in its second stream
+            begin, end = _span(spans, 2 + 2 * part, at, positions)
+            first, last = _reach(begin, end, positions)
+            for start in range(first, last, tile):
+                query = start + tl.arange(0, tile)
+                seen_from, seen_to = _span(spans, 0, query, positions)
+                span = seen_from, tl.where(query < last, seen_to, 0)  # a block may go further
+                query_low, query_high = _halves(queries, query, line, positions, half, columns)
+                grad = _vectors(grads, query, size, positions, width, 2 * columns)
+                sums = tl.load(log_sums + query, mask=query < positions, other=0.0)
+                product = tl.load(products + query, mask=query < positions, other=0.0)
+                masses = _masses(query_low, query_high, low, high, sums, span, at, scale)
+                value_sum = tl.dot(tl.trans(masses.to(grad.dtype)), grad, value_sum)
+                slopes = tl.dot(grad, tl.trans(value)) - product[:, None]
+                slopes = tl.trans((masses * slopes * scale).to(low.dtype))
+                key_low = tl.dot(slopes, query_low, key_low)
+                key_high = tl.dot(slopes, query_high, key_high)
+        target, low, high = gradient + size + head * width, key_low, key_high
+        _store_turned(target, at, low, high, 3 * size, positions, turns, half, columns)
+        _store(target + size, at, value_sum, 3 * size, positions, width, 2 * columns)

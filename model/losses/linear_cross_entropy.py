@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from model.kernels.l2_normalize import sum_dtype
-from model.kernels.varlen_attention import takes
 
 # Exponentials of logits up to this, their sums over 1e9 rows, and the inverses fit into float32.
 MAX_BOUND = 60.0
 # Memory of a block of logits where there is no fused kernel.
 BLOCK_BYTES = 128 << 20
-# FlashAttention on CUDA: queries of a program, and programs for each multiprocessor, up to which it
+# FlashAttention on CUDA takes vectors of at most this many values, a multiple of these.
+_WIDEST, _STEP = 256, 8
+# Its queries of a program, and programs for each multiprocessor, up to which it
 # divides the keys between programs, too.
 _PROGRAM_QUERIES, _DIVIDING_PROGRAMS = 128, 0.8
 # The part of the multiprocessors that have work, on average over the rounds, which is enough.
@@ -161,7 +162,8 @@ def _is_fused(hidden: Tensor, bound: float, values: Tensor) -> bool:
     if not hidden.is_cuda:
         return hidden.dtype in (torch.float32, torch.float64, torch.bfloat16)
     # Not float16: inverse sums of exponentials underflow in it.
-    return hidden.dtype == torch.bfloat16 and takes(hidden.shape[1])
+    width = hidden.shape[1]
+    return hidden.dtype == torch.bfloat16 and width <= _WIDEST and width % _STEP == 0
 
 
 def _block_size(hidden: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
-Those that sum equal ids, the gradients of attributes, which they sum, and the sums over negatives.
+Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives, and
+attention within packed rows.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from model.kernels import log_sum, segment_sum
+from model.kernels import log_sum, segment_sum, varlen_attention
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
+from model.kernels.varlen_attention import RowLayout
 from model.losses import sampled
 from model.network import attributes
+from model.network.attention import _rotate, _rotations
 from model.network.attributes import AttributeSums
+from model.network.padded import attend_padded
 from model.tables import table_update
 from model.tables.table_update import Step, update_some
 from pipeline.batches.attributes import ItemAttributes
@@ -99,6 +103,36 @@ def check_log_sums(positions: int, draws: int) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
+def check_attention(
+    lengths: list[int], left: int | None, seconds: bool, fillers: int, tile: int, width: int
+) -> None:
+    """Outputs and gradients in windows, the first ``left`` of them with left context only."""
+    count, rows, flags = len(lengths), [*lengths], None
+    if left is not None:  # as in a batch, not beside each other in memory
+        flags = torch.zeros(count, 8, dtype=torch.bool)[:, 0]
+        flags[:left] = True
+    if seconds:
+        assert left is not None
+        rows += [n + 1 if place < left else 0 for place, n in enumerate(lengths)]
+    offsets = torch.tensor([0, *rows, fillers]).cumsum(0)
+    end, total = int(offsets[len(rows)]), int(offsets[-1])
+    steps_ago = torch.randint(0, 50, (total,)) if seconds else None
+    layout = RowLayout(offsets, total, max(rows), flags, steps_ago)
+    rotation = _rotations(50, width)
+    given, wanted = torch.randn(2, total, 3, 2, width).unbind()
+    found, plain = given.clone().requires_grad_(), given.clone().requires_grad_()
+    weights = torch.where(torch.arange(total) < end, 1.0, 0.0)[:, None, None] * wanted[:, 0]
+    with patch.object(varlen_attention, "tile", lambda *_: (tile, 1)):
+        attended = varlen_attention.attend(found, layout, rotation, layout.steps_ago)
+        (attended * weights).sum().backward()
+    expected = attend_padded(layout, _rotate(plain, rotation[layout.steps_ago]))
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(attended[:end], expected[:end], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.grad, plain.grad, rtol=1e-4, atol=1e-4)
+    if left is not None:  # else a filler is a row like others
+        torch.testing.assert_close(attended[end:], given[end:, 2], rtol=1e-5, atol=1e-5)
+
+
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
@@ -112,4 +146,10 @@ if __name__ == "__main__":
     check_attributes(torch.cat([torch.randint(0, 9, (40, 2)), torch.full((9, 2), 8)]), 8, 70)
     for draws in (1, 3, 100, 10_001):  # the last in three blocks
         check_log_sums(5, draws)
+    for tile in (16, 64):
+        check_attention([3, 20, 0, 40, 7, 1], None, False, 2, tile, 8)
+        check_attention([3, 20, 0, 40, 7, 1], 2, False, 5, tile, 24)
+        # Rows and second streams in one tile, and in several.
+        check_attention([9, 1, 30, 5, 7, 12, 6], 4, True, 20, tile, 32)
+        check_attention([6, 33], 2, True, 0, tile, 16)
     print("checked")
