@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from model.kernels import l2_normalize
 from model.kernels.l2_normalize import join_gradients, normalize_rows, normalize_rows_gradient
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def test_by_hand() -> None:
@@ -25,6 +28,18 @@ def test_gradient_equals_autograds() -> None:
     torch.testing.assert_close(normalize_rows_gradient(weights, inverse, unit), rows.grad)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_unit_rows_have_the_gradient_of_normalize(device: str) -> None:
+    given, weights = torch.randn(2, 9, 12, device=device).unbind()
+    found, expected = (given.clone().requires_grad_() for _ in range(2))
+    unit = l2_normalize._Unit.apply(found)  # plain torch on a CPU, kernels on CUDA
+    plain = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(unit, plain)
+    (unit * weights).sum().backward()
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
 def test_the_second_parts_gradient_has_space_for_the_first_parts() -> None:
     whole, mixed, first = torch.randn(7, 4), torch.randn(5, 4), torch.randn(2, 4)
     unit, inverse = normalize_rows(whole[2:], torch.float32)
@@ -37,7 +52,7 @@ def test_the_second_parts_gradient_has_space_for_the_first_parts() -> None:
     assert torch.equal(join_gradients(first, second.clone()), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@cuda
 @pytest.mark.parametrize("width", [4, 60, 128, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_plain_torch(width: int, dtype: torch.dtype) -> None:

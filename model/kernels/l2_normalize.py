@@ -9,7 +9,9 @@ Shapes: C rows, D width.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels.compiler import launch, row_tiles, tl, triton
 
@@ -57,6 +59,25 @@ def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tenso
     return gradient.addcmul_(unit, along, value=-1)
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Float rows [C, D] at length 1, with their gradient."""
+    return _Unit.apply(rows) if _has_kernels(rows) else F.normalize(rows, dim=-1)
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        unit, inverse = normalize_rows(rows, rows.dtype)
+        ctx.save_for_backward(unit, inverse)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        unit, inverse = ctx.saved_tensors
+        return normalize_rows_gradient(grad.contiguous(), inverse, unit)
+
+
 def _empty_at_same_offset(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Empty [C, D] at the storage offset of ``rows``, for :func:`join_gradients`."""
     before = rows.storage_offset()
@@ -82,6 +103,7 @@ def join_gradients(first: Tensor, second: Tensor) -> Tensor:
 
 def _has_kernels(rows: Tensor) -> bool:
     fits = rows.is_contiguous() and rows.numel() > 0 and rows.dtype != torch.float64
+    fits = fits and rows.dim() == 2
     return triton is not None and rows.is_cuda and fits
 
 

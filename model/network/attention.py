@@ -1,6 +1,6 @@
 """Attention within the rows of a jagged batch.
 
-    jagged   a b c | d e | f g h     on the packed rows (varlen_attention.py): half precision on CUDA
+    jagged   a b c | d e | f g h     packed rows (varlen_attention.py): half precision on CUDA
     padded   a b c / . d e / f g h   on any device and in any precision (padded.py)
 
 Shapes: T positions of all rows, M wanted positions, D width, H heads, K width of a head, L longest

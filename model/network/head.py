@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.l2_normalize import unit_rows
 from model.losses import sampled
 from model.losses.sharded_softmax import Beside, TeacherLogits, linear_cross_entropy
 from model.network.config import HeadConfig
@@ -68,7 +68,7 @@ class ScoringHead(nn.Module):
     def project(self, vectors: Tensor) -> Tensor:
         """Unit length for cosine scores, unchanged for dot products; float32 [*, D]."""
         vectors = vectors.float()
-        return F.normalize(vectors, dim=-1) if self.is_cosine else vectors
+        return unit_rows(vectors) if self.is_cosine else vectors
 
     @property
     def scale(self) -> float:
