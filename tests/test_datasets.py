@@ -231,7 +231,7 @@ def test_random_ratings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("skew", "share"),  # of items 1 ... 6, from k to k + 1
+    ("skew", "share"),  # of the k-th most frequent item of 6: the integral from k to k + 1
     [
         (1.0, np.log(np.arange(2, 8) / np.arange(1, 7)) / np.log(7)),
         (0.5, np.diff(np.sqrt(np.arange(1, 8))) / (np.sqrt(7) - 1)),
@@ -242,7 +242,35 @@ def test_skewed_random_ratings(skew: float, share: np.ndarray) -> None:
     tables = RandomRatings(4, 6, 400_000, rating=0.0, seed=1, skew=skew)
     whole = pa.concat_tables(tables)["item"].to_numpy()
     found = np.bincount(whole, minlength=6) / len(whole)
-    assert len(found) == 6 and np.abs(found - share).max() < 0.005
+    by_id = share[[0, 5, 4, 3, 2, 1]]  # the k-th has id 5 (k - 1) modulo 6
+    assert len(found) == 6 and np.abs(found - by_id).max() < 0.005
+
+
+def test_frequent_items_are_spread_over_the_ids() -> None:
+    tables = RandomRatings(4, 1000, 400_000, rating=0.0, seed=1, skew=0.5)
+    counts = np.bincount(pa.concat_tables(tables)["item"].to_numpy(), minlength=1000)
+    assert len(counts) == 1000 and counts.min() > 0
+    assert np.abs(counts.reshape(4, 250).sum(1) / 400_000 - 0.25).max() < 0.02
+    # The 40 most frequent: as many in each quarter.
+    quarters = np.bincount(np.argsort(-counts)[:40] // 250, minlength=4)
+    assert np.abs(quarters - 10).max() <= 2
+
+
+@pytest.mark.parametrize("items", [1, 2, 3, 4, 30, 997])
+def test_every_item_is_drawn(items: int) -> None:
+    tables = RandomRatings(4, items, 60_000, rating=0.0, seed=1, skew=0.5)
+    ids = pa.concat_tables(tables)["item"].to_numpy()
+    assert np.unique(ids).tolist() == list(range(items))
+
+
+def test_stores_with_the_most_frequent_items_first_are_not_reused() -> None:
+    sizes = {"random_user_count": 4, "random_item_count": 6, "random_size": 100}
+    uniform, skewed = (
+        resolve(DataConfig(dataset_name="random", random_skew=skew, **sizes)).fingerprint
+        for skew in (0.0, 1.0)
+    )
+    assert "random_ids" not in uniform["flags"]  # the same store as before
+    assert skewed["flags"]["random_ids"] == "scattered"
 
 
 def test_random_data_set_keeps_every_rating_at_any_min_rating(tmp_path: Path) -> None:

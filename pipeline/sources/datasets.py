@@ -52,6 +52,8 @@ def resolve(config: DataConfig) -> DataSource:
     if config.dataset_name == "random":
         flags |= {key: value for key, value in vars(config).items() if key.startswith("random_")}
         flags["data_seed"] = config.data_seed
+        if config.random_skew:  # stores of earlier versions have the most frequent items first
+            flags["random_ids"] = "scattered"
         origin: Any = "random"
         ratings: Stage[pa.Table] = RandomRatings(
             config.random_user_count,
