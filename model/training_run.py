@@ -48,6 +48,7 @@ from model.settings.fitting import Machine, fitted
 from model.settings.flags import build, flatten
 from model.settings.protocol import with_seen
 from model.settings.recipes import with_recipe
+from model.settings.unread import without_effect
 from model.step.optimizers import Optimizers
 from model.step.pipelines import train_pipeline
 from model.tables.distribute import describe_shards
@@ -117,6 +118,8 @@ def train_once(
         position = checkpoints.resume(parts.model, parts.optimizers)
         if position.step and ranks.is_first:
             _warn_of_changes(data.config, parts, checkpoints, position)
+        if ineffective := without_effect(given, data.config):
+            ranks.warn(ineffective)
         folder.record({"shards": parts.shards, **asdict(parts.plan)})
         results = _train(data, parts, checkpoints, position, folder.path, stages, on_evaluation)
         if results and ranks.is_first:

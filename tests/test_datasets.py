@@ -58,6 +58,8 @@ ML_1M = archive(**{"ml-1m/README": "x", "ml-1m/ratings.dat": RATINGS, "ml-1m/mov
             {"random_item_count": 1 << 31},
             "--random_item_count must be at least 1 and at most 2,147",
         ),
+        ({"columns": "a,b"}, "--columns is for --dataset_path, not for generated data"),
+        ({"dataset_name": "random", "file_order": "newest_first"}, "--file_order is for --dataset"),
         ({"min_rating": float("nan")}, "--min_rating must be a finite number, not nan"),
         ({"columns": "user"}, "--columns must name user,item"),
         ({"dataset_path": "a\0.csv"}, "--dataset_path holds a null character"),
