@@ -1,5 +1,6 @@
 """Data sets by name: flags, finding the ratings, downloads, reuse."""
 
+import errno
 import hashlib
 import io
 import os
@@ -312,6 +313,10 @@ def test_download_once_and_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (b"<html>", "md5 .* where GroupLens publishes c4d9eecfca2ab87c1945afe126590906.*path"),
         (urllib.error.URLError("no route to host"), "cannot download .no route.*--dataset_path"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"to .*\(No space left on device\); make room, or name another folder with --cache_dir",
+        ),
         (TimeoutError("timed out"), "cannot download .*timed out.*--dataset_path"),
     ],
 )
