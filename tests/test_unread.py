@@ -41,6 +41,8 @@ RATINGS = "user,item\n" + "".join(
         ({"teachers": "a", "teacher_share": 0.1}, None),
         ({"teacher_share": 0.1}, "--teacher_share (only with --teachers)"),
         ({"decay_step": 3, "gamma": 0.5}, None),
+        ({"num_epochs": 25, "gamma": 0.5}, "--gamma (only with --num_epochs above --decay_step)"),
+        ({"num_epochs": 26, "gamma": 0.5}, None),
         ({"decay_step": 3}, "--decay_step (only with --gamma below 1)"),
         ({"dataset_name": "random", "random_skew": 1.0, "data_seed": 3}, None),
         ({"random_skew": 1.0, "data_seed": 3}, "--random_skew (only with --dataset_name random)"),

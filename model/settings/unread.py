@@ -58,6 +58,11 @@ _NEEDS = (
     ),
     _Needs(("decay_step",), "--gamma below 1", lambda run: run.training.gamma < 1),
     _Needs(
+        ("gamma", "decay_step"),
+        "--num_epochs above --decay_step",
+        lambda run: run.training.gamma == 1 or run.training.num_epochs > run.training.decay_step,
+    ),
+    _Needs(
         ("eval_every",),
         "--train_on_validation false",
         lambda run: not run.windows.train_on_validation,
