@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from pipeline.errors import UserError, say, warn
+from pipeline.errors import UserError, first_remedy, say, warn
 
 T = TypeVar("T")
 
@@ -166,9 +166,17 @@ def raise_on_all(ranks: Ranks, error: Exception | None) -> None:
 
 
 @contextmanager
-def writing(what: str) -> Iterator[None]:
-    """An OSError becomes a UserError, which `from_first_rank` raises on all ranks."""
+def writing(path: object, flag: str = "", advise: bool = True) -> Iterator[None]:
+    """An OSError becomes a UserError, which `from_first_rank` raises on all ranks.
+
+    Args:
+        flag: that names the place; another one of its values is another place.
+        advise: False: who catches the UserError says what to do about a full disk.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what} cannot be written: {error.strerror or error}") from error
+        place, first = f"{flag} {path}".lstrip(), first_remedy(error) if advise else None
+        other = f"or name another place with {flag}" if flag else "then try again"
+        advice = f"; {first}, {other}" if first else ""
+        raise UserError(f"{place} cannot be written: {error.strerror or error}{advice}") from error

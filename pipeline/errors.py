@@ -48,11 +48,16 @@ def warn(text: str) -> None:
     say(f"warning: {printable(text)}", sys.stderr)
 
 
-def remedy(error: BaseException | None, then: str) -> str:
-    """``then``, after what to do about the cause: "make room, then <then>"."""
+def first_remedy(error: BaseException | None) -> str | None:
+    """What lets the file be written that ``error``, or its cause, is about; None: not known."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
-    first = None if error is None else REMEDIES.get(error.errno or 0)
+    return None if error is None else REMEDIES.get(error.errno or 0)
+
+
+def remedy(error: BaseException | None, then: str) -> str:
+    """``then``, after what to do about the cause: "make room, then <then>"."""
+    first = first_remedy(error)
     return f"{first}, then {then}" if first else then
 
 

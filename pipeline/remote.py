@@ -21,6 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from pipeline.errors import UserError, first_remedy
+
 _TIMEOUT_SECONDS = 20
 # Google's, also for credentials that are not found: by default Arrow tries for 15 minutes.
 _RETRY, _RETRY_SECONDS = "retry_limit_seconds", 30
@@ -141,9 +143,18 @@ class RemotePath:
             system, path = self._found
             return system.open_input_file(path)
         copy = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
-        with _Body(self._request("GET")) as body:
-            shutil.copyfileobj(body, copy, 1 << 20)
-        copy.seek(0)
+        try:
+            with _Body(self._request("GET")) as body:
+                shutil.copyfileobj(body, copy, 1 << 20)
+            copy.seek(0)
+        except OSError as error:
+            copy.close()
+            if first := first_remedy(error):
+                raise UserError(
+                    f"{self.url} cannot be copied to {tempfile.gettempdir()}: {error.strerror}; "
+                    f"{first}, or name another folder with the variable TMPDIR"
+                ) from error
+            raise
         return copy
 
     def _info(self) -> Any:

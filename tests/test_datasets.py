@@ -1,5 +1,6 @@
 """Data sets by name: flags, finding the ratings, downloads, reuse."""
 
+import errno
 import hashlib
 import io
 import os
@@ -58,6 +59,8 @@ ML_1M = archive(**{"ml-1m/README": "x", "ml-1m/ratings.dat": RATINGS, "ml-1m/mov
             {"random_item_count": 1 << 31},
             "--random_item_count must be at least 1 and at most 2,147",
         ),
+        ({"columns": "a,b"}, "--columns is for --dataset_path, not for generated data"),
+        ({"dataset_name": "random", "file_order": "newest_first"}, "--file_order is for --dataset"),
         ({"min_rating": float("nan")}, "--min_rating must be a finite number, not nan"),
         ({"columns": "user"}, "--columns must name user,item"),
         ({"dataset_path": "a\0.csv"}, "--dataset_path holds a null character"),
@@ -231,7 +234,7 @@ def test_random_ratings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("skew", "share"),  # of items 1 ... 6, from k to k + 1
+    ("skew", "share"),  # of the k-th most frequent item of 6: the integral from k to k + 1
     [
         (1.0, np.log(np.arange(2, 8) / np.arange(1, 7)) / np.log(7)),
         (0.5, np.diff(np.sqrt(np.arange(1, 8))) / (np.sqrt(7) - 1)),
@@ -242,7 +245,35 @@ def test_skewed_random_ratings(skew: float, share: np.ndarray) -> None:
     tables = RandomRatings(4, 6, 400_000, rating=0.0, seed=1, skew=skew)
     whole = pa.concat_tables(tables)["item"].to_numpy()
     found = np.bincount(whole, minlength=6) / len(whole)
-    assert len(found) == 6 and np.abs(found - share).max() < 0.005
+    by_id = share[[0, 5, 4, 3, 2, 1]]  # the k-th has id 5 (k - 1) modulo 6
+    assert len(found) == 6 and np.abs(found - by_id).max() < 0.005
+
+
+def test_frequent_items_are_spread_over_the_ids() -> None:
+    tables = RandomRatings(4, 1000, 400_000, rating=0.0, seed=1, skew=0.5)
+    counts = np.bincount(pa.concat_tables(tables)["item"].to_numpy(), minlength=1000)
+    assert len(counts) == 1000 and counts.min() > 0
+    assert np.abs(counts.reshape(4, 250).sum(1) / 400_000 - 0.25).max() < 0.02
+    # The 40 most frequent: as many in each quarter.
+    quarters = np.bincount(np.argsort(-counts)[:40] // 250, minlength=4)
+    assert np.abs(quarters - 10).max() <= 2
+
+
+@pytest.mark.parametrize("items", [1, 2, 3, 4, 30, 997])
+def test_every_item_is_drawn(items: int) -> None:
+    tables = RandomRatings(4, items, 60_000, rating=0.0, seed=1, skew=0.5)
+    ids = pa.concat_tables(tables)["item"].to_numpy()
+    assert np.unique(ids).tolist() == list(range(items))
+
+
+def test_stores_with_the_most_frequent_items_first_are_not_reused() -> None:
+    sizes = {"random_user_count": 4, "random_item_count": 6, "random_size": 100}
+    uniform, skewed = (
+        resolve(DataConfig(dataset_name="random", random_skew=skew, **sizes)).fingerprint
+        for skew in (0.0, 1.0)
+    )
+    assert "random_ids" not in uniform["flags"]  # the same store as before
+    assert skewed["flags"]["random_ids"] == "scattered"
 
 
 def test_random_data_set_keeps_every_rating_at_any_min_rating(tmp_path: Path) -> None:
@@ -282,6 +313,10 @@ def test_download_once_and_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (b"<html>", "md5 .* where GroupLens publishes c4d9eecfca2ab87c1945afe126590906.*path"),
         (urllib.error.URLError("no route to host"), "cannot download .no route.*--dataset_path"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"to .*\(No space left on device\); make room, or name another folder with --cache_dir",
+        ),
         (TimeoutError("timed out"), "cannot download .*timed out.*--dataset_path"),
     ],
 )

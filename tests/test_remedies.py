@@ -16,6 +16,7 @@ from model.distributed import Ranks, writing
 from model.ending import _users_to_fix
 from model.training.run_log import At, RunLog
 from pipeline.errors import UserError, remedy
+from tests.conftest import TINY, RunMain, assert_one_line
 
 ADVICE = {
     errno.ENOSPC: "make room, then ",
@@ -61,7 +62,7 @@ def test_a_checkpoint_that_cannot_be_written_says_what_to_do(
             raise dcp.api.CheckpointException("write", {1: (failure(number), None)})
         if of == "this rank":
             raise failure(number)
-        with writing(str(tmp_path / "checkpoints")):
+        with writing(tmp_path / "checkpoints", advise=False):
             raise failure(number)
 
     checkpoints = Checkpoints(tmp_path, one_rank, CheckpointConfig())
@@ -83,6 +84,55 @@ def test_an_export_that_cannot_be_written_says_what_to_do(
         export_module.check_target(tmp_path / "exported")
     advice = remedy(found.value, "python export.py")
     assert advice == f"{ADVICE[number]}python export.py"
+
+
+@every
+@pytest.mark.parametrize(
+    ("flag", "other"),
+    [("--run_dir", "or name another place with --run_dir"), ("", "then try again")],
+)
+def test_a_place_that_cannot_be_written_says_what_to_do(number: int, flag: str, other: str) -> None:
+    with pytest.raises(UserError) as told, writing(Path("a/b"), flag):
+        raise failure(number)
+    advice = f"; {ADVICE[number].removesuffix(', then ')}, {other}" if ADVICE[number] else ""
+    place = f"{flag} a/b".lstrip()
+    assert str(told.value) == f"{place} cannot be written: {os.strerror(number)}{advice}"
+
+
+def test_a_full_disk_is_told_with_the_flag_that_names_another(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each script, whose files go to a disk that takes none."""
+    sync, full, run = os.fsync, [tmp_path / "full"], tmp_path / "run"
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_relative_to(full[0]):
+            raise failure(errno.ENOSPC)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train = ["train", *TINY, "--num_epochs=1"]
+    cache, disk = f"--cache_dir={cache_dir}", full[0]
+    trained = run_main(*train, cache, f"--run_dir={run}")
+    assert trained.code == 0, trained.err
+    reason = "No space left on device; make room"
+    for command, flag, path in (
+        ([*train, cache], "--run_dir", disk / "run"),
+        ([*train, cache, f"--run_dir={tmp_path / 'other'}"], "--export_root", disk / "exported"),
+        (["recommend", f"--checkpoint={run}", "--all"], "--output", disk / "recommended.csv"),
+        (["eval", f"--checkpoint={run}"], "--per_user", disk / "ranks.parquet"),
+        (["export", f"--checkpoint={run}"], "--output", disk / "exported"),
+    ):
+        told = f"{flag} {path} cannot be written: {reason}, or name another place with {flag}"
+        assert_one_line(run_main(*command, f"{flag}={path}"), command[0], told)
+    told = f"prepared data to {disk / 'stores'}: {reason}, or name another folder with --cache_dir"
+    assert_one_line(run_main(*train, f"--cache_dir={disk}"), "train", told)
+    full[0] = run
+    told = f"{run / 'eval_test.json'} cannot be written: {reason}, then try again"
+    assert_one_line(run_main("eval", f"--checkpoint={run}"), "eval", told)
+    again = [*train, cache, f"--run_dir={run}", "--resume=auto", "--num_epochs=2"]
+    told = f"--run_dir {run} cannot be written: {reason}, or name another place with --run_dir"
+    assert_one_line(run_main(*again), "train", told)
 
 
 @every

@@ -1,7 +1,10 @@
 """Files at URLs: an HTTP server on this machine, and fsspec's file system in memory."""
 
+import errno
 import gzip
 import io
+import shutil
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -119,6 +122,19 @@ def test_http_mistakes(url: str, name: str, message: str) -> None:
     port = url.rpartition(":")[2]
     assert str(caught.value).startswith(message.replace("PORT", port))
     assert "key=secret" not in str(caught.value)
+
+
+def test_a_copy_that_finds_no_room(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError) as caught:
+        history(f"{url}/r.parquet")
+    assert str(caught.value) == (
+        f"{url}/r.parquet cannot be copied to {tempfile.gettempdir()}: No space left on device; "
+        "make room, or name another folder with the variable TMPDIR"
+    )
 
 
 def test_a_server_that_refuses_is_named() -> None:

@@ -568,6 +568,10 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> 
             {"checkpoint": "x", "similar": "1", "choice": Choice(popularity_discount=0.5)},
             "--popularity_discount ranks items for users",
         ),
+        (
+            {"checkpoint": "x", "similar": "1", "choice": Choice(seen="drop")},
+            "--seen ranks items for users",
+        ),
     ],
 )
 def test_flags_that_do_not_fit(flags: dict[str, Any], message: str) -> None:

@@ -193,6 +193,21 @@ def test_max_steps_after_an_evaluation_leaves_its_model(
     assert (tmp_path / "eval_test.json").exists() and (tmp_path / "model").exists()
 
 
+def test_max_steps_at_the_end_of_an_epoch_or_of_the_training_evaluates_no_more(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    tested = []
+    for steps in (5, 10, 11):  # of 2 epochs of 5
+        flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / str(steps)}"]
+        assert run_main("train", *flags, f"--max_steps={steps}").code == 0
+        validated = [line for line in read_log(tmp_path / str(steps)) if "full" in line]
+        result = tmp_path / str(steps) / "eval_test.json"
+        tested.append((len(validated), result.exists() and json.loads(result.read_text())["step"]))
+    assert tested[0] == (0, False)
+    assert tested[1] == (1, 5)
+    assert tested[2][0] == 2
+
+
 def test_a_nan_loss_ends_the_run(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:
     outcome = run_main(
         "train",

@@ -44,13 +44,13 @@ class CheckpointWriter:
         """
         aside = aside_of(final)
 
-        @writing(str(final))
+        @writing(final, advise=False)
         def make_room() -> None:
             final.parent.mkdir(exist_ok=True)
             remove_leftovers(final.parent)
             aside.mkdir()
 
-        @writing(str(final))
+        @writing(final, advise=False)
         def complete() -> None:
             _check_complete(aside, files)
             write_manifest(aside, manifest)

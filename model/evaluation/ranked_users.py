@@ -121,7 +121,7 @@ def gathered(ranking: Ranking, loader: EvalLoader, recent: np.ndarray | None = N
 
 def check_ranks_file(path: Path) -> None:
     """UserError unless the file can be written."""
-    with writing(f"--per_user {path}"):
+    with writing(path, "--per_user"):
         check_writable(path)
 
 
@@ -139,5 +139,5 @@ def write_ranks(path: Path, users: RankedUsers, store: SequenceStore) -> None:
         "sampled_rank": pa.array(sampled),
         "score": pa.array(users.scores),
     }
-    with writing(f"--per_user {path}"), whole_file(path) as file:
+    with writing(path, "--per_user"), whole_file(path) as file:
         pq.write_table(pa.table(columns), file)

@@ -196,6 +196,6 @@ def write_result(folder: Path, split: str, result: Result) -> Path:
     if ratings := result.get("other_ratings"):
         name += f"-ratings-{ratings}"
     path = folder / f"{name}.json"
-    with writing(str(path)):
+    with writing(path):
         write_json(path, result)
     return path

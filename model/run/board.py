@@ -66,7 +66,7 @@ class RunBoard:
             of_user = names_of_several if config.holdout.targets == "all" else metric_names
             names = of_user(config.holdout.cutoffs)
             about = About(store, compared_flags(config), texts, validates, names)
-            with writing(f"--run_dir {run_dir}"):
+            with writing(run_dir, "--run_dir"):
                 self.board = Board(run_dir, step, about, self._is_full)
         self._examples: Examples | None = None
         if self._is_full and validates:
@@ -102,6 +102,6 @@ def write_evaluated(
         return
     flags = compared_flags(run.config)
     flags |= {key: result[key] for key in NOTES if key in result}
-    with writing(f"{run.folder}"):
+    with writing(run.folder):
         measured = Measured(name, run.step(ranks), result, flags, best)
         write_measured(run.folder, measured, run.config.board.is_full)

@@ -102,7 +102,7 @@ class RunFolder:
         If they cannot be written, all ranks raise a UserError.
         """
 
-        @writing(f"--run_dir {self.path}")
+        @writing(self.path, "--run_dir")
         def write() -> None:
             evaluation = protocol_of(self.config, self.store)
             facts = self._facts | {"execution": execution, "evaluation": evaluation}
@@ -129,7 +129,7 @@ class RunFolder:
         if output.export_root:
             max_len = self.config.windows.max_len
             check_export("--export_root", Path(output.export_root), path, max_len)
-        with writing(f"--run_dir {path}"):
+        with writing(path, "--run_dir"):
             if output.run_dir:
                 make_folder(path)
             else:
@@ -152,7 +152,7 @@ class RunFolder:
                 f"{checkpoints} is no folder: move it away, or choose another --run_dir"
             )
         if os.path.lexists(path / PORTABLE):
-            with writing(f"--run_dir {path}: {PORTABLE} in it"):
+            with writing(f"{path}: {PORTABLE} in it", "--run_dir"):
                 check_target(path / PORTABLE)
         return path, token
 
@@ -182,7 +182,7 @@ def check_export(flag: str, folder: Path, run_dir: Path, max_len: int) -> None:
             f"{flag} {folder}: a model of --max_len 1 reads no history, which an export serves: "
             "train with a larger one"
         )
-    with writing(f"{flag} {folder}"):
+    with writing(folder, flag):
         for path in (folder, run_dir):
             with suppress(FileNotFoundError):
                 path.stat()  # an OSError for a loop of links, at which resolve() is a RuntimeError
@@ -210,7 +210,7 @@ def _is_of_run(folder: Path, run: Path) -> bool:
 
 
 def _check_contents(config: RunConfig, path: Path, facts: dict[str, Any]) -> None:
-    with writing(f"--run_dir {path}"):
+    with writing(path, "--run_dir"):
         _check_no_root("--run_dir", path)
         is_export, has_config = ((path / name).exists() for name in (WEIGHTS, "config.json"))
         has_checkpoints = any((path / "checkpoints").glob("step-*"))

@@ -76,8 +76,9 @@ class RecommendFlags(Config):
         if not self.output and (self.all or self.histories):
             given = "--all" if self.all else "--histories"
             raise UserError(f"{given} needs --output: the file to write the recommendations to")
-        if self.similar is not None and self.choice.popularity_discount:
-            raise UserError("--popularity_discount ranks items for users: leave --similar out")
+        for name, plain in (("popularity_discount", 0.0), ("seen", "trained")):
+            if self.similar is not None and getattr(self.choice, name) != plain:
+                raise UserError(f"--{name} ranks items for users: leave --similar out")
         if self.at and (self.similar is not None or self.history is not None):
             given = "--similar" if self.history is None else "--history"
             raise UserError(f"--at needs histories with times, which {given} has not: leave it out")

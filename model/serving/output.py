@@ -29,7 +29,7 @@ Sink = Callable[[pa.Table], None]
 
 def check_output(path: Path) -> None:
     """Check before the model is loaded that a file can be written; UserError if not."""
-    with writing(f"--output {path}"):
+    with writing(path, "--output"):
         if path.is_dir():
             raise UserError(f"--output {path} is a folder: name a file in it")
         check_writable(path)
@@ -46,7 +46,7 @@ def row_writer(path: Path, rows: ItemRows) -> Iterator[Callable[[Lists], None]]:
     sinks = {".parquet": _parquet, ".csv": _csv, ".jsonl": _json_lines}
     waiting: deque[Future[None]] = deque()
     with (
-        writing(f"--output {path}"),
+        writing(path, "--output"),
         whole_file(path) as file,
         sinks[path.suffix.lower()](file, rows.schema) as sink,
         ThreadPoolExecutor(1) as maker,

@@ -28,7 +28,7 @@ class ShardingConfig(Config):
     )
     embedding_lr: float | None = flag(
         None,
-        "peak learning rate of dmp tables (default: --lr, with Adagrad 20 x --lr)",
+        "peak learning rate of the tables (default: --lr, with Adagrad 20 x --lr)",
         at_least=0,
         limit=1e30,
     )

@@ -27,7 +27,10 @@ class TrainingConfig(Config):
     )
     log_every: int = flag(50, "steps between two lines of the log", at_least=1)
     max_steps: int | None = flag(
-        None, "steps to end after, saved but not evaluated (default: no limit)", at_least=1
+        None,
+        "steps to end after: the last is saved, not evaluated; the best of earlier evaluations, if "
+        "there were any, is tested and exported (default: no limit)",
+        at_least=1,
     )
     rank_timeout: float = flag(10.0, "minutes to wait for other ranks", at_least=0.01, below=10**6)
 

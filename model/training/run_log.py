@@ -66,7 +66,7 @@ class RunLog:
         if self.run_dir is None:
             return
         lines, done = self.run_dir / "metrics.jsonl", self.step
-        with writing(f"--run_dir {self.run_dir}"):
+        with writing(self.run_dir, "--run_dir"):
             _keep_lines_up_to(lines, done)  # a resumed run repeats the steps after its checkpoint
             self._file = self._opened.enter_context(lines.open("a"))
         if _shows_bar():
@@ -176,7 +176,8 @@ class RunLog:
 
     def _failed(self, error: OSError | UserError) -> None:
         """Stop, or warn once and go on without TensorBoard, whose writer is unusable now."""
-        message = f"{self.run_dir}: metrics cannot be written: {getattr(error, 'strerror', error)}"
+        reason = getattr(error.__cause__ or error, "strerror", error)
+        message = f"{self.run_dir}: metrics cannot be written: {reason}"
         if self.on_error == "stop":
             raise UserError(
                 f"{message}; checkpoints are intact: {remedy(error, 'go on with --resume auto')}"

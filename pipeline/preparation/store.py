@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import UserError, warn
+from pipeline.errors import UserError, first_remedy, warn
 from pipeline.files import clear, lock, remove_old, size_and_crc32, whole_folder, write_json
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.catalog import Catalog
@@ -249,8 +249,9 @@ def open_or_build(
             return SequenceStore.open(path)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # Arrow's text is longer
+        first = f"{first}, or " if (first := first_remedy(error)) else ""
         raise UserError(
-            f"cannot write the prepared data to {path.parent}: {reason}; "
+            f"cannot write the prepared data to {path.parent}: {reason}; {first}"
             "name another folder with --cache_dir"
         ) from error
 

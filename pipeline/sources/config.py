@@ -13,6 +13,8 @@ from pipeline.tables.names import check_columns
 MOVIELENS = ("ml-100k", "ml-1m", "ml-20m", "ml-25m", "ml-32m")
 _NAME_LENGTH = 50  # characters of a name from a file's: folders add to it
 DATASET_NAMES = ("synthetic", "random", *MOVIELENS)
+# Flags of ratings that are read.
+_OF_FILES = ("columns", "separator", "where", "items_path", "duplicates", "file_order")
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,8 @@ class DataConfig(Config):
                 "data of your own give the file with --dataset_path"
             )
 
-        generated = self.dataset_name in ("synthetic", "random") and not self.ratings_path
-        for flag_name in ("where", "items_path") if generated else ():
-            if getattr(self, flag_name):
+        for flag_name in _OF_FILES if self.generated else ():
+            if getattr(self, flag_name) != getattr(DataConfig, flag_name):
                 raise UserError(f"--{flag_name} is for --dataset_path, not for generated data")
         self._check_split()
 
@@ -171,6 +172,12 @@ class DataConfig(Config):
         if self.split != "auto":
             return self.split
         return "time" if self.split_time else "file" if self.split_path else "leave_one_out"
+
+    @property
+    def generated(self) -> str:
+        """The name of generated data, "" for other data."""
+        is_generated = self.dataset_name in ("synthetic", "random") and not self.ratings_path
+        return self.dataset_name if is_generated else ""
 
     @property
     def ratings_path(self) -> str:

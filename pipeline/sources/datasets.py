@@ -49,9 +49,11 @@ def resolve(config: DataConfig) -> DataSource:
         flag: getattr(config, flag) for flag in ("min_rating", "min_item_count", "min_user_count")
     }
     titles = None
-    if config.dataset_name == "random":
+    if config.generated == "random":
         flags |= {key: value for key, value in vars(config).items() if key.startswith("random_")}
         flags["data_seed"] = config.data_seed
+        if config.random_skew:  # stores of earlier versions have the most frequent items first
+            flags["random_ids"] = "scattered"
         origin: Any = "random"
         ratings: Stage[pa.Table] = RandomRatings(
             config.random_user_count,
@@ -61,7 +63,7 @@ def resolve(config: DataConfig) -> DataSource:
             rating=config.min_rating or 0.0,  # so that none is dropped
             seed=config.data_seed,
         )
-    elif config.dataset_name == "synthetic" and not config.ratings_path:
+    elif config.generated == "synthetic":
         origin = ["synthetic ring", vars(config.synthetic())]
         ratings = SyntheticRatings(config.synthetic())
     else:

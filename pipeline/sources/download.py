@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_remedy
 from pipeline.files import lock, whole_file
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
@@ -43,6 +43,11 @@ def download(name: str, folder: Path) -> Path:
     except urllib.error.URLError as error:
         raise _failure(name, f"cannot download ({error.reason})") from error
     except OSError as error:
+        if first := first_remedy(error):
+            raise UserError(
+                f"{name}: cannot download to {folder} ({error.strerror}); {first}, or name another "
+                "folder with --cache_dir"
+            ) from error
         raise _failure(name, f"cannot download to {folder} ({error})") from error
     return archive
 

@@ -1,6 +1,8 @@
-"""Uniform random ratings, for measuring speed."""
+"""Random ratings, of uniform or skewed items, for measuring speed."""
 
+import math
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,11 @@ _RANDOM_CHUNK = 1 << 19
 
 
 class RandomRatings(Stage[pa.Table]):
-    """Source stage: uniformly drawn users and items, in time order.
+    """Source stage: randomly drawn users and items, in time order.
 
-    Like the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks. With a
-    ``skew`` s > 0, item k of 1 ... V has the share of the integral of x ** -s from k to k + 1.
+    Uniform, like the random data of TorchRec's examples/bert4rec, but seeded and drawn in chunks.
+    With a ``skew`` s > 0, the k-th most frequent of V items has the share of the integral of
+    x ** -s from k to k + 1. Frequent items are spread evenly over the ids, as if these were hashed.
     """
 
     def __init__(
@@ -42,4 +45,13 @@ class RandomRatings(Stage[pa.Table]):
             found = (self.items + 1.0) ** drawn
         else:
             found = (1 + drawn * ((self.items + 1.0) ** power - 1)) ** (1 / power)
-        return np.minimum(found.astype(np.int64), self.items) - 1
+        rank = np.minimum(found.astype(np.int64), self.items) - 1
+        return rank * _stride(self.items) % self.items
+
+
+def _stride(items: int) -> int:
+    """A number near the golden section: its multiples modulo ``items`` are all ids, any first ones
+    of them spread evenly."""
+    golden = round(items * (math.sqrt(5) - 1) / 2)
+    near = (golden + sign * distance for distance in count() for sign in (1, -1))
+    return next(stride for stride in near if math.gcd(stride, items) == 1)
