@@ -23,7 +23,7 @@ from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 from pipeline.training.negatives import SharedNegatives
 
 STEPS = 12
@@ -36,12 +36,14 @@ def received(store: SequenceStore, ranks: int, batch: int) -> tuple[int, int, in
         WindowConfig(max_len=16),
         MaskConfig(mask_prob=0.2),
         LoaderConfig(train_batch_size=batch),
-        world_size=ranks,
+        RankShare(
+            world_size=ranks,
+            all_sizes=lambda sizes: sizes[None],
+            shard_rows=shard_rows(store.num_items, ranks),
+        ),
         candidate_range=(1, 1),
         few_shapes=True,
         negatives=SharedNegatives(4096, store.num_items, 0, store.train_item_counts[1:-1]),
-        all_sizes=lambda sizes: sizes[None],
-        shard_rows=shard_rows(store.num_items, ranks),
     )
     *_, last = islice(loader.epoch(0), STEPS)
     ids = last.requested.numpy()

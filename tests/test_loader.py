@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from pipeline.rng import permuted
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import AllSizes, TrainLoader
+from pipeline.training.loader import AllSizes, RankShare, TrainLoader
 from pipeline.training.negatives import SharedNegatives
 
 NUM_ITEMS = 400
@@ -39,8 +39,7 @@ def loader(rank: int = 0, world_size: int = 1, batch_size: int = 2, **more: int)
         WINDOWS,
         MaskConfig(mask_prob=0.3, mask_last_share=0.2, dupe_factor=more.pop("dupe_factor", 2)),
         LoaderConfig(train_batch_size=batch_size, **more),
-        rank=rank,
-        world_size=world_size,
+        RankShare(rank, world_size),
     )
 
 
@@ -265,7 +264,7 @@ def test_resume_at_other_world_and_batch_sizes_skips_and_repeats_nothing(
 
 def test_every_batch_has_the_candidate_range() -> None:
     one = TrainLoader(
-        store(), WINDOWS, MaskConfig(), LoaderConfig(8), 0, 30, candidate_range=(1, 9)
+        store(), WINDOWS, MaskConfig(), LoaderConfig(8), RankShare(0, 30), candidate_range=(1, 9)
     )
     assert {batch.candidate_range for batch in one.epoch(0)} == {(1, 9)}
 
@@ -294,11 +293,13 @@ def test_examples_have_the_parts_and_divisors_of_batches(
             WINDOWS,
             MaskConfig(mask_prob=0.3, left_context_share=0.5, two_stream=two_stream),
             LoaderConfig(train_batch_size=3),
-            world_size=world_size,
+            RankShare(
+                world_size=world_size,
+                all_sizes=all_sizes,
+                shard_rows=None if all_sizes is None else 201,
+            ),
             negatives=SharedNegatives(7, NUM_ITEMS, seed=0),
             few_shapes=few_shapes,
-            all_sizes=all_sizes,
-            shard_rows=None if all_sizes is None else 201,
         )
 
     def refused(sizes: np.ndarray) -> np.ndarray:

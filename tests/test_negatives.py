@@ -12,7 +12,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.training import alias_table
 from pipeline.training.alias_table import AliasTable
 from pipeline.training.config import LoaderConfig, MaskConfig, NegativesConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 from pipeline.training.negatives import SharedNegatives
 
 NUM_ITEMS, DRAWS = 9, 5
@@ -88,8 +88,7 @@ def loader(rank: int = 0, world_size: int = 1) -> TrainLoader:
         WindowConfig(max_len=4),
         MaskConfig(),
         LoaderConfig(train_batch_size=4 // world_size, seed=1),
-        rank,
-        world_size,
+        RankShare(rank, world_size),
         negatives=SharedNegatives(DRAWS, NUM_ITEMS, 1, COUNTS),
     )
 

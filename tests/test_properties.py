@@ -26,7 +26,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.sources.config import DataConfig
 from pipeline.sources.datasets import resolve
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 
 # Ids that a careless reader merges, cuts or reorders.
 IDS = st.sampled_from(["1", "2", "10", "007", "7", "-3", "a", "A", "b c", "é", "1e3", "NaN"])
@@ -128,8 +128,7 @@ def test_nothing_held_out_is_trained_on_and_everything_else_is(
             # Kept as they are or masked: a random item may be any.
             MaskConfig(left_context_share=left_context, random_item_share=0.0),
             LoaderConfig(batch_size),
-            rank=rank,
-            world_size=world_size,
+            RankShare(rank, world_size),
         )
         for batch in (packed.unpack() for packed in loader.epoch(0)):
             values = batch.features[ITEM].values().clone()

@@ -12,7 +12,7 @@ from model.step.train_step import graph_key
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.chunks import MaskedWindows
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 from pipeline.training.shape_buckets import PadToBuckets, bucket_size
 
 
@@ -60,8 +60,7 @@ def test_padding_adds_only_what_the_loss_ignores() -> None:
             WindowConfig(max_len=10),
             MaskConfig(),
             LoaderConfig(train_batch_size=7),
-            rank=rank,
-            world_size=2,
+            RankShare(rank, 2),
             few_shapes=few_shapes,
         )
         return [batch.unpack() for batch in loader.epoch(1)]
@@ -110,10 +109,8 @@ def test_ranks_that_exchange_sizes_have_the_same_shapes() -> None:
             WindowConfig(max_len=10),
             mask,
             LoaderConfig(train_batch_size=7),
-            rank=rank,
-            world_size=ranks,
+            RankShare(rank, ranks, None if alone else partial(all_sizes, rank)),
             few_shapes=few_shapes,
-            all_sizes=None if alone else partial(all_sizes, rank),
         )
         # The last steps of the second call have a window less.
         return [*loader.epoch(1, stop=3), *loader.epoch(1, sample=1)]

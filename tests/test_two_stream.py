@@ -15,7 +15,7 @@ from pipeline.preparation.store import SequenceStore
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import ClozeMask
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 from pipeline.training.shape_buckets import PadToBuckets
 from pipeline.training.two_stream import TwoStreams
 
@@ -75,8 +75,7 @@ def batches(rank: int = 0, world_size: int = 1, **flags: Any) -> list[TrainBatch
         WindowConfig(max_len=10),
         MaskConfig(**flags),
         LoaderConfig(train_batch_size=8 // world_size),
-        rank,
-        world_size,
+        RankShare(rank, world_size),
         few_shapes=False,
     )
     return [batch.unpack() for batch in loader.epoch(3)]

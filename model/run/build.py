@@ -34,7 +34,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.holdout import EvalLoader
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.store import SequenceStore
-from pipeline.training.loader import TrainLoader
+from pipeline.training.loader import RankShare, TrainLoader
 from pipeline.training.negatives import SharedNegatives
 
 # Tables above this many bytes are never built whole on one host: each rank makes its own shard.
@@ -199,15 +199,17 @@ def train_loader(
         config.windows,
         config.mask,
         config.loader,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        RankShare(
+            ranks.rank,
+            ranks.world_size,
+            all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
+            shard_rows=block if plan.exchange == "all_to_all" else None,
+            shared=partial(shared_arrays, ranks),
+        ),
         # In place, candidates are not looked up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
-        all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
-        shard_rows=block if plan.exchange == "all_to_all" else None,
         times=ItemTimes(store) if use_times else None,
-        shared=partial(shared_arrays, ranks),
     )
 
 

@@ -9,7 +9,7 @@ All ranks have the same number of batches: a rank without a share of an epoch's 
 gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
 state counts the samples consumed by all ranks: training can resume at any world and batch size::
 
-    loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), rank=0, world_size=2)
+    loader = TrainLoader(store, WindowConfig(), MaskConfig(), LoaderConfig(), RankShare(0, 2))
     batches = loader.epoch(3)
     train(batch.to(device) for batch in itertools.islice(batches, 100))
     state = loader.state_dict()                  {"epoch": 3, "sample": 51200}
@@ -17,7 +17,7 @@ state counts the samples consumed by all ranks: training can resume at any world
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,29 @@ _CHUNK_ITEMS = 1 << 18
 _EXAMPLES = 8
 
 
+@dataclass(frozen=True)
+class RankShare:
+    """One rank's share of the work of making batches.
+
+    Attributes:
+        all_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
+            have the same number of positions, rows and masked positions on all ranks.
+        shard_rows: rows of a rank's shard of the item table, to count the slots of each step
+            (slots.py); needs ``all_sizes``.
+        shared: of arrays that are the same on all ranks; they may be made once for several.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    all_sizes: AllSizes | None = None
+    shard_rows: int | None = None
+    shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make()
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+        assert self.shard_rows is None or self.all_sizes is not None
+
+
 class TrainLoader:
     """All training stages, for one rank.
 
@@ -53,12 +76,7 @@ class TrainLoader:
         candidate_range: half-open range of item ids that this rank scores; put into each batch.
         few_shapes: whether to pad to few shapes (shape_buckets.py); None: if there is CUDA.
         negatives: draws the items that each step scores instead of the candidate range.
-        all_sizes: as in `PadToBuckets`, called by the loader's thread: a step's batches then
-            have the same number of positions, rows and masked positions on all ranks.
-        shard_rows: rows of a rank's shard of the item table, to count the slots of each step
-            (slots.py); needs ``all_sizes``.
         times: of the store's items, put into each batch; None: batches have no times.
-        shared: of arrays that are the same on all ranks; they may be made once for several.
 
     Raises:
         UserError: there is no window to train on.
@@ -70,26 +88,20 @@ class TrainLoader:
         windows: WindowConfig,
         mask: MaskConfig,
         config: LoaderConfig,
-        rank: int = 0,
-        world_size: int = 1,
+        share: RankShare = RankShare(),
         candidate_range: tuple[int, int] | None = None,
         few_shapes: bool | None = None,
         negatives: SharedNegatives | None = None,
-        all_sizes: AllSizes | None = None,
-        shard_rows: int | None = None,
         times: ItemTimes | None = None,
-        shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make(),
     ) -> None:
-        self._table = WindowTable.build(store, windows, shared=shared)
+        self._table = WindowTable.build(store, windows, shared=share.shared)
         if len(self._table) == 0:
             raise UserError("there is no history to train on: every user was filtered out")
-        assert shard_rows is None or all_sizes is not None
         self.num_windows = len(self._table)
         self._windows, self._mask, self._config = windows, mask, config
         self._items, self._times = np.asarray(store.items), times
         self._cloze = ClozeMask(mask, store.num_items, config.seed)
-        self._candidate_range, self._negatives = candidate_range, negatives
-        self._all_sizes, self._shard_rows = all_sizes, shard_rows
+        self._candidate_range, self._negatives, self._share = candidate_range, negatives, share
         self._few_shapes = torch.cuda.is_available() if few_shapes is None else few_shapes
         step_items = config.train_batch_size * windows.max_len
         step_items = max(step_items, negatives.count if negatives is not None else 0)
@@ -99,20 +111,20 @@ class TrainLoader:
             dupe_factor=mask.dupe_factor,
             batch_size=config.train_batch_size,
             seed=config.seed,
-            rank=rank,
-            world_size=world_size,
+            rank=share.rank,
+            world_size=share.world_size,
             steps_per_chunk=steps_per_chunk,
         )
         self.num_samples = self._samples.num_samples  # of an epoch, over all ranks
         self.steps_per_epoch = self.steps_left(0)
-        self._stages = self._stages_of(self._samples, all_sizes)
+        self._stages = self._stages_of(self._samples, share)
         # At least two chunks, because an epoch's first chunk takes longer to make.
         self._chunks_ahead = max(2, -(-config.prefetch_batches // steps_per_chunk))
         self._prefetch: Prefetch[Steps] | None = None
         self._state = {"epoch": 0, "sample": 0}
 
-    def _stages_of(self, samples: ShuffledSamples, all_sizes: AllSizes | None) -> ToTensors:
-        """The stages that make batches of samples; ``all_sizes`` as in :class:`PadToBuckets`."""
+    def _stages_of(self, samples: ShuffledSamples, share: RankShare) -> ToTensors:
+        """The stages that make batches of samples."""
         ordered = LeftContextFirst(samples, self._cloze)
         cut: BaseNode[JaggedWindows] = CutWindows(ordered, self._items, self._table)
         if self._times is not None:
@@ -121,14 +133,15 @@ class TrainLoader:
         # Two threads, each for half of the work.
         chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, self._cloze))
         token = self._cloze.mask_token
-        if self._few_shapes or all_sizes is not None:
+        if self._few_shapes or share.all_sizes is not None:
             units = self._bucket_sizes() if self._few_shapes else (1, 1)
-            chunks = PadToBuckets(chunks, self._windows.max_len, token, *units, all_sizes)
+            chunks = PadToBuckets(chunks, self._windows.max_len, token, *units, share.all_sizes)
         if self._negatives is not None:
             chunks = DrawNegatives(chunks, self._negatives)
-        if self._shard_rows is not None:
-            assert all_sizes is not None
-            chunks = CountSlots(chunks, self._shard_rows, samples.world_size, token, all_sizes)
+        if share.shard_rows is not None:
+            assert share.all_sizes is not None
+            sizes = share.shard_rows, share.world_size, token
+            chunks = CountSlots(chunks, *sizes, share.all_sizes)
         has_cuda = torch.cuda.is_available()
         return ToTensors(chunks, token, self._candidate_range, pin_memory=has_cuda)
 
@@ -168,7 +181,7 @@ class TrainLoader:
 
         stages = self._stages_of(
             replace(samples, num_windows=few, dupe_factor=1, steps_per_chunk=1),
-            None if self._all_sizes is None else all_alike,
+            replace(self._share, all_sizes=self._share.all_sizes and all_alike),
         )
         stages.reset()
         for steps in stages:
