@@ -146,15 +146,17 @@ def launches_of(
 # of rows by index, with no Adam: of learned positions, and of the targets in the exact loss.
 # Columns are summed of gradients, and of the sums of programs; 16 divides their number or not.
 ENCODER = {
-    **{"from_end": 1, "enter": 1, "add": 2, "rotate": 1, "join": 1, "_gelu": 1, "_column_sum": 3},
-    **{"enter_gradient": 1, "add_gradient": 2, "_gelu_gradient": 1},
+    **{"from_end": 1, "enter": 1, "add": 2, "rotate": 1, "spans": 1, "attend": 1, "_gelu": 1},
+    **{"enter_gradient": 1, "add_gradient": 2, "query_gradient": 1, "key_gradient": 1},
+    **{"_gelu_gradient": 1, "_column_sum": 3},
 }
+ADAMW = {"_squares": 1, "_adamw": 1}
 SUMS = {"_add_runs": 1, "_add_chunks": 1}
 # Rows of the catalog and of the targets.
 EXACT = {"_normalize_rows": 1, "_normalize_rows_gradient": 2}
 # Looked up, and updated by Adam, another code of the sums.
 TABLE = {"_rows_or_zeros": 1, "_add_runs": 2, "_add_chunks": 2}
-ALL = ENCODER | EXACT | TABLE
+ALL = ENCODER | EXACT | TABLE | ADAMW
 FLOAT32 = EXACT | TABLE | {"from_end": 1, "_normalize_rows_gradient": 1}
 # The loader sends positions.
 TWO_STREAM = {name: count for name, count in ALL.items() if name != "from_end"}
@@ -165,16 +167,16 @@ NO_LEFT = "--left_context_share=0"
     ("flags", "expected"),
     [
         ([NO_LEFT], ALL),
-        (["--left_context_share=.5"], ALL | {"choose": 1}),
+        (["--left_context_share=.5"], ALL),
+        (["--left_context_share=.5", "--two_stream=true"], TWO_STREAM | {"_column_sum": 2}),
         (
-            ["--left_context_share=.5", "--two_stream=true"],
-            TWO_STREAM | {"choose": 1, "_column_sum": 2},
+            [NO_LEFT, "--loss=sampled_softmax"],
+            ALL | {"_normalize_rows_gradient": 1, "_log_sums": 1},
         ),
-        ([NO_LEFT, "--loss=sampled_softmax"], ENCODER | TABLE | {"_log_sums": 1}),
         # In place; 24 masked positions, which 16 does not divide, and fewer than a chunk.
         (
             [NO_LEFT, "--train_batch_size=4"],
-            ENCODER | EXACT | {"_rows_or_zeros": 1, "_update_all": 1, "_add_chunks": 2},
+            ENCODER | EXACT | ADAMW | {"_rows_or_zeros": 1, "_update_all": 1, "_add_chunks": 2},
         ),
         ([NO_LEFT, "--table_precision=fp16"], ALL),
         ([NO_LEFT, "--head=linear"], ALL | {"_add_runs": 3, "_add_chunks": 3}),  # two tables
@@ -214,7 +216,8 @@ def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) 
     first, all_ = (launches_of(cache_dir, *flags, steps=steps) for steps in (1, 9))
     # The tiny run has 143 windows: the last step has 15, and offsets of another alignment.
     more = Counter(each.kernel.__name__ for each in all_.keys() - first.keys())
-    assert more == {"enter": 1, "enter_gradient": 1, "rotate": 1, "join": 1, "_column_sum": 1}
+    offset = {"rotate": 1, "query_gradient": 1, "key_gradient": 1}
+    assert more == offset | {"enter": 1, "enter_gradient": 1, "_column_sum": 1}
     # Four windows have 64 positions; 16 or 24 masked ones reach the last layer's sums.
     tiny = launches_of(cache_dir, NO_LEFT, "--train_batch_size=4", steps=9)
     sizes = {each.arguments[2].rows for each in tiny if each.kernel.__name__ == "add"}
@@ -224,8 +227,9 @@ def test_kernels_of_other_sizes_are_noted_too(no_device: None, cache_dir: Path) 
 def test_an_evaluation_has_kernels_of_its_own(no_device: None, cache_dir: Path) -> None:
     found = launches_of(cache_dir, NO_LEFT, "--val_batch_size=32", steps=0)
     # Of the last layer's rows for 32 users, and for another number of users.
-    last = {"_rows_or_zeros": 1, "from_end": 1, "enter": 1, "rotate": 1, "add": 4, "_gelu": 2}
-    assert Counter(each.kernel.__name__ for each in found) == last
+    last = {"add": 4, "_gelu": 2, "_normalize_rows": 2}
+    rest = ("_rows_or_zeros", "from_end", "enter", "rotate", "spans", "attend")
+    assert Counter(each.kernel.__name__ for each in found) == last | dict.fromkeys(rest, 1)
 
 
 def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:

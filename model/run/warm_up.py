@@ -41,6 +41,7 @@ from model.kernels.compiler import (
 )
 from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
+from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.step.train_step import backward
 from model.tables.item_table import TableShard, look_up_all
 from model.tables.row_exchange import RowExchange
@@ -155,6 +156,13 @@ class FakeStep:
         self._is_own = plan.lookup == "own"  # else looked up by FBGEMM
         self._draws = config.head.loss != "softmax"
         self._row_type = data_type_to_dtype(TABLE_PRECISIONS[config.sharding.table_precision])
+        self._optimizer: FlatAdamW | None = None
+        if plan.graphs == "step":
+            named = self._model.named_parameters()
+            dense = [p for name, p in named if not name.startswith("embeddings.")]
+            with self._mode, self._device:
+                groups, lr, betas = split_by_decay(dense), torch.ones(()), (0.9, 0.98)
+                self._optimizer = FlatAdamW(*groups, lr, 0.0, betas, limit=1.0)
 
     def train(self, batch: PackedBatch) -> None:
         """The step of a batch, of which only the sizes matter; once for sizes of equal remainders.
@@ -173,6 +181,8 @@ class FakeStep:
             counted = replace(batch.unpack(), all_targets=torch.ones(1, dtype=torch.int64))
             loss, _ = self._model.score(counted, *self._rows(batch))
             backward(loss, torch.ones(()))
+            if self._optimizer is not None:
+                self._optimizer.step()
 
     @torch.no_grad()
     def evaluate(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
 # Alignment of the parameters, in values: kernels read four at once.
@@ -26,15 +26,20 @@ class JoinedGradients:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._parameters = parameters
-        sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
-        self.flat = parameters[0].new_zeros(sum(sizes))
-        self._gaps = [
-            self.flat.new_zeros(size - p.numel()) for p, size in zip(parameters, sizes, strict=True)
-        ]
-        self._views = [
-            part[: p.numel()].view_as(p)
-            for p, part in zip(parameters, self.flat.split(sizes), strict=True)
-        ]
+        self._sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
+        self.flat = parameters[0].new_zeros(sum(self._sizes))
+        places = zip(parameters, self._sizes, strict=True)
+        self._gaps = [self.flat.new_zeros(size - p.numel()) for p, size in places]
+        self._views = self.views(self.flat)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The part of each parameter in a tensor like ``self.flat``, in the parameter's shape."""
+        parts = zip(self._parameters, flat.split(self._sizes), strict=True)
+        return [part[: p.numel()].view_as(p) for p, part in parts]
+
+    def size(self, count: int) -> int:
+        """Values of ``flat`` that the first ``count`` parameters take."""
+        return sum(self._sizes[:count])
 
     def join(self) -> None:
         """Copy the gradients into ``flat``, of which each ``.grad`` is a view from then on.

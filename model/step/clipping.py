@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torchrec.optim.keyed import KeyedOptimizer, OptimizerWrapper
 
-from model.kernels import side_stream
 from model.step.averaging import JoinedGradients
 
 # So that the factor of gradients of zero is finite, as in ``clip_grad_norm_``.
@@ -44,11 +43,8 @@ class ClippingOptimizer(OptimizerWrapper):
         else:
             norm = torch.linalg.vector_norm(self._joined.flat)
             self._joined.flat *= (self._limit / (norm + _EPSILON)).clamp(max=1)
-        side_stream.run(lambda: self._count(norm), norm)
-        super().step(closure)
-
-    def _count(self, norm: Tensor) -> None:
         self._sums += torch.stack([norm, (norm > self._limit).to(norm.dtype)])
+        super().step(closure)
 
     def take_sums(self) -> Tensor:
         """float32 [2], sums over the steps since the last call: of norms, of clipped steps."""

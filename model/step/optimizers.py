@@ -1,7 +1,7 @@
 """The fused optimizer of the tables and AdamW of everything else, on one schedule."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 
@@ -10,6 +10,7 @@ from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer, JoinedGradients
 from model.step.clipping import ClippingOptimizer
 from model.step.config import OptimizerConfig
+from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.step.graphed_optimizer import GraphedOptimizer
 from model.tables.distribute import replicated
 
@@ -25,39 +26,61 @@ class Optimizers:
         ranks: Ranks,
     ) -> None:
         self._plan, self._config, self._ranks = plan, config, ranks
-        device = ranks.device
         self.peak_lr = config.lr  # the encoder's
         self.table_lr = 0.0  # of the next step
         self.tables = model.fused_optimizer
         parameters = replicated(model)
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
-        self.dense = KeyedOptimizerWrapper(parameters, lambda params: self._adamw(params, device))
-        joined = None
-        if plan.agrees_on_sizes or plan.exchange == "torchrec":  # averaged here, not by DDP
-            joined = JoinedGradients(list(parameters.values()))
-        stepped: KeyedOptimizer = self.dense
-        self.clipping: ClippingOptimizer | None = None
-        if config.max_grad_norm:
-            self.clipping = ClippingOptimizer(self.dense, config.max_grad_norm, device, joined)
-            stepped = self.clipping
         self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
         if plan.graphs == "step" or (plan.has_static_gradients and not self._table_ids):
-            self._graphed_lr = torch.tensor(config.lr, device=device)
-            for group in self.dense.param_groups:
-                group["lr"] = self._graphed_lr
-        self._stepped = self._wrapped(stepped, list(parameters.values()), joined)
+            self._graphed_lr = torch.tensor(config.lr, device=ranks.device)
+        self.clipping: ClippingOptimizer | FlatAdamW | None = None
+        made = self._flat if plan.graphs == "step" else self._of_torch
+        self.dense, self._stepped = made(parameters)
         self._has_gradients = False
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
 
-    def _adamw(self, params: list[Tensor], device: torch.device) -> torch.optim.Optimizer:
-        dense = [p for p in params if id(p) not in self._table_ids]
+    def _flat(self, parameters: dict[str, nn.Parameter]) -> tuple[KeyedOptimizer, KeyedOptimizer]:
+        """AdamW for CUDA graphs of whole steps, and with what else a step does."""
+        config, plan = self._config, self._plan
+        assert self._graphed_lr is not None and not self._table_ids
+        decayed, others = split_by_decay([*parameters.values()])
+        betas = 0.9, config.beta2
+        limit = config.max_grad_norm
+        adamw = FlatAdamW(decayed, others, self._graphed_lr, config.weight_decay, betas, limit)
+        dense = KeyedOptimizerWrapper(parameters, lambda _: adamw)
+        self.clipping = adamw if limit else None
+        if not plan.agrees_on_sizes:
+            return dense, dense
+        # In a graph of the whole step, it runs beside the exchange of the table's gradients.
+        return dense, AveragingOptimizer(dense, adamw.gradients, separate_group(self._ranks))
+
+    def _of_torch(
+        self, parameters: dict[str, nn.Parameter]
+    ) -> tuple[KeyedOptimizer, KeyedOptimizer]:
+        """As :meth:`_flat`, for other plans."""
+        config, plan, device = self._config, self._plan, self._ranks.device
+        stepped: KeyedOptimizer
+        dense = stepped = KeyedOptimizerWrapper(parameters, lambda ps: self._adamw(ps, device))
+        joined = None
+        if plan.agrees_on_sizes or plan.exchange == "torchrec":  # averaged here, not by DDP
+            joined = JoinedGradients([*parameters.values()])
+        if config.max_grad_norm:
+            stepped = ClippingOptimizer(dense, config.max_grad_norm, device, joined)
+            self.clipping = stepped
+        if self._graphed_lr is not None:
+            for group in dense.param_groups:
+                group["lr"] = self._graphed_lr
+            stepped = GraphedOptimizer(stepped, [*parameters.values()])
+        if joined is not None:
+            stepped = AveragingOptimizer(stepped, joined)
+        return dense, stepped
+
+    def _adamw(self, params: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+        decayed, others = split_by_decay([p for p in params if id(p) not in self._table_ids])
         tables = [p for p in params if id(p) in self._table_ids]
-        groups = [
-            ([p for p in dense if p.ndim > 1], self._config.weight_decay),
-            ([p for p in dense if p.ndim <= 1], 0.0),
-            (tables, 0.0),
-        ]
+        groups = [(decayed, self._config.weight_decay), (others, 0.0), (tables, 0.0)]
         return torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for group, decay in groups if group],
             lr=self._config.lr,
@@ -66,22 +89,6 @@ class Optimizers:
             fused=device.type == "cuda",
             capturable=device.type == "cuda",
         )
-
-    def _wrapped(
-        self,
-        optimizer: KeyedOptimizer,
-        parameters: list[torch.nn.Parameter],
-        joined: JoinedGradients | None,
-    ) -> KeyedOptimizer:
-        """Add averaging over ranks and a CUDA graph to the optimizer, as planned."""
-        plan = self._plan
-        if self._graphed_lr is not None and plan.graphs != "step":
-            optimizer = GraphedOptimizer(optimizer, parameters)
-        if joined is not None:
-            # In a graph of the whole step, it runs beside the exchange of the table's gradients.
-            group = separate_group(self._ranks) if plan.graphs == "step" else None
-            optimizer = AveragingOptimizer(optimizer, joined, group)
-        return optimizer
 
     def __str__(self) -> str:
         if self._plan.is_replicated:

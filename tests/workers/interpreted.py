@@ -1,7 +1,7 @@
 """Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
-Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives, and
-attention within packed rows.
+Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives,
+attention within packed rows, and AdamW.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
@@ -22,6 +22,7 @@ from model.network import attributes
 from model.network.attention import _rotate, _rotations
 from model.network.attributes import AttributeSums
 from model.network.padded import attend_padded
+from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.tables import table_update
 from model.tables.table_update import Step, update_some
 from pipeline.batches.attributes import ItemAttributes
@@ -133,6 +134,34 @@ def check_attention(
         torch.testing.assert_close(attended[end:], given[end:, 2], rtol=1e-5, atol=1e-5)
 
 
+def check_adamw(limit: float) -> None:
+    """Steps with clipped gradients, one of them without gradient, against torch's."""
+    shapes = [(5, 7), (60, 40), (3,), (1,), (1100,)]
+    ours, torchs = ([torch.ones(shape).requires_grad_() for shape in shapes] for _ in range(2))
+    rate, betas = torch.tensor(0.01), (0.9, 0.98)
+    flat = FlatAdamW(*split_by_decay(ours), rate, 0.1, betas, limit)
+    groups = zip(split_by_decay(torchs), (0.1, 0.0), strict=True)
+    plain = torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay} for group, decay in groups], 0.01, betas
+    )
+    norms = []
+    for step in range(4):
+        for one, other in zip(ours, torchs, strict=True):
+            other.grad = torch.randn(other.shape) * (step != 2)
+            one.grad = None if step == 2 else other.grad.clone()
+        norms.append(torch.nn.utils.clip_grad_norm_(torchs, limit or torch.inf))
+        plain.step()
+        flat.step()
+        for one, other in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(one.detach(), other.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(flat.state[one], plain.state[other], rtol=1e-5, atol=1e-7)
+    clipped = sum(norm > limit for norm in norms) if limit else 0
+    expected = torch.tensor([float(sum(norms)), float(clipped)])
+    torch.testing.assert_close(flat.take_sums(), expected)
+    assert not flat.take_sums().any()
+
+
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
@@ -152,4 +181,6 @@ if __name__ == "__main__":
         # Rows and second streams in one tile, and in several.
         check_attention([9, 1, 30, 5, 7, 12, 6], 4, True, 20, tile, 32)
         check_attention([6, 33], 2, True, 0, tile, 16)
+    for limit in (0.0, 1.0, 1000.0):
+        check_adamw(limit)
     print("checked")
