@@ -7,12 +7,14 @@
         def apply(self, x): return x / 2
 
     for x in Prefetch(Halved(Odd(source)), 4):     a thread runs up to 4 outputs ahead
-    Halved(InThread(Odd(source)))                  the stages inside have a thread of their own
+    InThreads(Halved(numbers), 3)                  three threads map inputs, in order
 
 Data flow in chunks (Arrow tables, NumPy arrays), never row by row.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
@@ -107,35 +109,65 @@ class Prefetch(Iterator[T]):
 
 
 @dataclass(eq=False)
-class InThread(BaseNode[T]):
-    """Runs ``source`` in a thread of its own, at most two items ahead; its state is not."""
+class InThreads(BaseNode[T]):
+    """Runs the map stages at the end of ``source`` in threads, each for one input at a time.
+
+    Their source is read by the thread that takes the outputs, which are in order. NumPy works on
+    large arrays without Python's lock, so that threads run beside each other.
+    """
 
     source: BaseNode[T]
+    threads: int
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._running: Prefetch[tuple[T, dict[str, Any]]] | None = None
+        self._read, self._maps = _split(self.source)
+        self._made: deque[tuple[Future[T], dict[str, Any]]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        if self._running is not None:
-            self._running.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         super().reset(initial_state)
-        self.source.reset(initial_state)
-        self._state = self.source.state_dict()
-        self._running = Prefetch(_with_states(self.source), 2)
+        self._read.reset(initial_state)
+        self._state, self._ended = self._read.state_dict(), False
+        self._made.clear()
+        self._pool = ThreadPoolExecutor(self.threads, "stages")
 
     def get_state(self) -> dict[str, Any]:
         return self._state
 
     def next(self) -> T:
-        assert self._running is not None
-        item, self._state = next(self._running)
-        return item
+        assert self._pool is not None
+        # One more than threads: each has its next input when it ends.
+        while not self._ended and len(self._made) <= self.threads:
+            given: Future[Any] = Future()
+            try:
+                given.set_result(next(self._read))
+            except BaseException as error:  # StopIteration and SystemExit too
+                given.set_exception(error)
+                self._ended = True
+            made = given if self._ended else self._pool.submit(_mapped, self._maps, given.result())
+            self._made.append((made, self._read.state_dict()))
+        if not self._made:
+            raise StopIteration
+        made, self._state = self._made.popleft()
+        return made.result()
 
 
-def _with_states(source: BaseNode[T]) -> Iterator[tuple[T, dict[str, Any]]]:
-    for item in source:
-        yield item, source.state_dict()
+def _split(node: BaseNode[T]) -> tuple[BaseNode[Any], list[Callable[[Any], Any]]]:
+    """The source of the map stages that end in ``node``, and their functions."""
+    maps: list[Callable[[Any], Any]] = []
+    while isinstance(node, MapStage):
+        maps.insert(0, node.apply)
+        node = node.source
+    return node, maps
+
+
+def _mapped(maps: list[Callable[[Any], Any]], item: Any) -> Any:
+    for function in maps:
+        item = function(item)
+    return item
 
 
 def _run_ahead(source: Iterator, made: SimpleQueue, room: Semaphore, closed: Event) -> None:

@@ -4,6 +4,7 @@ store = prepared(config, ranks)                              the same on all ran
 model = build_model(config, store.num_items, ranks, plan)    sharded, the seed's initial weights
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -205,12 +206,18 @@ def train_loader(
             all_sizes=all_sizes(ranks) if plan.agrees_on_sizes else None,
             shard_rows=block if plan.exchange == "all_to_all" else None,
             shared=partial(shared_arrays, ranks),
+            threads=_loader_threads(ranks),
         ),
         # In place, candidates are not looked up: the table itself is scored.
         candidate_range=(catalog.low, catalog.low if plan.in_place else catalog.high),
         negatives=_negatives(config, store),
         times=ItemTimes(store) if use_times else None,
     )
+
+
+def _loader_threads(ranks: Ranks) -> int:
+    """More threads than three wait for Python's lock."""
+    return 3 if (os.cpu_count() or 1) // ranks.local_world_size > 3 else 2
 
 
 def _negatives(config: RunConfig, store: SequenceStore) -> SharedNegatives | None:

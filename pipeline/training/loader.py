@@ -2,8 +2,9 @@
 
     ShuffledSamples -> LeftContextFirst -> CutWindows [-> AddTimes] -> MaskItems or TwoStreams
     which windows      order in a step     items                       cloze task
-        -> InThread [-> PadToBuckets] [-> DrawNegatives] [-> CountSlots] -> ToTensors -> Prefetch
-                    few shapes        sampled losses     all-to-all                   a thread
+        [-> DrawNegatives] [-> PadToBuckets] [-> CountSlots] -> ToTensors -> Prefetch
+        sampled losses     few shapes        all-to-all                      a thread
+    InThreads: all but the first, or, where ranks agree on shapes, those before PadToBuckets
 
 All ranks have the same number of batches: a rank without a share of an epoch's last, partial step
 gets a filler row, one mask token without a target. Stages work on chunks of several steps. The
@@ -27,7 +28,7 @@ from pipeline.batches.times import ItemTimes
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
-from pipeline.stage import InThread, Prefetch
+from pipeline.stage import InThreads, Prefetch
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
 from pipeline.training.cloze import ClozeMask, LeftContextFirst, MaskItems
 from pipeline.training.config import LoaderConfig, MaskConfig, WindowConfig
@@ -56,6 +57,7 @@ class RankShare:
         shard_rows: rows of a rank's shard of the item table, to count the slots of each step
             (slots.py); needs ``all_sizes``.
         shared: of arrays that are the same on all ranks; they may be made once for several.
+        threads: that make batches.
     """
 
     rank: int = 0
@@ -63,6 +65,7 @@ class RankShare:
     all_sizes: AllSizes | None = None
     shard_rows: int | None = None
     shared: Callable[[Callable[[], list[np.ndarray]]], list[np.ndarray]] = lambda make: make()
+    threads: int = 1
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -123,27 +126,30 @@ class TrainLoader:
         self._prefetch: Prefetch[Steps] | None = None
         self._state = {"epoch": 0, "sample": 0}
 
-    def _stages_of(self, samples: ShuffledSamples, share: RankShare) -> ToTensors:
+    def _stages_of(self, samples: ShuffledSamples, share: RankShare) -> BaseNode[Steps]:
         """The stages that make batches of samples."""
         ordered = LeftContextFirst(samples, self._cloze)
         cut: BaseNode[JaggedWindows] = CutWindows(ordered, self._items, self._table)
         if self._times is not None:
             cut = AddTimes(cut, self._times, self._table, self._config.seed)
         make_rows = TwoStreams if self._mask.two_stream else MaskItems
-        # Two threads, each for half of the work.
-        chunks: BaseNode[MaskedWindows] = InThread(make_rows(cut, self._cloze))
-        token = self._cloze.mask_token
-        if self._few_shapes or share.all_sizes is not None:
-            units = self._bucket_sizes() if self._few_shapes else (1, 1)
-            chunks = PadToBuckets(chunks, self._windows.max_len, token, *units, share.all_sizes)
+        chunks: BaseNode[MaskedWindows] = make_rows(cut, self._cloze)
         if self._negatives is not None:
             chunks = DrawNegatives(chunks, self._negatives)
+        token = self._cloze.mask_token
+        agree = share.all_sizes is not None  # in the order of the steps
+        if agree:
+            chunks = InThreads(chunks, share.threads)
+        if self._few_shapes or agree:
+            units = self._bucket_sizes() if self._few_shapes else (1, 1)
+            chunks = PadToBuckets(chunks, self._windows.max_len, token, *units, share.all_sizes)
         if share.shard_rows is not None:
             assert share.all_sizes is not None
             sizes = share.shard_rows, share.world_size, token
             chunks = CountSlots(chunks, *sizes, share.all_sizes)
         has_cuda = torch.cuda.is_available()
-        return ToTensors(chunks, token, self._candidate_range, pin_memory=has_cuda)
+        steps = ToTensors(chunks, token, self._candidate_range, pin_memory=has_cuda)
+        return steps if agree else InThreads(steps, share.threads)
 
     def _bucket_sizes(self) -> tuple[int, int]:
         """Units of positions and of masked positions, by the means of a step."""
