@@ -216,7 +216,7 @@ def train_loader(
 
 
 def _loader_threads(ranks: Ranks) -> int:
-    """More threads than three wait for Python's lock."""
+    """A third one only where a rank has cores to spare: NumPy holds Python's lock at times."""
     return 3 if (os.cpu_count() or 1) // ranks.local_world_size > 3 else 2
 
 
