@@ -1,7 +1,7 @@
 """Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
-Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives,
-attention within packed rows, and AdamW.
+Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives, rows
+at length 1, attention within packed rows, and AdamW.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
@@ -11,10 +11,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter
 
-from model.kernels import log_sum, segment_sum, varlen_attention
+from model.kernels import l2_normalize, log_sum, segment_sum, varlen_attention
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
 from model.kernels.varlen_attention import RowLayout
 from model.losses import sampled
@@ -104,6 +105,20 @@ def check_log_sums(positions: int, draws: int) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
+def check_unit_rows(count: int, width: int) -> None:
+    """Rows at length 1, the first one zeros, and their gradient, against plain torch."""
+    given, weights = torch.randn(2, count, width).unbind()
+    given[0] = 0
+    found, plain = given.clone().requires_grad_(), given.clone().requires_grad_()
+    with patch.object(l2_normalize, "_has_kernels", lambda _: True):
+        unit = l2_normalize.unit_rows(found)
+        (unit * weights).sum().backward()
+    expected = F.normalize(plain, dim=-1)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(unit, expected)
+    torch.testing.assert_close(found.grad, plain.grad, rtol=1e-5, atol=1e-6)
+
+
 def check_attention(
     lengths: list[int], left: int | None, seconds: bool, fillers: int, tile: int, width: int
 ) -> None:
@@ -175,6 +190,8 @@ if __name__ == "__main__":
     check_attributes(torch.cat([torch.randint(0, 9, (40, 2)), torch.full((9, 2), 8)]), 8, 70)
     for draws in (1, 3, 100, 10_001):  # the last in three blocks
         check_log_sums(5, draws)
+    check_unit_rows(9, 12)
+    check_unit_rows(200, 24)  # several tiles
     for tile in (16, 64):
         check_attention([3, 20, 0, 40, 7, 1], None, False, 2, tile, 8)
         check_attention([3, 20, 0, 40, 7, 1], 2, False, 5, tile, 24)
