@@ -1,11 +1,13 @@
 """Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
 Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives, rows
-at length 1, attention within packed rows, and AdamW.
+at length 1, attention within packed rows, and AdamW, also among the optimizers of a model.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
 
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter
 
+from model.distributed import start
 from model.kernels import l2_normalize, log_sum, segment_sum, varlen_attention
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
 from model.kernels.varlen_attention import RowLayout
@@ -24,9 +27,13 @@ from model.network.attention import _rotate, _rotations
 from model.network.attributes import AttributeSums
 from model.network.padded import attend_padded
 from model.step.flat_adamw import FlatAdamW, split_by_decay
+from model.step.optimizers import Optimizers
+from model.step.train_step import TrainStep
 from model.tables import table_update
+from model.tables.distribute import replicated
 from model.tables.table_update import Step, update_some
 from pipeline.batches.attributes import ItemAttributes
+from tests.workers.sharded import WAYS, Built, config_of
 
 _patch = interpreter._patch_lang_tensor
 
@@ -177,6 +184,29 @@ def check_adamw(limit: float) -> None:
     assert not flat.norms.take().any()
 
 
+def check_optimizers() -> None:
+    """Those of CUDA graphs of whole steps do as torch's: weights, state, and norms for the log."""
+    ranks, found = start(), []
+    config = config_of(WAYS["row_wise"], ranks)
+    config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.1))
+    for graphs in ("none", "step"):
+        built = Built.of(config, ranks)
+        plan = replace(built.plan, graphs=graphs)
+        optimizers = Optimizers(built.model, plan, config.optimizer, ranks)
+        optimizers.materialise_state()
+        step = TrainStep(built.model, optimizers, built.plan, ranks.device)
+        for number, batch in enumerate(islice(built.loader().epoch(0), 3)):
+            optimizers.set_lr(1 / (1 + number))
+            step(batch)
+        assert isinstance(optimizers.dense._optimizer, FlatAdamW) == (graphs == "step")
+        assert optimizers.norms is not None
+        norms, state = optimizers.norms.take(), optimizers.combined.state_dict()["state"]
+        dense = {name: parts for name, parts in state.items() if name.startswith("dense")}
+        assert norms[1] == 3 and dense
+        found.append((replicated(built.model), dense, norms))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 if __name__ == "__main__":
     interpreter._patch_lang_tensor = _with_index
     torch.manual_seed(3)
@@ -200,4 +230,5 @@ if __name__ == "__main__":
         check_attention([6, 33], 2, True, 0, tile, 16)
     for limit in (0.0, 1.0, 1000.0):
         check_adamw(limit)
+    check_optimizers()
     print("checked")
