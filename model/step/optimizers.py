@@ -57,8 +57,8 @@ class Optimizers:
         """For CUDA graphs of whole steps."""
         config, limit = self._config, self._config.max_grad_norm
         assert self._graphed_lr is not None and not self._table_ids
-        groups, betas = split_by_decay([*parameters.values()]), (0.9, config.beta2)
-        flat = FlatAdamW(*groups, self._graphed_lr, config.weight_decay, betas, limit)
+        groups = split_by_decay([*parameters.values()])
+        flat = FlatAdamW(*groups, self._graphed_lr, config.weight_decay, config.betas, limit)
         adamw = stepped = KeyedOptimizerWrapper(parameters, lambda _: flat)
         if self._plan.agrees_on_sizes:
             # In the graph it runs beside the exchange of the table's gradients.
@@ -93,7 +93,7 @@ class Optimizers:
         return torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for group, decay in groups if group],
             lr=self._config.lr,
-            betas=(0.9, self._config.beta2),
+            betas=self._config.betas,
             eps=1e-8,
             fused=device.type == "cuda",
             capturable=device.type == "cuda",
