@@ -53,7 +53,7 @@ def test_longer_gradients_are_clipped_and_all_norms_added_up(in_one_tensor: bool
     parameters = {"one": one, "two": two}
     sgd = KeyedOptimizerWrapper(parameters, lambda params: torch.optim.SGD(params, lr=1.0))
     joined = JoinedGradients([one, two]) if in_one_tensor else None
-    optimizer = ClippingOptimizer(sgd, 1.0, torch.device("cpu"), joined)
+    optimizer = ClippingOptimizer(sgd, 1.0, joined)
     stepped_to = []
     for gradients in ((3.0, 4.0), (0.3, 0.4), (0.0, 0.0)):
         one.grad, two.grad = (torch.tensor([each]) for each in gradients)
@@ -64,5 +64,5 @@ def test_longer_gradients_are_clipped_and_all_norms_added_up(in_one_tensor: bool
     assert stepped_to == [
         pytest.approx(each) for each in ([-0.6, -0.8], [-0.9, -1.2], [-0.9, -1.2])
     ]
-    assert optimizer.take_sums().tolist() == pytest.approx([5.5, 1])
-    assert optimizer.take_sums().tolist() == [0, 0]
+    assert optimizer.norms.take().tolist() == pytest.approx([5.5, 1])
+    assert optimizer.norms.take().tolist() == [0, 0]

@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), *(ROOT / "benchmarks").glob("*.md")]
 PROGRAMS = ("python", "torchrun", "make", "pip")
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MEMBER = re.compile(r"`([A-Z]\w+)\.(\w+)")  # of a class, as `TrainLoader.epoch`
 PATH = re.compile(r"\b(?:pipeline|model|docs|benchmarks|tests)/[\w/.-]*\w")
 
 
@@ -122,6 +123,22 @@ def test_paths_and_links_exist(document: Path) -> None:
     missing = [link for link in links if not (document.parent / link).exists()]
     missing += [path for path in PATH.findall(text) if not (ROOT / path).exists()]
     assert not missing, f"{document.name} names {missing}"
+
+
+def test_members_of_classes_exist() -> None:
+    texts = [
+        file.read_text() for room in ("pipeline", "model") for file in ROOT.glob(f"{room}/**/*.py")
+    ]
+    classes: dict[str, str] = {}
+    for text in texts:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = classes.get(node.name, "") + ast.unparse(node)
+    named = [found for each in DOCUMENTS for found in MEMBER.findall(each.read_text())]
+    known = [(owner, member) for owner, member in named if owner in classes]
+    assert known
+    for owner, member in known:
+        assert re.search(rf"\b{member}\b", classes[owner]), f"{owner} has no {member}"
 
 
 def test_the_first_minute(tmp_path: Path) -> None:

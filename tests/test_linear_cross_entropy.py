@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.losses import linear_cross_entropy as core
-from model.losses.sharded_softmax import linear_cross_entropy
+from model.losses.sharded_softmax import Beside, linear_cross_entropy
 
 SCALE = 1 / 0.07
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -42,7 +42,7 @@ def plain(
 def ours(
     hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, cosine: bool, scale: float
 ) -> torch.Tensor:
-    losses = linear_cross_entropy(hidden, rows, targets, 1, scale, cosine)
+    losses = linear_cross_entropy(hidden, Beside.start(rows, cosine), targets, 1, scale)
     return torch.where(targets > 0, losses, 0)
 
 

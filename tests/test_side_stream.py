@@ -122,7 +122,7 @@ def test_a_softmax_whose_norms_and_gradient_run_beside_is_the_same(
         with opened:
             beside = Beside.start(rows, True, in_backward)
             targets = torch.tensor([1, 7, 7, 3, 2])
-            losses = linear_cross_entropy(hidden, rows, targets, 1, 9.0, True, beside=beside)
+            losses = linear_cross_entropy(hidden, beside, targets, 1, 9.0)
             gradients = torch.autograd.grad(losses.sum(), (hidden, rows), retain_graph=True)
         found.append((losses, *gradients))
     assert all(map(torch.equal, *found))

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.execution import ExecutionPlan
 from model.losses import linear_cross_entropy as core
-from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
+from model.losses.sharded_softmax import (
+    Beside,
+    TeacherLogits,
+    TeacherTargets,
+    linear_cross_entropy,
+)
 from model.network.config import EncoderConfig, HeadConfig, TeachersConfig
 from model.network.dense_step import DenseStep, StepInput
 from model.network.distillation import Teacher, Teachers
@@ -55,9 +60,8 @@ def test_the_loss_by_its_formula(
         return F.cross_entropy(hidden * scale @ rows.T, aims, reduction="none")
 
     def ours(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(
-            hidden, rows, targets, 1, scale, cosine, teacher_logits=taught, teacher_share=0.6
-        )
+        beside, teachers = Beside.start(rows, cosine), TeacherTargets(taught, 0.6)
+        return linear_cross_entropy(hidden, beside, targets, 1, scale, teachers=teachers)
 
     found, expected = [], []
     for results, loss in ((found, ours), (expected, plain)):

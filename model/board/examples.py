@@ -13,8 +13,9 @@ from torch import nn
 from model.board.markdown import escaped, table
 from model.distributed import Ranks
 from model.evaluation.catalog_scores import CatalogScores
-from model.evaluation.evaluate import EncodedUsers, encode, exact
+from model.evaluation.evaluate import exact
 from model.evaluation.top_items import top_items, whole_chunks
+from model.evaluation.users import EncodedUsers, encode
 from model.tables.distribute import unwrap
 from pipeline.batches.times import ItemTimes
 from pipeline.jagged import jagged_positions, splits

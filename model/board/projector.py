@@ -26,8 +26,6 @@ from pipeline.files import whole_file, write_text
 from pipeline.preparation.catalog import Catalog
 
 MOST_ITEMS = 10_000
-
-
 _CONFIG, _VECTORS, _ITEMS = "projector_config.pbtxt", "vectors.tsv", "items.tsv"
 
 

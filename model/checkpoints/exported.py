@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
+from torchrec.distributed.types import ShardedTensor
 
 from model.checkpoints.manifest import DamagedError, check_file, describe_files
-from model.checkpoints.weights import StoredTensor, check_finite, check_fit
+from model.checkpoints.weights import StoredTensor, check_finite, check_fit, local_parts
 from model.checkpoints.weights_file import row_blocks
 from pipeline.errors import UserError
 from pipeline.files import open_regular, read_json, write_json
@@ -124,10 +124,8 @@ def loading(folder: Path) -> Iterator[None]:
 
 
 def _read(stored: Any, tensor: torch.Tensor | ShardedTensor) -> None:
-    parts = [(tensor, [0] * tensor.dim())]
-    if isinstance(tensor, ShardedTensor):
-        parts = [(each.tensor, each.metadata.shard_offsets) for each in tensor.local_shards()]
-    for values, offsets in parts:
+    """Read this rank's part of a stored tensor, in place."""
+    for values, offsets in local_parts(tensor):
         cut = zip(offsets[1:], values.shape[1:], strict=True)
         columns = [slice(low, low + width) for low, width in cut]
         for rows in row_blocks(values):

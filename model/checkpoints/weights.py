@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
+from torchrec.distributed.types import ShardedTensor
 
 
 class StoredTensor(NamedTuple):
@@ -34,13 +34,18 @@ def check_fit(
             raise ValueError(f"{name} is of type {found.kind}: weights are floating-point numbers")
 
 
+def local_parts(tensor: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:
+    """The parts of a tensor that this rank holds, and where each begins in the whole tensor."""
+    if isinstance(tensor, ShardedTensor):
+        shards = tensor.local_shards()
+        return [(shard.tensor, list(shard.metadata.shard_offsets)) for shard in shards]
+    return [(tensor, [0] * tensor.dim())]
+
+
 def check_finite(weights: Mapping[str, Tensor | ShardedTensor]) -> None:
     """ValueError if a weight that this rank holds is NaN or infinite."""
     for name, tensor in weights.items():
-        parts = [tensor]
-        if isinstance(tensor, ShardedTensor):
-            parts = [shard.tensor for shard in tensor.local_shards()]
-        for part in parts:
+        for part, _ in local_parts(tensor):
             # Unlike isfinite().all(), without a second table in memory.
             if part.numel() and not all(math.isfinite(x) for x in torch.aminmax(part.detach())):
                 raise ValueError(f"{name} has values that are not finite")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # Private: TorchRec's shards
+from torchrec.distributed.types import ShardedTensor
 
 from model.checkpoints.manifest import DamagedError, check_size, describe_files, write_manifest
 from model.checkpoints.position import Position

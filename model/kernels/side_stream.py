@@ -1,6 +1,6 @@
 """Run work off the critical path of a training step on a side stream of CUDA.
 
-A step is a chain of some 250 kernels, most of which leave most of the GPU idle. Work whose result
+A step is a chain of kernels, most of which leave most of the GPU idle. Work whose result
 is needed late can run beside the chain::
 
     main stream   lookup -- encoder, head -- backward -- averaging, AdamW ---------+--> next step

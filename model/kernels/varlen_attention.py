@@ -7,8 +7,9 @@
       fillers                       a position sees itself
     -> attended [T, H, W]
 
-One kernel forward and one backward (:mod:`model.kernels.varlen_kernels`); they rotate queries and
-keys where they load them. Nothing of the size of all queries and keys is stored, and no padding.
+The kernels (:mod:`model.kernels.varlen_kernels`) of a layer: one rotates queries and keys, if
+positions are rotary, and one attends; backward, one computes the gradient of the queries, and one
+those of keys and values. No score of a query and a key is stored, and no padding.
 
 Shapes: B rows, L longest row, T positions of all rows, H heads, W width of a head, V windows.
 """
@@ -24,9 +25,10 @@ from torch.autograd.function import once_differentiable
 from model.kernels import varlen_kernels as kernels
 from model.kernels.compiler import launch, triton
 
-# Positions of a program's tile, and its warps. A row is read once for each of its tiles: those of
-# long rows are larger. Of seven, (16, 1) to (128, 8), these were the fastest on an H200, or within
-# 2 %, for rows of 4 to 170 positions and heads of 32 to 128; wider heads were not measured.
+# Positions of a program's tile, and its warps. The keys of a row are read once for each of its
+# tiles: tiles of long rows are larger. Of seven, (16, 1) to (128, 8), these were the fastest on an
+# H200, or within 2 %, for rows of 4 to 170 positions and heads of 32 to 128; wider heads were not
+# measured.
 _SHORT, _LONG, _WIDE = (16, 1), (64, 4), (16, 4)
 _LONG_ROW, _NARROW, _MIDDLE, _WIDEST = 128, 64, 128, 256
 
@@ -46,18 +48,19 @@ def tile(positions: int, rows: int, width: int) -> tuple[int, int]:
 class RowLayout:
     """The rows of a jagged batch, and which positions attend to which.
 
-    Positions are counted from the row's end: index 0 is the newest item.
+    Position indices are counted from the row's end: index 0 is the newest item.
 
     Args:
         offsets: int64 [B + 1], starts of the rows in the packed positions.
         num_positions: T, known on the host.
         longest: L, at least the length of every row.
-        left_only: bool [V], whether each of the first V rows has only left context (a position
-            attends to itself and earlier ones); these rows come first. None: no row has.
+        left_only: bool [V], whether each of the first V rows, the windows, has only left context
+            (a position attends to itself and earlier ones). None: no row has, and all are windows.
+            Rows after windows and second streams are fillers, whose results nothing reads.
         steps_ago: int64 [T], position indices, if the batch has second streams. Then rows
-            V ... 2 V - 1 are second streams, each one position longer than its window's row v:
-            position t attends to itself and to the first t positions of row v; no other position
-            attends to it. None: the index is the distance from the row's end.
+            V ... 2 V - 1 are those of the windows: empty, or one position longer than the window's
+            row v. Position t attends to itself and to the first t positions of row v; no other
+            position attends to it. None: the index is the distance from the row's end.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class RowLayout:
         self.windows = 0 if steps_ago is None or left_only is None else left_only.numel()
 
     def turned(self, rotation: Tensor) -> "RowLayout":
-        """The same with rotations of positions, float [T, 2, W / 2], in place of the layers'."""
+        """The same with a rotation of each position, float [T, 2, W / 2], not the layers'."""
         layout = copy(self)
         layout.rotation = rotation
         return layout
@@ -90,7 +93,7 @@ class RowLayout:
 
     @cached_property
     def place(self) -> Tensor:
-        """int64 [T]: 0, 1, ..."""
+        """int64 [T], the place of each position in the packed positions: 0, 1, ..."""
         return torch.arange(self.positions, device=self.offsets.device)
 
     @cached_property
@@ -104,7 +107,7 @@ class RowLayout:
 
     @cached_property
     def spans(self) -> Tensor:
-        """int32 [6, T]: what each position sees and is seen by; the same in every layer."""
+        """int32 [6, T], as of the kernel; the same in every layer."""
         found = self.offsets.new_zeros(6, self.positions, dtype=torch.int32)
         left_only, windows = self.left_only, self.rows
         if left_only is not None:  # in a batch, flags are apart from each other in memory
@@ -161,10 +164,10 @@ def _launch(
     kernel: Any, layout: RowLayout, vectors: tuple[Tensor, Tensor], *arguments: Any
 ) -> None:
     """Launch a kernel for queries and keys [T, 2 or 3, H, W] and projections [T, 3, H, W]."""
-    positions, parts, heads, width = vectors[0].shape
-    columns = max(16, triton.next_power_of_2(width // 2))  # at least 16 of a product's operands
+    positions, vectors_each, heads, width = vectors[0].shape
+    columns = max(16, triton.next_power_of_2(width // 2))  # ``tl.dot`` takes no fewer than 16
     size, (count, warps) = heads * width, tile(positions, layout.rows, width)
-    sizes = size, parts * size, width // 2, columns, count, 1 + bool(layout.windows)
+    sizes = size, vectors_each * size, width // 2, columns, count, 1 + bool(layout.windows)
     grid = triton.cdiv(positions, count), heads
     given = vectors, layout.spans, *arguments, positions, width**-0.5
     launch(kernel, grid, *given, *sizes, num_warps=warps)

@@ -1,10 +1,16 @@
 """The Triton kernels of :mod:`model.kernels.varlen_attention`: packed positions in tiles.
 
-A program takes a tile of positions and one head. The positions that its tile sees, and those that
-see its tile, are a few ranges of the packed positions (``spans``); it loops over them in blocks and
-masks what a position does not see. Short rows share a tile, long rows take several.
+A program takes a tile of positions and one head. What a position sees, and what sees it, are ranges
+of the packed positions (``spans``): the program loops, in blocks, from the first to the last one of
+its tile and masks what a position does not see. Short rows share a tile, long rows take several.
 
-Shapes: T positions, H heads, W width of a head (``half`` is W / 2), R positions of a tile or block.
+A position in a second stream, and a filler, whose span is empty, is apart from its own span of keys
+(``is_apart``) and sees itself, too: the kernels take this one key before the blocks.
+
+Queries and keys are two halves: a rotation pairs value i of the first with value i of the second.
+
+Shapes: T positions, H heads, W width of a head (``half`` is W / 2), R positions of a tile or block;
+``columns`` is ``half`` rounded up to a power of two, 16 or more.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
@@ -15,7 +21,7 @@ if triton is not None:
 
     @triton.jit
     def from_end(offsets, found) -> None:
-        """The distance of each position from its row's end."""
+        """Into ``found`` [T]: the distance of each position from its row's end. A program a row."""
         row = offsets + tl.program_id(0)
         first, end = tl.load(row), tl.load(row + 1)
         while first < end:
@@ -25,9 +31,14 @@ if triton is not None:
 
     @triton.jit
     def spans(offsets, left_only, found, positions, seconds: tl.constexpr) -> None:
-        """int32 [6, T], begins and ends: of a position's keys, of its queries, of more queries.
+        """Into ``found``, int32 [6, T] of zeros: begins and ends of three spans of each position.
 
-        A program takes a window and, with ``seconds``, its second stream.
+        They are: the keys that it sees, the queries in its row that see it, and the queries in the
+        row's second stream that see it. A program takes a window and, with ``seconds``, its second
+        stream.
+
+        Args:
+            left_only: bool [windows], contiguous; None: all False.
         """
         window, windows = tl.program_id(0), tl.num_programs(0)
         first, end = tl.load(offsets + window), tl.load(offsets + window + 1)
@@ -56,7 +67,10 @@ if triton is not None:
 
     @triton.jit
     def rotate(projected, rotation, line, rotated, size: tl.constexpr, half: tl.constexpr) -> None:
-        """Queries and keys, [T, 2, H, W], rotated by their positions' angles (arXiv 2104.09864)."""
+        """Queries and keys, [T, 2, H, W], rotated by their positions' angles (arXiv 2104.09864).
+
+        A program takes a position, of which ``line`` [T] is the row of ``rotation`` [., 2, W / 2].
+        """
         position = tl.program_id(0).to(tl.int64)
         # Pairs: value i of the first half of a head and value i of the second.
         pair = tl.arange(0, triton.next_power_of_2(size))
@@ -86,6 +100,7 @@ if triton is not None:
 
     @triton.jit
     def _store(pointer, at, vectors, line, positions, width: tl.constexpr, columns: tl.constexpr):
+        """As :func:`_vectors`, but stored."""
         column = tl.arange(0, columns)
         inside = (at < positions)[:, None] & (column < width)[None, :]
         tl.store(pointer + at.to(tl.int64)[:, None] * line + column, vectors, mask=inside)
@@ -94,7 +109,10 @@ if triton is not None:
     def _store_turned(
         pointer, at, low, high, line, positions, turns, half: tl.constexpr, columns: tl.constexpr
     ) -> None:
-        """Store gradients of rotated vectors as those of the vectors before their rotation."""
+        """Store gradients of rotated vectors as those of the vectors before their rotation.
+
+        ``turns``: rotation, or None, and its row for each position.
+        """
         rotation, lines = turns
         if rotation is not None:
             column = tl.arange(0, columns)
@@ -117,7 +135,7 @@ if triton is not None:
 
     @triton.jit
     def _reach(begin, end, positions):
-        """The first position of all spans, and the end of the last one."""
+        """The first position of all spans that are not empty, and the end of the last one."""
         return tl.min(tl.where(begin < end, begin, positions), axis=0), tl.max(end, axis=0)
 
     @triton.jit
@@ -204,10 +222,10 @@ if triton is not None:
         tile: tl.constexpr,
         parts: tl.constexpr,
     ) -> None:
-        """The gradient of a tile of queries, into [T, 3, H, W]; other arguments as before.
+        """The gradient of a tile of queries, into [T, 3, H, W]; others as of :func:`attend`.
 
         ``results``: output and log-sum-exp of :func:`attend`, the output's gradient, and [H, T],
-        which gets the products of both. ``turns``: rotation, and its row for each position.
+        which gets the dot products of output and gradient.
         """
         output, log_sums, grads, products = results
         head, width = tl.program_id(1), 2 * half

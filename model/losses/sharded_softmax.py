@@ -64,26 +64,41 @@ class TeacherLogits:
     hidden: Tensor  # [m, E], scaled
     rows: Tensor  # [C, E] of the items that this rank scores
     bound: float  # upper bound of the logits' absolute values
-    log_sums: Tensor | None = None  # [m], over the whole catalog; the loss computes it
+    log_sums: Tensor | None = None  # [m], over the whole catalog; None: the loss computes it
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What takes a share of the target's weight: the mean of the teachers' probabilities."""
+
+    logits: Sequence[TeacherLogits] = ()  # of each teacher, at this rank's positions
+    share: float = 0.0  # summed weight of all teachers
+
+
+NO_TEACHERS = TeacherTargets()
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What the loss computes of the rows alone: it may run while the encoder does.
+    """The scored rows, and what the loss computes of them alone: it may run while the encoder does.
 
     With a side stream (``model/kernels/side_stream.py``) it runs there from :meth:`start` on.
 
     Attributes:
+        rows: float [C, D].
+        cosine: scores are cosines, else dot products.
         unit: the rows [C, D] as products take them, at length 1 for cosines, and the inverses [C]
             of their lengths; None for dot products.
         in_backward: the rows' gradient runs on the side stream, too.
     """
 
+    rows: Tensor
+    cosine: bool
     unit: Pending[tuple[Tensor, Tensor | None]]
     in_backward: bool
 
     @classmethod
-    def start(cls, rows: Tensor, cosine: bool, in_backward: bool = False) -> "Beside":
+    def start(cls, rows: Tensor, cosine: bool = False, in_backward: bool = False) -> "Beside":
         """Start for the rows [C, D] of :func:`linear_cross_entropy`, inside the same autocast.
 
         Args:
@@ -91,51 +106,44 @@ class Beside:
                 gradient.
         """
         given = rows.detach(), product_dtype(rows), cosine
-        return cls(side_stream.start(lambda: _unit_rows(*given)), in_backward)
+        return cls(rows, cosine, side_stream.start(lambda: _unit_rows(*given)), in_backward)
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    rows: Tensor,
+    beside: Beside,
     targets: Tensor,
     low: int,
     scale: float = 1.0,
-    cosine: bool = False,
     shared: bool = False,
-    teacher_logits: Sequence[TeacherLogits] = (),
-    teacher_share: float = 0.0,
+    teachers: TeacherTargets = NO_TEACHERS,
     sizes: list[int] | None = None,
-    beside: Beside | None = None,
 ) -> Tensor:
     """Cross-entropy of each of this rank's positions over the whole catalog.
 
     Args:
         hidden: float [m, D]; m may differ between ranks and be 0.
-        rows: float [C, D] of the items ``low`` ... ``low + C - 1``: all items or, if ``shared``,
-            this rank's slice of the catalog, where C may be 0.
+        beside: started for the rows of the items ``low`` ... ``low + C - 1``: all items or, if
+            ``shared``, this rank's slice of the catalog, where C may be 0.
         targets: int64 [m] item ids. The loss of a position whose target is in no slice is
             meaningless, and the gradient given for it must be zero.
-        scale: factor of the scores, which are cosines if ``cosine``, else dot products.
-        teacher_logits: of each teacher, at this rank's positions.
-        teacher_share: summed weight of all teachers; the target has the rest.
+        scale: factor of the scores.
         sizes: m of every rank, if known.
-        beside: started for these rows and ``cosine``; None: started here.
 
     Returns:
-        float32 [m]. If ``shared``, every rank must call ``backward``, and the gradient for ``rows``
+        float32 [m]. If ``shared``, every rank must call ``backward``, and the gradient for the rows
         is that of the losses of all ranks. Inside autocast, products are bfloat16, sums float32.
     """
-    hidden = torch.nn.functional.normalize(hidden, dim=-1) if cosine else hidden
-    bound = abs(scale) if cosine else torch.inf
-    beside = beside or Beside.start(rows, cosine)
-    options = low, bound, shared, teacher_logits, teacher_share, sizes, beside
-    return _LinearCrossEntropy.apply(hidden * scale, rows, targets, *options)
+    hidden = torch.nn.functional.normalize(hidden, dim=-1) if beside.cosine else hidden
+    bound = abs(scale) if beside.cosine else torch.inf
+    options = low, bound, shared, teachers, sizes, beside
+    return _LinearCrossEntropy.apply(hidden * scale, beside.rows, targets, *options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, *options: Any) -> Tensor:
-        low, bound, shared, teacher_logits, teacher_share, sizes, beside = options
+        low, bound, shared, teachers, sizes, beside = options
         unit, inverse = beside.unit.result()
         hidden, items = hidden.to(unit.dtype), len(rows)
         if shared:
@@ -152,10 +160,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         column = column.clamp(0, max(0, items - 1))
         aims = unit[column] * owned[:, None] if items else torch.zeros_like(means)
         wanted = target_logits(hidden, aims, bound)
-        if teacher_logits:
-            taught, teacher_logits = _taught(teacher_logits, unit, sizes)
-            aims = torch.lerp(aims.to(taught.dtype), taught, teacher_share)
-            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teacher_share)
+        if teachers.logits:
+            taught, teachers = _taught(teachers, unit, sizes)
+            aims = torch.lerp(aims.to(taught.dtype), taught, teachers.share)
+            wanted = torch.lerp(wanted, (hidden * taught).sum(dim=1), teachers.share)
         if sizes:
             log_sums, wanted = _of_all_slices(means, log_sums, wanted)
         direction, losses = means - aims, log_sums - wanted
@@ -166,8 +174,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             direction = summed[: sizes[rank]]
             losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
-        ctx.sizes, ctx.bound, ctx.on_side_stream = sizes, bound, beside.in_backward
-        ctx.teacher_logits, ctx.teacher_share = teacher_logits, teacher_share
+        ctx.sizes, ctx.bound, ctx.teachers = sizes, bound, teachers
+        ctx.on_side_stream = beside.in_backward
         return losses
 
     @staticmethod
@@ -181,7 +189,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_rows = side_stream.start(lambda: _gradient_of_rows(ctx, *given)).unfinished()
         else:
             for_rows = _gradient_of_rows(ctx, *given)
-        return grad_hidden, for_rows, *([None] * 8)
+        return grad_hidden, for_rows, *([None] * 7)
 
 
 def _gradient_of_rows(
@@ -196,14 +204,16 @@ def _gradient_of_rows(
 ) -> Tensor:
     """The gradient [C, D] for the rows, by the losses' ``weights`` [W * M] of all ranks."""
     mixed, factor = weighted_hidden(hidden, unit, log_sums, weights, ctx.bound)
-    if ctx.teacher_logits:
+    teachers: TeacherTargets = ctx.teachers
+    if teachers.logits:
         mixed, factor = mixed * factor[:, None], torch.ones_like(factor)
-    for teacher in ctx.teacher_logits:
+    for teacher in teachers.logits:
+        assert teacher.log_sums is not None
         less, times = weighted_hidden(
             teacher.hidden, teacher.rows, teacher.log_sums, weights, teacher.bound, hidden
         )
-        mixed.addcmul_(less, times[:, None], value=-ctx.teacher_share / len(ctx.teacher_logits))
-    at_targets = hidden * (-weights * owned * (1 - ctx.teacher_share))[:, None]
+        mixed.addcmul_(less, times[:, None], value=-teachers.share / len(teachers.logits))
+    at_targets = hidden * (-weights * owned * (1 - teachers.share))[:, None]
     if inverse is None:
         gradient = mixed * factor[:, None]
     else:
@@ -236,17 +246,17 @@ def _of_all_slices(means: Tensor, log_sums: Tensor, *added: Tensor) -> tuple[Ten
 
 
 def _taught(
-    teacher_logits: Sequence[TeacherLogits], unit: Tensor, sizes: list[int]
-) -> tuple[Tensor, list[TeacherLogits]]:
-    """This slice's part of the teachers' mean rows [W * M, D]; their logits for all ranks."""
+    teachers: TeacherTargets, unit: Tensor, sizes: list[int]
+) -> tuple[Tensor, TeacherTargets]:
+    """This slice's part of the teachers' mean rows [W * M, D]; the teachers for all ranks."""
     total, gathered = torch.zeros((), device=unit.device), []
-    for teacher in teacher_logits:
+    for teacher in teachers.logits:
         hidden = teacher.hidden
         if sizes:
             hidden, _ = all_gather_rows(hidden, sizes)
         means, log_sums = softmax_means(hidden, teacher.rows, teacher.bound, unit)
         if sizes:
             (log_sums,) = _of_all_slices(means, log_sums)
-        total = total + means / len(teacher_logits)
+        total = total + means / len(teachers.logits)
         gathered.append(TeacherLogits(hidden, teacher.rows, teacher.bound, log_sums))
-    return total, gathered
+    return total, TeacherTargets(gathered, teachers.share)

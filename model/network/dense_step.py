@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.execution import ExecutionPlan
 from model.kernels.graphed_call import GraphedCall
-from model.losses.sharded_softmax import Beside, TeacherLogits
+from model.losses.sharded_softmax import NO_TEACHERS, Beside, TeacherTargets
 from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
@@ -119,14 +119,14 @@ class DenseStep(nn.Module):
         beside: Beside | None,
     ) -> tuple[Tensor, Tensor]:
         _, head = self._parts
-        logits: list[TeacherLogits] = []
-        share = 0.0
+        teachers = NO_TEACHERS
         if self._teachers is not None:
             assert given.ids is not None
-            ids, share = given.ids[:positions], self._teachers.share
-            logits = [teacher(ids, given.layout) for teacher in self._teachers.models]
+            ids, models = given.ids[:positions], self._teachers.models
+            logits = [teacher(ids, given.layout) for teacher in models]
+            teachers = TeacherTargets(logits, self._teachers.share)
         sizes = None
         if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
         scored = given.targets, given.negatives, given.log_counts
-        return head(hidden, candidates, *scored, logits, share, sizes, given.all_targets, beside)
+        return head(hidden, candidates, *scored, teachers, sizes, given.all_targets, beside)

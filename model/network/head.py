@@ -6,7 +6,6 @@ part (:mod:`model.losses.sharded_softmax`); for a sampled loss, of the targets a
 Shapes: M masked positions, C candidates of this rank, K negatives, V items, D width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,12 @@ from torch import Tensor, nn
 
 from model.kernels.l2_normalize import unit_rows
 from model.losses import sampled
-from model.losses.sharded_softmax import Beside, TeacherLogits, linear_cross_entropy
+from model.losses.sharded_softmax import (
+    NO_TEACHERS,
+    Beside,
+    TeacherTargets,
+    linear_cross_entropy,
+)
 from model.network.config import HeadConfig
 
 
@@ -95,8 +99,7 @@ class ScoringHead(nn.Module):
         targets: Tensor,
         negatives: Tensor | None = None,
         log_counts: Tensor | None = None,
-        teacher_logits: Sequence[TeacherLogits] = (),
-        teacher_share: float = 0.0,
+        teachers: TeacherTargets = NO_TEACHERS,
         sizes: list[int] | None = None,
         all_targets: Tensor | None = None,
         beside: Beside | None = None,
@@ -110,7 +113,6 @@ class ScoringHead(nn.Module):
             targets: int64 [M] item ids; 0: no target.
             negatives: int64 [K] item ids.
             log_counts: float32 [K], logarithms of the negatives' expected counts.
-            teacher_logits, teacher_share: as of :func:`linear_cross_entropy`.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
             all_targets: int64 [1], targets of all ranks; None: counted and added up here.
             beside: of :meth:`start`, if it was called.
@@ -122,16 +124,13 @@ class ScoringHead(nn.Module):
         if self.config.loss == "softmax":
             losses = linear_cross_entropy(
                 hidden.float(),
-                candidates,
+                beside or Beside.start(candidates, self.is_cosine),
                 targets,
                 self.catalog.low,
-                scale=self.scale,
-                cosine=self.is_cosine,
-                shared=self.catalog.shared,
-                teacher_logits=teacher_logits,
-                teacher_share=teacher_share,
-                sizes=sizes,
-                beside=beside,
+                self.scale,
+                self.catalog.shared,
+                teachers,
+                sizes,
             )
         else:
             assert negatives is not None and log_counts is not None

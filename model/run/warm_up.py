@@ -161,8 +161,8 @@ class FakeStep:
             named = self._model.named_parameters()
             dense = [p for name, p in named if not name.startswith("embeddings.")]
             with self._mode, self._device:
-                groups, lr, betas = split_by_decay(dense), torch.ones(()), (0.9, 0.98)
-                self._optimizer = FlatAdamW(*groups, lr, 0.0, betas, limit=1.0)
+                groups, betas = split_by_decay(dense), config.optimizer.betas
+                self._optimizer = FlatAdamW(*groups, torch.ones(()), 0.0, betas, limit=1.0)
 
     def train(self, batch: PackedBatch) -> None:
         """The step of a batch, of which only the sizes matter; once for sizes of equal remainders.

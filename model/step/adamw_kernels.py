@@ -22,14 +22,14 @@ _BLOCK, _MOST_BLOCKS = 1024, 8192
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's tensors: all float32 [N] but ``corrections``."""
+    """AdamW's tensors, on CUDA: float32 [N], contiguous, unless noted."""
 
     weights: Tensor
     gradients: Tensor
     first: Tensor
     second: Tensor
     rate: Tensor  # float32 scalar, the learning rate
-    corrections: Tensor  # float64 [2], 1 - beta ** step
+    corrections: Tensor  # float64 [2], 1 - beta ** step of both moments
 
 
 def update(
@@ -45,7 +45,10 @@ def update(
 
     Args:
         norms: float32 [2], to which the gradients' norm and [norm > limit] are added.
-        decayed: weights that decay; they come first.
+        limit: of the L2 norm of all gradients as one vector; infinity: none.
+        decayed: number of the values that decay; they come first.
+        decay: decoupled, times the learning rate.
+        eps: added to the root of the second moment.
     """
     count = len(given.gradients)
     block = max(_BLOCK, triton.next_power_of_2(triton.cdiv(count, _MOST_BLOCKS)))

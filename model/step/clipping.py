@@ -1,4 +1,7 @@
-"""Limit the norm of the gradients before an optimizer's step, and add it up for the log."""
+"""Limit the norm of the gradients before an optimizer's step, and add the norms up for the log.
+
+CUDA graphs of whole steps do both in the kernels of AdamW (:mod:`model.step.flat_adamw`).
+"""
 
 from typing import Any
 
@@ -12,14 +15,30 @@ from model.step.averaging import JoinedGradients
 _EPSILON = 1e-6
 
 
+class NormSums:
+    """Sums over steps: of the gradients' norm, and of [norm > limit].
+
+    ``values``, float32 [2], are on the device: CUDA graphs add to them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(2, device=device)
+
+    def take(self) -> Tensor:
+        """float32 [2], the sums over the steps since the last call."""
+        taken = self.values.clone()
+        self.values.zero_()
+        return taken
+
+
 class ClippingOptimizer(OptimizerWrapper):
     """Scales the gradients so that their common norm is at most ``limit``, then steps.
 
-    TorchRec's `GradientClippingOptimizer` does the same, but does not give the norm.
+    TorchRec's `GradientClippingOptimizer` does the same, but does not give the norm, which is added
+    to ``norms``.
 
     Args:
         limit: of the L2 norm of all gradients as one vector.
-        device: that of the gradients.
         joined: holds all gradients in one tensor when a step begins, so that few kernels clip them;
             None: they are tensors of their own.
     """
@@ -28,14 +47,12 @@ class ClippingOptimizer(OptimizerWrapper):
         self,
         optimizer: KeyedOptimizer,
         limit: float,
-        device: torch.device,
         joined: JoinedGradients | None = None,
     ) -> None:
         super().__init__(optimizer)
         self._limit, self._joined = limit, joined
         self._parameters = [p for group in self.param_groups for p in group["params"]]
-        # Sums over steps of the norm and of [norm > limit]; on the device, for CUDA graphs.
-        self._sums = torch.zeros(2, device=device)
+        self.norms = NormSums(self._parameters[0].device)
 
     def step(self, closure: Any = None) -> None:
         if self._joined is None:
@@ -43,11 +60,5 @@ class ClippingOptimizer(OptimizerWrapper):
         else:
             norm = torch.linalg.vector_norm(self._joined.flat)
             self._joined.flat *= (self._limit / (norm + _EPSILON)).clamp(max=1)
-        self._sums += torch.stack([norm, (norm > self._limit).to(norm.dtype)])
+        self.norms.values += torch.stack([norm, (norm > self._limit).to(norm.dtype)])
         super().step(closure)
-
-    def take_sums(self) -> Tensor:
-        """float32 [2], sums over the steps since the last call: of norms, of clipped steps."""
-        sums = self._sums.clone()
-        self._sums.zero_()
-        return sums

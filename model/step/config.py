@@ -15,3 +15,8 @@ class OptimizerConfig(Config):
     )
     beta2: float = flag(0.98, "Adam's beta2, for encoder and tables", above=0, below=1)
     max_grad_norm: float = flag(5.0, "limit of the encoder's gradient norm; 0: none", at_least=0)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of AdamW's first and second moment."""
+        return 0.9, self.beta2

@@ -1,7 +1,7 @@
 """AdamW whose parameters, moments and gradients are views of one tensor each.
 
-On CUDA, where a step is one graph (``model.step.adamw_kernels.py``). Its state is that of
-``torch.optim.AdamW``: checkpoints are the same.
+For steps that are one CUDA graph: two kernels clip and update (``model/step/adamw_kernels.py``).
+The state is that of ``torch.optim.AdamW``: checkpoints are the same.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.step.adamw_kernels import Moments, update
 from model.step.averaging import JoinedGradients
+from model.step.clipping import NormSums
 
 
 def split_by_decay(
@@ -23,7 +24,9 @@ def split_by_decay(
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW of float32 parameters, which it moves into one tensor; it clips their gradients.
+    """AdamW on CUDA of float32 parameters, which it moves into one tensor.
+
+    A step joins the gradients in ``gradients``, clips them and adds their norm to ``norms``.
 
     Args:
         decayed, others: parameters with weight decay, and without.
@@ -56,7 +59,7 @@ class FlatAdamW(torch.optim.AdamW):
         self._weights, self._first, self._second = (torch.zeros_like(flat) for _ in range(3))
         self._steps = flat.new_zeros(len(parameters))
         self._betas = torch.tensor(betas, dtype=torch.float64, device=flat.device)
-        self._norms = flat.new_zeros(2)
+        self.norms = NormSums(flat.device)
         kept = zip(
             parameters,
             *map(self.gradients.views, (self._weights, self._first, self._second)),
@@ -84,10 +87,4 @@ class FlatAdamW(torch.optim.AdamW):
             1 - self._betas ** self._steps[0].double(),
         )
         rest = self._limit, self._decayed, self._decay, group["betas"], group["eps"]
-        update(moments, self._norms, *rest)
-
-    def take_sums(self) -> Tensor:
-        """float32 [2], sums over the steps since the last call: of norms, of clipped steps."""
-        sums = self._norms.clone()
-        self._norms.zero_()
-        return sums
+        update(moments, self.norms.values, *rest)

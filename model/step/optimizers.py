@@ -1,5 +1,7 @@
 """The fused optimizer of the tables and AdamW of everything else, on one schedule."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
@@ -8,15 +10,26 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from model.distributed import Ranks, separate_group
 from model.execution import ExecutionPlan
 from model.step.averaging import AveragingOptimizer, JoinedGradients
-from model.step.clipping import ClippingOptimizer
+from model.step.clipping import ClippingOptimizer, NormSums
 from model.step.config import OptimizerConfig
 from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.step.graphed_optimizer import GraphedOptimizer
 from model.tables.distribute import replicated
 
 
+class _Dense(NamedTuple):
+    """AdamW of the replicated parameters, ``stepped`` with what else a step does before it."""
+
+    adamw: KeyedOptimizer
+    stepped: KeyedOptimizer
+    norms: NormSums | None
+
+
 class Optimizers:
-    """Both optimizers of a distributed model, with one ``step``."""
+    """Both optimizers of a distributed model, with one ``step``.
+
+    ``norms``: sums of the gradients' norm for the log; None without a limit of it.
+    """
 
     def __init__(
         self,
@@ -25,7 +38,7 @@ class Optimizers:
         config: OptimizerConfig,
         ranks: Ranks,
     ) -> None:
-        self._plan, self._config, self._ranks = plan, config, ranks
+        self._plan, self._config = plan, config
         self.peak_lr = config.lr  # the encoder's
         self.table_lr = 0.0  # of the next step
         self.tables = model.fused_optimizer
@@ -33,49 +46,45 @@ class Optimizers:
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
         self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
-        if plan.graphs == "step" or (plan.has_static_gradients and not self._table_ids):
+        if plan.graphs == "step" or plan.has_static_gradients:
             self._graphed_lr = torch.tensor(config.lr, device=ranks.device)
-        self.clipping: ClippingOptimizer | FlatAdamW | None = None
         made = self._flat if plan.graphs == "step" else self._of_torch
-        self.dense, self._stepped = made(parameters)
+        self.dense, self._stepped, self.norms = made(parameters, ranks)
         self._has_gradients = False
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
 
-    def _flat(self, parameters: dict[str, nn.Parameter]) -> tuple[KeyedOptimizer, KeyedOptimizer]:
-        """AdamW for CUDA graphs of whole steps, and with what else a step does."""
-        config, plan = self._config, self._plan
+    def _flat(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> _Dense:
+        """For CUDA graphs of whole steps."""
+        config, limit = self._config, self._config.max_grad_norm
         assert self._graphed_lr is not None and not self._table_ids
-        decayed, others = split_by_decay([*parameters.values()])
-        betas = 0.9, config.beta2
-        limit = config.max_grad_norm
-        adamw = FlatAdamW(decayed, others, self._graphed_lr, config.weight_decay, betas, limit)
-        dense = KeyedOptimizerWrapper(parameters, lambda _: adamw)
-        self.clipping = adamw if limit else None
-        if not plan.agrees_on_sizes:
-            return dense, dense
-        # In a graph of the whole step, it runs beside the exchange of the table's gradients.
-        return dense, AveragingOptimizer(dense, adamw.gradients, separate_group(self._ranks))
+        groups = split_by_decay([*parameters.values()])
+        flat = FlatAdamW(*groups, self._graphed_lr, config.weight_decay, config.betas, limit)
+        adamw = stepped = KeyedOptimizerWrapper(parameters, lambda _: flat)
+        if self._plan.agrees_on_sizes:
+            # In the graph it runs beside the exchange of the table's gradients.
+            stepped = AveragingOptimizer(adamw, flat.gradients, separate_group(ranks))
+        return _Dense(adamw, stepped, flat.norms if limit else None)
 
-    def _of_torch(
-        self, parameters: dict[str, nn.Parameter]
-    ) -> tuple[KeyedOptimizer, KeyedOptimizer]:
-        """As :meth:`_flat`, for other plans."""
-        config, plan, device = self._config, self._plan, self._ranks.device
+    def _of_torch(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> _Dense:
+        """For other plans."""
+        plan, limit = self._plan, self._config.max_grad_norm
         stepped: KeyedOptimizer
-        dense = stepped = KeyedOptimizerWrapper(parameters, lambda ps: self._adamw(ps, device))
-        joined = None
+        adamw = stepped = KeyedOptimizerWrapper(
+            parameters, lambda params: self._adamw(params, ranks.device)
+        )
+        joined = norms = None
         if plan.agrees_on_sizes or plan.exchange == "torchrec":  # averaged here, not by DDP
             joined = JoinedGradients([*parameters.values()])
-        if config.max_grad_norm:
-            stepped = ClippingOptimizer(dense, config.max_grad_norm, device, joined)
-            self.clipping = stepped
+        if limit:
+            stepped = clipping = ClippingOptimizer(adamw, limit, joined)
+            norms = clipping.norms
         if self._graphed_lr is not None:
-            for group in dense.param_groups:
+            for group in adamw.param_groups:
                 group["lr"] = self._graphed_lr
             stepped = GraphedOptimizer(stepped, [*parameters.values()])
         if joined is not None:
             stepped = AveragingOptimizer(stepped, joined)
-        return dense, stepped
+        return _Dense(adamw, stepped, norms)
 
     def _adamw(self, params: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
         decayed, others = split_by_decay([p for p in params if id(p) not in self._table_ids])
@@ -84,7 +93,7 @@ class Optimizers:
         return torch.optim.AdamW(
             [{"params": group, "weight_decay": decay} for group, decay in groups if group],
             lr=self._config.lr,
-            betas=(0.9, self._config.beta2),
+            betas=self._config.betas,
             eps=1e-8,
             fused=device.type == "cuda",
             capturable=device.type == "cuda",

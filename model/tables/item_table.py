@@ -64,6 +64,7 @@ class TableShard:
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.rows.device, requires_grad=True)
         self._first = 0
+        self._step: Step | None = None  # that of :meth:`begin_step`
         self.in_place: Tensor | None = None
         if scored is not None:
             # A shard behind the items has attributes alone.
@@ -117,6 +118,7 @@ class TableShard:
         ``of_rows`` are gradients of the rows looked up, one or two tensors of [U, D] together,
         ``of_candidates`` [C, D] those of the candidates in place.
         """
+        assert self._step is not None
         known = self._optimizer, self.rows, self._states
         if self.in_place is None:
             update_some(*known, index, of_rows, self._step, self._on_device)

@@ -158,8 +158,8 @@ class Trainer:
         self.pipeline.detach()
 
     def _log_steps(self) -> None:
-        clipping = self.optimizers.clipping
-        values = self._window.reduce(None if clipping is None else clipping.take_sums())
+        norms = self.optimizers.norms
+        values = self._window.reduce(None if norms is None else norms.take())
         values["table_lr"] = self.optimizers.table_lr
         self.log.write_steps(self._at(), values)
 

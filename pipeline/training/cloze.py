@@ -123,7 +123,7 @@ class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
 
 @dataclass(eq=False)
 class LeftContextFirst(MapStage[SampledWindows, SampledWindows]):
-    """Choose the left-context rows and put them first: attention gets two jagged batches a step."""
+    """Choose the left-context rows and put them first in each step."""
 
     cloze: ClozeMask
 

@@ -24,7 +24,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
     The number never falls during a run and is rounded up, so that few different ones occur.
 
     Args:
-        mask_token: the last row of the table.
+        mask_token: the largest id of a step.
         all_sizes: as in `PadToBuckets`.
     """
 

@@ -10,9 +10,9 @@ per item and one more::
     targets     7  3  9  -
 
 M t attends to the same items as evaluation's mask token after a history that ends before item t;
-every item is a target in every epoch. The extra M predicts nothing: attention kernels align the
-last query and the last key, and with one query more than keys "causal" means "strictly before".
-After XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
+every item is a target in every epoch. The extra M predicts nothing: with it, where rows are padded
+on the left, M t is in the column of the item before item t, the last one to which it attends. After
+XLNet (arXiv 1906.08237, section 2.3). Other rows are masked as usual.
 
 The rows of a step are its W windows, left-context rows first, then W second rows in the same order,
 empty for windows that have none.

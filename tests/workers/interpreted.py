@@ -1,20 +1,24 @@
 """Worker: kernels in Triton's interpreter, against float64 and plain torch.
 
-Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives,
-attention within packed rows, and AdamW.
+Those that sum equal ids, the gradients of attributes, which they sum, the sums over negatives, rows
+at length 1, attention within packed rows, and AdamW, also among the optimizers of a model.
 
 TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
 
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime import interpreter
 
-from model.kernels import log_sum, segment_sum, varlen_attention
+from model.distributed import start
+from model.kernels import l2_normalize, log_sum, segment_sum, varlen_attention
 from model.kernels.segment_sum import KINDS, SortedIndex, step_at
 from model.kernels.varlen_attention import RowLayout
 from model.losses import sampled
@@ -23,9 +27,13 @@ from model.network.attention import _rotate, _rotations
 from model.network.attributes import AttributeSums
 from model.network.padded import attend_padded
 from model.step.flat_adamw import FlatAdamW, split_by_decay
+from model.step.optimizers import Optimizers
+from model.step.train_step import TrainStep
 from model.tables import table_update
+from model.tables.distribute import replicated
 from model.tables.table_update import Step, update_some
 from pipeline.batches.attributes import ItemAttributes
+from tests.workers.sharded import WAYS, Built, config_of
 
 _patch = interpreter._patch_lang_tensor
 
@@ -104,6 +112,20 @@ def check_log_sums(positions: int, draws: int) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
+def check_unit_rows(count: int, width: int) -> None:
+    """Rows at length 1, the first one zeros, and their gradient, against plain torch."""
+    given, weights = torch.randn(2, count, width).unbind()
+    given[0] = 0
+    found, plain = given.clone().requires_grad_(), given.clone().requires_grad_()
+    with patch.object(l2_normalize, "_has_kernels", lambda _: True):
+        unit = l2_normalize.unit_rows(found)
+        (unit * weights).sum().backward()
+    expected = F.normalize(plain, dim=-1)
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(unit, expected)
+    torch.testing.assert_close(found.grad, plain.grad, rtol=1e-5, atol=1e-6)
+
+
 def check_attention(
     lengths: list[int], left: int | None, seconds: bool, fillers: int, tile: int, width: int
 ) -> None:
@@ -158,8 +180,31 @@ def check_adamw(limit: float) -> None:
             torch.testing.assert_close(flat.state[one], plain.state[other], rtol=1e-5, atol=1e-7)
     clipped = sum(norm > limit for norm in norms) if limit else 0
     expected = torch.tensor([float(sum(norms)), float(clipped)])
-    torch.testing.assert_close(flat.take_sums(), expected)
-    assert not flat.take_sums().any()
+    torch.testing.assert_close(flat.norms.take(), expected)
+    assert not flat.norms.take().any()
+
+
+def check_optimizers() -> None:
+    """Those of CUDA graphs of whole steps do as torch's: weights, state, and norms for the log."""
+    ranks, found = start(), []
+    config = config_of(WAYS["row_wise"], ranks)
+    config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.1))
+    for graphs in ("none", "step"):
+        built = Built.of(config, ranks)
+        plan = replace(built.plan, graphs=graphs)
+        optimizers = Optimizers(built.model, plan, config.optimizer, ranks)
+        optimizers.materialise_state()
+        step = TrainStep(built.model, optimizers, built.plan, ranks.device)
+        for number, batch in enumerate(islice(built.loader().epoch(0), 3)):
+            optimizers.set_lr(1 / (1 + number))
+            step(batch)
+        assert isinstance(optimizers.dense._optimizer, FlatAdamW) == (graphs == "step")
+        assert optimizers.norms is not None
+        norms, state = optimizers.norms.take(), optimizers.combined.state_dict()["state"]
+        dense = {name: parts for name, parts in state.items() if name.startswith("dense")}
+        assert norms[1] == 3 and dense
+        found.append((replicated(built.model), dense, norms))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 if __name__ == "__main__":
@@ -175,6 +220,8 @@ if __name__ == "__main__":
     check_attributes(torch.cat([torch.randint(0, 9, (40, 2)), torch.full((9, 2), 8)]), 8, 70)
     for draws in (1, 3, 100, 10_001):  # the last in three blocks
         check_log_sums(5, draws)
+    check_unit_rows(9, 12)
+    check_unit_rows(200, 24)  # several tiles
     for tile in (16, 64):
         check_attention([3, 20, 0, 40, 7, 1], None, False, 2, tile, 8)
         check_attention([3, 20, 0, 40, 7, 1], 2, False, 5, tile, 24)
@@ -183,4 +230,5 @@ if __name__ == "__main__":
         check_attention([6, 33], 2, True, 0, tile, 16)
     for limit in (0.0, 1.0, 1000.0):
         check_adamw(limit)
+    check_optimizers()
     print("checked")

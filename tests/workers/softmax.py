@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 
 from model.ending import exit_rank
-from model.losses.sharded_softmax import TeacherLogits, linear_cross_entropy
+from model.losses.sharded_softmax import (
+    Beside,
+    TeacherLogits,
+    TeacherTargets,
+    linear_cross_entropy,
+)
 
 # By world size: positions of each rank, and items [low, high) of each rank.
 SIZES = {1: [7], 2: [7, 0], 3: [4, 0, 3]}
@@ -45,7 +50,7 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
         hidden = hidden[own].requires_grad_()
         candidates = candidates[low - 1 : high - 1].requires_grad_()
         losses = linear_cross_entropy(
-            hidden, candidates, targets[own], low, cosine=cosine, shared=True
+            hidden, Beside.start(candidates, cosine), targets[own], low, shared=True
         )
         (losses * weights[own]).sum().backward()
         found[cosine] = {
@@ -60,8 +65,9 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
         TeacherLogits(seen[own], rows[low - 1 : high - 1], bound)
         for seen, rows, bound in teachers()
     ]
+    beside, teachers_ = Beside.start(candidates), TeacherTargets(taught, 0.3)
     losses = linear_cross_entropy(
-        hidden, candidates, targets[own], low, shared=True, teacher_logits=taught, teacher_share=0.3
+        hidden, beside, targets[own], low, shared=True, teachers=teachers_
     )
     (losses * weights[own]).sum().backward()
     found["taught"] = {
@@ -72,7 +78,7 @@ def solve(rank: int, world_size: int, folder: Path) -> None:
     if world_size == 2:
         found["large"] = linear_cross_entropy(
             torch.tensor([[20.0]]),
-            torch.tensor([[10.0 - 20 * rank]]),
+            Beside.start(torch.tensor([[10.0 - 20 * rank]])),
             torch.tensor([1 + rank]),
             1 + rank,
             shared=True,
