@@ -106,12 +106,18 @@ class TrainedRun:
                     f"no such file: {path}, which {self.folder} was trained on: give it by --{flag}"
                 )
 
-    def check_catalog(self, store: SequenceStore) -> None:
-        """Check that the data has the items that the model was trained on."""
+    def check_catalog(
+        self, store: SequenceStore, remedy: str = "give the ratings of training by --dataset_path"
+    ) -> None:
+        """Check that the data has the items that the model was trained on.
+
+        Args:
+            remedy: what the user should do where it has others.
+        """
         if store.catalog_fingerprint != self._recorded["catalog"]:
             raise UserError(
                 f"{self.folder} was trained on {self._num_items} items that are not the "
-                f"{store.num_items} of this data: give the ratings of training by --dataset_path"
+                f"{store.num_items} of this data: {remedy}"
             )
 
     def catalog(self) -> Catalog:
