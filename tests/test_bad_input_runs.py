@@ -15,6 +15,7 @@ from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, seal, 
 
 HEAD = "user,item,time\n"
 RATINGS = HEAD + "".join(f"{u},{u + i},{i}\n" for u in range(5) for i in range(4))
+REPEATING = HEAD + "".join(f"{u},{u + i % 2},{i}\n" for u in range(5) for i in range(4))
 FLAGS = (*TINY, "--num_epochs=2", "--min_user_count=0")
 
 Train = Callable[..., Outcome]
@@ -189,6 +190,8 @@ def test_another_run_cannot_be_the_export_folder(train: Train, run_dir: Path) ->
     [
         (RATINGS.replace(",3,", ",30,"), "was trained on other data (catalog "),
         (RATINGS + "7,3,1\n7,4,2\n", "was trained on other data (num_ratings 20, not 22)"),
+        # Items repeat: --seen auto decides otherwise, which is not what the user should hear of.
+        (REPEATING, "was trained on other data (num_items 8, not 6)"),
     ],
 )
 def test_resuming_on_other_data(
