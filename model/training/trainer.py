@@ -95,10 +95,10 @@ class Trainer:
             with self._agreement:
                 while not self._is_over():
                     self._train_epochs()
-                    if self._is_evaluation_due():
-                        saved = self._end_epochs()
-                    else:  # --max_steps comes first
+                    if self._is_cut() and not self._is_evaluation_due():
                         saved = self.position != began and self._save()
+                        break
+                    saved = self._end_epochs()
                     if self._is_cut():
                         break
                 self.checkpoints.finish()
