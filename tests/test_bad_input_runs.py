@@ -138,6 +138,12 @@ def test_a_changed_config_is_refused_before_a_result_is_written(
     assert not (run_dir / "eval_test.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["dataset_path", "items_path"])
+def test_a_file_given_that_is_not_there(run_main: RunMain, run_dir: Path, flag: str) -> None:
+    outcome = run_main("eval", f"--checkpoint={run_dir}", f"--{flag}=gone.csv")
+    assert_one_line(outcome, "eval", f"no such file: gone.csv (--{flag}); check the path")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\0")])
 def test_a_config_that_is_not_text(
     run_main: RunMain, train: Train, run_dir: Path, make: Callable[[Path], Any]

@@ -49,7 +49,7 @@ class TrainedRun:
     """A run folder with checkpoints, or an exported model."""
 
     def __init__(self, flags: EvalFlags) -> None:
-        self.folder = Path(flags.checkpoint)
+        self.folder, self._given = Path(flags.checkpoint), flags
         self._recorded = read_config(self.folder)
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
@@ -102,6 +102,8 @@ class TrainedRun:
         for name, flag in (flags | {"items_path": "items_path"}).items():
             path = getattr(self.config.data, name)
             if path and not is_url(path) and not os.path.lexists(expanded(name, path)):
+                if getattr(self._given, flag):
+                    raise UserError(f"no such file: {path} (--{flag}); check the path")
                 raise UserError(
                     f"no such file: {path}, which {self.folder} was trained on: give it by --{flag}"
                 )
