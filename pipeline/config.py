@@ -38,6 +38,7 @@ def flag(
     limit: float | None = None,
     reason: str = "",
     values: int = 1,
+    is_path: bool = False,
     aliases: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is a command line flag.
@@ -47,6 +48,7 @@ def flag(
         limit: the most that fits numbers and memory; named only in the error of a larger value.
         reason: why these bounds; ends the error message.
         values: how many the flag takes; more than one make a tuple of texts.
+        is_path: whether ~ on a command line is the home folder; shells do not see it in --flag=~/x.
         aliases: other names, accepted on the command line and in config.json.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
@@ -57,6 +59,7 @@ def flag(
         "limit": math.inf if limit is None else limit,
         "reason": reason,
         "values": values,
+        "is_path": is_path,
         "aliases": tuple(aliases),
     }
     return field(default=default, metadata=metadata)

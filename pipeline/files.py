@@ -49,7 +49,7 @@ def check_writable(path: Path) -> None:
     """Make and remove the part of a file that `whole_file` will write; OSError if that fails."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder: name a file in it", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # a pipe, whose opening would wait, or a link to a file
     part.open("wb").close()
@@ -95,10 +95,11 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        if path.exists():
+        there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+        if there.exists():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
-        if path.is_symlink():
-            missing = f"it is a link to {path.readlink()}, which is missing"
+        if there.is_symlink():
+            missing = f"{there} is a link to {there.readlink()}, which is missing"
             raise FileNotFoundError(errno.ENOENT, missing, path) from error
         raise
 

@@ -59,6 +59,16 @@ def test_attributes_are_values_that_items_share() -> None:
     )
 
 
+def test_columns_without_an_attribute_are_named() -> None:
+    columns = {"a": ["1", "2", "3"], "b": ["x", "x", ""], "c": [None, None, None], "d": ["y"] * 3}
+    found = ItemAttributes.of(catalog(**columns), "a,b,c,d", "|")
+    assert found.without == ("a", "c")
+    assert found.describe() == (
+        "2 attributes of at least 2 items, 1.7 of an item; 0 items have none; no value of a, c is "
+        "that of two"
+    )
+
+
 def test_equal_values_of_two_columns_are_two_attributes() -> None:
     found = ItemAttributes.of(catalog(a=["x", "x", "y"], b=["x", "y", "x"]), "a,b", "|")
     assert found.count == 2 and sets(found) == [[0, 1], [0], [1]]

@@ -15,6 +15,7 @@ from tests.conftest import ROOT, TINY, Outcome, RunMain, assert_one_line, seal, 
 
 HEAD = "user,item,time\n"
 RATINGS = HEAD + "".join(f"{u},{u + i},{i}\n" for u in range(5) for i in range(4))
+REPEATING = HEAD + "".join(f"{u},{u + i % 2},{i}\n" for u in range(5) for i in range(4))
 FLAGS = (*TINY, "--num_epochs=2", "--min_user_count=0")
 
 Train = Callable[..., Outcome]
@@ -137,6 +138,12 @@ def test_a_changed_config_is_refused_before_a_result_is_written(
     assert not (run_dir / "eval_test.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["dataset_path", "items_path"])
+def test_a_file_given_that_is_not_there(run_main: RunMain, run_dir: Path, flag: str) -> None:
+    outcome = run_main("eval", f"--checkpoint={run_dir}", f"--{flag}=gone.csv")
+    assert_one_line(outcome, "eval", f"no such file: gone.csv (--{flag}); check the path")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_bytes(b"\xff\xfe\0")])
 def test_a_config_that_is_not_text(
     run_main: RunMain, train: Train, run_dir: Path, make: Callable[[Path], Any]
@@ -189,6 +196,8 @@ def test_another_run_cannot_be_the_export_folder(train: Train, run_dir: Path) ->
     [
         (RATINGS.replace(",3,", ",30,"), "was trained on other data (catalog "),
         (RATINGS + "7,3,1\n7,4,2\n", "was trained on other data (num_ratings 20, not 22)"),
+        # Items repeat: --seen auto decides otherwise, which is not what the user should hear of.
+        (REPEATING, "was trained on other data (num_items 8, not 6)"),
     ],
 )
 def test_resuming_on_other_data(

@@ -267,7 +267,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a link to nothing": (
         lambda path: path.symlink_to("nowhere"),
-        "cannot be written: it is a link to nowhere, which is missing",
+        "target is a link to nowhere, which is missing",
     ),
     "another run's model": (
         lambda path: (path.mkdir(), (path / "checkpoints").mkdir()),

@@ -206,8 +206,11 @@ def test_a_folder_that_cannot_be_made_has_its_real_cause(tmp_path: Path) -> None
     for name, reason in (
         ("file", "Not a directory"),
         ("file/below", "Not a directory"),
-        ("link", "it is a link to nowhere, which is missing"),
+        ("link", f"{tmp_path / 'link'} is a link to nowhere, which is missing"),
+        ("link/below/it", f"{tmp_path / 'link'} is a link to nowhere, which is missing"),
     ):
         with pytest.raises(OSError, match=reason) as error:
             files.make_folder(tmp_path / name)
         assert error.value.strerror == reason
+    with pytest.raises(NotADirectoryError):
+        files.check_writable(tmp_path / "file" / "x.csv")

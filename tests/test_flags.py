@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from model.bert4rec import TABLE_PRECISIONS
+from model.network.config import TeachersConfig
 from model.run.config_file import read_config, write_config
-from model.settings.config import MAIN_FLAGS, EvalFlags, RunConfig
+from model.serving.config import RecommendFlags
+from model.settings.config import MAIN_FLAGS, EvalFlags, ExportFlags, RunConfig
 from model.settings.flags import FlagParser, build, current_flags, flags_of, flatten
 from model.tables.config import EMBEDDING_OPTIMIZERS
 from model.tables.sharding_plan import FUSED_OPTIMIZERS
@@ -115,6 +117,28 @@ def test_python_values_are_checked_too() -> None:
     with pytest.raises(UserError, match="--share must be a finite number, not nan"):
         Inner(share=float("nan"))
     assert Inner(limit=None).limit is None
+
+
+def test_every_flag_of_a_file_or_folder_knows_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    given = FlagParser("", RunConfig).given(["--run_dir=~/a", "--export_root", "~/b"])
+    assert given == {"run_dir": "/home/u/a", "export_root": "/home/u/b"}
+    given = FlagParser("", EvalFlags).given(["--checkpoint=~", "--compare", "~/a", "b"])
+    assert given == {"checkpoint": "/home/u", "compare": ["/home/u/a", "b"]}
+    with pytest.raises(UserError, match=r"--run_dir: ~nobody-here/a: there is no such user's home"):
+        FlagParser("", RunConfig).given(["--run_dir=~nobody-here/a"])
+    assert RunConfig().teaching.folders == []
+    assert TeachersConfig(teachers="~/a, b,/c").folders == ["/home/u/a", "b", "/c"]
+    # These expand it where they are read, so that config.json is true on other machines.
+    later = ("dataset_path", "split_path", "items_path", "cache_dir", "teachers", "histories")
+    for config in (RunConfig, EvalFlags, ExportFlags, RecommendFlags):
+        for name, entry in flags_of(config).items():
+            text = entry.metadata["help"]
+            words = ("folder", "file to write", "text file", "Parquet file")
+            is_place = entry.type is not int and any(word in text for word in words)
+            assert entry.metadata["is_path"] or not is_place or name in later, name
 
 
 def test_an_old_name_sets_the_flag() -> None:

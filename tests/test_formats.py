@@ -840,6 +840,19 @@ def test_ambiguous_or_wrong(
             {},
             "no column is known as the time",
         ),
+        (
+            "r.csv",
+            b"user,item,Date\nu,a,3\nu,b,2\nu,c,1\n",
+            {"columns": "user,item,Date"},
+            "--columns 'user,item,Date' takes 'Date' for the rating, and the order of the rows for "
+            'that of time; if it is the time, give --columns "user,item,,time"',
+        ),
+        (
+            "r.parquet",
+            parquet(pa.table({"user": ["u"] * 3, "item": ["a", "b", "c"], "ts": [3, 2, 1]})),
+            {"columns": "user,item,ts"},
+            "--columns 'user,item,ts' takes 'ts' for the rating",
+        ),
     ],
 )
 def test_what_may_mean_something_else_is_a_warning(

@@ -33,6 +33,8 @@ def test_generated_data_have_a_recipe(given: dict[str, str]) -> None:
     [
         {"dataset_name": "ml-1m", "dataset_path": "x"},
         {"dataset_path": "mine.csv"},
+        {"dataset_name": "synthetic", "dataset_path": "mine.csv"},
+        {"dataset_name": "synthetic", "split_path": "mine"},
         {"recipe": "none"},
     ],
 )

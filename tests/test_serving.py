@@ -196,6 +196,15 @@ def test_similar_items_by_hand() -> None:
         recommender.similar_to("x")
 
 
+def test_similar_items_of_a_cold_one_come_with_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    five_items().similar_to("e")
+    assert "no training rating: its vector is random, or with --item_attributes the sum" in (
+        capfd.readouterr().err
+    )
+    five_items().similar_to("a")
+    assert not capfd.readouterr().err
+
+
 def test_a_model_that_diverged_is_refused() -> None:
     with pytest.raises(UserError, match="not finite"):
         five_items([0.1, math.nan, 0.2, 0.3, 0.4]).recommended([["a"]])

@@ -15,7 +15,7 @@ import train
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
 from pipeline.errors import UserError
-from tests.conftest import TINY, RunMain
+from tests.conftest import TINY, RunMain, assert_one_line
 
 
 @pytest.fixture
@@ -57,6 +57,16 @@ def test_runs_of_one_second_have_different_folders(
         assert outcome.code == 0, outcome.err
     expected = [f"synthetic-20260101-000000{end}" for end in ("", "-2", "-3")]
     assert sorted(path.name for path in Path("runs").iterdir()) == expected
+
+
+def test_no_folder_of_runs_can_be_made(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("nowhere")
+    outcome = run_main("train", *TINY, f"--cache_dir={cache_dir}")
+    assert_one_line(outcome, "train", "runs is a link to nowhere, which is missing")
+    assert "--run_dir" in outcome.err
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

@@ -163,7 +163,10 @@ def test_two_ranks_with_teachers_equal_one(
         ),
         ("--teachers=TEACHER --loss=gbce", "--teachers needs --loss softmax, not gbce"),
         ("--teachers=TEACHER --max_len=17", "reads windows of 16 items at most"),
-        ("--teachers=TEACHER --synthetic_item_count=90", "items that are not the"),
+        (
+            "--teachers=TEACHER --synthetic_item_count=90",
+            "items that are not the 90 of this data: take another of --teachers",
+        ),
     ],
 )
 def test_rejected_teachers(

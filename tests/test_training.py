@@ -193,19 +193,37 @@ def test_max_steps_after_an_evaluation_leaves_its_model(
     assert (tmp_path / "eval_test.json").exists() and (tmp_path / "model").exists()
 
 
-def test_max_steps_at_the_end_of_an_epoch_or_of_the_training_evaluates_no_more(
+def test_max_steps_where_an_evaluation_is_due_makes_it(
     run_main: RunMain, tmp_path: Path, cache_dir: Path
 ) -> None:
-    tested = []
-    for steps in (5, 10, 11):  # of 2 epochs of 5
-        flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / str(steps)}"]
-        assert run_main("train", *flags, f"--max_steps={steps}").code == 0
-        validated = [line for line in read_log(tmp_path / str(steps)) if "full" in line]
-        result = tmp_path / str(steps) / "eval_test.json"
-        tested.append((len(validated), result.exists() and json.loads(result.read_text())["step"]))
-    assert tested[0] == (0, False)
-    assert tested[1] == (1, 5)
-    assert tested[2][0] == 2
+    for steps, epochs in ((5, 1), (10, 2)):  # of 2 epochs of 5
+        run_dir = tmp_path / str(steps)
+        flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={run_dir}"]
+        outcome = run_main("train", *flags, f"--max_steps={steps}")
+        assert outcome.code == 0, outcome.err
+        assert ("(--max_steps), saved" in outcome.out) == (steps == 5)
+        assert sum("full" in line for line in read_log(run_dir)) == epochs
+        assert (run_dir / "eval_test.json").exists() and (run_dir / "model").exists()
+    # Ended twice after step 5, then continued: as if it had never ended.
+    again = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path / '5'}", "--resume=auto"]
+    assert run_main("train", *again, "--max_steps=5").code == 0
+    assert run_main("train", *again).code == 0
+    logs = [read_log(tmp_path / name) for name in ("5", "10")]
+    curves = [[(each["step"], each.get("loss"), each.get("full")) for each in log] for log in logs]
+    assert curves[0] == curves[1]
+    weights = [tmp_path / each / "model" / "model.safetensors" for each in ("5", "10")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_max_steps_saves_a_last_model_that_is_not_better(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}", "--lr=0"]
+    outcome = run_main("train", *flags, "--num_epochs=3", "--max_steps=10")
+    assert outcome.code == 0, outcome.err
+    names = sorted(path.name for path in tmp_path.glob("checkpoints/step-*"))
+    assert names == ["step-00000005", "step-00000010"]
+    assert json.loads((tmp_path / "eval_test.json").read_text())["step"] == 5
 
 
 def test_a_nan_loss_ends_the_run(run_main: RunMain, tmp_path: Path, cache_dir: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
+from pipeline.sources.config import expanded
 
 LOSSES = ("softmax", "sampled_softmax", "gbce")
 
@@ -112,4 +113,5 @@ class TeachersConfig(Config):
 
     @property
     def folders(self) -> list[str]:
-        return [folder.strip() for folder in self.teachers.split(",")] if self.teachers else []
+        names = self.teachers.split(",") if self.teachers else []
+        return [str(expanded("teachers", name)) if name else "" for name in map(str.strip, names)]

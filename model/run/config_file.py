@@ -69,6 +69,13 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
         before = current_flags(RunConfig, recorded["flags"])
     except UserError as error:
         raise UserError(f"--resume auto: {path / 'config.json'}: {error}") from error
+    # Before the flags: other data decide some of them, such as --seen, otherwise.
+    for name, value in facts.items():
+        if recorded.get(name, value) != value:
+            raise UserError(
+                f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
+                f"{value}): give the ratings and items of that run, or choose another --run_dir"
+            )
     before, now = _comparable(before, config, recorded.get("execution"))
     for name in now:
         if before.get(name, now[name]) != now[name]:
@@ -76,12 +83,6 @@ def check_same_run(config: RunConfig, path: Path, facts: dict[str, Any]) -> None
             raise UserError(
                 f"--resume auto: {path} was trained with --{name} {was}, not {new}: give the same "
                 "value, or choose another --run_dir"
-            )
-    for name, value in facts.items():
-        if recorded.get(name, value) != value:
-            raise UserError(
-                f"--resume auto: {path} was trained on other data ({name} {recorded[name]}, not "
-                f"{value}): give the ratings and items of that run, or choose another --run_dir"
             )
 
 

@@ -166,9 +166,10 @@ def check_run_dir(config: RunConfig, ranks: Ranks) -> None:
 def _new_folder(wanted: Path) -> Path:
     """Make a folder, of another name if there is one: two runs may start in one second."""
     path, number = wanted, 1
+    make_folder(wanted.parent)
     while True:
         with suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         number += 1
         path = wanted.with_name(f"{wanted.name}-{number}")

@@ -26,7 +26,7 @@ def load_teachers(
     models = []
     for folder in config.teaching.folders:
         run = TrainedRun(EvalFlags(checkpoint=folder))
-        run.check_catalog(store)
+        run.check_catalog(store, "take another of --teachers, trained on this data and its filters")
         if run.other_ratings(store):
             ranks.warn(
                 f"--teachers {folder} was trained on other ratings of these items, or with another "

@@ -49,7 +49,7 @@ class TrainedRun:
     """A run folder with checkpoints, or an exported model."""
 
     def __init__(self, flags: EvalFlags) -> None:
-        self.folder = Path(flags.checkpoint)
+        self.folder, self._given = Path(flags.checkpoint), flags
         self._recorded = read_config(self.folder)
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
@@ -102,16 +102,24 @@ class TrainedRun:
         for name, flag in (flags | {"items_path": "items_path"}).items():
             path = getattr(self.config.data, name)
             if path and not is_url(path) and not os.path.lexists(expanded(name, path)):
+                if getattr(self._given, flag):
+                    raise UserError(f"no such file: {path} (--{flag}); check the path")
                 raise UserError(
                     f"no such file: {path}, which {self.folder} was trained on: give it by --{flag}"
                 )
 
-    def check_catalog(self, store: SequenceStore) -> None:
-        """Check that the data has the items that the model was trained on."""
+    def check_catalog(
+        self, store: SequenceStore, remedy: str = "give the ratings of training by --dataset_path"
+    ) -> None:
+        """Check that the data has the items that the model was trained on.
+
+        Args:
+            remedy: what the user should do where it has others.
+        """
         if store.catalog_fingerprint != self._recorded["catalog"]:
             raise UserError(
                 f"{self.folder} was trained on {self._num_items} items that are not the "
-                f"{store.num_items} of this data: give the ratings of training by --dataset_path"
+                f"{store.num_items} of this data: {remedy}"
             )
 
     def catalog(self) -> Catalog:

@@ -33,16 +33,20 @@ class Choice(Config):
 class RecommendFlags(Config):
     """All flags of recommend.py."""
 
-    checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
+    checkpoint: str = flag(
+        "", "run folder (its best checkpoint) or exported model (no default)", is_path=True
+    )
     user: str | None = flag(None, "recommend to this user of the training data (original id)")
     history: str | None = flag(None, 'recommend after these items, oldest first, as "id,id,id"')
     histories: str = flag("", "recommend to the users of this ratings file")
     all: bool = flag(False, "recommend to all users of the training data")
     similar: str | None = flag(None, "items most similar to this one (original id)")
     choice: Choice = field(default_factory=Choice)
-    allow: str = flag("", "text file of item ids, one a line: recommend only these")
-    deny: str = flag("", "text file of item ids, one a line: never recommend these")
-    output: str = flag("", f"file to write: {', '.join(EXTENSIONS)} (default: a printed table)")
+    allow: str = flag("", "text file of item ids, one a line: recommend only these", is_path=True)
+    deny: str = flag("", "text file of item ids, one a line: never recommend these", is_path=True)
+    output: str = flag(
+        "", f"file to write: {', '.join(EXTENSIONS)} (default: a printed table)", is_path=True
+    )
     columns: str = flag("", "columns of --histories, as for train.py (default: known names)")
     separator: str = flag("", "column separator of --histories (default: by file extension)")
     at: str = flag(

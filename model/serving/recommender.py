@@ -282,7 +282,10 @@ class Recommender:
     def similar_items(self, item: int, eligible: Eligible) -> Lists:
         """The items with the largest cosine to the vector of a dense id, without itself."""
         if not self.catalog.train_counts[item - 1]:
-            self.ranks.warn("the item has no training rating: its vector is a random one")
+            self.ranks.warn(
+                "the item has no training rating: its vector is random, or with --item_attributes "
+                "the sum of those of its attributes"
+            )
         added = eligible.added(self._vectors.scale, self.ranks.device)
         items, scores = self._vectors.similar(item, added, eligible.k)
         return Lists(0, items.cpu().numpy(), scores.cpu().numpy())

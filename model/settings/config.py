@@ -30,11 +30,15 @@ MAIN_FLAGS = (
 class OutputConfig(Config):
     """Files, precision and evaluation batches."""
 
-    run_dir: str = flag("", "folder of the run's files (default: runs/<data set>-<date>-<time>)")
+    run_dir: str = flag(
+        "", "folder of the run's files (default: runs/<data set>-<date>-<time>)", is_path=True
+    )
     resume: str = flag(
         "never", "auto: continue the run in --run_dir, if there is one", choices=("never", "auto")
     )
-    export_root: str = flag("", "folder to export the model to, ready to serve (default: none)")
+    export_root: str = flag(
+        "", "folder to export the model to, ready to serve (default: none)", is_path=True
+    )
     with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
     precision: str = flag(
         "auto",
@@ -133,7 +137,9 @@ class RunConfig(Config):
 class EvalFlags(Config):
     """All flags of eval.py."""
 
-    checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
+    checkpoint: str = flag(
+        "", "run folder (its best checkpoint) or exported model (no default)", is_path=True
+    )
     split: str = flag("test", "held-out items to rank", choices=("test", "validation"))
     dataset_path: str = flag("", "path of the ratings (default: as in training)")
     items_path: str = flag("", "path of the table of the items (default: as in training)")
@@ -158,9 +164,14 @@ class EvalFlags(Config):
         choices=("trained", "next", "all"),
     )
     compare: tuple[str, ...] = flag(
-        (), "two run folders or exported models to compare, no --checkpoint (no default)", values=2
+        (),
+        "two run folders or exported models to compare, no --checkpoint (no default)",
+        values=2,
+        is_path=True,
     )
-    per_user: str = flag("", "Parquet file to write with every user's target and rank (no default)")
+    per_user: str = flag(
+        "", "Parquet file to write with every user's target and rank (no default)", is_path=True
+    )
     metrics_at: str = flag(
         "", "lengths k of HR@k and NDCG@k, with commas (default: as in training)"
     )
@@ -184,8 +195,12 @@ class EvalFlags(Config):
 class ExportFlags(Config):
     """All flags of export.py."""
 
-    checkpoint: str = flag("", "run folder (its best checkpoint) or exported model (no default)")
-    output: str = flag("", "folder to write; an exported model in it is replaced (no default)")
+    checkpoint: str = flag(
+        "", "run folder (its best checkpoint) or exported model (no default)", is_path=True
+    )
+    output: str = flag(
+        "", "folder to write; an exported model in it is replaced (no default)", is_path=True
+    )
     with_users: bool = flag(False, "export the users' original ids too (users.parquet)")
 
     def check(self) -> None:

@@ -9,7 +9,8 @@ import difflib
 import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.config import Config
@@ -165,6 +166,9 @@ class _HelpAll(argparse.Action):
 
 def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> None:
     plain, choices = _plain(entry.type), entry.metadata["choices"]
+    convert: Callable[[str], Any] = _boolean if plain is bool else plain
+    if entry.metadata["is_path"]:
+        convert = _path
     alone: dict[str, Any] = {}
     if plain is bool:
         alone = {"nargs": "?", "const": True}  # --all is --all true
@@ -176,7 +180,7 @@ def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> Non
         where.add_argument(
             f"--{name}",
             dest=entry.name,
-            type=_boolean if plain is bool else plain,
+            type=convert,
             help=argparse.SUPPRESS if hidden or name != entry.name else text,
             metavar=f"{{{','.join(choices)}}}" if choices else _METAVARS[plain],
             **alone,
@@ -193,6 +197,14 @@ def _underscored(argument: str) -> str:
 def _plain(kind: Any) -> type:
     """``int`` of ``int | None``."""
     return next(each for each in typing.get_args(kind) or (kind,) if each is not type(None))
+
+
+def _path(text: str) -> str:
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        cause = f"{text}: there is no such user's home folder"
+        raise argparse.ArgumentTypeError(cause) from error
 
 
 def _boolean(text: str) -> bool:

@@ -37,9 +37,9 @@ CHOICES = ("auto", "none", *RECIPES)
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags given on a command line on top of their recipe's; ``recipe`` is its name."""
     name = given.get("recipe", "auto")
-    has_path = "dataset_path" in given or "split_path" in given
-    dataset = given.get("dataset_name", "" if has_path else DataConfig.dataset_name)
-    if name == "auto" and dataset == "synthetic":
+    has_path = given.get("dataset_path") or given.get("split_path")
+    dataset = given.get("dataset_name", DataConfig.dataset_name)
+    if name == "auto" and dataset == "synthetic" and not has_path:
         name = "synthetic"
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}  # RunConfig refuses others
     return {**recipe, **given, "recipe": name}

@@ -28,8 +28,8 @@ class TrainingConfig(Config):
     log_every: int = flag(50, "steps between two lines of the log", at_least=1)
     max_steps: int | None = flag(
         None,
-        "steps to end after: the last is saved, not evaluated; the best of earlier evaluations, if "
-        "there were any, is tested and exported (default: no limit)",
+        "steps to end after: the last is saved, and evaluated if an evaluation is due; the best "
+        "model so far, if one was evaluated, is tested and exported (default: no limit)",
         at_least=1,
     )
     rank_timeout: float = flag(10.0, "minutes to wait for other ranks", at_least=0.01, below=10**6)

@@ -87,18 +87,20 @@ class Trainer:
     def run(self) -> Position:
         """Train to the end, to ``--max_steps`` or until nothing improves; the last position.
 
-        Its ``best_step`` is 0 if ``--max_steps`` precedes any evaluation. A signal, after a
-        checkpoint, raises SystemExit with 128 + its number.
+        Its ``best_step`` is 0 if ``--max_steps`` ends training before any evaluation. A signal,
+        after a checkpoint, raises SystemExit with 128 + its number.
         """
         began, saved = self.position, False
         try:
             with self._agreement:
                 while not self._is_over():
                     self._train_epochs()
-                    if self._is_cut():
+                    if self._is_cut() and not self._is_evaluation_due():
                         saved = self.position != began and self._save()
                         break
-                    self._end_epochs()
+                    saved = self._end_epochs()
+                    if self._is_cut():
+                        break
                 self.checkpoints.finish()
         except UserError:
             with suppress(UserError):
@@ -110,7 +112,7 @@ class Trainer:
             raise
         # Not after a failure: the GPU may still wait for another GPU inside its graph.
         self.pipeline.release()
-        if self._is_cut():
+        if not self._is_over():
             self.log.say(f"ended after step {self.position.step} (--max_steps){', saved' * saved}")
         elif not self.position.best_step:
             raise UserError(
@@ -127,14 +129,23 @@ class Trainer:
         limit = self.config.max_steps
         return limit is not None and self.position.step >= limit
 
+    def _evaluation_epoch(self) -> int:
+        """How many epochs are over at the next evaluation, or at the end."""
+        stop, every = self.config.num_epochs, self.config.eval_every
+        if self.validate is not None:
+            stop = min(stop, (self.position.epoch // every + 1) * every)
+        return stop
+
+    def _is_evaluation_due(self) -> bool:
+        last = self.position.epoch + 1 == self._evaluation_epoch()
+        return last and self.position.sample == self.loader.num_samples
+
     def _train_epochs(self) -> None:
         """Train the rest of the current epoch and the epochs up to the next evaluation.
 
         The pipeline is emptied only at the end: filling it again takes as long as several steps.
         """
-        stop, every = self.config.num_epochs, self.config.eval_every
-        if self.validate is not None:
-            stop = min(stop, (self.position.epoch // every + 1) * every)
+        stop = self._evaluation_epoch()
         steps = self.loader.steps_left(self.position.sample)
         steps += (stop - self.position.epoch - 1) * self.loader.steps_per_epoch
         if self.config.max_steps is not None:
@@ -227,8 +238,8 @@ class Trainer:
             )
         return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 
-    def _end_epochs(self) -> None:
-        """Evaluate, save a better model, move on to the next epoch."""
+    def _end_epochs(self) -> bool:
+        """Evaluate, save a better or the last model, go to the next epoch; whether it saved."""
         before = self.position
         if self.validate is None:
             self.position = replace(before, best_step=before.step)
@@ -236,8 +247,10 @@ class Trainer:
             self._evaluate(self.validate)
         self.position = replace(self.position, epoch=before.epoch + 1, sample=0)
         better = self.position.best_step != before.best_step
-        if (better or self._is_over()) and not self._save() and better:
+        saved = (better or self._is_over() or self._is_cut()) and self._save()
+        if better and not saved:
             self.position = replace(self.position, best=before.best, best_step=before.best_step)
+        return saved
 
     def _interruptible(self, batches: Iterable[T]) -> Iterator[T]:
         """Stop on a signal between the batches of an evaluation, which a resumed run repeats."""

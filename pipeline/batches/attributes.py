@@ -36,6 +36,7 @@ class ItemAttributes:
     places: np.ndarray  # int32 [V + 2, P], numbers 0 ... A - 1, then A: none
     count: int  # A
     own: np.ndarray  # bool [V + 2], whose own rows count: not of untrained items with attributes
+    without: tuple[str, ...] = ()  # the columns that hold none of them
 
     @classmethod
     def of(cls, catalog: Catalog, columns: str, separator: str) -> "ItemAttributes":
@@ -80,7 +81,10 @@ class ItemAttributes:
         places[items, np.arange(len(items)) - (np.cumsum(each) - each)[items]] = numbers
         own = np.ones(len(each), bool)
         own[1:-1] = catalog.is_trained() | (each[1:-1] == 0)
-        return cls(places, len(kept), own)
+        ends = np.cumsum([size for _, _, size in pairs])
+        used = np.searchsorted(ends, kept, side="right")  # columns, by their places in `names`
+        without = tuple(name for place, name in enumerate(names) if place not in used)
+        return cls(places, len(kept), own, without)
 
     def fingerprint(self) -> str:
         """Hash of all attributes."""
@@ -95,6 +99,7 @@ class ItemAttributes:
         return (
             f"{self.count:,} attributes of at least {LEAST_ITEMS} items, {each.mean():.1f} of an "
             f"item; {np.count_nonzero(each == 0):,} items have none"
+            + (f"; no value of {list_names(self.without)} is that of two" if self.without else "")
         )
 
 

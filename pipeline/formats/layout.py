@@ -65,7 +65,8 @@ class Layout:
         header = "with a header" if self.has_header else "without a header"
         found = ", ".join(f"{role} = {column}" for role, column in columns.items())
         line = f"format: text cut at {_spell(self.separator)}, {header}; columns: {found}"
-        return [line, *unread_time(self.names, self.places, self.columns)]
+        named = {role: self.names[at] for role, at in self.places.items()} if self.names else {}
+        return [line, *unread_time(self.names, named, self.columns)]
 
 
 def split_line(line: str, separator: str) -> list[str]:

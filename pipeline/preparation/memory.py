@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError, say
+from pipeline.files import make_folder
 
 GIB = 1 << 30
 # Sorting takes about four times the bytes of the ratings that it sorts, and several stages hold
@@ -83,7 +84,7 @@ class SpillFile:
         assert memory.folder is not None
         self._memory, self._size = memory, 0
         try:
-            memory.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(memory.folder)
             self._file = tempfile.TemporaryFile(dir=memory.folder)  # noqa: SIM115
         except OSError as error:
             raise _no_room(memory.folder, error) from error

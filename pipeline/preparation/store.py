@@ -27,7 +27,15 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import UserError, first_remedy, warn
-from pipeline.files import clear, lock, remove_old, size_and_crc32, whole_folder, write_json
+from pipeline.files import (
+    clear,
+    lock,
+    make_folder,
+    remove_old,
+    size_and_crc32,
+    whole_folder,
+    write_json,
+)
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.memory import blocks
@@ -236,7 +244,7 @@ def open_or_build(
         if store is not None:
             remove_old(path)
             return store
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with lock(path.parent / f".{path.name}.lock"):
             store = _open_if_current(path, fingerprint, warn_if_damaged=True)
             if store is not None:

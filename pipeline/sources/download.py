@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.errors import UserError, first_remedy
-from pipeline.files import lock, whole_file
+from pipeline.files import lock, make_folder, whole_file
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 # As published beside each archive (NAME.zip.md5).
@@ -36,7 +36,7 @@ def download(name: str, folder: Path) -> Path:
     if archive.exists():
         return archive
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with lock(folder / f".{archive.name}.lock"):
             if not archive.exists():
                 _fetch(name, archive)

@@ -6,7 +6,7 @@ header ("1,2,4,3"). Without the flag, columns are found by the well-known names 
 """
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -110,10 +110,22 @@ def find_columns(
     return places
 
 
-def unread_time(names: Sequence[str], roles: Container[str], columns: str | None) -> list[str]:
-    """A line for the user if no column is the time, unless --columns said so, but one may be it."""
+def unread_time(names: Sequence[str], roles: Mapping[str, str], columns: str | None) -> list[str]:
+    """A line for the user if no column is the time, unless --columns said so, but one may be it.
+
+    Args:
+        roles: the column of each role.
+    """
+    if "timestamp" in roles:
+        return []
+    if columns and known_places("timestamp", [rating := roles.get("rating", "")]):
+        return [
+            f"--columns {columns!r} takes {rating!r} for the rating, and the order of the rows for "
+            'that of time; if it is the time, give --columns "user,item,,time" with the names of '
+            "the columns"
+        ]
     found = [name for name in names if _TIME_LIKE.search(canonical(name))]
-    if columns or "timestamp" in roles or not found:
+    if columns or not found:
         return []
     advice = "rename it to timestamp" if columns is None else 'give --columns "user,item,,time"'
     return [
