@@ -141,13 +141,11 @@ class InThreads(BaseNode[T]):
         assert self._pool is not None
         # One more than threads: each has its next input when it ends.
         while not self._ended and len(self._made) <= self.threads:
-            given: Future[Any] = Future()
             try:
-                given.set_result(next(self._read))
-            except BaseException as error:  # StopIteration and SystemExit too
-                given.set_exception(error)
-                self._ended = True
-            made = given if self._ended else self._pool.submit(_mapped, self._maps, given.result())
+                made = self._pool.submit(_mapped, self._maps, next(self._read))
+            except BaseException as error:  # StopIteration and SystemExit too: in its place
+                self._ended, made = True, Future[T]()
+                made.set_exception(error)
             self._made.append((made, self._read.state_dict()))
         if not self._made:
             raise StopIteration
