@@ -27,7 +27,7 @@ from model.kernels.compiler import launch, triton
 
 # Positions of a program's tile, and its warps. The keys of a row are read once for each of its
 # tiles: tiles of long rows are larger. Of seven, (16, 1) to (128, 8), these were the fastest on an
-# H200, or within 2 %, for rows of 4 to 170 positions and heads of 32 to 128; wider heads were not
+# H200, or within 3 %, for rows of 4 to 170 positions and heads of 32 to 128; wider heads were not
 # measured.
 _SHORT, _LONG, _WIDE = (16, 1), (64, 4), (16, 4)
 _LONG_ROW, _NARROW, _MIDDLE, _WIDEST = 128, 64, 128, 256
