@@ -36,6 +36,11 @@ class Negated(MapStage[int, int]):
         return -chunk
 
 
+def started(before: list[threading.Thread]) -> list[threading.Thread]:
+    """Threads that run now and did not before."""
+    return [thread for thread in threading.enumerate() if thread not in before]
+
+
 def wait_for(reached: Callable[[], bool]) -> None:
     for _ in range(500):
         if reached():
@@ -86,28 +91,29 @@ def test_no_error_ends_a_thread_in_silence() -> None:
 
 
 def test_close_ends_the_thread_and_the_source_can_be_reset() -> None:
-    source, before = Numbers(100), threading.active_count()
+    source, before = Numbers(100), threading.enumerate()
     first = Prefetch(source, 4)
     assert next(first) == 0
+    assert len(started(before)) == 1
     first.close()
-    assert threading.active_count() <= before
+    assert not started(before)
     assert next(first, "end") == "end"
     source.reset()
     assert list(Prefetch(source, 4)) == list(range(100))
 
 
 def test_deletion_ends_the_thread() -> None:
-    before = threading.active_count()
+    before = threading.enumerate()
     ahead = Prefetch(Numbers(100), 4)
     assert next(ahead) == 0
     del ahead
     gc.collect()
-    wait_for(lambda: threading.active_count() <= before)
+    wait_for(lambda: not started(before))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_stages_in_threads_resume_from_what_was_taken(threads: int) -> None:
-    before = threading.active_count()
+    before = threading.enumerate()
     source = Numbers(9)
     stage = Doubled(InThreads(Negated(Negated(source)), threads))
     assert [next(stage), next(stage)] == [0, 2]
@@ -120,11 +126,11 @@ def test_stages_in_threads_resume_from_what_was_taken(threads: int) -> None:
     with pytest.raises(UserError, match=r"^five: no doubling$"):
         next(stage)
     stage.reset()
-    assert threading.active_count() <= before + threads
+    assert len(started(before)) <= threads
     assert next(stage) == 0
     del stage
     gc.collect()
-    wait_for(lambda: threading.active_count() <= before)
+    wait_for(lambda: not started(before))
 
 
 def test_stages_in_threads_are_in_order_and_beside_each_other() -> None:
