@@ -201,7 +201,7 @@ def test_a_replayed_graph_draws_new_bits(kind: str) -> None:
 
     expected = launched()
     table, states = start.clone(), [s.cuda() for s in states_of(kind, rows, width)]
-    on_device = StepOnDevice.of(table)
+    on_device = StepOnDevice(table.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         update_some(kind, table, states, index, [gradients], steps[0], on_device)

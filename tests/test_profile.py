@@ -106,18 +106,20 @@ def test_the_graph_of_the_whole_step_is_off_for_a_second_trace(
 ) -> None:
     bert = build_plain_model(RunConfig(), 20, one_rank)
     plan = ExecutionPlan(lookup="own", graphs="step")
-    pipeline = SimpleNamespace(train_step=SimpleNamespace(is_eager=False))
+    pipeline = SimpleNamespace(train_step=SimpleNamespace(is_eager=False, is_recorded=False))
     said: list[str] = []
     profiler = StepProfiler(
         ProfileConfig(STEPS), bert, plan, pipeline, tmp_path, one_rank, 14, said.append
     )
-    eager = []
+    eager, recorded = [], []
     with profiler:
         for _ in range(14):
             eager.append(pipeline.train_step.is_eager)
+            recorded.append(pipeline.train_step.is_recorded)
             profiler.step()
     # Two steps before, two to warm up and three recorded, twice, and two that run out.
     assert eager == [*[False] * 7, *[True] * 5, *[False] * 2]
+    assert recorded == [*[False] * 2, *[True] * 10, *[False] * 2]
     apart, as_trained = sorted(tmp_path.glob("profile/*.gz"))
     assert apart.name.startswith("rank0-apart.")
     for trace in (as_trained, apart):

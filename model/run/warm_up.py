@@ -19,6 +19,7 @@ from dataclasses import replace
 from threading import Lock
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -249,4 +250,4 @@ class _Tables:
         self.split_optimizer_states = lambda: kept
         self.get_learning_rate = lambda: 0.001
         self.optimizer_args = SimpleNamespace(beta1=0.9, beta2=0.98, eps=1e-8)
-        self.iter_cpu = SimpleNamespace(add_=int)  # counts the steps
+        self.iter_cpu = SimpleNamespace(numpy=lambda: np.zeros(1, dtype=np.int64))

@@ -14,7 +14,7 @@ from model.step.clipping import ClippingOptimizer, NormSums
 from model.step.config import OptimizerConfig
 from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.step.graphed_optimizer import GraphedOptimizer
-from model.tables.distribute import replicated
+from model.tables.distribute import replicated, unwrap
 
 
 class _Dense(NamedTuple):
@@ -46,9 +46,11 @@ class Optimizers:
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
         self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
-        if plan.graphs == "step" or plan.has_static_gradients:
+        if plan.has_static_gradients:
             self._graphed_lr = torch.tensor(config.lr, device=ranks.device)
-        made = self._flat if plan.graphs == "step" else self._of_torch
+        # A graph of whole steps reads it where the table writes what it reads itself.
+        self._table = unwrap(model).embeddings if plan.graphs == "step" else None
+        made = self._of_torch if self._table is None else self._flat
         self.dense, self._stepped, self.norms = made(parameters, ranks)
         self._has_gradients = False
         self.combined = CombinedOptimizer([("tables", self.tables), ("dense", self._stepped)])
@@ -56,9 +58,10 @@ class Optimizers:
     def _flat(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> _Dense:
         """For CUDA graphs of whole steps."""
         config, limit = self._config, self._config.max_grad_norm
-        assert self._graphed_lr is not None and not self._table_ids
-        groups = split_by_decay([*parameters.values()])
-        flat = FlatAdamW(*groups, self._graphed_lr, config.weight_decay, config.betas, limit)
+        assert self._table is not None and not self._table_ids
+        groups, lr = split_by_decay([*parameters.values()]), self._table.step_on_device.encoder_lr
+        lr.fill_(config.lr)
+        flat = FlatAdamW(*groups, lr, config.weight_decay, config.betas, limit)
         adamw = stepped = KeyedOptimizerWrapper(parameters, lambda _: flat)
         if self._plan.agrees_on_sizes:
             # In the graph it runs beside the exchange of the table's gradients.
@@ -110,6 +113,9 @@ class Optimizers:
         self.table_lr = factor * self._plan.table_lr
         for group in self.tables.param_groups:
             group["lr"] = self.table_lr
+        if self._table is not None:
+            self._table.encoder_lr = factor * self._config.lr
+            return
         if self._graphed_lr is not None:
             self._graphed_lr.fill_(factor * self._config.lr)
             return

@@ -84,6 +84,16 @@ class StepPipeline(TrainPipelineSparseDist):
         self.contexts.popleft()
         return report
 
+    def copy_batch_to_gpu(self, batches: Iterator[PackedBatch]) -> tuple[Any, Any]:
+        """The next batch, on its way to the device, or None, and its context."""
+        if self.train_step.is_recorded:
+            return super().copy_batch_to_gpu(batches)  # with names for a profile: some 40 us
+        batch = next(batches, None)
+        if batch is not None:
+            with self._stream_context(self._memcpy_stream):
+                batch = batch.to(self._device, non_blocking=True)
+        return batch, self._create_context()
+
     def _before_forward(self) -> None:
         """Prepare a call of the model, in which the table takes what it requested."""
         batch, context = self.batches[0], self.contexts[0]

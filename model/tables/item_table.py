@@ -34,7 +34,7 @@ from model.tables import upstream
 from model.tables.collections import ItemCollection, LookupContext, requested, with_lengths
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
-from model.tables.table_update import Step, StepOnDevice, has_kernels, update, update_some
+from model.tables.table_update import Step, StepOnDevice, update, update_some
 from pipeline.batches.features import items_of
 from pipeline.batches.train_batch import PackedBatch
 
@@ -46,6 +46,7 @@ class TableShard:
         tables: FBGEMM's module of one or more tables with float32 or fp16 rows.
         scored: the items that this rank scores in place; None: candidates are looked up.
         place: of the table in ``tables``.
+        on_device: what kernels read of a step; None: written by each update.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class TableShard:
         exchange: RowExchange,
         scored: CatalogSlice | None = None,
         place: int = 0,
+        on_device: StepOnDevice | None = None,
     ) -> None:
         self.rows = tables.split_embedding_weights()[place]
         self.exchange = exchange
         self._states = next(iter(tables.split_optimizer_states()[place:]), ())
-        self._optimizer = optimizer
+        self._optimizer, self._on_device = optimizer, on_device
         self._first_row = place * exchange.num_rows + exchange.low  # different in all tables
         # Autograd calls a backward pass only where an input requires gradients; ids do not.
         self._trigger = torch.zeros((), device=self.rows.device, requires_grad=True)
@@ -70,8 +72,6 @@ class TableShard:
             # A shard behind the items has attributes alone.
             self._first = max(0, scored.low - exchange.low)
             self.in_place = self.rows[self._first :][: scored.high - scored.low]
-        # Kernels read what a step differs in from the device: one graph serves many steps.
-        self._on_device = StepOnDevice.of(self.rows) if has_kernels(self.rows) else None
 
     def look_up(
         self, request: Any, num_items: int, candidates: Tensor | None, num_attributes: int = 0
@@ -92,8 +92,6 @@ class TableShard:
     def begin_step(self, step: Step) -> None:
         """Update by ``step`` from now on."""
         self._step = replace(step, first_row=self._first_row)
-        if self._on_device is not None:
-            self._on_device.write(self._optimizer, step)
 
     def index(self, ids: Tensor) -> SortedIndex:
         """The row that the gradient of each local id [U] is added to; R (ignored) for -1.
@@ -157,6 +155,10 @@ class ShardedItemTable(ItemCollection):
 
     Args:
         draws_candidates: candidates are any items, exchanged like histories; else this shard's.
+
+    Attributes:
+        step_on_device: what kernels read of a step, written when it begins.
+        encoder_lr: of the next step, written there, too.
     """
 
     def __init__(
@@ -178,9 +180,14 @@ class ShardedItemTable(ItemCollection):
         assert names in (["item"], ["item", "output"]), names
         self._is_tied = len(names) == 1
 
+        # Kernels read what a step differs in from the device: one graph serves many steps.
+        self.step_on_device = StepOnDevice(tables.split_embedding_weights()[0].device)
+        self._optimizer, self.encoder_lr = plan.table_optimizer, 0.0
+
         def shard(place: int, scores: bool) -> TableShard:
             scored = catalog if plan.in_place and scores else None
-            return TableShard(tables, plan.table_optimizer, exchange, scored, place)
+            known = tables, plan.table_optimizer, exchange, scored, place
+            return TableShard(*known, self.step_on_device)
 
         self.shards = [shard(0, self._is_tied)]
         if not self._is_tied:
@@ -193,6 +200,7 @@ class ShardedItemTable(ItemCollection):
         step = self._next_step()
         for shard in self.shards:
             shard.begin_step(step)
+        self.step_on_device.write(self._optimizer, step, self.encoder_lr)
 
     def create_context(self) -> LookupContext:
         """The context of a batch."""

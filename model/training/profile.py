@@ -60,9 +60,8 @@ class StepProfiler:
 
     def __post_init__(self) -> None:
         # With the graph of the whole step, then without.
-        whole = self.plan.graphs == "step"
-        self._train_step: TrainStep | None = self.pipeline.train_step if whole else None
-        self._cycles = 2 if whole else 1
+        self._cycles = 2 if self.plan.graphs == "step" else 1
+        self._train_step: TrainStep | None = getattr(self.pipeline, "train_step", None)
         recorded = self._cycles * (_WARM_UP + self.config.profile)
         skipped = max(0, min(_SKIPPED, self.steps - recorded - _RUN_OUT))
         self._first = skipped if self.config.profile else -1
@@ -101,12 +100,14 @@ class StepProfiler:
             on_trace_ready=self._write,
         )
         self._profile = self._recording.enter_context(recording)
+        if self._train_step is not None:
+            self._train_step.is_recorded = True
 
     def __exit__(self, *_: object) -> None:
         self._recording.close()  # the end of training may cut the trace short
         self._profile = None
         if self._train_step is not None:
-            self._train_step.is_eager = False
+            self._train_step.is_eager = self._train_step.is_recorded = False
 
     def _write(self, recorded: profile) -> None:
         folder, apart = self.run_dir / "profile", "-apart" * self._written
