@@ -39,8 +39,7 @@ class Catalog:
     item_type: pa.DataType = field(default_factory=pa.string)
     user_type: pa.DataType = field(default_factory=pa.string)
     attributes: pa.Table | None = None  # V rows: other columns of --items_path
-    # int64 [V], occurrences in the validation parts, where a model with attributes is trained on
-    # them, too.
+    # int64 [V], occurrences in the validation parts, where a model is trained on them, too.
     validation_counts: np.ndarray | None = None
 
     @classmethod
