@@ -49,7 +49,7 @@ def test_a_log_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: in
     with pytest.raises(UserError) as told:
         log.write_steps(At(1, 1, 0), {"loss": 1.0})
     assert str(told.value) == (
-        f"{tmp_path}: metrics cannot be written: {os.strerror(number)}; checkpoints are intact: "
+        f"{tmp_path}: metrics cannot be written: {os.strerror(number)}; "
         f"{ADVICE[number]}go on with --resume auto"
     )
 
@@ -71,8 +71,8 @@ def test_a_checkpoint_that_cannot_be_written_says_what_to_do(
     with pytest.raises(UserError) as told:
         checkpoints._succeeds(fail)
     assert str(told.value) == (
-        f"{tmp_path / 'checkpoints'} cannot be written: {os.strerror(number)}; earlier checkpoints "
-        f"are intact; {ADVICE[number]}go on with --resume auto"
+        f"{tmp_path / 'checkpoints'} cannot be written: {os.strerror(number)}; there is no "
+        f"checkpoint yet; {ADVICE[number]}start again with --resume auto"
     )
 
 
