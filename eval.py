@@ -10,7 +10,8 @@
 Prints the metrics table and writes eval_<split>.json into the folder; with a discount
 eval_<split>-discount-<discount>.json, with another --seen or --targets than in training
 eval_<split>-seen-<drop or keep>.json or eval_<split>-targets-<next or all>.json, on other ratings
-than those of training eval_<split>-ratings-<fingerprint>.json.
+than those of training eval_<split>-ratings-<fingerprint>.json. The folder of a model may be
+read-only: then the table is all, which a warning says.
 """
 
 import sys
@@ -34,6 +35,7 @@ def evaluate(flags: EvalFlags) -> None:
     from model.evaluation.report import format_report, write_result
     from model.run.board import write_evaluated
     from model.run.measure import compared, measure_trained
+    from pipeline.errors import UserError, is_read_only
 
     ranks, split, per_user = start(), flags.split, Path(flags.per_user)
     if flags.compare:
@@ -44,11 +46,17 @@ def evaluate(flags: EvalFlags) -> None:
     found = measure_trained(flags, ranks)
     best_possible = (found.store.best_possible or {}).get(split)
     ranks.say(format_report(split, found.result, best_possible))
-    if ranks.is_first:
+    if not ranks.is_first:
+        return
+    if flags.per_user:
+        write_ranks(per_user, found.users, found.store)
+    try:
         name = write_result(Path(flags.checkpoint), split, found.result).stem
         write_evaluated(found.run, name, found.result, best_possible, ranks)
-        if flags.per_user:
-            write_ranks(per_user, found.users, found.store)
+    except UserError as error:
+        if not is_read_only(error):
+            raise
+        ranks.warn(f"the result is printed, but not in the folder: {error}")
 
 
 def main() -> None:

@@ -55,6 +55,11 @@ def first_remedy(error: BaseException | None) -> str | None:
     return None if error is None else REMEDIES.get(error.errno or 0)
 
 
+def is_read_only(error: BaseException | None) -> bool:
+    """Whether ``error``, or its cause, is that a place takes no files from this user."""
+    return first_remedy(error) in (REMEDIES[errno.EROFS], REMEDIES[errno.EACCES])
+
+
 def remedy(error: BaseException | None, then: str) -> str:
     """``then``, after what to do about the cause: "make room, then <then>"."""
     first = first_remedy(error)

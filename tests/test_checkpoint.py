@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def test_a_checkpoint_that_lacks_files_is_not_published(
     assert outcome.code == 2
     last = outcome.err.splitlines()[-1]
     assert f".step-00000005.part is incomplete: {reason}" in last
-    assert "--run_dir must be on a file system that all hosts share; earlier checkpoints" in last
+    assert "--run_dir must be on a file system that all hosts share; there is no checkpoint" in last
     assert names(tmp_path) == []
 
 
@@ -355,7 +356,10 @@ def test_a_full_disk_stops_the_run(
     outcome = train(tmp_path)
     assert outcome.code == 2
     last = outcome.err.splitlines()[-1]
-    assert "step-00000010 cannot be written: No space left on device; earlier checkpoints" in last
+    assert last.endswith(
+        "step-00000010 cannot be written: No space left on device; the checkpoint of step 5 is "
+        "intact; make room, then go on with --resume auto"
+    )
     assert names(tmp_path) == ["step-00000005"]
     verify(tmp_path / "checkpoints" / "step-00000005")
 
@@ -370,7 +374,7 @@ def test_a_tensor_that_a_disk_does_not_take(
     state = {"model": {"weight": torch.ones(100_000)}}
     with most_bytes_of_a_file(most_bytes), pytest.raises(UserError) as told:
         checkpoints._succeeds(lambda: checkpoints._write(state, Position(step=1)))
-    assert "checkpoints cannot be written: File too large; earlier checkpoints" in str(told.value)
+    assert "checkpoints cannot be written: File too large; there is no" in str(told.value)
 
 
 def test_training_continues_on_a_full_disk_with_on_save_error_continue(
@@ -379,7 +383,7 @@ def test_training_continues_on_a_full_disk_with_on_save_error_continue(
     failing(monkeypatch, {1})
     outcome = train(tmp_path, "--on_save_error=continue")
     assert outcome.code == 0
-    assert "No space left on device; earlier checkpoints are intact, training goes" in outcome.err
+    assert "No space left on device; there is no checkpoint yet, training goes on" in outcome.err
     # The model of step 5 is lost: the worse model of step 10 is now the best.
     assert names(tmp_path) == ["step-00000010", "step-00000015"]
     verify(tmp_path / "checkpoints" / "step-00000010")
@@ -412,6 +416,14 @@ def test_training_goes_on_while_a_thread_writes_a_copy(
     assert final(tmp_path) == uninterrupted
 
 
+def test_an_error_during_a_background_write_names_it(tmp_path: Path, one_rank: Ranks) -> None:
+    checkpoints = Checkpoints(tmp_path, one_rank)
+    checkpoints._background, checkpoints._final = Future(), checkpoints.path(9)
+    assert checkpoints.kept == "there is no checkpoint yet, step-00000009 is being written"
+    checkpoints._background.set_result(None)
+    assert checkpoints.kept == "there is no checkpoint yet"
+
+
 def test_a_failed_background_write_is_raised_at_the_next_step(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,7 +431,7 @@ def test_a_failed_background_write_is_raised_at_the_next_step(
     at_step(monkeypatch, 2, lambda trainer: trainer.checkpoints._background.exception())
     outcome = train(tmp_path, "--checkpoint_every=1e-9")
     assert outcome.code == 2
-    assert "step-00000001 cannot be written: No space left on device; earlier" in outcome.err
+    assert "step-00000001 cannot be written: No space left on device; there is no" in outcome.err
     assert names(tmp_path) == []
     assert '"step": 2' in (tmp_path / "metrics.jsonl").read_text()
     assert '"step": 3' not in (tmp_path / "metrics.jsonl").read_text()
@@ -431,7 +443,7 @@ def test_a_failed_background_write_is_ignored_with_on_save_error_continue(
     failing(monkeypatch, {1})
     outcome = train(tmp_path, "--checkpoint_every=1e-9", "--on_save_error=continue")
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("cannot be written: No space left on device; earlier") == 1
+    assert outcome.err.count("cannot be written: No space left on device; there is no") == 1
 
 
 def test_a_checkpoints_folder_that_cannot_be_created(tmp_path: Path, train: Train) -> None:
@@ -462,7 +474,8 @@ def test_non_finite_weights_end_the_run_and_are_not_saved(
     outcome = train(interrupted, "--resume=auto", f"--checkpoint_every={every}")
     assert outcome.code == 2
     assert message in outcome.err.splitlines()[-1]
-    assert "earlier checkpoints are intact" in outcome.err.splitlines()[-1]
+    newest = max(int(name.removeprefix("step-")) for name in before)
+    assert outcome.err.splitlines()[-1].endswith(f"; the checkpoint of step {newest} is intact")
     after = {name: verify(interrupted / "checkpoints" / name) for name in names(interrupted)}
     assert after == before
 

@@ -1,5 +1,6 @@
 """Flags that fit the data, ``--recipe auto``: by hand, and for any data beside any flags given."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import train
 from model.settings.config import RunConfig
 from model.settings.fitting import FITTED, Machine, fitted
 from model.settings.flags import build, flags_of, flatten
+from model.settings.recipes import with_recipe
+from pipeline.errors import UserError
 from pipeline.preparation.store import SequenceStore
 from tests.conftest import RunMain, assert_one_line
 
@@ -182,6 +185,38 @@ def test_any_data_and_flags_give_a_config_that_repeats(
     again, nothing = fitted({name: flat[name] for name in FITTED} | given, store, Machine())
     assert again == config
     assert nothing == []
+
+
+def _values(entry: dataclasses.Field) -> tuple[Any, ...]:
+    """The choices of a flag, or the least and the largest number that it may have."""
+    about, is_whole = entry.metadata, "int" in str(entry.type)
+    if about["choices"] or entry.type is bool:
+        return about["choices"] or (False, True)
+    if entry.type in (str, tuple[str, ...]):
+        return ()
+    bounds, most = about["bounds"], min(about["limit"], 2**62 if is_whole else 1e300)
+    little = 1 if is_whole else 1e-9
+    least = bounds.get("at least", bounds.get("above", -little) + little)
+    return least, min(bounds.get("at most", bounds.get("below", most + little) - little), most)
+
+
+ALONE = [(name, value) for name, entry in flags_of(RunConfig).items() for value in _values(entry)]
+
+
+@pytest.mark.parametrize("length", [5, 40], ids=["short", "long"])
+def test_a_flag_that_is_right_alone_fits_the_others(length: int) -> None:
+    """Else its error, which comes once the data are prepared, names a flag that nobody gave."""
+    store, fitting = store_of(9, length), 0
+    for name, value in ALONE:
+        flags = {"dataset_path": "mine.csv"} | {name: value}
+        try:
+            build(RunConfig, with_recipe(flags))
+        except UserError:  # before the data are read
+            continue
+        for machine in (GPU, Machine()):
+            assert flatten(fitted(flags, store, machine)[0])[name] == value
+        fitting += 1
+    assert fitting > 150
 
 
 def test_times_that_could_be_read_are_told() -> None:

@@ -853,6 +853,21 @@ def test_ambiguous_or_wrong(
             {"columns": "user,item,ts"},
             "--columns 'user,item,ts' takes 'ts' for the rating",
         ),
+        *(
+            (
+                name,
+                content,
+                {"separator": ";"},
+                f"flags without effect: --separator (only with text, not with {form})\n",
+            )
+            for name, content, form in (
+                ("r.parquet", parquet(table()), "Parquet"),
+                ("r.orc", orc(table()), "ORC"),
+                ("r.arrow", arrow(table()), "Arrow"),
+                ("r.jsonl", JSON, "JSON lines"),
+                ("r.json", json.dumps(objects(COLUMNS)).encode(), "a JSON array"),
+            )
+        ),
     ],
 )
 def test_what_may_mean_something_else_is_a_warning(

@@ -43,13 +43,25 @@ def test_unit_rows_have_the_gradient_of_normalize(device: str) -> None:
 def test_the_second_parts_gradient_has_space_for_the_first_parts() -> None:
     whole, mixed, first = torch.randn(7, 4), torch.randn(5, 4), torch.randn(2, 4)
     unit, inverse = normalize_rows(whole[2:], torch.float32)
-    second = normalize_rows_gradient(mixed, inverse, unit)
+    second = normalize_rows_gradient(mixed, inverse, unit, before=2 * 4)
     own_unit, _ = normalize_rows(whole[2:].clone(), torch.float32)
     assert torch.equal(second, normalize_rows_gradient(mixed, inverse, own_unit))
     expected = torch.cat([first, second])
     joined = join_gradients(first, second)
     assert torch.equal(joined, expected) and joined.data_ptr() == second.data_ptr() - 2 * 4 * 4
     assert torch.equal(join_gradients(first, second.clone()), expected)
+
+
+def test_only_a_gradient_has_space_before_it() -> None:
+    """Rows 2 to 6 of 7: the unit rows take the memory of 5, the gradient that of all."""
+    whole = torch.randn(7, 4, requires_grad=True)
+    gradients = []
+    rows = whole[2:]
+    rows.register_hook(gradients.append)
+    unit = l2_normalize._Unit.apply(rows)
+    assert unit.untyped_storage().nbytes() == 5 * 4 * 4
+    unit.sum().backward()
+    assert gradients[0].untyped_storage().nbytes() == 7 * 4 * 4
 
 
 @cuda

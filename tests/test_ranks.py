@@ -4,13 +4,17 @@ import os
 import signal
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from model import ending
+from model.checkpoints.checkpoints import Checkpoints
+from model.checkpoints.position import Position
 from model.distributed import Ranks, start
 from model.ending import LostRankError, failure_of_another_rank, run_script
 from model.run import script
@@ -171,9 +175,27 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(one_rank: Ranks) -> None:
         ("Connection closed by peer", 1, "another rank ended at step 10"),
     ],
 )
+@pytest.mark.parametrize(
+    ("saved", "advice"),
+    [
+        (0, "there is no checkpoint yet: start again with --resume auto"),
+        (7, "the checkpoint of step 7 is intact: go on with --resume auto"),
+    ],
+)
 def test_a_stuck_rank_is_told_from_one_that_ended(
-    one_rank: Ranks, monkeypatch: pytest.MonkeyPatch, text: str, seconds: int, message: str
+    one_rank: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    seconds: int,
+    message: str,
+    saved: int,
+    advice: str,
 ) -> None:
+    checkpoints = Checkpoints(tmp_path, one_rank)
+    if saved:
+        checkpoints._write({"model": {"weight": torch.ones(1)}}, Position(step=saved))
+
     def barrier(*_: object, **__: object) -> None:
         raise RuntimeError("[Rank 0]: Ranks 5 failed to pass monitoredBarrier in 10000 ms")
 
@@ -182,7 +204,8 @@ def test_a_stuck_rank_is_told_from_one_that_ended(
     monkeypatch.setattr(agreement.dist, "monitored_barrier", barrier)
     agreed = Agreement(replace(one_rank, timeout=timedelta(seconds=3)))
     agreed._barrier_group = dist.group.WORLD
-    assert str(agreed.explain(RuntimeError(text), 10)).startswith(message)
+    told = agreed.explain(RuntimeError(text), 10, checkpoints)
+    assert str(told) == f"{message}; {advice}"
 
 
 def test_a_rank_without_its_launcher_stops(

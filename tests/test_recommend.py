@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from model.checkpoints.export import export
 from model.distributed import Ranks
+from model.programs.recommender import Recommender as Alone
 from model.run.trained import TrainedRun
 from model.serving.recommender import Recommender
 from model.settings.config import EvalFlags
@@ -312,3 +313,28 @@ def test_mistakes_are_one_line(
     outcome = run_main("recommend", *trained.flags, *(flag.format(**files) for flag in flags))
     assert_one_line(outcome, "recommend", message)
     assert {file.name for file in tmp_path.iterdir()} == files.keys()
+
+
+def test_an_item_that_only_validation_parts_have(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    """User 0's last item but one is 3, trained on with --train_on_validation; 4 never is."""
+    rows = [f"{user},{5 + (user + at) % 20}" for user in range(20) for at in range(6)]
+    rows += ["0,3", "0,4", *(f"{user},{5 + user}" for user in range(1, 20))]
+    (tmp_path / "ratings.csv").write_text("\n".join(["user,item", *rows]))
+    data = f"--dataset_path={tmp_path / 'ratings.csv'}", f"--cache_dir={cache_dir}"
+    run, folder = tmp_path / "run", tmp_path / "exported"
+    places = f"--run_dir={run}", f"--export_root={folder}", "--train_on_validation"
+    outcome = run_main("train", *TINY[:1], *TINY[3:], *data, *places)
+    assert outcome.code == 0, outcome.err
+    expected = {"3", *map(str, range(6, 25))}  # 5 is the history
+    for checkpoint in (run, folder):
+        output = tmp_path / "recs.parquet"
+        flags = f"--checkpoint={checkpoint}", "--history=5", "--k=100", f"--output={output}"
+        assert run_main("recommend", *flags).code == 0
+        assert {*pq.read_table(output)["item"].to_pylist()} == expected
+        outcome = run_main("recommend", f"--checkpoint={checkpoint}", "--similar=3", "--k=1")
+        assert outcome.code == 0 and not outcome.err
+    alone = Alone(folder)
+    assert {item for item, _ in alone.recommend([["5"]], k=100)[0]} == expected
+    assert {item for item, _ in alone.similar("5", k=100)} == expected

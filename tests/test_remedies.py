@@ -14,6 +14,8 @@ from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.config import CheckpointConfig
 from model.distributed import Ranks, writing
 from model.ending import _users_to_fix
+from model.evaluation import report
+from model.run import board
 from model.training.run_log import At, RunLog
 from pipeline.errors import UserError, remedy
 from tests.conftest import TINY, RunMain, assert_one_line
@@ -47,7 +49,7 @@ def test_a_log_that_cannot_be_written_says_what_to_do(tmp_path: Path, number: in
     with pytest.raises(UserError) as told:
         log.write_steps(At(1, 1, 0), {"loss": 1.0})
     assert str(told.value) == (
-        f"{tmp_path}: metrics cannot be written: {os.strerror(number)}; checkpoints are intact: "
+        f"{tmp_path}: metrics cannot be written: {os.strerror(number)}; "
         f"{ADVICE[number]}go on with --resume auto"
     )
 
@@ -69,8 +71,8 @@ def test_a_checkpoint_that_cannot_be_written_says_what_to_do(
     with pytest.raises(UserError) as told:
         checkpoints._succeeds(fail)
     assert str(told.value) == (
-        f"{tmp_path / 'checkpoints'} cannot be written: {os.strerror(number)}; earlier checkpoints "
-        f"are intact; {ADVICE[number]}go on with --resume auto"
+        f"{tmp_path / 'checkpoints'} cannot be written: {os.strerror(number)}; there is no "
+        f"checkpoint yet; {ADVICE[number]}start again with --resume auto"
     )
 
 
@@ -129,10 +131,38 @@ def test_a_full_disk_is_told_with_the_flag_that_names_another(
     assert_one_line(run_main(*train, f"--cache_dir={disk}"), "train", told)
     full[0] = run
     told = f"{run / 'eval_test.json'} cannot be written: {reason}, then try again"
-    assert_one_line(run_main("eval", f"--checkpoint={run}"), "eval", told)
+    per_user = f"--per_user={tmp_path / 'ranks.parquet'}"
+    assert_one_line(run_main("eval", f"--checkpoint={run}", per_user), "eval", told)
+    assert (tmp_path / "ranks.parquet").is_file()
     again = [*train, cache, f"--run_dir={run}", "--resume=auto", "--num_epochs=2"]
     told = f"--run_dir {run} cannot be written: {reason}, or name another place with --run_dir"
     assert_one_line(run_main(*again), "train", told)
+
+
+def test_a_model_in_a_read_only_folder_is_evaluated(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers and every user's rank are there, whichever file of the folder is refused."""
+    run, ranks = tmp_path / "run", tmp_path / "ranks.parquet"
+    places = f"--cache_dir={cache_dir}", f"--run_dir={run}"
+    trained = run_main("train", *TINY, "--num_epochs=1", *places)
+    assert trained.code == 0, trained.err
+    flags = "eval", f"--checkpoint={run}", f"--per_user={ranks}"
+    printed = run_main(*flags).out
+    for number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        for place, name, path in (
+            (report, "write_json", run / "eval_test.json"),
+            (board, "write_measured", run),
+        ):
+            ranks.unlink()
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, lambda *_, number=number: raises(failure(number)))
+                outcome = run_main(*flags)
+            assert outcome.code == 0 and outcome.out == printed != "" and ranks.is_file()
+            assert outcome.err == (
+                f"warning: the result is printed, but not in the folder: {path} cannot be written: "
+                f"{os.strerror(number)}; {ADVICE[number]}try again\n"
+            )
 
 
 @every

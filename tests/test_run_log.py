@@ -50,8 +50,8 @@ def test_a_full_disk_stops_the_run(
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
     assert outcome.err.splitlines()[-1] == (
-        f"train.py: {run_dir}: metrics cannot be written: No space left on device; checkpoints are "
-        "intact: make room, then go on with --resume auto"
+        f"train.py: {run_dir}: metrics cannot be written: No space left on device; make room, then "
+        "go on with --resume auto"
     )
 
 

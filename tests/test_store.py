@@ -16,7 +16,7 @@ from pipeline.preparation.catalog import Catalog
 from pipeline.preparation.prepare import prepare
 from pipeline.preparation.store import SequenceStore, open_or_build
 from pipeline.sources.config import DataConfig
-from tests.conftest import most_bytes_of_a_file
+from tests.conftest import ROOT, most_bytes_of_a_file, run_process
 
 # Users with 4, 2, 0 and 3 items; item 5 occurs as the test target of user 0 only.
 ITEMS = [1, 2, 3, 5, 2, 2, 4, 1, 3]
@@ -70,6 +70,23 @@ def test_from_arrays_is_read_only_and_leaves_the_callers_array_alone() -> None:
         store.items[0] = 2
     items[0] = 3
     assert store.catalog.items.to_pylist() == ["1", "2", "3"]
+
+
+# Reads what a training reads of a store that is there, before its first step.
+START = """
+import sys
+import model.training_run
+from pipeline.preparation.store import SequenceStore
+store = SequenceStore.open(sys.argv[1])
+print(store.train_item_counts.tolist(), "pandas" in sys.modules)
+"""
+
+
+def test_a_training_starts_without_pandas(tmp_path: Path) -> None:
+    """Arrow loads it in many functions, which takes as long as many steps."""
+    SequenceStore.from_arrays(ITEMS, OFFSETS, 5).write(tmp_path)
+    outcome = run_process("-c", START, tmp_path, cwd=ROOT)
+    assert outcome.out == "[0, 1, 3, 0, 1, 0, 0] False\n", outcome.err
 
 
 @pytest.mark.parametrize(

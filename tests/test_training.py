@@ -232,7 +232,7 @@ def test_a_nan_loss_ends_the_run(run_main: RunMain, tmp_path: Path, cache_dir: P
         *TINY,
         f"--cache_dir={cache_dir}",
         f"--run_dir={tmp_path}",
-        "--lr=1e30",
+        "--lr=1e28",
         "--warmup_share=0",
         "--max_grad_norm=0",
         "--logit_temperature=0",

@@ -55,6 +55,11 @@ RATINGS = "user,item\n" + "".join(
             {"train_on_validation": True, "eval_every": 2},
             "--eval_every (only with --train_on_validation false)",
         ),
+        (
+            {"train_on_validation": True, "val_batch_size": 9},
+            "--val_batch_size (only with --train_on_validation false)",
+        ),
+        ({"val_batch_size": 9, "eval_every": 2}, None),
         ({"two_stream": True, "left_context_share": 0.9, "mask_prob": 0.2}, None),
         (
             {"two_stream": True, "left_context_share": 1.0, "mask_prob": 0.2},
@@ -86,8 +91,9 @@ def test_each_line_of_the_table_is_about_flags() -> None:
         (
             "--mode=ddp --train_on_validation --two_stream --left_context_share=1",
             "--sharding=column_wise --embedding_optimizer=sgd --eval_every=2 --mask_prob=0.9 "
-            "--mask_last_share=0.5 --mask_token_share=0.1 --random_item_share=0.9 "
-            "--train_negatives=3 --gbce_calibration=0 --attribute_separator=, --item_dropout=0.9 "
+            "--val_batch_size=7 --mask_last_share=0.5 --mask_token_share=0.1 "
+            "--random_item_share=0.9 --train_negatives=3 --gbce_calibration=0 "
+            "--attribute_separator=, --item_dropout=0.9 "
             "--teacher_share=0.1 --decay_step=1 --random_user_count=7 --random_item_count=8 "
             "--random_size=9 --random_skew=1",
         ),

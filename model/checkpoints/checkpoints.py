@@ -70,6 +70,7 @@ class Checkpoints:
         self._last_write = time.monotonic()
         self._background: Future[None] | None = None
         self._final = self.folder  # folder of the last save
+        self._newest = 0  # step of the newest one that is complete; 0: there is none
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
@@ -77,6 +78,21 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+    @property
+    def kept(self) -> str:
+        """What is left of a run that ends now, for the line of its error."""
+        kept = f"the checkpoint of step {self._newest} is intact"
+        if not self._newest:
+            kept = "there is no checkpoint yet"
+        if self._background is not None and not self._background.done():
+            kept += f", {self._final.name} is being written"
+        return kept
+
+    @property
+    def advice(self) -> str:
+        """How such a run is trained on."""
+        return f"{'go on' if self._newest else 'start again'} with --resume auto"
 
     @property
     def is_due(self) -> bool:
@@ -121,6 +137,7 @@ class Checkpoints:
                 # The exported model is older than this checkpoint: eval.py must not take it.
                 remove_export(self.run_dir / PORTABLE)
             self._writer.write(self.path(position.step), state, position)
+            self._newest = position.step
             if self.ranks.is_first:
                 outdated = self.steps()[: -self.config.keep_last]
                 for step in set(outdated) - {position.best_step}:
@@ -137,9 +154,9 @@ class Checkpoints:
             reason = str(error)
             if not isinstance(error, UserError):
                 reason = f"{self._final} cannot be written: {_cause(error)}"
-            message = f"{reason}; earlier checkpoints are intact"
+            message = f"{reason}; {self.kept}"
             if self.config.on_save_error == "stop":
-                then = remedy(_innermost(error), "go on with --resume auto")
+                then = remedy(_innermost(error), self.advice)
                 raise UserError(f"{message}; {then}") from error
             self.ranks.warn(f"{message}, training goes on")
             return False
@@ -157,6 +174,7 @@ class Checkpoints:
         self._load(_state(model, optimizers), position.step)
         drop_cached_rows(model)
         set_table_steps(model, position.step)
+        self._newest = position.step
         self.ranks.say(f"resumed from {self.path(position.step)}")
         return position
 

@@ -32,7 +32,7 @@ def product_dtype(vectors: Tensor) -> torch.dtype:
 
 def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows [C, D] at length 1 in ``dtype``, and the inverses [C] of their lengths."""
-    unit = _empty_at_same_offset(rows, dtype)
+    unit = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     if _has_kernels(rows):
         inverse = torch.empty(len(rows), device=rows.device)
         _launch_by_rows(_normalize_rows, rows, unit, inverse)
@@ -43,14 +43,16 @@ def normalize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit, inverse
 
 
-def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor) -> Tensor:
+def normalize_rows_gradient(mixed: Tensor, scale: Tensor, unit: Tensor, before: int = 0) -> Tensor:
     """The gradient for rows, [C, D] in the dtype of ``scale``, orthogonal to each row.
 
     Args:
         mixed: [C, D]; mixed x scale [C] is the gradient for ``unit`` divided by the rows' lengths.
         unit: [C, D], from :func:`normalize_rows`.
+        before: values for which there is space before the gradient, for :func:`join_gradients`.
     """
-    gradient = _empty_at_same_offset(unit, scale.dtype)
+    memory = torch.empty(before + unit.numel(), dtype=scale.dtype, device=unit.device)
+    gradient = memory[before:].view(unit.shape)
     if _has_kernels(mixed) and scale.dtype == torch.float32:
         _launch_by_rows(_normalize_rows_gradient, mixed, scale.contiguous(), unit, gradient)
         return gradient
@@ -69,26 +71,21 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         unit, inverse = normalize_rows(rows, rows.dtype)
         ctx.save_for_backward(unit, inverse)
+        ctx.before = rows.storage_offset()
         return unit
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         unit, inverse = ctx.saved_tensors
-        return normalize_rows_gradient(grad.contiguous(), inverse, unit)
-
-
-def _empty_at_same_offset(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty [C, D] at the storage offset of ``rows``, for :func:`join_gradients`."""
-    before = rows.storage_offset()
-    memory = torch.empty(before + rows.numel(), dtype=dtype, device=rows.device)
-    return memory[before:].view(rows.shape)
+        return normalize_rows_gradient(grad.contiguous(), inverse, unit, ctx.before)
 
 
 def join_gradients(first: Tensor, second: Tensor) -> Tensor:
     """The gradient [T + C, D] of a tensor from the gradients of its two parts.
 
-    The second is not copied if there is space for the first before it, as in this module's results.
+    The second is not copied if there is space for the first before it, as before a gradient of this
+    module for rows that come after others in memory.
     """
     if not len(second):
         return first

@@ -165,9 +165,15 @@ def _launch(
 ) -> None:
     """Launch a kernel for queries and keys [T, 2 or 3, H, W] and projections [T, 3, H, W]."""
     positions, vectors_each, heads, width = vectors[0].shape
-    columns = max(16, triton.next_power_of_2(width // 2))  # ``tl.dot`` takes no fewer than 16
     size, (count, warps) = heads * width, tile(positions, layout.rows, width)
-    sizes = size, vectors_each * size, width // 2, columns, count, 1 + bool(layout.windows)
+    sizes = kernels.Sizes(
+        size=size,
+        line=vectors_each * size,
+        half=width // 2,
+        columns=max(16, triton.next_power_of_2(width // 2)),  # ``tl.dot`` takes no fewer than 16
+        tile=count,
+        parts=1 + bool(layout.windows),
+    )
     grid = triton.cdiv(positions, count), heads
     given = vectors, layout.spans, *arguments, positions, width**-0.5
-    launch(kernel, grid, *given, *sizes, num_warps=warps)
+    launch(kernel, grid, *given, sizes, num_warps=warps)

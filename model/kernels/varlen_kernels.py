@@ -9,12 +9,34 @@ A position in a second stream, and a filler, whose span is empty, is apart from 
 
 Queries and keys are two halves: a rotation pairs value i of the first with value i of the second.
 
-Shapes: T positions, H heads, W width of a head (``half`` is W / 2), R positions of a tile or block;
-``columns`` is ``half`` rounded up to a power of two, 16 or more.
+Shapes: T positions, H heads, W width of a head, R positions of a tile or block.
 """
 # ruff: noqa: ANN001, ANN202 - Triton would interpret a kernel's annotations
 
+from typing import NamedTuple
+
 from model.kernels.compiler import tl, triton
+
+
+class Sizes(NamedTuple):
+    """Constants for which :func:`attend` and the kernels of its gradients are compiled.
+
+    Attributes:
+        size: H W.
+        line: values from a position's queries, and keys, to those of the next one.
+        half: W / 2.
+        columns: ``half`` rounded up to a power of two, 16 or more.
+        tile: R, positions of a program, and of a block.
+        parts: 2 if there are second streams, else 1.
+    """
+
+    size: int
+    line: int
+    half: int
+    columns: int
+    tile: int
+    parts: int
+
 
 if triton is not None:
     _BLOCK = tl.constexpr(64)
@@ -86,45 +108,49 @@ if triton is not None:
         tl.store(target + within + half, low * sine + high * cosine, mask=inside)
 
     @triton.jit
-    def _vectors(pointer, at, line, positions, width: tl.constexpr, columns: tl.constexpr):
-        """Vectors [R, W] of positions ``at``, ``line`` values apart; zeros outside."""
-        column = tl.arange(0, columns)
-        inside = (at < positions)[:, None] & (column < width)[None, :]
+    def _vectors(pointer, at, line, positions, sizes: tl.constexpr, halves: tl.constexpr = 2):
+        """Vectors [R, W] of positions ``at``, ``line`` values apart; zeros outside.
+
+        ``halves``: 1 for the first halves, [R, W / 2].
+        """
+        column = tl.arange(0, halves * sizes.columns)
+        inside = (at < positions)[:, None] & (column < halves * sizes.half)[None, :]
         return tl.load(pointer + at.to(tl.int64)[:, None] * line + column, mask=inside, other=0.0)
 
     @triton.jit
-    def _halves(pointer, at, line, positions, half: tl.constexpr, columns: tl.constexpr):
-        """The first and second halves [R, W / 2] of vectors of positions ``at``."""
-        low = _vectors(pointer, at, line, positions, half, columns)
-        return low, _vectors(pointer + half, at, line, positions, half, columns)
+    def _halves(pointer, at, positions, sizes: tl.constexpr):
+        """The first and second halves [R, W / 2] of queries or keys of positions ``at``."""
+        low = _vectors(pointer, at, sizes.line, positions, sizes, 1)
+        return low, _vectors(pointer + sizes.half, at, sizes.line, positions, sizes, 1)
 
     @triton.jit
-    def _store(pointer, at, vectors, line, positions, width: tl.constexpr, columns: tl.constexpr):
+    def _store(
+        pointer, at, vectors, line, positions, sizes: tl.constexpr, halves: tl.constexpr = 2
+    ):
         """As :func:`_vectors`, but stored."""
-        column = tl.arange(0, columns)
-        inside = (at < positions)[:, None] & (column < width)[None, :]
+        column = tl.arange(0, halves * sizes.columns)
+        inside = (at < positions)[:, None] & (column < halves * sizes.half)[None, :]
         tl.store(pointer + at.to(tl.int64)[:, None] * line + column, vectors, mask=inside)
 
     @triton.jit
-    def _store_turned(
-        pointer, at, low, high, line, positions, turns, half: tl.constexpr, columns: tl.constexpr
-    ) -> None:
+    def _store_turned(pointer, at, low, high, positions, turns, sizes: tl.constexpr) -> None:
         """Store gradients of rotated vectors as those of the vectors before their rotation.
 
         ``turns``: rotation, or None, and its row for each position.
         """
         rotation, lines = turns
         if rotation is not None:
-            column = tl.arange(0, columns)
-            angle = tl.load(lines + at, mask=at < positions, other=0)[:, None] * 2 * half + column
-            inside = (at < positions)[:, None] & (column < half)[None, :]
+            column = tl.arange(0, sizes.columns)
+            line = tl.load(lines + at, mask=at < positions, other=0)[:, None]
+            angle = line * 2 * sizes.half + column
+            inside = (at < positions)[:, None] & (column < sizes.half)[None, :]
             cosine = tl.load(rotation + angle, mask=inside, other=0.0)
-            sine = tl.load(rotation + angle + half, mask=inside, other=0.0)
+            sine = tl.load(rotation + angle + sizes.half, mask=inside, other=0.0)
             turned = low * cosine + high * sine
             high = high * cosine - low * sine
             low = turned
-        _store(pointer, at, low, line, positions, half, columns)
-        _store(pointer + half, at, high, line, positions, half, columns)
+        _store(pointer, at, low, 3 * sizes.size, positions, sizes, 1)
+        _store(pointer + sizes.half, at, high, 3 * sizes.size, positions, sizes, 1)
 
     @triton.jit
     def _span(spans, number, at, positions):
@@ -153,45 +179,32 @@ if triton is not None:
         return tl.sum(both, axis=1) * scale
 
     @triton.jit
-    def attend(
-        given,
-        spans,
-        output,
-        log_sums,
-        positions,
-        scale,
-        size: tl.constexpr,
-        line: tl.constexpr,
-        half: tl.constexpr,
-        columns: tl.constexpr,
-        tile: tl.constexpr,
-        parts: tl.constexpr,
-    ) -> None:
+    def attend(given, spans, output, log_sums, positions, scale, sizes: tl.constexpr) -> None:
         """Output [T, H, W] and log-sum-exp [H, T] of a tile of queries.
 
-        ``given``: queries, then keys, ``line`` values a position; and values, in [T, 3, H, W].
-        ``size``: H W. ``parts``: 2 if there are second streams, else 1.
+        ``given``: queries, then keys; and values, in [T, 3, H, W].
         """
-        head, width = tl.program_id(1), 2 * half
-        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
-        keys = queries + size
-        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        head, width = tl.program_id(1), 2 * sizes.half
+        parts: tl.constexpr = sizes.parts
+        queries, values = given[0] + head * width, given[1] + 2 * sizes.size + head * width
+        keys = queries + sizes.size
+        at = tl.program_id(0) * sizes.tile + tl.arange(0, sizes.tile)
         begin, end = _span(spans, 0, at, positions)
-        low, high = _halves(queries, at, line, positions, half, columns)
+        low, high = _halves(queries, at, positions, sizes)
         # A second stream's position sees itself, too, and a filler only itself.
         is_apart = (at < begin) | (at >= end)
         itself = tl.where(is_apart, at, positions)
-        key_low, key_high = _halves(keys, itself, line, positions, half, columns)
+        key_low, key_high = _halves(keys, itself, positions, sizes)
         top = tl.where(is_apart, _own_score(low, high, key_low, key_high, scale), -1e30)
         total = tl.where(is_apart, 1.0, 0.0)
-        mixed = _vectors(values, itself, 3 * size, positions, width, 2 * columns).to(tl.float32)
+        mixed = _vectors(values, itself, 3 * sizes.size, positions, sizes).to(tl.float32)
         for part in tl.static_range(parts):  # windows, then second streams
             ends = tl.where(is_apart == (part == 1), end, 0)
             first, last = _reach(begin, ends, positions)
-            for start in range(first, last, tile):
-                key = start + tl.arange(0, tile)
-                key_low, key_high = _halves(keys, key, line, positions, half, columns)
-                value = _vectors(values, key, 3 * size, positions, width, 2 * columns)
+            for start in range(first, last, sizes.tile):
+                key = start + tl.arange(0, sizes.tile)
+                key_low, key_high = _halves(keys, key, positions, sizes)
+                value = _vectors(values, key, 3 * sizes.size, positions, sizes)
                 scores = tl.dot(high, tl.trans(key_high), tl.dot(low, tl.trans(key_low)))
                 seen = (key[None, :] >= begin[:, None]) & (key[None, :] < ends[:, None])
                 scores = tl.where(seen, scores * scale, -1e30)
@@ -202,25 +215,13 @@ if triton is not None:
                 mixed = tl.dot(mass.to(value.dtype), value, mixed * fading[:, None])
                 top = new_top
         mixed = mixed / total[:, None]
-        _store(output + head * width, at, mixed, size, positions, width, 2 * columns)
+        _store(output + head * width, at, mixed, sizes.size, positions, sizes)
         sums = log_sums + head * positions + at
         tl.store(sums, top + tl.log(total), mask=at < positions)
 
     @triton.jit
     def query_gradient(
-        given,
-        spans,
-        results,
-        turns,
-        gradient,
-        positions,
-        scale,
-        size: tl.constexpr,
-        line: tl.constexpr,
-        half: tl.constexpr,
-        columns: tl.constexpr,
-        tile: tl.constexpr,
-        parts: tl.constexpr,
+        given, spans, results, turns, gradient, positions, scale, sizes: tl.constexpr
     ) -> None:
         """The gradient of a tile of queries, into [T, 3, H, W]; others as of :func:`attend`.
 
@@ -228,22 +229,23 @@ if triton is not None:
         which gets the dot products of output and gradient.
         """
         output, log_sums, grads, products = results
-        head, width = tl.program_id(1), 2 * half
-        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
-        keys = queries + size
-        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        head, width = tl.program_id(1), 2 * sizes.half
+        parts: tl.constexpr = sizes.parts
+        queries, values = given[0] + head * width, given[1] + 2 * sizes.size + head * width
+        keys = queries + sizes.size
+        at = tl.program_id(0) * sizes.tile + tl.arange(0, sizes.tile)
         begin, end = _span(spans, 0, at, positions)
-        low, high = _halves(queries, at, line, positions, half, columns)
-        grad = _vectors(grads + head * width, at, size, positions, width, 2 * columns)
-        found = _vectors(output + head * width, at, size, positions, width, 2 * columns)
+        low, high = _halves(queries, at, positions, sizes)
+        grad = _vectors(grads + head * width, at, sizes.size, positions, sizes)
+        found = _vectors(output + head * width, at, sizes.size, positions, sizes)
         product = tl.sum(grad.to(tl.float32) * found, axis=1)
         of_head = head * positions + at
         tl.store(products + of_head, product, mask=at < positions)
         sums = tl.load(log_sums + of_head, mask=at < positions, other=0.0)
         is_apart = (at < begin) | (at >= end)
         itself = tl.where(is_apart, at, positions)
-        key_low, key_high = _halves(keys, itself, line, positions, half, columns)
-        value = _vectors(values, itself, 3 * size, positions, width, 2 * columns)
+        key_low, key_high = _halves(keys, itself, positions, sizes)
+        value = _vectors(values, itself, 3 * sizes.size, positions, sizes)
         mass = tl.exp(_own_score(low, high, key_low, key_high, scale) - sums)
         slope = mass * (tl.sum(grad.to(tl.float32) * value, axis=1) - product) * scale
         slope = tl.where(is_apart, slope, 0.0)[:, None]
@@ -251,10 +253,10 @@ if triton is not None:
         for part in tl.static_range(parts):
             ends = tl.where(is_apart == (part == 1), end, 0)
             first, last = _reach(begin, ends, positions)
-            for start in range(first, last, tile):
-                key = start + tl.arange(0, tile)
-                key_low, key_high = _halves(keys, key, line, positions, half, columns)
-                value = _vectors(values, key, 3 * size, positions, width, 2 * columns)
+            for start in range(first, last, sizes.tile):
+                key = start + tl.arange(0, sizes.tile)
+                key_low, key_high = _halves(keys, key, positions, sizes)
+                value = _vectors(values, key, 3 * sizes.size, positions, sizes)
                 span = begin, ends
                 masses = _masses(low, high, key_low, key_high, sums, span, key, scale)
                 slopes = tl.dot(grad, tl.trans(value)) - product[:, None]
@@ -262,38 +264,27 @@ if triton is not None:
                 query_low = tl.dot(slopes, key_low, query_low)
                 query_high = tl.dot(slopes, key_high, query_high)
         target, low, high = gradient + head * width, query_low, query_high
-        _store_turned(target, at, low, high, 3 * size, positions, turns, half, columns)
+        _store_turned(target, at, low, high, positions, turns, sizes)
 
     @triton.jit
     def key_gradient(
-        given,
-        spans,
-        results,
-        turns,
-        gradient,
-        positions,
-        scale,
-        size: tl.constexpr,
-        line: tl.constexpr,
-        half: tl.constexpr,
-        columns: tl.constexpr,
-        tile: tl.constexpr,
-        parts: tl.constexpr,
+        given, spans, results, turns, gradient, positions, scale, sizes: tl.constexpr
     ) -> None:
         """The gradients of a tile of keys and of its values; after :func:`query_gradient`."""
         _, log_sums, grads, products = results
-        head, width = tl.program_id(1), 2 * half
-        queries, values = given[0] + head * width, given[1] + 2 * size + head * width
-        keys, grads = queries + size, grads + head * width
+        head, width = tl.program_id(1), 2 * sizes.half
+        parts: tl.constexpr = sizes.parts
+        queries, values = given[0] + head * width, given[1] + 2 * sizes.size + head * width
+        keys, grads = queries + sizes.size, grads + head * width
         log_sums, products = log_sums + head * positions, products + head * positions
-        at = tl.program_id(0) * tile + tl.arange(0, tile)
+        at = tl.program_id(0) * sizes.tile + tl.arange(0, sizes.tile)
         begin, end = _span(spans, 0, at, positions)
-        low, high = _halves(keys, at, line, positions, half, columns)
-        value = _vectors(values, at, 3 * size, positions, width, 2 * columns)
+        low, high = _halves(keys, at, positions, sizes)
+        value = _vectors(values, at, 3 * sizes.size, positions, sizes)
         is_apart = (at < begin) | (at >= end)
         itself = tl.where(is_apart, at, positions)
-        query_low, query_high = _halves(queries, itself, line, positions, half, columns)
-        grad = _vectors(grads, itself, size, positions, width, 2 * columns)
+        query_low, query_high = _halves(queries, itself, positions, sizes)
+        grad = _vectors(grads, itself, sizes.size, positions, sizes)
         sums = tl.load(log_sums + at, mask=at < positions, other=0.0)
         product = tl.load(products + at, mask=at < positions, other=0.0)
         mass = tl.exp(_own_score(query_low, query_high, low, high, scale) - sums)
@@ -304,12 +295,12 @@ if triton is not None:
         for part in tl.static_range(parts):  # queries in the row, then in its second stream
             begin, end = _span(spans, 2 + 2 * part, at, positions)
             first, last = _reach(begin, end, positions)
-            for start in range(first, last, tile):
-                query = start + tl.arange(0, tile)
+            for start in range(first, last, sizes.tile):
+                query = start + tl.arange(0, sizes.tile)
                 seen_from, seen_to = _span(spans, 0, query, positions)
                 span = seen_from, tl.where(query < last, seen_to, 0)  # a block may go further
-                query_low, query_high = _halves(queries, query, line, positions, half, columns)
-                grad = _vectors(grads, query, size, positions, width, 2 * columns)
+                query_low, query_high = _halves(queries, query, positions, sizes)
+                grad = _vectors(grads, query, sizes.size, positions, sizes)
                 sums = tl.load(log_sums + query, mask=query < positions, other=0.0)
                 product = tl.load(products + query, mask=query < positions, other=0.0)
                 masses = _masses(query_low, query_high, low, high, sums, span, at, scale)
@@ -318,6 +309,6 @@ if triton is not None:
                 slopes = tl.trans((masses * slopes * scale).to(low.dtype))
                 key_low = tl.dot(slopes, query_low, key_low)
                 key_high = tl.dot(slopes, query_high, key_high)
-        target, low, high = gradient + size + head * width, key_low, key_high
-        _store_turned(target, at, low, high, 3 * size, positions, turns, half, columns)
-        _store(target + size, at, value_sum, 3 * size, positions, width, 2 * columns)
+        target, low, high = gradient + sizes.size + head * width, key_low, key_high
+        _store_turned(target, at, low, high, positions, turns, sizes)
+        _store(target + sizes.size, at, value_sum, 3 * sizes.size, positions, sizes)

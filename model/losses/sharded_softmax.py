@@ -175,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
         ctx.sizes, ctx.bound, ctx.teachers = sizes, bound, teachers
-        ctx.on_side_stream = beside.in_backward
+        ctx.on_side_stream, ctx.before = beside.in_backward, rows.storage_offset()
         return losses
 
     @staticmethod
@@ -217,7 +217,7 @@ def _gradient_of_rows(
     if inverse is None:
         gradient = mixed * factor[:, None]
     else:
-        gradient = normalize_rows_gradient(mixed, factor * inverse, unit)
+        gradient = normalize_rows_gradient(mixed, factor * inverse, unit, ctx.before)
     if unit.shape[0]:
         if inverse is not None:
             at_targets = normalize_rows_gradient(at_targets, inverse[column], unit[column])

@@ -41,6 +41,8 @@ class Recommender:
                 raise RuntimeError(f"{folder} was replaced while it was read: read it again")
         self.items, self.titles = known["items"], known["titles"]  # title "": there is none
         self.train_counts = np.array(known["train_counts"])
+        # Validation counts are there if the model was trained on them, too.
+        self.trained = self.train_counts + np.array(known.get("validation_counts", 0)) > 0
         temperature = self.config["flags"]["logit_temperature"] or 1  # 0: logits are the scores
         self._popularity = temperature * np.log1p(self.train_counts, dtype=np.float32)
         self._rows = {str(item): row for row, item in enumerate(self.items)}
@@ -75,7 +77,7 @@ class Recommender:
         if seen not in ("trained", "drop", "keep") or not 0 <= popularity_discount <= 1:
             raise ValueError("seen is trained, drop or keep, popularity_discount 0 to 1")
         keep = (self.config["flags"].get("seen") if seen == "trained" else seen) == "keep"
-        usable = self.train_counts > 0
+        usable = self.trained.copy()
         usable &= allow is None or np.isin(np.arange(len(usable)), self.rows(allow))
         usable[self.rows(deny)] = False
         lowered, best = popularity_discount * self._popularity, []
@@ -87,7 +89,7 @@ class Recommender:
 
     def similar(self, item: object, k: int = 10) -> Found:
         """The items with the highest cosine to an item; KeyError if it is unknown."""
-        row, usable = self._rows[self._key(item)], self.train_counts > 0
+        row, usable = self._rows[self._key(item)], self.trained.copy()
         lengths = np.maximum(np.linalg.norm(self.vectors, axis=1), 1e-12)
         usable[row] = False
         return self._best(self.vectors @ (self.vectors[row] / lengths[row]) / lengths, usable, k)

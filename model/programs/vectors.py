@@ -8,6 +8,7 @@ Shapes: V items, D width.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,15 +38,17 @@ def write_vectors(bert: BERT4Rec, folder: Path) -> None:
 
 
 def write_items(catalog: Catalog, folder: Path) -> None:
-    """Write original ids, titles and training counts in the order of the vectors.
+    """Write original ids, titles and counts of what was trained on, in the order of the vectors.
 
     Ids are numbers where they are whole numbers in the source. One block of rows at a time is text.
     """
-    columns = {
+    columns: dict[str, Any] = {
         "items": catalog.items.cast(catalog.item_type),
         "titles": catalog.titles,
         "train_counts": catalog.train_counts,
     }
+    if catalog.validation_counts is not None:
+        columns["validation_counts"] = catalog.validation_counts
     with (folder / ITEMS).open("w", encoding="utf-8") as file:
         for number, (name, column) in enumerate(columns.items()):
             file.write(f'{", " if number else "{"}"{name}": [')

@@ -112,10 +112,10 @@ class RunFolder:
         from_first_rank(self.ranks, write)
 
     def _write_catalog(self) -> None:
-        # Attributes depend on which items are trained on.
-        counts_more = self.attributes is not None and self.config.windows.train_on_validation
-        if self.store.path is None or counts_more:
-            self.store.trained_catalog(counts_more).write_to(self.path)
+        # Attributes and recommendations depend on which items are trained on.
+        on_validation = self.config.windows.train_on_validation
+        if self.store.path is None or on_validation:
+            self.store.trained_catalog(on_validation).write_to(self.path)
         else:
             Catalog.copy(self.store.path, self.path, users_folder=self.store.path)
 

@@ -141,7 +141,8 @@ class FakeStep:
         attributes: ItemAttributes | None = None,
     ) -> None:
         self._mode, self._device = FakeTensorMode(), ranks.device
-        self._users = config.output.val_batch_size
+        output, on_validation = config.output, config.windows.train_on_validation
+        self._users = output.test_batch_size if on_validation else output.val_batch_size
         self._trained = set[tuple[int, ...]]()
         self._plan = replace(plan, graphs="none")
         with self._mode, self._device:

@@ -44,7 +44,7 @@ class Eligible:
                 self.mask[:] = False
             self.mask[found] = value
         if choice.cold == "drop":
-            self.mask[1:-1] &= self._counts > 0
+            self.mask[1:-1] &= catalog.is_trained()
         self.mask[[0, -1]] = False
         if not self.mask.any():
             raise UserError(

@@ -281,7 +281,7 @@ class Recommender:
 
     def similar_items(self, item: int, eligible: Eligible) -> Lists:
         """The items with the largest cosine to the vector of a dense id, without itself."""
-        if not self.catalog.train_counts[item - 1]:
+        if not self.catalog.is_trained()[item - 1]:
             self.ranks.warn(
                 "the item has no training rating: its vector is random, or with --item_attributes "
                 "the sum of those of its attributes"

@@ -95,7 +95,8 @@ def fitted(
 
 def _for_lengths(short: bool, given: Mapping[str, Any]) -> dict[str, Any]:
     """Windows, masks and dropout."""
-    flags = {"max_len": 100, "left_context_share": 0.25, "learned_positions": False}
+    flags = {"max_len": 100, "left_context_share": 0.25}
+    flags["learned_positions"] = given.get("positions") == "none"  # else the order is lost
     if short:  # few targets each: predict every item of a window, and regularise
         flags |= {"two_stream": True, "mask_prob": 0.4, "dropout": 0.4}
     else:

@@ -63,7 +63,7 @@ _NEEDS = (
         lambda run: run.training.gamma == 1 or run.training.num_epochs > run.training.decay_step,
     ),
     _Needs(
-        ("eval_every",),
+        ("eval_every", "val_batch_size"),
         "--train_on_validation false",
         lambda run: not run.windows.train_on_validation,
     ),

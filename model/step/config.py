@@ -9,7 +9,8 @@ from pipeline.config import Config, flag
 class OptimizerConfig(Config):
     """The encoder's optimizer, AdamW."""
 
-    lr: float = flag(1e-3, "peak learning rate of the encoder", at_least=0, limit=1e30)
+    # The limit leaves room for the tables' rate, a multiple of this one if it is not given.
+    lr: float = flag(1e-3, "peak learning rate of the encoder", at_least=0, limit=1e28)
     weight_decay: float = flag(
         0.01, "decoupled weight decay on the encoder's matrices", at_least=0, limit=1000
     )

@@ -22,6 +22,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from model.checkpoints.checkpoints import Checkpoints
 from model.distributed import Ranks
 from model.ending import GONE, LostRankError, failure_of_another_rank
 
@@ -88,13 +89,15 @@ class Agreement:
         )
         return decision
 
-    def explain(self, error: RuntimeError, step: int) -> LostRankError | None:
+    def explain(
+        self, error: RuntimeError, step: int, checkpoints: Checkpoints
+    ) -> LostRankError | None:
         """The error to report for a failed collective; None if other ranks are not the cause."""
-        text, advice = str(error), "earlier checkpoints are intact: go on with --resume auto"
+        text, advice = str(error), f"{checkpoints.kept}: {checkpoints.advice}"
         if self._barrier_group is None or not (GONE.search(text) or TIMED_OUT.search(text)):
             return None
         if failed := failure_of_another_rank():
-            return LostRankError(f"{failed}; earlier checkpoints are intact")
+            return LostRankError(f"{failed}; {checkpoints.kept}")
         when = f"for {self._timeout.total_seconds():g} s at step {step}"
         started = time.monotonic()
         if silent := self._silent_ranks():

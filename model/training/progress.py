@@ -67,7 +67,7 @@ class LogWindow:
         self.waited = 0.0  # seconds, for the loader
         self._started = time.perf_counter()
 
-    def reduce(self, norms: torch.Tensor | None) -> dict[str, float]:
+    def reduce(self, norms: torch.Tensor | None, kept: str) -> dict[str, float]:
         """Mean loss per masked position, summed speed of all ranks, highest peak memory.
 
         A loss that is not finite is a UserError, which names the first such step.
@@ -75,6 +75,7 @@ class LogWindow:
         Args:
             norms: float32 [2], sums over the steps of the gradients' norm and of clipped steps,
                 the same on all ranks; None: not computed.
+            kept: ends the error: the checkpoint that there is.
         """
         totals = torch.stack(self.losses).double()
         totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])
@@ -88,7 +89,7 @@ class LogWindow:
                 raise UserError(
                     f"the loss became {loss_sum} at step {after.step} (epoch {after.epoch + 1}, "
                     f"its samples {before.sample} to {after.sample - 1}, lr {lr:g}): lower --lr "
-                    "or raise --warmup_share; earlier checkpoints are intact"
+                    f"or raise --warmup_share; {kept}"
                 )
         values = {
             "loss": sum(loss_sum for loss_sum, _ in steps) / max(sum(n for _, n in steps), 1),

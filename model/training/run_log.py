@@ -179,9 +179,8 @@ class RunLog:
         reason = getattr(error.__cause__ or error, "strerror", error)
         message = f"{self.run_dir}: metrics cannot be written: {reason}"
         if self.on_error == "stop":
-            raise UserError(
-                f"{message}; checkpoints are intact: {remedy(error, 'go on with --resume auto')}"
-            ) from error
+            then = remedy(error, "go on with --resume auto")
+            raise UserError(f"{message}; {then}") from error
         if not self._has_failed:
             self._has_failed = True
             warn(f"{message}, training goes on")

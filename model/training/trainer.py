@@ -107,7 +107,7 @@ class Trainer:
                 self.checkpoints.finish()  # a background write holds an earlier, good step
             raise
         except RuntimeError as error:
-            if explained := self._agreement.explain(error, self.position.step):
+            if explained := self._agreement.explain(error, self.position.step, self.checkpoints):
                 raise explained from error
             raise
         # Not after a failure: the GPU may still wait for another GPU inside its graph.
@@ -170,7 +170,7 @@ class Trainer:
 
     def _log_steps(self) -> None:
         norms = self.optimizers.norms
-        values = self._window.reduce(None if norms is None else norms.take())
+        values = self._window.reduce(None if norms is None else norms.take(), self.checkpoints.kept)
         values["table_lr"] = self.optimizers.table_lr
         self.log.write_steps(self._at(), values)
 
@@ -234,7 +234,7 @@ class Trainer:
         if broken:
             raise UserError(
                 f"weights are not finite any more after step {self.position.step}: lower --lr or "
-                "raise --warmup_share; earlier checkpoints are intact"
+                f"raise --warmup_share; {self.checkpoints.kept}"
             )
         return self.checkpoints.save(self.model, self.optimizers, self.position, wait)
 

@@ -149,7 +149,7 @@ class ReadTable(Stage[pa.Table]):
         try:
             reader = pa.RecordBatchReader.from_stream(self.data)
             typed = TypedColumns("the table", reader.schema, self.wanted)
-            for line in typed.described("table")[1:]:
+            for line in typed.described("a table")[1:]:
                 warn(line)
             for table in _ratings(typed, reader):
                 table, form = with_whole_times(table)

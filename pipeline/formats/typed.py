@@ -60,8 +60,10 @@ class TypedColumns:
             for role, column in columns.items()
         }
         found = ", ".join(f"{role} = {name!r} ({kinds[role]})" for role, name in self.roles.items())
-        line = f"format: {form}; columns: {found}"
-        return [line, *unread_time(list(self.fields), self.roles, self.wanted.columns)]
+        lines = [f"format: {form}; columns: {found}"]
+        if self.wanted.separator:
+            lines.append(f"flags without effect: --separator (only with text, not with {form})")
+        return lines + unread_time(list(self.fields), self.roles, self.wanted.columns)
 
     @cached_property
     def columns(self) -> list[str]:

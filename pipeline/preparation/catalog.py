@@ -22,7 +22,8 @@ from pipeline.files import open_regular, whole_file
 FILES = ("catalog.parquet", "users.parquet")
 _ITEMS = pa.schema({"item": pa.string(), "title": pa.string(), "train_count": pa.int64()})
 _VALIDATION = "validation_count"  # a further column, in the folder of a run that trains on them
-_NO_USERS = pa.table({"user": pa.array([], pa.string())})
+# Not by ``pa.array``: it loads pandas, for which no training waits before its first step.
+_NO_USERS = pa.Table.from_batches([], pa.schema({"user": pa.string()}))
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
 
@@ -39,8 +40,7 @@ class Catalog:
     item_type: pa.DataType = field(default_factory=pa.string)
     user_type: pa.DataType = field(default_factory=pa.string)
     attributes: pa.Table | None = None  # V rows: other columns of --items_path
-    # int64 [V], occurrences in the validation parts, where a model with attributes is trained on
-    # them, too.
+    # int64 [V], occurrences in the validation parts, where a model is trained on them, too.
     validation_counts: np.ndarray | None = None
 
     @classmethod
@@ -117,7 +117,9 @@ class Catalog:
     @staticmethod
     def read_train_counts(folder: Path) -> np.ndarray:
         """int64 [V], the ``train_counts`` of a store's catalog, without reading the rest."""
-        return pq.read_table(folder / FILES[0], columns=["train_count"])["train_count"].to_numpy()
+        with pq.ParquetFile(folder / FILES[0]) as file:
+            counts = file.read(["train_count"])["train_count"].combine_chunks()
+        return np.from_dlpack(counts)  # ``to_numpy`` and ``pq.read_table`` load pandas, too
 
     def is_trained(self) -> np.ndarray:
         """bool [V]: items with a rating that a model is trained on."""
