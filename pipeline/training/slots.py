@@ -15,6 +15,8 @@ from pipeline.training.shape_buckets import bucket_size
 
 # The ids are sorted, not marked in a table with more rows than this.
 _MARKED_ROWS = 1 << 22
+# Up to so many ranks, one comparison of all ids a block takes less time than `np.bincount`.
+_COMPARED = 8
 
 
 @dataclass(eq=False)
@@ -53,7 +55,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         Different ids take ten times as long to count as ids, of which only the mask token repeats
         where the catalog is large.
         """
-        repeated = np.bincount(ids // np.int32(self.shard_rows), minlength=self.world_size)
+        repeated = self._in_blocks(ids)
         masked = np.count_nonzero(ids == self.mask_token)
         repeated[self.mask_token // self.shard_rows] -= masked - bool(masked)
         most = int(repeated.max())
@@ -63,6 +65,13 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         most = most if most <= 1.03 * different else different
         self._slots = max(self._slots, most)
         return most
+
+    def _in_blocks(self, ids: np.ndarray) -> np.ndarray:
+        """How many of the ids, int32 [n], are in each block: int64 [W]."""
+        if self.world_size > _COMPARED:
+            return np.bincount(ids // np.int32(self.shard_rows), minlength=self.world_size)
+        bounds = self.shard_rows * np.arange(1, self.world_size, dtype=np.int32)
+        return np.diff([0, *(np.count_nonzero(ids < bound) for bound in bounds), len(ids)])
 
     def different(self, ids: np.ndarray) -> int:
         """The most different ids, int32 [n], in one block."""
