@@ -22,7 +22,7 @@ _MASK64 = (1 << 64) - 1
 _LOWBIAS32 = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
 _TURNS = 6  # of a Feistel network; even, so that both halves end with as many bits as before
 # Values mixed at a time, so that all passes over them stay in the processor's cache.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 15
 
 
 def key64(*parts: int) -> int:

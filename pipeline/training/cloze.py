@@ -70,7 +70,8 @@ class ClozeMask:
         chosen[jagged_positions(starts[rows], ends[rows])] = False
         only_last = ends[rows] - 1
         chosen[only_last] = True
-        empty = np.flatnonzero(~np.logical_or.reduceat(chosen, starts))
+        # Bytes: NumPy sums up bools only half as fast.
+        empty = np.flatnonzero(np.bitwise_or.reduceat(chosen.view(np.uint8), starts) == 0)
         forced_draws = mix32(row_draws[empty] ^ np.uint32(_FORCED))
         chosen[starts[empty] + scaled(forced_draws, ends[empty] - starts[empty])] = True
 
@@ -131,7 +132,9 @@ class LeftContextFirst(MapStage[SampledWindows, SampledWindows]):
         left_only = self.cloze.left_only(chunk.epoch, chunk.windows, chunk.copies)
         if left_only is None:
             return chunk
-        step = np.repeat(np.arange(len(chunk.step_windows)), chunk.step_windows)
+        steps = len(chunk.step_windows)
+        # NumPy sorts small integers by their bytes, twice as fast.
+        step = np.repeat(np.arange(steps, dtype=np.min_scalar_type(2 * steps)), chunk.step_windows)
         order = np.argsort(2 * step + ~left_only, kind="stable")
         return replace(
             chunk,
