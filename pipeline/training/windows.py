@@ -103,23 +103,34 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.bounds(chunk.windows)
+        lengths = end - start
+        if len(lengths) and (lengths == lengths[0]).all():
+            values = _runs(self.items, int(lengths[0]))[start].view(self.items.dtype)
+        else:
+            values = self._gathered(start, end)
+        return JaggedWindows(**vars(chunk), values=values, offsets=splits(lengths))
+
+    def _gathered(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The items start:end (int64 [B]) of rows of any lengths: int32 [T]."""
         offsets = splits(end - start)
         values = np.empty(offsets[-1], dtype=self.items.dtype)
         # Blocks of rows, so that what one call reads of memory is in the cache for the next.
         rows = 1 + _GATHERED * len(start) // (len(values) + 1)
         for low in range(0, len(start), rows):
-            block = slice(low, low + rows)
-            self._gather(start[block], end[block], values[offsets[low] :])
-        return JaggedWindows(**vars(chunk), values=values, offsets=offsets)
+            first, after = start[low : low + rows], end[low : low + rows]
+            # These independent reads bring the rows, far apart in memory, into the cache. Without
+            # them the gather below would wait for each row in turn (half the speed).
+            # All positions are in range: "clip" changes none and skips the range check.
+            self.items.take(first, mode="clip"), self.items.take(after - 1, mode="clip")
+            out = values[offsets[low] : offsets[min(low + rows, len(start))]]
+            np.take(self.items, jagged_positions(first, after), mode="clip", out=out)
+        return values
 
-    def _gather(self, start: np.ndarray, end: np.ndarray, out: np.ndarray) -> None:
-        """Write the items start:end (int64 [B]) to the begin of ``out``."""
-        # These independent reads bring the rows, far apart in memory, into the cache. Without them
-        # the gather below would wait for each row in turn (half the speed).
-        # All positions are in range: "clip" changes none and skips the range check.
-        self.items.take(start, mode="clip"), self.items.take(end - 1, mode="clip")
-        positions = jagged_positions(start, end)
-        np.take(self.items, positions, mode="clip", out=out[: len(positions)])
+
+def _runs(items: np.ndarray, length: int) -> np.ndarray:
+    """A view: entry i is the items i:i+length as one opaque value, which NumPy copies whole."""
+    run = np.dtype((np.void, length * items.itemsize))
+    return np.ndarray(len(items) - length + 1, run, items, strides=items.strides)
 
 
 @dataclass(eq=False)
