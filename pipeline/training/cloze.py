@@ -65,8 +65,10 @@ class ClozeMask:
         draws, row_draws = position_draws(low32(keys), offsets), high32(keys)
         starts, ends = offsets[:-1], offsets[1:]
         chosen = below(draws, self.config.mask_prob)
-        last_draws = mix32(row_draws ^ np.uint32(_MASK_LAST))
-        rows = np.flatnonzero(below(last_draws, self.config.mask_last_share))
+        rows = np.empty(0, dtype=np.int64)
+        if self.config.mask_last_share:
+            last_draws = mix32(row_draws ^ np.uint32(_MASK_LAST))
+            rows = np.flatnonzero(below(last_draws, self.config.mask_last_share))
         chosen[jagged_positions(starts[rows], ends[rows])] = False
         only_last = ends[rows] - 1
         chosen[only_last] = True
@@ -98,9 +100,16 @@ class ClozeMask:
         replaced = np.full(len(targets), self.mask_token, dtype=np.int32)
         others = np.flatnonzero(~below(actions, token_share))
         replaced[others] = targets[others]
-        at = others[below(actions[others], token_share + random_share)]
+        at = others[np.flatnonzero(below(actions[others], token_share + random_share))]
         replaced[at] = 1 + scaled(mix32(draws[at] ^ np.uint32(_RANDOM_ITEM)), self.num_items)
         return replaced
+
+
+def in_steps(masked: np.ndarray, value_splits: np.ndarray) -> dict[str, np.ndarray]:
+    """``masked`` and ``mask_splits`` of `MaskedWindows`, of positions in all values (int64 [M])."""
+    mask_splits = np.searchsorted(masked, value_splits)
+    in_step = masked - np.repeat(value_splits[:-1], np.diff(mask_splits))
+    return {"masked": in_step, "mask_splits": mask_splits}
 
 
 @dataclass(eq=False)
@@ -116,9 +125,8 @@ class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
         return MaskedWindows(
             **vars(chunk),
             row_splits=chunk.window_splits,
-            masked=masked,
             targets=targets,
-            mask_splits=np.searchsorted(masked, chunk.offsets[chunk.window_splits]),
+            **in_steps(masked, chunk.offsets[chunk.window_splits]),
         )
 
 

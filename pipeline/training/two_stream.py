@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.batches.times import UNKNOWN
 from pipeline.jagged import jagged_positions, splits
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
-from pipeline.training.cloze import MaskItems
+from pipeline.training.cloze import MaskItems, in_steps
 
 
 class TwoStreams(MaskItems):
@@ -70,8 +70,7 @@ class TwoStreams(MaskItems):
         return MaskedWindows(
             **vars(replace(chunk, values=values, offsets=offsets, times=times)),
             row_splits=row_splits,
-            masked=masked,
             targets=targets[masked],
-            mask_splits=np.searchsorted(masked, offsets[row_splits]),
+            **in_steps(masked, offsets[row_splits]),
             steps_ago=all_steps_ago,
         )
