@@ -70,7 +70,7 @@ class WindowTable:
     def bounds(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Start and end (int64 [N]) of windows: ``store.items[start:end]``, 1 to max_len items."""
         if self._held:
-            bounds = np.take(self._held[0], windows)
+            bounds = np.take(self._held[0], windows, mode="clip")  # all are in range
             return bounds["start"], bounds["end"]
         return self._cut(windows, np.searchsorted(self._first, windows, "right") - 1)
 
