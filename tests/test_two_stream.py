@@ -31,6 +31,7 @@ def chunk() -> JaggedWindows:
         window_splits=np.array([0, 2, 3]),
         windows=np.arange(3),
         copies=np.zeros(3, dtype=np.int64),
+        keys=np.arange(3, dtype=np.uint64),
         left_only=np.array([True, False, True]),
         values=np.array([7, 3, 9, 5, 6, 8], dtype=np.int32),
         offsets=np.array([0, 3, 5, 6]),

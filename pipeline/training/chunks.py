@@ -20,6 +20,7 @@ class SampledWindows:
     window_splits: np.ndarray  # int64 [S + 1]; step s trains windows[splits[s]:splits[s + 1]]
     windows: np.ndarray  # int64 [W], numbers in the `WindowTable`
     copies: np.ndarray  # int64 [W], which of ``dupe_factor`` copies
+    keys: np.ndarray | None = None  # uint64 [W], of the windows' draws (cloze.py)
     left_only: np.ndarray | None = None  # bool [W], rows with left context only
 
     @property

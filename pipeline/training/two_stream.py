@@ -33,14 +33,12 @@ class TwoStreams(MaskItems):
 
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         left, lengths = chunk.left_only, np.diff(chunk.offsets)
-        assert left is not None
+        assert left is not None and chunk.keys is not None
         steps_ago = np.repeat(chunk.offsets[1:], lengths) - np.arange(len(chunk.values)) - 1
         both = ~left
         at = jagged_positions(chunk.offsets[:-1][both], chunk.offsets[1:][both])
         values = chunk.values[at]
-        masked, masked_items = self.cloze(
-            values, splits(lengths[both]), chunk.epoch, chunk.windows[both], chunk.copies[both]
-        )
+        masked, masked_items = self.cloze(values, splits(lengths[both]), chunk.keys[both])
         chunk.values[at] = values
 
         # Row numbers of both streams, step by step.
