@@ -100,11 +100,10 @@ class ClozeMask:
         return replaced
 
 
-def in_steps(masked: np.ndarray, value_splits: np.ndarray) -> dict[str, np.ndarray]:
+def in_steps(masked: np.ndarray, value_splits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``masked`` and ``mask_splits`` of `MaskedWindows`, of positions in all values (int64 [M])."""
     mask_splits = np.searchsorted(masked, value_splits)
-    in_step = masked - np.repeat(value_splits[:-1], np.diff(mask_splits))
-    return {"masked": in_step, "mask_splits": mask_splits}
+    return masked - np.repeat(value_splits[:-1], np.diff(mask_splits)), mask_splits
 
 
 @dataclass(eq=False)
@@ -116,11 +115,13 @@ class MaskItems(MapStage[JaggedWindows, MaskedWindows]):
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         assert chunk.keys is not None
         masked, targets = self.cloze(chunk.values, chunk.offsets, chunk.keys)
+        masked, mask_splits = in_steps(masked, chunk.offsets[chunk.window_splits])
         return MaskedWindows(
             **vars(chunk),
             row_splits=chunk.window_splits,
+            masked=masked,
             targets=targets,
-            **in_steps(masked, chunk.offsets[chunk.window_splits]),
+            mask_splits=mask_splits,
         )
 
 

@@ -55,7 +55,7 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         Different ids take several times as long to count as ids, of which only the mask token
         repeats where the catalog is large.
         """
-        repeated = np.sum([self._in_blocks(ids) for ids in parts], axis=0)
+        repeated = self._in_blocks(parts)
         masked = sum(np.count_nonzero(ids == self.mask_token) for ids in parts)
         repeated[self.mask_token // self.shard_rows] -= masked - bool(masked)
         most = int(repeated.max())
@@ -66,20 +66,23 @@ class CountSlots(MapStage[MaskedWindows, MaskedWindows]):
         self._slots = max(self._slots, most)
         return most
 
-    def _in_blocks(self, ids: np.ndarray) -> np.ndarray:
-        """How many of the ids, integers [n], are in each block: int64 [W]."""
-        if self.world_size > _COMPARED:
-            return np.bincount(ids // ids.dtype.type(self.shard_rows), minlength=self.world_size)
-        bounds = self.shard_rows * np.arange(1, self.world_size, dtype=np.int32)
-        return np.diff([0, *(np.count_nonzero(ids < bound) for bound in bounds), len(ids)])
+    def _in_blocks(self, parts: list[np.ndarray]) -> np.ndarray:
+        """How many of the ids of all parts, integers, are in each block: int64 [W]."""
+        rows, blocks = self.shard_rows, self.world_size
+        if blocks > _COMPARED:
+            ids = np.concatenate(parts, dtype=np.int32)
+            return np.bincount(ids // np.int32(rows), minlength=blocks)
+        bounds = range(rows, blocks * rows, rows)
+        below = [sum(np.count_nonzero(ids < bound) for ids in parts) for bound in bounds]
+        return np.diff([0, *below, sum(map(len, parts))])
 
     def different(self, ids: np.ndarray) -> int:
         """The most different ids, int32 [n], in one block."""
         if self.mask_token >= _MARKED_ROWS:
             ids = np.sort(ids)
             ids = ids[np.diff(ids, prepend=-1) > 0]  # np.unique takes four times as long
-            return int(self._in_blocks(ids).max())
-        self._marks[ids] = True
+            return int(self._in_blocks([ids]).max())
+        self._marks[ids.astype(np.int64)] = True  # half the time of int32, which NumPy buffers
         blocks = range(0, len(self._marks), self.shard_rows)
         counts = [np.count_nonzero(self._marks[low : low + self.shard_rows]) for low in blocks]
         self._marks[:] = False

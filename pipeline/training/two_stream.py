@@ -64,11 +64,13 @@ class TwoStreams(MaskItems):
         if chunk.times is not None:  # M t has those of item t
             times = np.full((offsets[-1], 2), UNKNOWN)
             times[items], times[queries] = chunk.times, chunk.times[predicted]
-        masked, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
+        predicting, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
+        masked, mask_splits = in_steps(predicting, offsets[row_splits])
         return MaskedWindows(
             **vars(replace(chunk, values=values, offsets=offsets, times=times)),
             row_splits=row_splits,
-            targets=targets[masked],
-            **in_steps(masked, offsets[row_splits]),
+            masked=masked,
+            targets=targets[predicting],
+            mask_splits=mask_splits,
             steps_ago=all_steps_ago,
         )
