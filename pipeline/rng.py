@@ -19,10 +19,15 @@ import numpy as np
 _GOLDEN64 = 0x9E3779B97F4A7C15
 _GOLDEN32 = np.uint32(0x9E3779B9)
 _MASK64 = (1 << 64) - 1
-_LOWBIAS32 = ((np.uint32(16), np.uint32(0x7FEB352D)), (np.uint32(15), np.uint32(0x846CA68B)))
+# Arrays of no dimension: NumPy converts a scalar in each call.
+_ROUNDS32 = [
+    (np.array(shift, dtype=np.uint32), np.array(factor, dtype=np.uint32))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B))
+]
+_LAST_SHIFT32 = np.array(16, dtype=np.uint32)
 _TURNS = 6  # of a Feistel network; even, so that both halves end with as many bits as before
 # Values mixed at a time, so that all passes over them stay in the processor's cache.
-_BLOCK = 1 << 14
+_BLOCK = 1 << 15
 
 
 def key64(*parts: int) -> int:
@@ -91,11 +96,11 @@ def mix32(values: np.ndarray) -> np.ndarray:
     for first in range(0, len(values), _BLOCK):
         block = values[first : first + _BLOCK]
         scratch = shifted[: len(block)]
-        for shift, factor in _LOWBIAS32:
+        for shift, factor in _ROUNDS32:
             np.right_shift(block, shift, out=scratch)
             np.bitwise_xor(block, scratch, out=block)
             np.multiply(block, factor, out=block)
-        np.right_shift(block, np.uint32(16), out=scratch)
+        np.right_shift(block, _LAST_SHIFT32, out=scratch)
         np.bitwise_xor(block, scratch, out=block)
     return values
 

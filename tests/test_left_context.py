@@ -16,15 +16,15 @@ from pipeline.training.loader import TrainLoader
 def test_their_share_is_kept_and_keyed_by_window() -> None:
     cloze = ClozeMask(MaskConfig(left_context_share=0.3), num_items=9, seed=4)
     windows, copies = np.arange(20_000), np.zeros(20_000, dtype=np.int64)
-    chosen = cloze.left_only(1, windows, copies)
+    chosen = cloze.left_only(cloze.keys(1, windows, copies))
     assert abs(chosen.mean() - 0.3) < 0.013  # four standard deviations
-    assert (cloze.left_only(1, windows[::-1], copies) == chosen[::-1]).all()
-    assert (cloze.left_only(2, windows, copies) != chosen).any()
+    assert (cloze.left_only(cloze.keys(1, windows[::-1], copies)) == chosen[::-1]).all()
+    assert (cloze.left_only(cloze.keys(2, windows, copies)) != chosen).any()
 
 
 def test_no_share_draws_nothing() -> None:
     cloze = ClozeMask(MaskConfig(left_context_share=0.0), num_items=9, seed=4)
-    assert cloze.left_only(1, np.arange(3), np.zeros(3, dtype=np.int64)) is None
+    assert cloze.left_only(np.arange(3, dtype=np.uint64)) is None
 
 
 @pytest.mark.parametrize("few_shapes", [False, True])

@@ -24,13 +24,14 @@ def masked_rows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values after masking, masked positions and targets of rows that hold one item throughout."""
     values = np.full(sum(lengths), item, dtype=np.int32)
-    masked, targets = ClozeMask(config, NUM_ITEMS, seed)(
-        values,
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+    cloze = ClozeMask(config, NUM_ITEMS, seed)
+    keys = cloze.keys(
         epoch,
         np.arange(len(lengths)) if windows is None else np.array(windows),
         np.zeros(len(lengths), dtype=np.int64) if copies is None else np.array(copies),
     )
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    masked, targets = cloze(values, offsets, keys)
     return values, masked, targets
 
 
@@ -113,8 +114,8 @@ def test_rows_of_one_item_are_masked() -> None:
 def test_a_catalog_of_one_item() -> None:
     values = np.ones(1000, dtype=np.int32)
     config = MaskConfig(mask_prob=0.5, mask_token_share=0.5, random_item_share=0.5)
-    zeros = np.zeros(10, dtype=np.int64)
-    _, targets = ClozeMask(config, 1, 0)(values, np.arange(11) * 100, 0, np.arange(10), zeros)
+    cloze, zeros = ClozeMask(config, 1, 0), np.zeros(10, dtype=np.int64)
+    _, targets = cloze(values, np.arange(11) * 100, cloze.keys(0, np.arange(10), zeros))
     assert set(values.tolist()) == {1, 2}
     assert set(targets.tolist()) == {1}
 

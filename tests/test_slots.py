@@ -57,6 +57,13 @@ def test_different_ids_of_the_fullest_block(
         assert stage.different(np.array(ids, dtype=np.int32)) == most
 
 
+@pytest.mark.parametrize("compared", [3, 4])
+def test_ids_of_each_block(compared: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_COMPARED", compared)
+    parts = [np.array([0, 4, 5, 9, 9], dtype=np.int32), np.array([15, 19])]
+    assert counter()._in_blocks(parts).tolist() == [2, 3, 0, 2]
+
+
 @given(
     st.lists(st.lists(st.integers(0, MASK_TOKEN), min_size=1, max_size=40), min_size=1, max_size=6),
 )
@@ -82,7 +89,7 @@ def test_the_largest_rank_decides_and_candidates_count() -> None:
         negatives=np.array([[4, 4], [9, 10]]),
     )
     stage = counter()
-    requested = [ids.tolist() for ids in slots._requested(chunk)]
+    requested = [np.concatenate(parts).tolist() for parts in slots._requested(chunk)]
     assert requested == [[1, 2, 3, 4, 4], [6, 7, 8, 9, 10]]
     assert stage.apply(chunk).slots.tolist() == [8, 8]
 

@@ -106,6 +106,7 @@ def chunk() -> JaggedWindows:
         window_splits=np.array([0, 2]),
         windows=np.arange(2),
         copies=np.zeros(2, dtype=np.int64),
+        keys=np.arange(2, dtype=np.uint64),
         left_only=np.array([True, False]),
         values=np.array([7, 3, 5, 6], dtype=np.int32),
         offsets=np.array([0, 2, 4]),

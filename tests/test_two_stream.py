@@ -31,6 +31,7 @@ def chunk() -> JaggedWindows:
         window_splits=np.array([0, 2, 3]),
         windows=np.arange(3),
         copies=np.zeros(3, dtype=np.int64),
+        keys=np.arange(3, dtype=np.uint64),
         left_only=np.array([True, False, True]),
         values=np.array([7, 3, 9, 5, 6, 8], dtype=np.int32),
         offsets=np.array([0, 3, 5, 6]),
@@ -48,7 +49,7 @@ def test_by_hand() -> None:
     assert found.values.tolist() == [7, 3, 9, M, M, M, M, M, M, 8, M, M]
     assert np.diff(found.offsets).tolist() == [3, 2, 4, 0, 1, 2]
     assert found.row_splits.tolist() == [0, 4, 6]
-    assert found.masked.tolist() == [3, 4, 5, 6, 7, 10]
+    assert found.masked.tolist() == [3, 4, 5, 6, 7, 1]  # in their steps
     assert found.targets.tolist() == [5, 6, 7, 3, 9, 8]
     assert found.mask_splits.tolist() == [0, 5, 6]
     assert found.steps_ago.tolist() == [2, 1, 0, 1, 0, 2, 1, 0, 0, 0, 0, 0]

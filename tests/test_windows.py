@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchdata.nodes import IterableWrapper
 
 from pipeline.errors import UserError
 from pipeline.jagged import jagged_positions
 from pipeline.preparation.store import SequenceStore
 from pipeline.training import windows
+from pipeline.training.chunks import SampledWindows
 from pipeline.training.config import WindowConfig
-from pipeline.training.windows import WindowTable
+from pipeline.training.windows import CutWindows, WindowTable
 
 
 def table_of(lengths: list[int], max_len: int, window_stride: float) -> list[tuple[int, int, int]]:
@@ -104,6 +106,36 @@ def test_windows_that_are_not_held_are_the_same(
         if held:
             sizes = [end - start for _, start, end in held]
             assert table.mean_length() == sum(sizes) / len(sizes)
+
+
+@pytest.mark.parametrize("gathered", [1, 4, 1 << 15])
+@pytest.mark.parametrize(
+    ("chosen", "items"),
+    [
+        ([2, 0, 2], [5, 6, 7, 1, 2, 3, 5, 6, 7]),  # all of three items
+        ([1, 2, 0, 3], [4, 5, 6, 7, 1, 2, 3, 7, 8, 9]),
+        ([], []),
+    ],
+)
+def test_items_of_windows(
+    chosen: list[int], items: list[int], gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "_GATHERED", gathered)
+    store = SequenceStore.from_arrays(range(1, 10), [0, 3, 4, 9], num_items=9)
+    # Windows 1 2 3 | 4 | 5 6 7 and 7 8 9.
+    config = WindowConfig(max_len=3, window_stride=0.67)
+    table = WindowTable(np.array([0, 3, 4]), np.array([3, 1, 5]), config)
+    of_chunk = SampledWindows(
+        epoch=0,
+        step_samples=[len(chosen)],
+        window_splits=np.array([0, len(chosen)]),
+        windows=np.array(chosen, dtype=np.int64),
+        copies=np.zeros(len(chosen), dtype=np.int64),
+    )
+    cut = next(CutWindows(IterableWrapper([of_chunk]), store.items, table))
+    assert cut.values.tolist() == items
+    assert cut.values.dtype == np.int32
+    assert cut.offsets.tolist() == np.cumsum([0, *([1, 3][row != 1] for row in chosen)]).tolist()
 
 
 def test_jagged_positions() -> None:

@@ -29,8 +29,9 @@ class AliasTable:
 
     def __init__(self, size: int, probabilities: Callable[[slice], np.ndarray]) -> None:
         self._size, self._probabilities = size, probabilities
-        self.keep = np.empty(size, dtype=np.uint32)
-        self.other = np.empty(size, dtype=np.int32)
+        # Side by side: a draw waits for one read of memory.
+        self._cells = np.empty(size, dtype=[("keep", np.uint32), ("other", np.int32)])
+        self.keep, self.other = self._cells["keep"], self._cells["other"]
         lights = self._lights()
         light, missing = next(lights)
         last = np.empty(0, dtype=np.int64)
@@ -60,7 +61,8 @@ class AliasTable:
 
     def __call__(self, cells: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Draws, int64 [N], from uniform cells, int64 [N], and uniform uint32 [N]."""
-        return np.where(draws < self.keep[cells], cells, self.other[cells])
+        found = np.take(self._cells, cells, mode="clip")  # all are in range
+        return np.where(draws < found["keep"], cells, found["other"])
 
     def _heavies(self) -> Iterator[_Block]:
         """Blocks of heavy items, with the sums of what exceeds their cells."""

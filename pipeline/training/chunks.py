@@ -20,6 +20,7 @@ class SampledWindows:
     window_splits: np.ndarray  # int64 [S + 1]; step s trains windows[splits[s]:splits[s + 1]]
     windows: np.ndarray  # int64 [W], numbers in the `WindowTable`
     copies: np.ndarray  # int64 [W], which of ``dupe_factor`` copies
+    keys: np.ndarray | None = None  # uint64 [W], of the windows' draws (cloze.py)
     left_only: np.ndarray | None = None  # bool [W], rows with left context only
 
     @property
@@ -42,7 +43,7 @@ class MaskedWindows(JaggedWindows):
     """The rows to train on, with masked positions."""
 
     row_splits: np.ndarray  # int64 [S + 1]; step s has rows row_splits[s]:row_splits[s + 1]
-    masked: np.ndarray  # int64 [M], masked positions in the values, step by step
+    masked: np.ndarray  # int64 [M], masked positions in their step's values
     targets: np.ndarray  # int32 [M], the items there before masking
     mask_splits: np.ndarray  # int64 [S + 1]; step s has masked[splits[s]:splits[s + 1]]
     steps_ago: np.ndarray | None = None  # int64 [T], as in `TrainBatch`

@@ -43,7 +43,7 @@ from pipeline.training.windows import AddTimes, CutWindows, WindowTable
 # Integers of all ranks, [W, ...], from this rank's.
 AllSizes = Callable[[np.ndarray], np.ndarray]
 # Large enough that NumPy's fixed cost per call is negligible; a chunk takes some milliseconds.
-_CHUNK_ITEMS = 1 << 18
+_CHUNK_ITEMS = 1 << 19
 _EXAMPLES = 8
 
 

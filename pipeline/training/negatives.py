@@ -54,11 +54,14 @@ class _Popular:
 
     def __init__(self, counts: np.ndarray) -> None:
         self._counts, self._total = counts, float(counts.sum() + len(counts))
-        self.table = AliasTable(len(counts), self.probabilities)
+        self.table = AliasTable(len(counts), lambda part: self._of(counts[part]))
 
-    def probabilities(self, items: np.ndarray | slice) -> np.ndarray:
-        """float64, of some of 0 ... V - 1."""
-        return (self._counts[items] + 1) / self._total
+    def probabilities(self, items: np.ndarray) -> np.ndarray:
+        """float64 [N], of some of 0 ... V - 1."""
+        return self._of(np.take(self._counts, items, mode="clip"))  # all are in range
+
+    def _of(self, counts: np.ndarray) -> np.ndarray:
+        return (counts + 1) / self._total
 
 
 @dataclass(eq=False)

@@ -63,8 +63,7 @@ class ShuffledSamples(BaseNode[SampledWindows]):
         per_step = (self._sample - first) // steps
         low = per_step * self.rank // self.world_size
         high = per_step * (self.rank + 1) // self.world_size
-        begins = first + per_step * np.arange(steps)
-        mine = self._ordered((begins[:, None] + np.arange(low, high)).reshape(-1))
+        mine = self._ordered(first, per_step, steps, slice(low, high))
         copies = mine // self.num_windows
         return SampledWindows(
             epoch=self._epoch,
@@ -74,13 +73,16 @@ class ShuffledSamples(BaseNode[SampledWindows]):
             copies=copies,
         )
 
-    def _ordered(self, places: np.ndarray) -> np.ndarray:
-        """The samples (int64 [N]) at these places of the epoch's order (int64 [N])."""
+    def _ordered(self, first: int, per_step: int, steps: int, part: slice) -> np.ndarray:
+        """The samples of a part of each step, from place ``first`` of the epoch: int64 [N]."""
         key = key64(self.seed, self._epoch)
         if self.num_samples > _HELD:
-            return permuted(places, self.num_samples, key)
+            begins = first + per_step * np.arange(steps)
+            places = begins[:, None] + np.arange(part.start, part.stop)
+            return permuted(places.reshape(-1), self.num_samples, key)
         if self._order_epoch != self._epoch:
             self._order = np.arange(self.num_samples, dtype=np.uint32)
             np.random.Generator(np.random.Philox(key=key)).shuffle(self._order)
             self._order_epoch = self._epoch
-        return self._order[places].astype(np.int64)
+        of_steps = self._order[first : first + steps * per_step].reshape(steps, per_step)
+        return of_steps[:, part].astype(np.int64).reshape(-1)

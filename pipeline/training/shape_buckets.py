@@ -60,8 +60,6 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         # Enough filler rows for any number of positions in the bucket, on any rank.
         most_missing = new_positions - fewest + self.position_unit - 1
         new_rows = new_rows - (-most_missing // self.max_len)
-        new_value_splits, new_row_splits = splits(new_positions), splits(new_rows)
-        new_mask_splits = splits(new_masks)
 
         # The first filler rows of a step take ``max_len`` of the missing positions each.
         fillers, missing = new_rows - rows, new_positions - positions
@@ -69,17 +67,15 @@ class PadToBuckets(MapStage[MaskedWindows, MaskedWindows]):
         of_fillers = np.clip(np.repeat(missing, fillers) - self.max_len * filler, 0, self.max_len)
         lengths = _alternating(np.diff(chunk.offsets), rows, of_fillers, fillers)
 
-        in_step = chunk.masked - np.repeat(value_splits[:-1], masks)
         steps_ago, times, more = chunk.steps_ago, chunk.times, new_masks - masks
-        masked = _padded(in_step, masks, more, 0)  # surplus ones: a step's first position
         return replace(
             chunk,
             values=_padded(chunk.values, positions, missing, self.mask_token),
             offsets=splits(lengths),
-            row_splits=new_row_splits,
-            masked=masked + np.repeat(new_value_splits[:-1], new_masks),
+            row_splits=splits(new_rows),
+            masked=_padded(chunk.masked, masks, more, 0),  # surplus ones: a step's first position
             targets=_padded(chunk.targets, masks, more, 0),
-            mask_splits=new_mask_splits,
+            mask_splits=splits(new_masks),
             steps_ago=None if steps_ago is None else _padded(steps_ago, positions, missing, 0),
             times=None if times is None else _padded(times, positions, missing, UNKNOWN),
             all_windows=all_windows,

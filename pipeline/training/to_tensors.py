@@ -57,7 +57,6 @@ class ToTensors(MapStage[MaskedWindows, Steps]):
 def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The parts of all steps, in the order of :class:`PackedBatch`, and where each step begins."""
     rows, items, masks = chunk.row_splits, chunk.offsets[chunk.row_splits], chunk.mask_splits
-    masked = chunk.masked - np.repeat(items[:-1], np.diff(masks))
     steps = np.arange(len(rows))
     ends = np.diff(rows) + 1  # a step's offsets: one more than rows
     offsets = chunk.offsets[np.arange(rows[-1] + steps[-1]) - np.repeat(steps[:-1], ends)]
@@ -66,7 +65,7 @@ def _parts(chunk: MaskedWindows, lengths: np.ndarray) -> dict[str, tuple[np.ndar
     if chunk.negatives is not None:
         parts["negatives"] = _even(chunk.negatives)
     parts["lengths"], parts["offsets"] = (lengths, rows), (offsets, rows + steps)
-    parts["masked"] = (masked, masks)
+    parts["masked"] = (chunk.masked, masks)
     if chunk.all_targets is not None:
         parts["all_targets"] = (chunk.all_targets, steps)
     if chunk.left_only is not None:

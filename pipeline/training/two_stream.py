@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.batches.times import UNKNOWN
 from pipeline.jagged import jagged_positions, splits
 from pipeline.training.chunks import JaggedWindows, MaskedWindows
-from pipeline.training.cloze import MaskItems
+from pipeline.training.cloze import MaskItems, in_steps
 
 
 class TwoStreams(MaskItems):
@@ -33,14 +33,12 @@ class TwoStreams(MaskItems):
 
     def apply(self, chunk: JaggedWindows) -> MaskedWindows:
         left, lengths = chunk.left_only, np.diff(chunk.offsets)
-        assert left is not None
+        assert left is not None and chunk.keys is not None
         steps_ago = np.repeat(chunk.offsets[1:], lengths) - np.arange(len(chunk.values)) - 1
         both = ~left
         at = jagged_positions(chunk.offsets[:-1][both], chunk.offsets[1:][both])
         values = chunk.values[at]
-        masked, masked_items = self.cloze(
-            values, splits(lengths[both]), chunk.epoch, chunk.windows[both], chunk.copies[both]
-        )
+        masked, masked_items = self.cloze(values, splits(lengths[both]), chunk.keys[both])
         chunk.values[at] = values
 
         # Row numbers of both streams, step by step.
@@ -66,12 +64,13 @@ class TwoStreams(MaskItems):
         if chunk.times is not None:  # M t has those of item t
             times = np.full((offsets[-1], 2), UNKNOWN)
             times[items], times[queries] = chunk.times, chunk.times[predicted]
-        masked, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
+        predicting, row_splits = np.flatnonzero(targets), 2 * chunk.window_splits
+        masked, mask_splits = in_steps(predicting, offsets[row_splits])
         return MaskedWindows(
             **vars(replace(chunk, values=values, offsets=offsets, times=times)),
             row_splits=row_splits,
             masked=masked,
-            targets=targets[masked],
-            mask_splits=np.searchsorted(masked, offsets[row_splits]),
+            targets=targets[predicting],
+            mask_splits=mask_splits,
             steps_ago=all_steps_ago,
         )

@@ -29,6 +29,7 @@ from pipeline.training.config import MAX_COPIES, WindowConfig
 
 _HELD = 1 << 24  # windows whose places are held (256 MiB); those of more are computed when needed
 _BLOCK = 1 << 20
+_GATHERED = 1 << 15  # items gathered at a time, on average
 # Share of windows without times: the model also learns to encode histories that have none.
 _TIMELESS_SHARE = 0.05
 # Makes these draws independent of others with the same key.
@@ -54,7 +55,7 @@ class WindowTable:
         self._held: list[np.ndarray] = []
         if len(self) <= _HELD:
             users = np.repeat(np.arange(len(per_user)), per_user)
-            self._held = self.shared(lambda: list(self._cut(np.arange(len(self)), users)))
+            self._held = self.shared(lambda: [_paired(*self._cut(np.arange(len(self)), users))])
 
     @classmethod
     def build(cls, store: SequenceStore, config: WindowConfig, **shared: Any) -> "WindowTable":
@@ -69,8 +70,8 @@ class WindowTable:
     def bounds(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Start and end (int64 [N]) of windows: ``store.items[start:end]``, 1 to max_len items."""
         if self._held:
-            start, end = self._held
-            return start[windows], end[windows]
+            bounds = np.take(self._held[0], windows, mode="clip")  # all are in range
+            return bounds["start"], bounds["end"]
         return self._cut(windows, np.searchsorted(self._first, windows, "right") - 1)
 
     def mean_length(self) -> float:
@@ -86,6 +87,13 @@ class WindowTable:
         return start, np.minimum(start + max_len, begin + lengths)
 
 
+def _paired(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Both bounds of each window side by side: finding a window waits for one read of memory."""
+    pairs = np.empty(len(start), dtype=[("start", start.dtype), ("end", end.dtype)])
+    pairs["start"], pairs["end"] = start, end
+    return pairs
+
+
 @dataclass(eq=False)
 class CutWindows(MapStage[SampledWindows, JaggedWindows]):
     """Copy the windows' items out of the memory-mapped histories."""
@@ -95,12 +103,34 @@ class CutWindows(MapStage[SampledWindows, JaggedWindows]):
 
     def apply(self, chunk: SampledWindows) -> JaggedWindows:
         start, end = self.table.bounds(chunk.windows)
-        # These independent reads bring the rows, far apart in memory, into the cache. Without them
-        # the gather below would wait for each row in turn (half the speed).
-        self.items[start], self.items[end - 1]
-        # All positions are in range: "clip" changes none and skips the range check.
-        values = np.take(self.items, jagged_positions(start, end), mode="clip")
-        return JaggedWindows(**vars(chunk), values=values, offsets=splits(end - start))
+        lengths = end - start
+        if len(lengths) and (lengths == lengths[0]).all():
+            values = _runs(self.items, int(lengths[0]))[start].view(self.items.dtype)
+        else:
+            values = self._gathered(start, end)
+        return JaggedWindows(**vars(chunk), values=values, offsets=splits(lengths))
+
+    def _gathered(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The items start:end (int64 [B]) of rows of any lengths: int32 [T]."""
+        offsets = splits(end - start)
+        values = np.empty(offsets[-1], dtype=self.items.dtype)
+        # Blocks of rows, so that what one call reads of memory is in the cache for the next.
+        rows = 1 + _GATHERED * len(start) // (len(values) + 1)
+        for low in range(0, len(start), rows):
+            first, after = start[low : low + rows], end[low : low + rows]
+            # These independent reads bring the rows, far apart in memory, into the cache. Without
+            # them the gather below would wait for each row in turn (half the speed).
+            # All positions are in range: "clip" changes none and skips the range check.
+            self.items.take(first, mode="clip"), self.items.take(after - 1, mode="clip")
+            out = values[offsets[low] : offsets[min(low + rows, len(start))]]
+            np.take(self.items, jagged_positions(first, after), mode="clip", out=out)
+        return values
+
+
+def _runs(items: np.ndarray, length: int) -> np.ndarray:
+    """A view: entry i is the items i:i+length as one opaque value, which NumPy copies whole."""
+    run = np.dtype((np.void, length * items.itemsize))
+    return np.ndarray(len(items) - length + 1, run, items, strides=items.strides)
 
 
 @dataclass(eq=False)
