@@ -105,6 +105,17 @@ def test_vectors_repeat_and_a_small_catalog_leaves_columns_empty() -> None:
     assert not rows[5].any()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_vectors_on_cuda_repeat_to_the_last_bit() -> None:
+    draws = np.random.default_rng(0)
+    low, high = draws.integers(1, 3000, (2, 100_000))
+    pairs = Pairs(low, high + 1000, draws.random(100_000))
+    cuda = torch.device("cuda")
+    first, *others = (initial_rows(pairs, 4000, 128, 1, True, cuda) for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
+    assert first[1:-1].norm(dim=1).gt(0).float().mean() > 0.9
+
+
 WAYS = {
     "own": ShardingConfig(),
     "fp16": ShardingConfig(table_precision="fp16"),

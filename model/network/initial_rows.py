@@ -41,14 +41,18 @@ def initial_rows(
         return rows
     rank = min(width + _EXTRA_COLUMNS, num_items)
     start = torch.randn(num_items, rank, generator=torch.Generator().manual_seed(seed))
-    left, values = _truncated_svd(_positive_pmi(pairs, num_items).to(device), start.to(device))
+    on_cuda = device.type == "cuda"
+    given = _positive_pmi(pairs, num_items), start
+    matrix, start = (part.to(device, torch.float64 if on_cuda else torch.float32) for part in given)
+    left, values = _truncated_svd(matrix, start)
     vectors = (left * values.sqrt())[:, :width].cpu()
     lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
     # A vector this much shorter than others is of roundings: its item has no positive PMI.
     known = lengths > 1e-4 * lengths.max()
     length = NORMAL_STD * width**0.5 * (_LONGER if cosine else 1)
     vectors = torch.where(known, vectors / lengths * length, 0.0)
-    rows[1:-1, : vectors.shape[1]] = vectors
+    # CUDA adds a sparse product in any order. Rounded from float64, runs start from the same bits.
+    rows[1:-1, : vectors.shape[1]] = vectors.half() if on_cuda else vectors
     return rows
 
 
@@ -58,7 +62,7 @@ def _truncated_svd(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     ``torch.svd_lowrank`` does the same in three times the time.
 
     Args:
-        start: float32 [V, K], random.
+        start: [V, K], random.
     """
     transposed = matrix.t().coalesce()
     basis = torch.linalg.qr(torch.sparse.mm(matrix, start))[0]
