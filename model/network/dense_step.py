@@ -83,8 +83,9 @@ class DenseStep(nn.Module):
         may_replay = self.training and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         encoder, head = self._parts
-        # The backward pass of attributes' sums reads the candidates' gradient, not the table alone.
-        beside = head.start(candidates, in_backward=added is None)
+        # Backward passes of attributes' sums and of other lookups read the candidates' gradient.
+        by_table_alone = self._plan.lookup == "own" and added is None
+        beside = head.start(candidates, in_backward=by_table_alone)
         if graphs == "encoder":
             hidden = self._graph()(items, *given.layout)
         else:  # under capture only the shapes may decide
