@@ -91,17 +91,19 @@ def compared_flags(config: RunConfig) -> dict[str, Any]:
 
 
 def write_evaluated(
-    run: TrainedRun, name: str, result: Result, best: dict[str, float] | None, ranks: Ranks
+    run: TrainedRun, name: str, result: Result, best_possible: dict[str, float] | None
 ) -> None:
-    """A result of eval.py for TensorBoard, if it is of a run folder; called on rank 0.
+    """Write a result of eval.py for TensorBoard, if it is of a run folder; on rank 0 alone.
 
     Args:
         name: of the result's file, without its ending.
+        best_possible: full metrics that the data allow, if they are known.
     """
     if not (run.folder / "checkpoints").is_dir():
         return
     flags = compared_flags(run.config)
     flags |= {key: result[key] for key in NOTES if key in result}
     with writing(run.folder):
-        measured = Measured(name, run.step(ranks), result, flags, best)
+        # An earlier version exported no step.
+        measured = Measured(name, result.get("step", 0), result, flags, best_possible)
         write_measured(run.folder, measured, run.config.board.is_full)
