@@ -47,9 +47,16 @@ class RatingChunk:
 class CountingStage(Stage[RatingChunk]):
     """A stage whose subclasses implement `chunks`; it counts their output."""
 
-    def stream(self) -> Iterator[RatingChunk]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
         self._ratings, self._users, self._items = 0, np.zeros(0, bool), np.zeros(0, bool)
         self.ratings_of_parts = np.zeros(PARTS, np.int64)  # 0 with leave-one-out
+
+    def stream(self) -> Iterator[RatingChunk]:
+        self._reset_counts()
         for chunk in self.chunks():
             if len(chunk.user):
                 self._ratings += len(chunk.user)
