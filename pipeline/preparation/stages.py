@@ -38,6 +38,7 @@ class RatingChunk:
     part: np.ndarray | None = None  # int8 [N], codes of parts.py; None: leave-one-out
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
+        """The ratings for which ``keep``, bool [N], is true."""
         if keep.all():
             return self
         columns = {name: column for name, column in vars(self).items() if column is not None}
@@ -71,6 +72,7 @@ class CountingStage(Stage[RatingChunk]):
 
     @property
     def counts(self) -> dict[str, int]:
+        """How many ratings, and different users and items, the stage has yielded."""
         return {
             "ratings": self._ratings,
             "users": int(self._users.sum()),
