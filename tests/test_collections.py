@@ -11,7 +11,7 @@ from model.distributed import Ranks
 from model.kernels import l2_normalize
 from model.losses import sharded_softmax
 from model.network.config import HeadConfig
-from model.network.head import CatalogSlice, ScoringHead
+from model.network.head import CatalogSlice, Scored, ScoringHead
 from model.tables import upstream
 from model.tables.collections import _Split
 from model.tables.distribute import unwrap
@@ -82,7 +82,7 @@ def test_gradients_of_both_features_equal_those_of_a_split(
     ):
         whole = rows.clone().requires_grad_()
         items, candidates = split(whole)
-        loss, _ = head(items[:3] * items[3:], candidates, targets)
+        loss, _ = head(items[:3] * items[3:], candidates, Scored(targets))
         found.append(torch.autograd.grad(loss, whole)[0])
     assert torch.equal(*found)
     # A large catalog's gradients are joined without a copy; plain dot products leave no room.

@@ -18,7 +18,7 @@ from model.losses.sharded_softmax import NO_TEACHERS, Beside, TeacherTargets
 from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
-from model.network.head import ScoringHead
+from model.network.head import Scored, ScoringHead
 
 
 class StepInput(NamedTuple):
@@ -41,6 +41,10 @@ class StepInput(NamedTuple):
     @property
     def layout(self) -> Layout:
         return self.offsets, self.masked, self.left_only, self.steps_ago, self.times
+
+    @property
+    def scored(self) -> Scored:
+        return Scored(self.targets, self.negatives, self.log_counts, self.all_targets)
 
 
 class DenseStep(nn.Module):
@@ -129,5 +133,4 @@ class DenseStep(nn.Module):
         sizes = None
         if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
-        scored = given.targets, given.negatives, given.log_counts
-        return head(hidden, candidates, *scored, teachers, sizes, given.all_targets, beside)
+        return head(hidden, candidates, given.scored, teachers, sizes, beside)
