@@ -13,7 +13,7 @@ from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
 from model.evaluation.metrics import metric_names, names_of_several
 from model.evaluation.report import NOTES
-from model.run.config_file import command, versions
+from model.run.config_file import PLACES, command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
 from model.settings.flags import changed, flatten
@@ -22,17 +22,7 @@ from pipeline.preparation.store import SequenceStore
 
 # They say where a run is or how it is watched, not what it computes.
 _NOT_COMPARED = (
-    *(
-        "run_dir",
-        "resume",
-        "export_root",
-        "with_users",
-        "cache_dir",
-        "memory_gb",
-        "dataset_path",
-        "split_path",
-        "dataset_name",
-    ),
+    *(*PLACES, "dataset_name", "run_dir", "resume", "export_root", "with_users"),
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),
 )
 
