@@ -155,8 +155,9 @@ def exchanged_ids(
 
     Args:
         of_two_tables: items are rows of one table, drawn candidates of another.
-        attributes: ids of all attributes, int64 [A], rows of the items' table.
+        attributes: ids of all attributes, int64 [A], rows of the only table; None: there are none.
     """
+    assert attributes is None or not of_two_tables
     if of_two_tables:
         return [*batch.requested.tensor_split([batch.num_items])]
     return [batch.requested if attributes is None else torch.cat([batch.requested, attributes])]
