@@ -52,7 +52,7 @@ def evaluate(flags: EvalFlags) -> None:
         write_ranks(per_user, found.users, found.store)
     try:
         name = write_result(Path(flags.checkpoint), split, found.result).stem
-        write_evaluated(found.run, name, found.result, best_possible, ranks)
+        write_evaluated(found.run, name, found.result, best_possible)
     except UserError as error:
         if not is_read_only(error):
             raise

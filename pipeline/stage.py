@@ -123,6 +123,8 @@ class InThreads(BaseNode[T]):
         super().__init__()
         self._read, self._maps = _split(self.source)
         self._made: deque[tuple[Future[T], dict[str, Any]]] = deque()
+        self._state: dict[str, Any] = {}
+        self._ended = False
         self._pool: ThreadPoolExecutor | None = None
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:

@@ -3,6 +3,7 @@
 All ranks of the tests are on CPU, also on a host with GPUs.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -95,6 +96,7 @@ def run_main(
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
             patch.setattr(os, "_exit", exits)
+            patch.setattr(gc, "freeze", lambda: None)  # would keep the garbage of earlier tests
             try:
                 importlib.import_module(script).main()
             except SystemExit as end:

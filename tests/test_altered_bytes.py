@@ -106,7 +106,7 @@ def test_files_of_an_export(run_dir: Path) -> None:
     check_every_byte(exported, names, lambda: of_export(exported), [UserError])
 
 
-def test_files_that_serve(run_dir: Path) -> None:
+def test_an_altered_byte_of_what_serves_is_an_error_or_no_difference(run_dir: Path) -> None:
     exported = run_dir.with_name("exported")
     names = ["config.json", "items.json", "item_vectors.npy", "model.onnx", "model.safetensors"]
     # Any error but an assertion's.

@@ -6,7 +6,7 @@ import torch
 from model.evaluation.chunk_maxima import chunk_maxima
 
 
-def test_by_hand() -> None:
+def test_each_chunk_of_a_row_has_its_maximum() -> None:
     values = torch.tensor([[1.0, 3.0, -torch.inf, -2.0], [0.0, -1.0, -torch.inf, -torch.inf]])
     assert chunk_maxima(values, 2).tolist() == [[3.0, -2.0], [0.0, -torch.inf]]
 

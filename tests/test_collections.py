@@ -1,5 +1,7 @@
 """The lookup of a single rank: no exchange, and the same rows as TorchRec's."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,8 +9,9 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from model.distributed import Ranks
 from model.kernels import l2_normalize
+from model.losses import sharded_softmax
 from model.network.config import HeadConfig
-from model.network.head import CatalogSlice, ScoringHead
+from model.network.head import CatalogSlice, Scored, ScoringHead
 from model.tables import upstream
 from model.tables.collections import _Split
 from model.tables.distribute import unwrap
@@ -79,8 +82,39 @@ def test_gradients_of_both_features_equal_those_of_a_split(
     ):
         whole = rows.clone().requires_grad_()
         items, candidates = split(whole)
-        loss, _ = head(items[:3] * items[3:], candidates, targets)
+        loss, _ = head(items[:3] * items[3:], candidates, Scored(targets))
         found.append(torch.autograd.grad(loss, whole)[0])
     assert torch.equal(*found)
     # A large catalog's gradients are joined without a copy; plain dot products leave no room.
     assert len(copied) == (temperature == 0)
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "has_space"),
+    [
+        ("linear", {"in_place": True}, False),  # behind the whole item table in memory
+        ("tied", {"in_place": False}, False),  # behind the positions' rows
+        ("tied", {"lookup": "fbgemm", "in_place": False}, True),
+    ],
+)
+def test_only_gradients_that_are_joined_have_space_before_them(
+    one_rank: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    head: str,
+    changes: dict[str, Any],
+    has_space: bool,
+) -> None:
+    built = Built.of(sharded.config_of(WAYS["row_wise"], one_rank, head), one_rank, **changes)
+    offsets: list[int] = []
+    real = sharded_softmax._gradient_of_rows
+
+    def remembered(*given: Any) -> torch.Tensor:
+        gradient = real(*given)
+        offsets.append(int(gradient.storage_offset()))
+        return gradient
+
+    monkeypatch.setattr(sharded_softmax, "_gradient_of_rows", remembered)
+    batch = next(built.loader().epoch(0))
+    loss, _ = built.model.train()(batch)
+    loss.backward()
+    assert offsets == [has_space * batch.num_items * built.config.encoder.emb_dim]

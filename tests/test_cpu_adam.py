@@ -96,7 +96,7 @@ def test_a_row_keeps_its_averages_while_it_is_not_looked_up() -> None:
     assert means[:, 0].tolist() == pytest.approx([0.1, 0.1 * 0.9 + 0.1])
 
 
-def test_nothing_looked_up() -> None:
+def test_a_step_without_a_lookup_changes_no_row() -> None:
     tables = made([2], [0, 0])
     nothing = torch.tensor([], dtype=torch.int64)
     tables(nothing, torch.tensor([0, 0, 0])).sum().backward()

@@ -87,7 +87,7 @@ def test_name_of_a_file_without_dataset_name() -> None:
     assert DataConfig(dataset_path="/a/" + "é" * 120 + ".csv").name == "é" * 50
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_the_given_one_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert DataConfig().cache_folder == Path("/somewhere/bert4rec")
     assert DataConfig(cache_dir="/else").cache_folder == Path("/else")
@@ -169,7 +169,7 @@ def test_numbered_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_no_ratings_inside(
+def test_a_folder_or_zip_without_ratings_is_an_error(
     tmp_path: Path, members: dict[str, str], name: str, message: str, zipped: bool
 ) -> None:
     path = tmp_path / "data"

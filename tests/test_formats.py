@@ -779,7 +779,7 @@ MIXED = [(u, i, 4, t * (1000 if u == "bob" else 1)) for u, i, _, t in ROWS]
     ],
     ids=lambda value: value[:30] if isinstance(value, str) and value.startswith("r.") else "",
 )
-def test_ambiguous_or_wrong(
+def test_an_ambiguous_or_wrong_file_is_refused(
     tmp_path: Path, name: str, content: bytes, flags: dict[str, Any], message: str
 ) -> None:
     assert refused(tmp_path, {name: content}, **flags).startswith(message)
@@ -976,7 +976,7 @@ ITEMS = {
 
 
 @pytest.mark.parametrize("ending", ITEMS)
-def test_titles_and_attributes(
+def test_titles_and_attributes_are_read_in_every_format(
     tmp_path: Path, ending: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / f"items.{ending}").write_bytes(ITEMS[ending])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from model.bert4rec import BERT4Rec, ModelConfig
 from model.network.config import EncoderConfig, HeadConfig
-from model.network.head import CatalogSlice, ScoringHead, catalog_slice
+from model.network.head import CatalogSlice, Scored, ScoringHead, catalog_slice
 from pipeline.batches.features import jagged_items
 from pipeline.batches.train_batch import TrainBatch
 from pipeline.errors import UserError
@@ -26,7 +26,7 @@ def test_loss_by_hand_with_dot_products() -> None:
     # Logits 3 0 1 and 2 0 -2; targets: item 3 and item 1.
     first = math.log(math.exp(3) + 1 + math.exp(1)) - 1
     second = math.log(math.exp(2) + 1 + math.exp(-2)) - 2
-    loss, report = head(hidden, candidates, torch.tensor([3, 1]))
+    loss, report = head(hidden, candidates, Scored(torch.tensor([3, 1])))
     assert loss.item() == pytest.approx((first + second) / 2, abs=1e-6)
     assert report.tolist() == pytest.approx([first + second, 2], abs=1e-6)
     assert not report.requires_grad
@@ -35,16 +35,15 @@ def test_loss_by_hand_with_dot_products() -> None:
 def test_loss_by_hand_with_cosines() -> None:
     head = ScoringHead(HeadConfig(logit_temperature=0.5), CatalogSlice(1, 3, shared=False), 2)
     # Cosines .6 and .8, divided by .5: logits 1.2 and 1.6.
-    loss, _ = head(
-        torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([2])
-    )
+    candidates, targets = torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([2])
+    loss, _ = head(torch.tensor([[3.0, 4.0]]), candidates, Scored(targets))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)), abs=1e-6)
 
 
 def test_without_masked_positions_the_loss_is_0_and_differentiable() -> None:
     head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False), 3)
     hidden = torch.zeros(0, 4, requires_grad=True)
-    loss, report = head(hidden, torch.randn(3, 4), torch.zeros(0, dtype=torch.int64))
+    loss, report = head(hidden, torch.randn(3, 4), Scored(torch.zeros(0, dtype=torch.int64)))
     loss.backward()
     assert loss.item() == 0 and report.tolist() == [0, 0]
 
@@ -52,8 +51,8 @@ def test_without_masked_positions_the_loss_is_0_and_differentiable() -> None:
 def test_positions_without_a_target_do_not_count() -> None:
     head = ScoringHead(HeadConfig(), CatalogSlice(1, 4, shared=False), 3)
     hidden, candidates = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4)
-    loss, report = head(hidden, candidates, torch.tensor([2, 0, 3]))
-    two, _ = head(hidden[[0, 2]], candidates, torch.tensor([2, 3]))
+    loss, report = head(hidden, candidates, Scored(torch.tensor([2, 0, 3])))
+    two, _ = head(hidden[[0, 2]], candidates, Scored(torch.tensor([2, 3])))
     assert loss.item() == pytest.approx(two.item(), abs=1e-6)
     assert report[1] == 2
     loss.backward()

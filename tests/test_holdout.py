@@ -112,8 +112,6 @@ def test_it_can_be_iterated_again_with_the_same_result() -> None:
 def test_errors_are_the_users_to_fix() -> None:
     with pytest.raises(UserError, match="no user has the 3 items"):
         EvalLoader(store_of([[1, 2]], 2), "test", 8, 2)
-    with pytest.raises(UserError, match="--val_batch_size must be at least 1, not 0"):
-        EvalLoader(store_of(HISTORIES, NUM_ITEMS), "validation", 8, 0)
     with pytest.raises(UserError, match="--eval_negatives must be at least 1, not 0"):
         HoldoutConfig(eval_negatives=0)
 

@@ -9,7 +9,7 @@ from model.kernels.l2_normalize import join_gradients, normalize_rows, normalize
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def test_by_hand() -> None:
+def test_rows_at_length_1_and_their_gradient_by_hand() -> None:
     unit, inverse = normalize_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.float32)
     assert unit.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
     assert inverse[0] == pytest.approx(0.2)

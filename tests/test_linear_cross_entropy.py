@@ -130,7 +130,7 @@ def test_without_targets_gradients_are_zero() -> None:
 
 
 @pytest.mark.parametrize("cosine", [True, False])
-def test_no_positions(cosine: bool) -> None:
+def test_without_positions_the_rows_gradient_is_zero(cosine: bool) -> None:
     losses, for_hidden, for_rows = solved(
         ours, problem(0, 30, 8, torch.float32), cosine, SCALE if cosine else 1.0
     )

@@ -276,7 +276,14 @@ def test_memory_of_the_machine_or_its_group(
     assert Memory.of(2, tmp_path).limit == (2 << 30) / 10
 
 
-def test_a_run_may_go_on_with_other_memory() -> None:
-    one, other = (RunConfig(data=DataConfig(memory_gb=gb)) for gb in (1, 2))
+@pytest.mark.parametrize(
+    "places",
+    [
+        [{"memory_gb": 1}, {"memory_gb": 2}],
+        [{"dataset_path": "data/r.csv", "items_path": f"{folder}/items.csv"} for folder in "ab"],
+    ],
+)
+def test_a_run_may_go_on_with_data_elsewhere_or_other_memory(places: list[dict[str, Any]]) -> None:
+    one, other = (RunConfig(data=DataConfig(**each)) for each in places)
     assert lasting_flags(one) == lasting_flags(other)
     assert compared_flags(one) == compared_flags(other)

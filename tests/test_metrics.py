@@ -14,7 +14,7 @@ def of_ranks(*ranks: int, cutoffs: tuple[int, ...] = CUTOFFS) -> dict[str, float
     return named_means(sums, metric_names(cutoffs))
 
 
-def test_by_hand() -> None:
+def test_metrics_of_four_ranks_by_hand() -> None:
     # Gains 1, 1/2, 1/log2(6) and, beyond every cutoff, none.
     found = of_ranks(1, 3, 5, 21)
     assert found == pytest.approx(

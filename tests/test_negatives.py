@@ -62,7 +62,7 @@ def test_counts_and_their_expected_logarithms() -> None:
     np.testing.assert_allclose(np.exp(log_counts), expected[items - 1], rtol=1e-5)
 
 
-def test_uniform_draws() -> None:
+def test_uniform_draws_are_as_frequent_as_expected() -> None:
     items, log_counts = SharedNegatives(18_000, NUM_ITEMS, seed=3)(0, [7])
     counts = np.bincount(items[0], minlength=NUM_ITEMS + 1)[1:]
     assert (np.abs(counts - 2000) < 5 * np.sqrt(2000)).all()

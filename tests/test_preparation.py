@@ -62,7 +62,7 @@ def test_encode_distinguishes_ids_of_equal_numeric_value() -> None:
     assert sorted(pairs(stage)) == [(code, 0) for code in range(6)]
 
 
-def test_filter_ratings() -> None:
+def test_filter_ratings_keeps_the_limit_and_above() -> None:
     source = IterableWrapper([chunk([0, 0, 1], [0, 1, 0], [3, 4, 3.5]), chunk([1], [1], [1])])
     stage = FilterRatings(source, min_rating=3.5)
     assert pairs(stage) == [(0, 1), (1, 0)]
@@ -92,7 +92,7 @@ def test_filters_by_count_see_all_chunks_and_take_one_pass() -> None:
     assert users.counts == {"ratings": 2, "users": 1, "items": 2}
 
 
-def test_densify() -> None:
+def test_densify_numbers_users_from_0_and_items_from_1_without_gaps() -> None:
     stage = Densify(IterableWrapper([chunk([5, 2], [7, 3]), chunk([5], [9])]))
     assert pairs(stage) == [(1, 2), (0, 1), (1, 3)]
     assert (stage.kept_users.tolist(), stage.kept_items.tolist()) == ([2, 5], [3, 7, 9])
@@ -131,7 +131,7 @@ def test_group_without_times_keeps_file_order() -> None:
 
 
 @pytest.mark.parametrize("kind", [FilterRatings, Densify, GroupByUser])
-def test_empty_input(kind: type[BaseNode]) -> None:
+def test_without_ratings_only_encoding_is_an_error(kind: type[BaseNode]) -> None:
     assert list(kind(IterableWrapper([]))) == []
     for filter_by_count in (FilterItems, FilterUsers):
         assert list(filter_by_count(IterableWrapper([]), 2)) == []

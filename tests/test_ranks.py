@@ -1,4 +1,4 @@
-"""How a script ends after another rank has failed, and which signals training hears."""
+"""How a script starts, how it ends after another rank has failed, and the signals it hears."""
 
 import os
 import signal
@@ -21,6 +21,7 @@ from model.run import script
 from model.training import agreement
 from model.training.agreement import NOTHING, STOP, Agreement
 from pipeline.errors import UserError
+from tests.conftest import run_process
 
 
 def ends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -144,6 +145,33 @@ def test_torch_prints_no_stack_traces_about_a_lost_rank(monkeypatch: pytest.Monk
     with pytest.raises(KeyError):
         script.start_script(read_flags, print)
     assert levels == ["ERROR"]
+
+
+INTERRUPTED = """
+import sys
+from model.run.script import start_script
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+start_script(dict, print)
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", "torchrec"])
+def test_ctrl_c_during_the_imports_ends_a_script_without_a_traceback(name: str) -> None:
+    outcome = run_process("-c", INTERRUPTED.format(name=name))
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
+
+
+def test_a_script_collects_garbage_but_that_of_its_imports() -> None:
+    main = "lambda _: print(gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    start = f"import gc; from model.run.script import start_script; start_script(dict, {main})"
+    outcome = run_process("-c", start)
+    assert (outcome.code, outcome.out) == (0, "True True\n"), outcome.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

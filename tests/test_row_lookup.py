@@ -10,7 +10,7 @@ PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason=
 
 
 @pytest.mark.parametrize("device", PLACES)
-def test_by_hand(device: str) -> None:
+def test_rows_of_ids_and_zeros_for_minus_1(device: str) -> None:
     table = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)
     ids = torch.tensor([2, -1, 0, 2], device=device)
     found = rows_or_zeros(table, ids)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model.losses import sampled as sampled_losses
 from model.losses.sampled import gbce_beta
 from model.network.config import HeadConfig
-from model.network.head import CatalogSlice, ScoringHead
+from model.network.head import CatalogSlice, Scored, ScoringHead
 from pipeline.errors import UserError
 from pipeline.training.negatives import SharedNegatives
 
@@ -90,7 +90,7 @@ def gradient(
     hidden, table = hidden.clone().requires_grad_(), table.clone().requires_grad_()
     targets, *drawn = asked
     rows = table[torch.cat([targets, drawn[0]])] if drawn else table[1:]
-    loss, report = head(hidden, rows, targets, *drawn)
+    loss, report = head(hidden, rows, Scored(targets, *drawn))
     loss.backward()
     assert report[1] == (targets > 0).sum()
     return loss.detach(), hidden.grad, table.grad

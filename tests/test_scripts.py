@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model.board import tags
 from model.board.examples import Examples
+from model.checkpoints.checkpoints import Checkpoints, checkpoint_steps
+from model.distributed import Ranks
 from model.evaluation.metrics import METRICS
 from model.programs.folder import PROGRAM_FILES
 from model.run.trained import TrainedRun
@@ -223,6 +226,18 @@ def test_eval_of_the_best_checkpoint_on_validation(
     for protocol in ("sampled", "full"):
         for name in METRICS:
             assert found[protocol][name] == pytest.approx(best[protocol][name])
+
+
+def test_a_result_names_the_checkpoint_that_was_loaded_though_a_better_one_follows(
+    trained: dict[str, Any], tmp_path: Path, one_rank: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained["run"], tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    loaded, better = checkpoint_steps(trained["run"])[-2:]
+    best = iter([loaded, better])
+    monkeypatch.setattr(Checkpoints, "best_step", lambda *_: next(best))
+    run = TrainedRun(EvalFlags(checkpoint=str(tmp_path / "run")))
+    run.model(one_rank)
+    assert run.trained_to(one_rank)["step"] == loaded
 
 
 def test_eval_with_a_popularity_discount(

@@ -11,7 +11,7 @@ from model.tables.table_update import Step, update_some
 from tests.conftest import ROOT, environment
 
 
-def test_by_hand() -> None:
+def test_values_of_equal_indices_are_summed_and_others_ignored() -> None:
     rows = torch.tensor([[1.0], [2.0], [3.0]])
     index = sort_index(torch.tensor([2, 0, 2, 3, 5]), 3)  # 3 and 5: nowhere
     add_rows(rows, index, torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]]))

@@ -189,15 +189,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Traine
     return Trained(folder, cache_dir, tuple(command))
 
 
-def test_two_ranks_evaluate_as_one(trained: Trained, run_main: RunMain) -> None:
+def test_two_ranks_evaluate_the_checkpoint_of_an_unfinished_run_as_one_its_export(
+    trained: Trained, run_main: RunMain, tmp_path: Path
+) -> None:
     outcome = run_main("eval", *trained.flags)
     assert outcome.code == 0, outcome.err
-    result = trained.folder / "run" / "eval_test.json"
-    alone = json.loads(result.read_text())
-    assert torchrun(2, ROOT / "eval.py", *trained.flags).code == 0
-    again = json.loads(result.read_text())
+    alone = json.loads((trained.folder / "run" / "eval_test.json").read_text())
+    run = tmp_path / "unfinished"
+    shutil.copytree(trained.folder / "run", run, ignore=shutil.ignore_patterns("model", "results"))
+    outcome = torchrun(2, ROOT / "eval.py", "--checkpoint", run, *trained.flags[2:])
+    assert outcome.code == 0, outcome.err
+    again = json.loads((run / "eval_test.json").read_text())
     assert again["users"] == alone["users"] == 50
+    assert (again["step"], again["epoch"]) == (alone["step"], alone["epoch"])
     assert again["full"] == pytest.approx(alone["full"], rel=1e-12)
+    assert [*(run / "results" / "eval_test").glob("events.out.tfevents.*")]
 
 
 @pytest.fixture(scope="module")

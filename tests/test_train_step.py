@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from model.distributed import Ranks, seed_dropout, start
+from model.kernels.random_bits import mixed
 from model.network.config import EncoderConfig
 from model.step import pipelines, train_step
 from model.step.pipelines import train_pipeline
@@ -131,6 +132,25 @@ def test_a_graph_reads_every_batch(
     assert runs[0][0] == runs[1][0]
     for name, weight in runs[0][1].items():
         assert weight.equal(runs[1][1][name]), name
+
+
+def test_a_step_begins_by_writing_what_differs_where_its_graph_reads_it(one_rank: Ranks) -> None:
+    built = Built.of(sharded.config_of(ADAM, one_rank), one_rank, graphs="step")
+    optimizers, table = built.optimizers(), unwrap(built.model).embeddings
+    written, peak = table.step_on_device, built.config.optimizer.lr
+    for number in (1, 2):
+        optimizers.set_lr(1 / number)
+        optimizers.zero_grad()  # TorchRec gives the tables their rate
+        table.begin_step()
+        assert written.encoder_lr.item() == pytest.approx(peak / number)
+        corrected = built.plan.table_lr / number / (1 - 0.9**number)
+        shrink = 1 / (1 - built.config.optimizer.beta2**number) ** 0.5
+        assert written.rates.tolist() == pytest.approx([corrected, shrink])
+        assert written.key.item() % 2**32 == mixed(number)
+    places = {group["lr"].data_ptr() for group in optimizers.dense.param_groups}
+    assert places == {written.encoder_lr.data_ptr()}
+    shards = {shard._on_device for shard in table.shards}
+    assert shards == {written}
 
 
 def test_graphs_of_fewer_slots_are_dropped(one_rank: Ranks) -> None:

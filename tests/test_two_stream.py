@@ -43,7 +43,7 @@ def streams() -> MaskedWindows:
     return next(TwoStreams(IterableWrapper([chunk()]), ClozeMask(config, NUM_ITEMS, 0)))
 
 
-def test_by_hand() -> None:
+def test_second_streams_follow_the_windows_and_predict_all_their_items() -> None:
     found = streams()
     #                              7 3 9, 5 6 masked, second row of 7 3 9, none | 8, its second row
     assert found.values.tolist() == [7, 3, 9, M, M, M, M, M, M, 8, M, M]

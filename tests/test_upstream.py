@@ -179,6 +179,8 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     purpose = "called by our progress"
     for name in ("fill_pipeline", "enqueue_batch", "attach"):
         has(TrainPipelineSparseDist, name, purpose)
+    purpose = "replaced but for a profile: a copy without names of ranges"
+    takes(TrainPipelineSparseDist.copy_batch_to_gpu, ["self", "dataloader_iter"], purpose)
     takes(TrainPipelineSparseDist.start_sparse_data_dist, ["self", "batch", "context"], purpose)
     takes(TrainPipelineSparseDist.wait_sparse_data_dist, ["self", "context"], purpose)
     takes(TrainPipelineSparseDist._set_module_context, ["self", "context"], purpose)
@@ -190,6 +192,8 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     purpose = "what the table requested, for a step that does not call the model"
     assert has(context, "module_contexts", purpose) == {}
     assert isinstance(has(pipeline, "batches", "batches on the device"), deque)
+    with has(pipeline, "_stream_context", "the copy's stream is the current one inside")(None):
+        pass
     assert has(pipeline, "_model_attached", "False after detach") is True
     for name in ("_data_dist_stream", "_memcpy_stream"):
         assert has(pipeline, name, "the stream that a step waits for") is None, "CPU has no streams"
@@ -197,8 +201,9 @@ def test_the_train_pipeline(sharded: DistributedModelParallel) -> None:
     assert pipeline._model is sharded, "the model that release() takes the graphs from"
     pipelined = has(pipeline, "_pipelined_modules", "counted by the tests of the exchange")
     assert len(pipelined) == 0, "modules are traced at the first batch"
-    for name in ("start_sparse_data_dist", "wait_sparse_data_dist", "copy_batch_to_gpu"):
-        purpose = "the profile's stages are found by the names of their ranges"
+    purpose = "the profile's stages are found by the names of their ranges"
+    stages = "next_batch", "copy_batch_to_gpu", "start_sparse_data_dist", "wait_sparse_data_dist"
+    for name in stages:
         assert f"## {name} " in inspect.getsource(TrainPipelineSparseDist), purpose
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.evaluation.config import SELECTING
+
 # Of a line of training steps in metrics.jsonl.
 _STEPS = {
     "loss": "1_quality/loss",
@@ -17,7 +19,6 @@ _STEPS = {
     "epoch": "3_optimizer/epoch",
 }
 SECONDS = "2_speed/validation_seconds"
-_CHOSEN = "NDCG@10"  # chooses the best model
 _PROTOCOLS = {"full": "4_full", "sampled": "5_sampled"}
 
 
@@ -39,15 +40,15 @@ def of_metrics(protocols: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 
 
 def tag(protocol: str, metric: str) -> str:
-    """The chart of a metric; the one that chooses the best model is on the first page."""
-    if (protocol, metric) == ("full", _CHOSEN):
-        return f"1_quality/full_{_CHOSEN}"
+    """The chart of a metric; the one that selects the best model is on the first page."""
+    if (protocol, metric) == ("full", SELECTING):
+        return f"1_quality/full_{SELECTING}"
     return f"{_PROTOCOLS[protocol]}/{metric}"
 
 
 def layout(metrics: Sequence[str]) -> dict[str, Any]:
     """Of the custom scalars: a chart for each metric with both protocols; both learning rates."""
-    first = sorted(metrics, key=lambda name: name != _CHOSEN)
+    first = sorted(metrics, key=lambda name: name != SELECTING)
     both = {name: _chart(*(tag(each, name) for each in _PROTOCOLS)) for name in first}
     rates = _chart(_STEPS["lr"], _STEPS["table_lr"])
     return {"full and sampled": both, "learning rates": {"encoder and tables": rates}}

@@ -81,7 +81,7 @@ class Checkpoints:
 
     @property
     def kept(self) -> str:
-        """What is left of a run that ends now, for the line of its error."""
+        """Which checkpoint a run that fails now has left, a clause for its error."""
         kept = f"the checkpoint of step {self._newest} is intact"
         if not self._newest:
             kept = "there is no checkpoint yet"
@@ -91,7 +91,7 @@ class Checkpoints:
 
     @property
     def advice(self) -> str:
-        """How such a run is trained on."""
+        """What lets training go on after that, a clause for the same error."""
         return f"{'go on' if self._newest else 'start again'} with --resume auto"
 
     @property

@@ -15,13 +15,13 @@ import numpy as np
 
 from model.evaluation.ranked_users import MODEL, PROTOCOLS, RankedUsers
 from model.evaluation.report import format_table
+from pipeline.evaluation.config import SELECTING
 
 # Random signs; p is not smaller than 1 / (DRAWS + 1).
 DRAWS = 10_000
 # Sums of more different sizes are normal but for a trace: they are not drawn.
 _MOST_SIZES = 1000
 REAL = 0.05
-_SELECTING = "NDCG@10"
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,13 @@ def format_comparison(
             ("  p", {name: each.p for name, each in metrics.items()}),
         ]
         lines.append(format_table(rows))
-    chosen = found["full"][_SELECTING]
+    chosen = found["full"][SELECTING]
     change = chosen.other - chosen.one
     verdict = "is not shown to differ from"
     if chosen.p < REAL:
         verdict = "is better than" if change > 0 else "is worse than"
     lines.append(
-        f"{names[1]} {verdict} {names[0]} by full {_SELECTING}: {change:+.4f} ± "
+        f"{names[1]} {verdict} {names[0]} by full {SELECTING}: {change:+.4f} ± "
         f"{chosen.half_width:.4f}, p {chosen.p:.4f} (paired randomisation test of users)"
     )
     return "\n".join(lines)

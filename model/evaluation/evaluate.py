@@ -120,31 +120,52 @@ def rank_users(
         listed = None
         if list_lengths:
             listed = ListedItems(len(popularity) - 2, list_lengths, lowered, device)
-        # Reduced only at the end, so that the host does not wait for the device in between.
-        ranks: list[Tensor] = []
-        scores: list[Tensor] = []
-        own: list[Tensor] = []
+        found, several = _RankedBlocks(device), False
         owners: list[Tensor] = []
-        several = False
-        fewer = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             owners.append(batch.users[batch.users >= 0])
             several |= batch.encoded_row is not None
             users = encode(bert, batch.to(device, non_blocking=True))
             for block in users.blocks(max(1, MAX_SCORES // catalog.part_items)):
-                of_block, score = _block_ranks(block, catalog, counts if by_popularity else None)
-                ranks.append(of_block)
-                scores.append(score)
-                own.append(block.own)
-                fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.first).sum()
+                ranked = _block_ranks(block, catalog, counts if by_popularity else None)
+                found.add(block, *ranked, negatives)
                 if listed is not None:
                     listed.add(block, catalog)
-        is_own = torch.cat(own)
-        of_own, whose = torch.cat(ranks, dim=1)[:, is_own], torch.cat(owners) if several else None
-        if whose is not None:
-            settled = one_list(of_own.cpu().numpy(), whose.numpy())
-            of_own = torch.from_numpy(settled).to(device)
-        return Ranking(of_own, torch.cat(scores)[is_own], whose, fewer, listed)
+        return found.ranking(torch.cat(owners) if several else None, listed)
+
+
+class _RankedBlocks:
+    """Ranks of the targets of all blocks so far, on the device: the host reads them at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._ranks: list[Tensor] = []
+        self._scores: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._fewer = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, block: EncodedUsers, ranks: Tensor, scores: Tensor, negatives: int) -> None:
+        """Add a block with its ranks and scores, as of :func:`_block_ranks`.
+
+        Args:
+            negatives: of each user, as demanded.
+        """
+        self._ranks.append(ranks)
+        self._scores.append(scores)
+        self._own.append(block.own)
+        self._fewer += (((block.negatives > 0).sum(dim=1) < negatives) & block.first).sum()
+
+    def ranking(self, owners: Tensor | None, listed: ListedItems | None) -> Ranking:
+        """The ranking of this rank's own targets, those of a user settled to ranks in one list.
+
+        Args:
+            owners: int64 [T], whose targets they are, on the host; None: each of another user.
+        """
+        is_own = torch.cat(self._own)
+        ranks = torch.cat(self._ranks, dim=1)[:, is_own]
+        if owners is not None:
+            settled = one_list(ranks.cpu().numpy(), owners.numpy())
+            ranks = torch.from_numpy(settled).to(ranks.device)
+        return Ranking(ranks, torch.cat(self._scores)[is_own], owners, self._fewer, listed)
 
 
 def _block_ranks(

@@ -6,6 +6,7 @@ from pathlib import Path
 from model.distributed import writing
 from model.evaluation.evaluate import Result
 from model.evaluation.ranked_users import MODEL, MOST_FREQUENT, RECENT, REPEAT_LAST
+from pipeline.evaluation.config import SELECTING
 from pipeline.files import write_json
 
 _PROTOCOLS = {
@@ -109,10 +110,10 @@ def _about_groups(result: Result) -> list[str]:
     lines = []
     for kind, groups in result.get("groups", {}).items():
         shown = (
-            f"{name} {group['full']['NDCG@10']:.4f} ({group['users']:,})"
+            f"{name} {group['full'][SELECTING]:.4f} ({group['users']:,})"
             for name, group in groups.items()
         )
-        lines.append(f"full NDCG@10 by {_KINDS[kind]}: {', '.join(shown)}")
+        lines.append(f"full {SELECTING} by {_KINDS[kind]}: {', '.join(shown)}")
     return lines
 
 
@@ -140,30 +141,30 @@ def remarks(result: Result) -> list[str]:
             "--eval_negatives: their sampled metrics are too high; compare full ones"
         )
     below = [
-        f"{protocol} {result[protocol]['NDCG@10']:.4f} against {known['NDCG@10']:.4f}"
+        f"{protocol} {result[protocol][SELECTING]:.4f} against {known[SELECTING]:.4f}"
         for protocol, known in result.get("popularity", {}).items()
-        if result[protocol]["NDCG@10"] < known["NDCG@10"]
+        if result[protocol][SELECTING] < known[SELECTING]
     ]
     if below:
         remedy = "train longer (--num_epochs), change --lr, or leave flags to --recipe auto"
         if "popularity_discount" in result:
             remedy = "lower --popularity_discount, which lowers full metrics, or train longer"
-        found.append(f"the model is below popularity (NDCG@10 {', '.join(below)}): {remedy}")
-    baselines = dict(result.get("baselines", {}))
+        found.append(f"the model is below popularity ({SELECTING} {', '.join(below)}): {remedy}")
+    own, baselines = result["full"], dict(result.get("baselines", {}))
     recent = baselines.pop(RECENT, None)
-    if recent and result["full"]["NDCG@10"] < recent["full"]["NDCG@10"]:
+    if recent and own[SELECTING] < (other := recent["full"][SELECTING]):
         found.append(
             f"the model is below what was popular in the last {result['recent_days']} days "
-            f"(NDCG@10 full {result['full']['NDCG@10']:.4f} against "
-            f"{recent['full']['NDCG@10']:.4f}): train longer, or on later data"
+            f"({SELECTING} full {own[SELECTING]:.4f} against {other:.4f}): train longer, or on "
+            "later data"
         )
-    if baselines:
-        best = max(baselines.values(), key=lambda rows: rows["full"]["NDCG@10"])["full"]["NDCG@10"]
-        if (value := result["full"]["NDCG@10"]) < best:
-            found.append(
-                f"the model is below repeating the user's own items (NDCG@10 full {value:.4f} "
-                f"against {best:.4f}): train longer, or show those items beside its own"
-            )
+    repeated = [rows["full"][SELECTING] for rows in baselines.values()]
+    if repeated and own[SELECTING] < (best := max(repeated)):
+        found.append(
+            f"the model is below repeating the user's own items ({SELECTING} full "
+            f"{own[SELECTING]:.4f} against {best:.4f}): train longer, or show those items beside "
+            "its own"
+        )
     return found
 
 

@@ -89,7 +89,8 @@ class Beside:
         cosine: scores are cosines, else dot products.
         unit: the rows [C, D] as products take them, at length 1 for cosines, and the inverses [C]
             of their lengths; None for dot products.
-        in_backward: the rows' gradient runs on the side stream, too.
+        in_backward: the rows' gradient runs on the side stream, too; else it has space before it,
+            for ``join_gradients``.
     """
 
     rows: Tensor
@@ -103,7 +104,7 @@ class Beside:
 
         Args:
             in_backward: possible only if nothing but work of ``side_stream.run`` reads the rows'
-                gradient.
+                gradient, as with this project's lookup.
         """
         given = rows.detach(), product_dtype(rows), cosine
         return cls(rows, cosine, side_stream.start(lambda: _unit_rows(*given)), in_backward)
@@ -175,7 +176,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses = losses[rank * most : rank * most + sizes[rank]]
         ctx.save_for_backward(hidden, unit, inverse, log_sums, column, owned, direction)
         ctx.sizes, ctx.bound, ctx.teachers = sizes, bound, teachers
-        ctx.on_side_stream, ctx.before = beside.in_backward, rows.storage_offset()
+        ctx.on_side_stream = beside.in_backward
+        # In place, rows may come after a whole other table.
+        ctx.before = 0 if beside.in_backward else rows.storage_offset()
         return losses
 
     @staticmethod

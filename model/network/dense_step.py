@@ -18,7 +18,7 @@ from model.losses.sharded_softmax import NO_TEACHERS, Beside, TeacherTargets
 from model.network.attributes import AttributeSums
 from model.network.distillation import Teachers
 from model.network.encoder import Encoder, Layout
-from model.network.head import ScoringHead
+from model.network.head import Scored, ScoringHead
 
 
 class StepInput(NamedTuple):
@@ -41,6 +41,10 @@ class StepInput(NamedTuple):
     @property
     def layout(self) -> Layout:
         return self.offsets, self.masked, self.left_only, self.steps_ago, self.times
+
+    @property
+    def scored(self) -> Scored:
+        return Scored(self.targets, self.negatives, self.log_counts, self.all_targets)
 
 
 class DenseStep(nn.Module):
@@ -83,8 +87,9 @@ class DenseStep(nn.Module):
         may_replay = self.training and given.masked.numel() > 0
         graphs = self._plan.graphs if may_replay else "none"
         encoder, head = self._parts
-        # The backward pass of attributes' sums reads the candidates' gradient, not the table alone.
-        beside = head.start(candidates, in_backward=added is None)
+        # Backward passes of attributes' sums and of other lookups read the candidates' gradient.
+        by_table_alone = self._plan.lookup == "own" and added is None
+        beside = head.start(candidates, in_backward=by_table_alone)
         if graphs == "encoder":
             hidden = self._graph()(items, *given.layout)
         else:  # under capture only the shapes may decide
@@ -128,5 +133,4 @@ class DenseStep(nn.Module):
         sizes = None
         if self._plan.agrees_on_sizes and head.catalog.shared:
             sizes = [len(given.masked)] * dist.get_world_size()
-        scored = given.targets, given.negatives, given.log_counts
-        return head(hidden, candidates, *scored, teachers, sizes, given.all_targets, beside)
+        return head(hidden, candidates, given.scored, teachers, sizes, beside)

@@ -102,14 +102,8 @@ class Encoder(nn.Module):
         layout = RowLayout(offsets, items.shape[0], longest, left_only, steps_ago)
         fused = residual.takes(items)
         if self.times is not None:
-            if times is None:
-                times = offsets.new_full((items.shape[0], 2), UNKNOWN)
             dtype = torch.get_autocast_dtype("cuda") if fused else items.dtype
-            items = items + self.times(times, dtype)
-            rotation = cast(EncoderLayer, self.layers[0]).attention.rotation
-            if rotation is not None:
-                frequency, by_place = turns_a_second(rotation), rotation[layout.steps_ago]
-                layout = layout.turned(with_times(by_place, times, self.times.first, frequency))
+            items, layout = self._with_times(items, layout, times, dtype)
         if fused:
             return self._encode_fused(items, layout, masked)
         if self.positions is not None:
@@ -121,6 +115,24 @@ class Encoder(nn.Module):
         # The loss reads only the masked positions: the last feed-forward runs only on them, about a
         # fifth of the work.
         return self.final_norm(last(packed, layout, wanted=masked))
+
+    def _with_times(
+        self, items: Tensor, layout: RowLayout, times: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, RowLayout]:
+        """The items with vectors of times added, and the layout with rotations by time.
+
+        Args:
+            dtype: of the product that makes the vectors.
+        """
+        assert self.times is not None
+        if times is None:
+            times = layout.offsets.new_full((items.shape[0], 2), UNKNOWN)
+        items = items + self.times(times, dtype)
+        rotation = cast(EncoderLayer, self.layers[0]).attention.rotation
+        if rotation is None:
+            return items, layout
+        frequency, by_place = turns_a_second(rotation), rotation[layout.steps_ago]
+        return items, layout.turned(with_times(by_place, times, self.times.first, frequency))
 
     def _encode_fused(self, items: Tensor, layout: RowLayout, masked: Tensor) -> Tensor:
         """The same on CUDA under autocast: one kernel between two matrix products."""

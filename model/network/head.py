@@ -7,6 +7,7 @@ Shapes: M masked positions, C candidates of this rank, K negatives, V items, D w
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,22 @@ def catalog_slice(
     return CatalogSlice(low, high, shared=True)
 
 
+class Scored(NamedTuple):
+    """What the loss of the masked positions scores.
+
+    Attributes:
+        targets: int64 [M] item ids; 0: no target.
+        negatives: int64 [K] item ids, of a sampled loss.
+        log_counts: float32 [K], logarithms of the negatives' expected counts.
+        all_targets: int64 [1], targets of all ranks; None: counted and added up by the loss.
+    """
+
+    targets: Tensor
+    negatives: Tensor | None = None
+    log_counts: Tensor | None = None
+    all_targets: Tensor | None = None
+
+
 class ScoringHead(nn.Module):
     """Scores of the items in ``catalog`` and the loss of masked positions.
 
@@ -96,12 +113,9 @@ class ScoringHead(nn.Module):
         self,
         hidden: Tensor,
         candidates: Tensor,
-        targets: Tensor,
-        negatives: Tensor | None = None,
-        log_counts: Tensor | None = None,
+        scored: Scored,
         teachers: TeacherTargets = NO_TEACHERS,
         sizes: list[int] | None = None,
-        all_targets: Tensor | None = None,
         beside: Beside | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean loss over the masked positions of all ranks.
@@ -110,11 +124,7 @@ class ScoringHead(nn.Module):
             hidden: [M, D] vectors of this rank's masked positions.
             candidates: [C, D] rows of the items of this rank's slice; for a sampled loss [M + K, D]
                 rows of the targets and the negatives.
-            targets: int64 [M] item ids; 0: no target.
-            negatives: int64 [K] item ids.
-            log_counts: float32 [K], logarithms of the negatives' expected counts.
             sizes: M of every rank, where the exact softmax is shared; None: exchanged here.
-            all_targets: int64 [1], targets of all ranks; None: counted and added up here.
             beside: of :meth:`start`, if it was called.
 
         Returns:
@@ -125,7 +135,7 @@ class ScoringHead(nn.Module):
             losses = linear_cross_entropy(
                 hidden.float(),
                 beside or Beside.start(candidates, self.is_cosine),
-                targets,
+                scored.targets,
                 self.catalog.low,
                 self.scale,
                 self.catalog.shared,
@@ -133,19 +143,13 @@ class ScoringHead(nn.Module):
                 sizes,
             )
         else:
-            assert negatives is not None and log_counts is not None
-            losses = self._sampled_losses(hidden, candidates, targets, negatives, log_counts)
-        return _global_mean(losses, targets != 0, all_targets)  # 0: the padding item
+            losses = self._sampled_losses(hidden, candidates, scored)
+        return _global_mean(losses, scored.targets != 0, scored.all_targets)  # 0: the padding item
 
-    def _sampled_losses(
-        self,
-        hidden: Tensor,
-        candidates: Tensor,
-        targets: Tensor,
-        negatives: Tensor,
-        log_counts: Tensor,
-    ) -> Tensor:
+    def _sampled_losses(self, hidden: Tensor, candidates: Tensor, scored: Scored) -> Tensor:
         """The sampled loss of each position, float32 [M]; arguments as for :meth:`forward`."""
+        targets, negatives, log_counts, _ = scored
+        assert negatives is not None and log_counts is not None
         hidden, draws = self.project(hidden) * self.scale, negatives.numel()
         own, drawn = self.project(candidates).split([targets.numel(), draws])
         positives, items = (hidden * own).sum(dim=1), (targets, negatives)

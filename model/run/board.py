@@ -13,7 +13,7 @@ from model.distributed import Ranks, writing
 from model.evaluation.evaluate import Result
 from model.evaluation.metrics import metric_names, names_of_several
 from model.evaluation.report import NOTES
-from model.run.config_file import command, versions
+from model.run.config_file import PLACES, command, versions
 from model.run.trained import TrainedRun
 from model.settings.config import RunConfig
 from model.settings.flags import changed, flatten
@@ -22,17 +22,7 @@ from pipeline.preparation.store import SequenceStore
 
 # They say where a run is or how it is watched, not what it computes.
 _NOT_COMPARED = (
-    *(
-        "run_dir",
-        "resume",
-        "export_root",
-        "with_users",
-        "cache_dir",
-        "memory_gb",
-        "dataset_path",
-        "split_path",
-        "dataset_name",
-    ),
+    *(*PLACES, "dataset_name", "run_dir", "resume", "export_root", "with_users"),
     *("log_every", "profile", "tensorboard", "rank_timeout", "checkpoint_every", "keep_last"),
 )
 
@@ -91,17 +81,19 @@ def compared_flags(config: RunConfig) -> dict[str, Any]:
 
 
 def write_evaluated(
-    run: TrainedRun, name: str, result: Result, best: dict[str, float] | None, ranks: Ranks
+    run: TrainedRun, name: str, result: Result, best_possible: dict[str, float] | None
 ) -> None:
-    """A result of eval.py for TensorBoard, if it is of a run folder; called on rank 0.
+    """Write a result of eval.py for TensorBoard, if it is of a run folder; on rank 0 alone.
 
     Args:
         name: of the result's file, without its ending.
+        best_possible: full metrics that the data allow, if they are known.
     """
     if not (run.folder / "checkpoints").is_dir():
         return
     flags = compared_flags(run.config)
     flags |= {key: result[key] for key in NOTES if key in result}
     with writing(run.folder):
-        measured = Measured(name, run.step(ranks), result, flags, best)
+        # An earlier version exported no step.
+        measured = Measured(name, result.get("step", 0), result, flags, best_possible)
         write_measured(run.folder, measured, run.config.board.is_full)

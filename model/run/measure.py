@@ -21,7 +21,7 @@ from model.run.trained import TrainedRun
 from model.settings.config import EvalFlags, RunConfig
 from model.settings.protocol import protocol_of, with_seen
 from pipeline.errors import UserError
-from pipeline.evaluation.config import SELECTING_CUTOFF
+from pipeline.evaluation.config import SELECTING, SELECTING_CUTOFF
 from pipeline.evaluation.recent import DAYS, ranks_by, recent_scores
 from pipeline.preparation.store import SequenceStore
 
@@ -67,7 +67,7 @@ def measure(
 
 
 def recent_days(config: RunConfig, store: SequenceStore, ranks: Ranks) -> int | None:
-    """In how many days popularity ranks validation best, by full NDCG@10; called on all ranks.
+    """In how many days popularity ranks validation best, by full `SELECTING`; on all ranks.
 
     None if the split is not by time, or the unit of the times is unknown.
     """
@@ -82,7 +82,7 @@ def recent_days(config: RunConfig, store: SequenceStore, ranks: Ranks) -> int | 
     sums = torch.stack(found).to(ranks.device)
     if ranks.world_size > 1:
         dist.all_reduce(sums)
-    place = names_of_several((SELECTING_CUTOFF,)).index(f"NDCG@{SELECTING_CUTOFF}")
+    place = names_of_several((SELECTING_CUTOFF,)).index(SELECTING)
     return DAYS[int(sums[:, place].argmax())]
 
 

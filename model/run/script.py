@@ -43,7 +43,7 @@ class Stages:
 def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
-    Both functions import torch and TorchRec late, so that errors in flags appear at once.
+    ``read_flags`` does without torch, whose import takes seconds: errors in flags appear at once.
     """
     _prepare_streams()
     # Else a lost rank makes torch's C++ print stack traces above our line.
@@ -52,17 +52,21 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         flags = read_flags()
+        gc.disable()  # collections of garbage take a fifth of the imports' time
+        from model.ending import run_script
     except UserError as error:
         exit_with_message(str(error))
-    # Collections of garbage take a fifth of the imports' time; later ones leave these objects out.
-    gc.disable()
-    import torchrec.distributed  # noqa: F401
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
 
-    from model.ending import run_script
+    def run() -> None:
+        import torchrec.distributed  # noqa: F401 - here, where its warnings are left out
 
-    gc.freeze()
-    gc.enable()
-    run_script(lambda: main(flags))
+        gc.freeze()  # later collections leave out what the imports have made
+        gc.enable()
+        main(flags)
+
+    run_script(run)
 
 
 def _prepare_streams() -> None:

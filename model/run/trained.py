@@ -54,6 +54,7 @@ class TrainedRun:
         folders = (self.folder, self.folder / PORTABLE)
         self._exported = next((each for each in folders if (each / WEIGHTS).exists()), None)
         self._num_items = self._recorded["num_items"]
+        self._step: int | None = None  # of the best checkpoint, once :meth:`_best` chose it
         self.span = read_span(self._recorded)  # None: the model reads no times
         # An exported model has none: its items' rows are sums.
         self._num_attributes = 0 if self._exported else read_num_attributes(self._recorded)
@@ -87,10 +88,10 @@ class TrainedRun:
         return replace(self.config, holdout=replace(self.config.holdout, targets=choice))
 
     def trained_to(self, ranks: Ranks) -> dict[str, int]:
-        """Step and epoch of the weights, as far as they are known."""
+        """Step and epoch of the weights, as far as they are known; called on all ranks."""
         if self._exported is None:
             checkpoints = Checkpoints(self.folder, ranks)
-            step = checkpoints.best_step()
+            step = self._best(checkpoints)
             return {"step": step, "epoch": checkpoints.epoch(step)}
         recorded = read_config(self._exported)
         known = {name: recorded.get(name) for name in ("step", "epoch")}
@@ -159,7 +160,7 @@ class TrainedRun:
         return any(self._recorded.get(name, value) != value for name, value in found.items())
 
     def model(self, ranks: Ranks) -> DistributedModelParallel:
-        """The trained model, sharded over the ranks."""
+        """The trained model, sharded over the ranks; called on all of them."""
         config = self.config
         # Before the model is built: config.json may describe one of any size.
         weightless = self._weightless_model()
@@ -169,7 +170,7 @@ class TrainedRun:
                 config = replace(config, sharding=replace(config.sharding, compute_kernel="fused"))
         else:
             checkpoints = Checkpoints(self.folder, ranks)
-            step = checkpoints.best_step()
+            step = self._best(checkpoints)
             checkpoints.check_fit(weightless, step)
             self._check_recorded(checkpoints.path(step))
         attributes = self._attributes()
@@ -188,12 +189,11 @@ class TrainedRun:
         raise_on_all(ranks, unusable)
         return model
 
-    def step(self, ranks: Ranks) -> int:
-        """Training step of the model; 0 if an earlier version exported it."""
-        if self._exported:
-            step = read_config(self._exported).get("step", 0)
-            return step if type(step) is int else 0
-        return Checkpoints(self.folder, ranks).best_step()
+    def _best(self, checkpoints: Checkpoints, checks_bytes: bool = True) -> int:
+        """Step of the best checkpoint, chosen once: a training that runs may write a better one."""
+        if self._step is None:
+            self._step = checkpoints.best_step(checks_bytes)
+        return self._step
 
     def trained(self, ranks: Ranks) -> Trained:
         """The model to export: the exported one, else that of the best checkpoint; one rank."""
@@ -211,7 +211,7 @@ class TrainedRun:
                 epoch=recorded.get("epoch", 0),
             )
         checkpoints = Checkpoints(self.folder, ranks)
-        step = checkpoints.best_step(checks_bytes=False)  # the export does
+        step = self._best(checkpoints, checks_bytes=False)  # the export does
         checkpoints.check_fit(self._weightless_model(), step)
         self._check_recorded(checkpoints.path(step))
         return Trained(

@@ -44,7 +44,7 @@ from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
 from model.step.flat_adamw import FlatAdamW, split_by_decay
 from model.step.train_step import backward
-from model.tables.item_table import TableShard, look_up_all
+from model.tables.item_table import TableShard, exchanged_ids, look_up_all
 from model.tables.row_exchange import RowExchange
 from model.tables.row_lookup import rows_or_zeros
 from model.tables.table_update import Step
@@ -207,11 +207,9 @@ class FakeStep:
         if batch.candidate_range is not None and not self._draws:
             candidates = torch.arange(*batch.candidate_range)
         if self._is_own:
-            ids = [batch.requested]
-            if self._draws and head.config.head == "linear":
-                ids = [ids[0][:num_items], ids[0][num_items:]]
-            if self._attributes is not None:
-                ids = [torch.cat([*ids, torch.arange(*self._attributes)])]
+            # Not by ``items_of``, whose cache real steps read.
+            added = None if self._attributes is None else torch.arange(*self._attributes)
+            ids = exchanged_ids(batch, self._draws and head.config.head == "linear", added)
             requests = [exchange.request(each, batch.slots) for each in ids]
             given = num_items, candidates, self._model.embeddings.num_attributes
             return look_up_all(self._shards(), requests, *given)

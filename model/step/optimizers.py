@@ -45,10 +45,11 @@ class Optimizers:
         parameters = replicated(model)
         # In ddp the tables are ordinary parameters with a separate learning rate.
         self._table_ids = {id(p) for n, p in parameters.items() if n.startswith("embeddings.")}
-        self._graphed_lr: Tensor | None = None  # where a CUDA graph reads it
+        # The encoder's learning rate, where the graph of an optimizer's step reads it.
+        self._graphed_lr: Tensor | None = None
         if plan.has_static_gradients:
             self._graphed_lr = torch.tensor(config.lr, device=ranks.device)
-        # A graph of whole steps reads it where the table writes what it reads itself.
+        # Writes the learning rates, the encoder's too, where a graph of whole steps reads them.
         self._table = unwrap(model).embeddings if plan.graphs == "step" else None
         made = self._of_torch if self._table is None else self._flat
         self.dense, self._stepped, self.norms = made(parameters, ranks)

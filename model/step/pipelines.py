@@ -85,9 +85,9 @@ class StepPipeline(TrainPipelineSparseDist):
         return report
 
     def copy_batch_to_gpu(self, batches: Iterator[PackedBatch]) -> tuple[Any, Any]:
-        """The next batch, on its way to the device, or None, and its context."""
+        """The next batch, whose copy to the device has started, or None; and its context."""
         if self.train_step.is_recorded:
-            return super().copy_batch_to_gpu(batches)  # with names for a profile: some 40 us
+            return super().copy_batch_to_gpu(batches)  # the same, as ranges with names
         batch = next(batches, None)
         if batch is not None:
             with self._stream_context(self._memcpy_stream):

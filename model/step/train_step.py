@@ -51,8 +51,10 @@ def backward(loss: Tensor, one: Tensor) -> None:
 class TrainStep:
     """Trains ``model`` on one batch per call.
 
-    ``is_eager`` launches kernels one by one, so that a profile shows the parts of a step;
-    ``is_recorded`` names the graph of a step in a profile, which takes the host some 20 us.
+    Attributes:
+        is_eager: kernels are launched one by one, so that a profile shows the parts of a step.
+        is_recorded: a profile is recorded: the graph of a step, and the pipeline's copies, are
+            ranges with names, which take the host some 60 us a step.
     """
 
     def __init__(

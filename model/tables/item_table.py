@@ -46,7 +46,7 @@ class TableShard:
         tables: FBGEMM's module of one or more tables with float32 or fp16 rows.
         scored: the items that this rank scores in place; None: candidates are looked up.
         place: of the table in ``tables``.
-        on_device: what kernels read of a step; None: written by each update.
+        on_device: the values of a step that kernels read; None: each update writes them.
     """
 
     def __init__(
@@ -148,6 +148,21 @@ def look_up_all(
     return items, shards[1].look_up(request, 0, candidates)[1]
 
 
+def exchanged_ids(
+    batch: PackedBatch, of_two_tables: bool, attributes: Tensor | None
+) -> list[Tensor]:
+    """The ids, int64 [.], whose rows are exchanged, for each table of which rows are exchanged.
+
+    Args:
+        of_two_tables: items are rows of one table, drawn candidates of another.
+        attributes: ids of all attributes, int64 [A], rows of the only table; None: there are none.
+    """
+    assert attributes is None or not of_two_tables
+    if of_two_tables:
+        return [*batch.requested.tensor_split([batch.num_items])]
+    return [batch.requested if attributes is None else torch.cat([batch.requested, attributes])]
+
+
 class ShardedItemTable(ItemCollection):
     """A sharded collection, each of its tables trained through a :class:`TableShard`.
 
@@ -157,8 +172,8 @@ class ShardedItemTable(ItemCollection):
         draws_candidates: candidates are any items, exchanged like histories; else this shard's.
 
     Attributes:
-        step_on_device: what kernels read of a step, written when it begins.
-        encoder_lr: of the next step, written there, too.
+        step_on_device: the values of a step that kernels read; :meth:`begin_step` writes them.
+        encoder_lr: learning rate of the encoder in the next step, which is one of them.
     """
 
     def __init__(
@@ -180,7 +195,7 @@ class ShardedItemTable(ItemCollection):
         assert names in (["item"], ["item", "output"]), names
         self._is_tied = len(names) == 1
 
-        # Kernels read what a step differs in from the device: one graph serves many steps.
+        # In device memory: one CUDA graph serves steps of different rates.
         self.step_on_device = StepOnDevice(tables.split_embedding_weights()[0].device)
         self._optimizer, self.encoder_lr = plan.table_optimizer, 0.0
 
@@ -196,7 +211,7 @@ class ShardedItemTable(ItemCollection):
         self._next_step = partial(Step.counted, tables, 1 / exchange.world_size)
 
     def begin_step(self) -> None:
-        """Count a step and read the tables' current learning rate."""
+        """Count a step and write its values: the current learning rates, the key of its bits."""
         step = self._next_step()
         for shard in self.shards:
             shard.begin_step(step)
@@ -211,12 +226,10 @@ class ShardedItemTable(ItemCollection):
 
         A step's slots suffice for all of its ids together, so for those of each table.
         """
-        ids, slots = [batch.requested], batch.slots + self._more_slots
-        if self._draws and not self._is_tied:
-            num_items = batch.num_items
-            ids = [ids[0][:num_items], ids[0][num_items:]]
+        slots, added = batch.slots + self._more_slots, None
         if self.attributes is not None:
-            ids = [torch.cat([*ids, items_of(self.attributes, ids[0].device)])]
+            added = items_of(self.attributes, batch.requested.device)
+        ids = exchanged_ids(batch, self._draws and not self._is_tied, added)
         return [self.exchange.request(each, slots) for each in ids]
 
     def input_dist(self, ctx: LookupContext, batch: PackedBatch) -> KJTListSplitsAwaitable:

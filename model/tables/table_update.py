@@ -41,8 +41,12 @@ _TILE = 1024
 class Step:
     """Constants of one optimizer step.
 
-    Adagrad has Adam's eps. Steps are numbered from 1; ``scale`` is a factor of the gradients,
-    ``first_row`` the number of the table's row that is this rank's first.
+    Attributes:
+        beta1, beta2: of Adam.
+        eps: of Adam and Adagrad.
+        number: of the step, from 1.
+        scale: factor of the gradients.
+        first_row: number of the table's row that is this rank's first.
     """
 
     lr: float
@@ -55,7 +59,7 @@ class Step:
 
     @classmethod
     def counted(cls, tables: Any, scale: float = 1.0) -> "Step":
-        """The next step of FBGEMM's module ``tables``, which counts it."""
+        """The next step of FBGEMM's module ``tables``, whose step count rises by one."""
         known, count = tables.optimizer_args, tables.iter_cpu.numpy()
         count += 1
         return cls(
@@ -68,9 +72,9 @@ class Step:
         )
 
     def rates(self, optimizer: str) -> tuple[float, ...]:
-        """The learning rate; Adam's, and the factor of its roots of squares, in float64.
+        """The learning rate; for Adam, also the factor of the roots of its squares; float64.
 
-        They correct the bias of its averages.
+        Both of Adam correct the bias of its averages.
         """
         if optimizer != "adam":
             return (self.lr,)
@@ -79,31 +83,36 @@ class Step:
 
     @property
     def key(self) -> int:
-        """Of the random bits by which fp16 rows are rounded, in [0, 2^32)."""
+        """The key of the random bits by which fp16 rows are rounded, in [0, 2^32)."""
         return mixed(self.number)
 
 
 class StepOnDevice:
-    """What differs from step to step, in memory that a replayed CUDA graph reads.
+    """What differs from step to step, in device memory that kernels and CUDA graphs read.
 
     Attributes:
-        rates: float32 [2], of the tables, the second for Adam.
-        key: int32 [1], for fp16 rows.
-        encoder_lr: float32 [], of the encoder's optimizer.
+        rates: float32 [2], :meth:`Step.rates` of the tables' optimizer.
+        encoder_lr: float32 [], learning rate of the encoder.
+        key: int32 [1], the bits of :attr:`Step.key`.
     """
 
+    # Places of the three. They are aligned to 16 bytes: for others, Triton compiles other kernels.
+    _RATES, _ENCODER_LR, _KEY, _SIZE = 0, 4, 8, 12
+
     def __init__(self, device: torch.device) -> None:
-        # Each begins at 16 bytes: other addresses would need other kernels.
-        self._written = torch.zeros(12, device=device)
-        self.rates, self.encoder_lr = self._written[:2], self._written[4]
-        self.key = self._written[8:9].view(torch.int32)
+        self._written = torch.zeros(self._SIZE, device=device)
+        self.rates = self._written[self._RATES :][:2]
+        self.encoder_lr = self._written[self._ENCODER_LR]
+        self.key = self._written[self._KEY :][:1].view(torch.int32)
 
     def write(self, optimizer: str, step: Step, encoder_lr: float = 0.0) -> None:
-        """Make them those of ``step``, by one copy: each takes the host some 10 us."""
-        values, rates = np.zeros(12, dtype=np.float32), step.rates(optimizer)
-        values[: len(rates)], values[4] = rates, encoder_lr
-        values.view(np.uint32)[8] = step.key
-        # CUDA has copied memory that is not pinned when the call returns.
+        """Write the values of ``step`` by one copy: a copy takes the host about 10 us."""
+        values = np.zeros(self._SIZE, dtype=np.float32)
+        for place, rate in enumerate(step.rates(optimizer), self._RATES):
+            values[place] = rate
+        values[self._ENCODER_LR] = encoder_lr
+        values.view(np.uint32)[self._KEY] = step.key
+        # Pageable memory: CUDA has read it when the call returns.
         self._written.copy_(torch.from_numpy(values), non_blocking=True)
 
 
@@ -126,7 +135,7 @@ def update(
         gradient: float32 [C, D] of the candidates, contiguous; may be overwritten.
         outer: float32 [S, D] of the other rows, contiguous; may be overwritten.
         first: the table's row of the first candidate.
-        on_device: written for this step, read by the kernels on CUDA.
+        on_device: the values of ``step``, which the kernels on CUDA read; None: written here.
     """
     if has_kernels(table):
         tiles, *tile = row_tiles(table.shape, _TILE)

@@ -1,6 +1,7 @@
 """Names of TorchRec and FBGEMM that are private or unstable, and what each is needed for.
 
-Only ``model/step/pipelines.py`` and ``cpu_adam.py``, subclasses of theirs, use more of them.
+Only their subclasses (``model/step/pipelines.py``, ``cpu_adam.py``) and ``Step.counted``
+(``table_update.py``) use more of them.
 ``tests/test_upstream.py`` fails when an upgrade takes one away.
 """
 

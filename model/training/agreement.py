@@ -18,6 +18,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ class Agreement:
         self._signal = self._request = NOTHING
         self._steps_between = _STEPS_BETWEEN if ranks.device.type == "cuda" else 1
         self._calls = 0
+        self._handlers: dict[signal.Signals, Any] = {}  # from before, of the signals heard
         self._reduced = torch.zeros(1, dtype=torch.int32)
         self._underway: dist.Work | None = None
         self._group = self._barrier_group = None

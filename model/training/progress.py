@@ -75,7 +75,7 @@ class LogWindow:
         Args:
             norms: float32 [2], sums over the steps of the gradients' norm and of clipped steps,
                 the same on all ranks; None: not computed.
-            kept: ends the error: the checkpoint that there is.
+            kept: which checkpoint there is, the last clause of the error.
         """
         totals = torch.stack(self.losses).double()
         totals = torch.cat([totals, totals.new_tensor([[self.windows, 0]])])

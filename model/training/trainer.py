@@ -35,6 +35,7 @@ from model.training.progress import HostThrottle, LogWindow
 from model.training.run_log import At, RunLog
 from pipeline.batches.train_batch import PackedBatch
 from pipeline.errors import UserError
+from pipeline.evaluation.config import SELECTING
 from pipeline.training.loader import TrainLoader
 
 T = TypeVar("T")
@@ -265,7 +266,7 @@ class Trainer:
         examples = self.examples()
         set_table_steps(self.model, self.position.step)
         sampled, full, step = result["sampled"], result["full"], self.position.step
-        value = full["NDCG@10"]  # sampled metrics may prefer a worse model
+        value = full[SELECTING]  # sampled metrics may prefer a worse model
         if better := value > self.position.best:
             self.position = replace(self.position, best=value, best_step=step, stale=0)
         else:
@@ -273,8 +274,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.log.write_evaluation(self._at(), result, seconds, examples)
         self.log.say(
-            f"epoch {self.position.epoch + 1}: validation NDCG@10 full {value:.4f}"
-            f"{' (best so far)' if better else ''}, sampled {sampled['NDCG@10']:.4f}; "
+            f"epoch {self.position.epoch + 1}: validation {SELECTING} full {value:.4f}"
+            f"{' (best so far)' if better else ''}, sampled {sampled[SELECTING]:.4f}; "
             f"HR@10 full {full['HR@10']:.4f}, sampled {sampled['HR@10']:.4f}"
         )
         if self.on_evaluation is not None:

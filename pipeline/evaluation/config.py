@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
 
-# Full NDCG at it selects the best model: it is always among the cutoffs.
+# The metric that selects the best model, by full ranking; its cutoff is always among the cutoffs.
 SELECTING_CUTOFF = 10
+SELECTING = f"NDCG@{SELECTING_CUTOFF}"
 DEFAULT_METRICS_AT = "1,5,10,20"
 
 

@@ -128,12 +128,12 @@ class EvalLoader:
     Args:
         split: "validation" or "test".
         max_len: most items of a row, mask token included.
-        batch_size: targets per batch.
+        batch_size: targets per batch, at least 1.
         keep_seen: rank a user's seen items like all others.
         times: of the store's items, put into each batch; None: batches have no times.
 
     Raises:
-        UserError: no user has a target, or ``batch_size`` is below 1.
+        UserError: no user has a target.
     """
 
     def __init__(
@@ -148,10 +148,7 @@ class EvalLoader:
         keep_seen: bool = False,
         times: ItemTimes | None = None,
     ) -> None:
-        assert split in SPLITS and 0 <= rank < world_size and max_len >= 1
-        if batch_size < 1:
-            flag = "val_batch_size" if split == "validation" else "test_batch_size"
-            raise UserError(f"--{flag} must be at least 1, not {batch_size}")
+        assert split in SPLITS and 0 <= rank < world_size and max_len >= 1 and batch_size >= 1
         self._holdout = config or HoldoutConfig()
         self._every = self._holdout.targets == "all"
         users, places = store.parts.targets(split, store.items, self._every)

@@ -104,21 +104,8 @@ def text_layout(
 
     `keys` are the names of further columns, whose places follow those of the file.
     """
-    extension, separator = _extension(name), find_separator(name, wanted.separator)
-    if not separator:
-        raise UserError(
-            f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
-            ".dat .data .txt .json .jsonl .ndjson .parquet .orc .arrow .feather .ipc, also .gz "
-            ".bz2 .xz .zst .lz4 of text; or give --separator and --columns"
-        )
-    if separator != "::" and not (len(separator) == 1 and separator.isascii()):
-        ascii_only = "" if separator.isascii() else ": ASCII only"
-        raise UserError(
-            f'--separator must be one character, "tab" or "::", not {separator!r}{ascii_only}'
-        )
-    line = records[0]
-    if extension == "txt" and separator == " " and "\t" in line:
-        separator = "\t"
+    extension, line = _extension(name), records[0]
+    separator = _checked_separator(where, name, line, wanted)
     rows = [split_line(record, separator) for record in records]
     names = [field.strip().strip('"') for field in rows[0]]
     if len(names) < 2:
@@ -143,6 +130,27 @@ def text_layout(
         if len(rows) > 1 and max(places.values()) < width == len(rows[1]):
             layout = replace(layout, lists=_lists(names[:width], rows[1:], places))
     return replace(layout, conditions=_conditions(where, names, layout, wanted))
+
+
+def _checked_separator(where: str, name: str, line: str, wanted: Wanted) -> str:
+    """The separator of a text file with this name and first line.
+
+    Raises:
+        UserError: neither the name nor --separator tells it, or it is none.
+    """
+    separator = find_separator(name, wanted.separator)
+    if not separator:
+        raise UserError(
+            f"{where}: cannot tell the format from the name {name!r}; known are .csv .tsv .inter "
+            ".dat .data .txt .json .jsonl .ndjson .parquet .orc .arrow .feather .ipc, also .gz "
+            ".bz2 .xz .zst .lz4 of text; or give --separator and --columns"
+        )
+    if separator != "::" and not (len(separator) == 1 and separator.isascii()):
+        ascii_only = "" if separator.isascii() else ": ASCII only"
+        raise UserError(
+            f'--separator must be one character, "tab" or "::", not {separator!r}{ascii_only}'
+        )
+    return "\t" if _extension(name) == "txt" and separator == " " and "\t" in line else separator
 
 
 def _is_header(names: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ from pipeline.files import open_regular, whole_file
 FILES = ("catalog.parquet", "users.parquet")
 _ITEMS = pa.schema({"item": pa.string(), "title": pa.string(), "train_count": pa.int64()})
 _VALIDATION = "validation_count"  # a further column, in the folder of a run that trains on them
-# Not by ``pa.array``: it loads pandas, for which no training waits before its first step.
+# Without ``pa.array``, which loads pandas: training starts without that.
 _NO_USERS = pa.Table.from_batches([], pa.schema({"user": pa.string()}))
 # In the files' metadata, where ids are whole numbers in the source; they are text in the files.
 _ID_TYPE = b"id_type"
@@ -119,7 +119,7 @@ class Catalog:
         """int64 [V], the ``train_counts`` of a store's catalog, without reading the rest."""
         with pq.ParquetFile(folder / FILES[0]) as file:
             counts = file.read(["train_count"])["train_count"].combine_chunks()
-        return np.from_dlpack(counts)  # ``to_numpy`` and ``pq.read_table`` load pandas, too
+        return np.from_dlpack(counts)  # ``to_numpy`` and ``pq.read_table`` would load pandas
 
     def is_trained(self) -> np.ndarray:
         """bool [V]: items with a rating that a model is trained on."""

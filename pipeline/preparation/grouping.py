@@ -92,6 +92,7 @@ class GroupByUser(Stage[Histories]):
         self.newest_first, self.memory = newest_first, memory or Memory()
         self.ties = self.duplicates = 0
         self.is_newest_first = False
+        self._sizes = np.zeros(0, np.int64)  # ratings of each part of each user
 
     def stream(self) -> Iterator[Histories]:
         held, order = HeldByUser[RatingChunk](self.memory), _OrderOfTimes()
@@ -103,7 +104,7 @@ class GroupByUser(Stage[Histories]):
             return
         self.is_newest_first = order.falls
         self.ties = self.duplicates = 0
-        self._sizes = np.zeros(0, np.int64)  # ratings of each part of each user
+        self._sizes = np.zeros(0, np.int64)
         joined: dict[str, Joined] = {}
         for part in held.parts():
             self._sort(part)

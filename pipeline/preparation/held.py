@@ -57,6 +57,7 @@ class Held(Generic[Chunk]):
         self._bytes = 0
 
     def add(self, chunk: Chunk) -> None:
+        """Hold a chunk; beyond the memory's limit all held ones are written to a file."""
         self._chunks.append(chunk)
         self._bytes += _bytes(chunk)
         if self._bytes > self.memory.limit:

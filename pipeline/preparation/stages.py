@@ -38,6 +38,7 @@ class RatingChunk:
     part: np.ndarray | None = None  # int8 [N], codes of parts.py; None: leave-one-out
 
     def where(self, keep: np.ndarray) -> "RatingChunk":
+        """The ratings for which ``keep``, bool [N], is true."""
         if keep.all():
             return self
         columns = {name: column for name, column in vars(self).items() if column is not None}
@@ -47,9 +48,16 @@ class RatingChunk:
 class CountingStage(Stage[RatingChunk]):
     """A stage whose subclasses implement `chunks`; it counts their output."""
 
-    def stream(self) -> Iterator[RatingChunk]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
         self._ratings, self._users, self._items = 0, np.zeros(0, bool), np.zeros(0, bool)
         self.ratings_of_parts = np.zeros(PARTS, np.int64)  # 0 with leave-one-out
+
+    def stream(self) -> Iterator[RatingChunk]:
+        self._reset_counts()
         for chunk in self.chunks():
             if len(chunk.user):
                 self._ratings += len(chunk.user)
@@ -64,6 +72,7 @@ class CountingStage(Stage[RatingChunk]):
 
     @property
     def counts(self) -> dict[str, int]:
+        """How many ratings, and different users and items, the stage has yielded."""
         return {
             "ratings": self._ratings,
             "users": int(self._users.sum()),

@@ -71,6 +71,7 @@ class SequenceStore:
 
     @cached_property
     def parts(self) -> Parts:
+        """Where the training, validation and test part of each history end."""
         if self.ends is None:
             return Parts.leave_one_out(self.offsets)
         return Parts.of_ends(self.offsets, self.ends, self.split["by"])
@@ -134,6 +135,7 @@ class SequenceStore:
 
     @cached_property
     def catalog(self) -> Catalog:
+        """The catalog, read when it is first needed; UserError if it cannot be."""
         if self.path is None:
             ids = pa.array(np.arange(1, self.num_items + 1)).cast(pa.string())
             users = pa.array(np.arange(self.num_users)).cast(pa.string())

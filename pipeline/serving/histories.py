@@ -154,7 +154,7 @@ def of_ratings(
     encoded, chunks = EncodeIds(source), []
     for chunk in encoded:
         if chunk.rating is not None and min_rating is not None:
-            chunk = replace(chunk.where(chunk.rating >= min_rating))
+            chunk = chunk.where(chunk.rating >= min_rating)
         chunks.append(replace(chunk, rating=None))
     dense = dense_ids(encoded.items, catalog)
     known = [replace(chunk, item=dense[chunk.item]) for chunk in chunks]

@@ -129,6 +129,7 @@ def _titles_file(ratings_file: str) -> str:
 
 
 def inside(path: Path | RemotePath, name: str) -> SourceFile:
+    """A file by its name in a folder or a zip archive, with the keys in its folders' names."""
     folders = [each.partition("=") for each in name.split("/")[:-1]]
     keys = tuple((key, unquote(value)) for key, equals, value in folders if key and equals)
     return SourceFile(path / name, keys=keys) if path.is_dir() else SourceFile(path, name, keys)

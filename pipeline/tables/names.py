@@ -52,6 +52,7 @@ class Wanted:
     of_split: str = ""
 
     def no_column(self, where: str, name: str, names: Sequence[str]) -> str:
+        """The error of a column that --where, or a split, needs and ``names`` lack."""
         flag, other = "--where", ""
         if self.of_split and name == "split":
             flag, other = "--split_path", f"; {self.of_split}"

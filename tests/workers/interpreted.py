@@ -7,7 +7,6 @@ TRITON_INTERPRET=1 python -m tests.workers.interpreted
 """
 
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
@@ -27,12 +26,11 @@ from model.network.attention import _rotate, _rotations
 from model.network.attributes import AttributeSums
 from model.network.padded import attend_padded
 from model.step.flat_adamw import FlatAdamW, split_by_decay
-from model.step.optimizers import Optimizers
-from model.step.train_step import TrainStep
 from model.tables import table_update
 from model.tables.distribute import replicated
 from model.tables.table_update import Step, update_some
 from pipeline.batches.attributes import ItemAttributes
+from tests.workers.replayed import Replayed
 from tests.workers.sharded import WAYS, Built, config_of
 
 _patch = interpreter._patch_lang_tensor
@@ -185,24 +183,28 @@ def check_adamw(limit: float) -> None:
 
 
 def check_optimizers() -> None:
-    """Those of CUDA graphs of whole steps do as torch's: weights, state, and norms for the log."""
+    """Those of CUDA graphs of whole steps do as torch's: weights, state, and norms for the log.
+
+    Replayed steps read the learning rates, which differ from step to step, from the table's memory.
+    """
     ranks, found = start(), []
     config = config_of(WAYS["row_wise"], ranks)
     config = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.1))
     for graphs in ("none", "step"):
-        built = Built.of(config, ranks)
-        plan = replace(built.plan, graphs=graphs)
-        optimizers = Optimizers(built.model, plan, config.optimizer, ranks)
+        built = Built.of(config, ranks, graphs=graphs)
+        optimizers = built.optimizers()
         optimizers.materialise_state()
-        step = TrainStep(built.model, optimizers, built.plan, ranks.device)
-        for number, batch in enumerate(islice(built.loader().epoch(0), 3)):
+        step = Replayed(built.model.train(), optimizers, built.plan, ranks.device)
+        batch = next(built.loader().epoch(0))
+        for number in range(4):
             optimizers.set_lr(1 / (1 + number))
             step(batch)
+        assert step.replayable == (graphs == "step")
         assert isinstance(optimizers.dense._optimizer, FlatAdamW) == (graphs == "step")
         assert optimizers.norms is not None
         norms, state = optimizers.norms.take(), optimizers.combined.state_dict()["state"]
         dense = {name: parts for name, parts in state.items() if name.startswith("dense")}
-        assert norms[1] == 3 and dense
+        assert norms[1] == 4 and dense
         found.append((replicated(built.model), dense, norms))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
