@@ -48,6 +48,18 @@ def warn(text: str) -> None:
     say(f"warning: {printable(text)}", sys.stderr)
 
 
+def warn_once() -> Callable[[str], None]:
+    """A function like `warn` that prints equal lines once, of what is read several times."""
+    told: set[str] = set()
+
+    def warn_new(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
+
+    return warn_new
+
+
 def first_remedy(error: BaseException | None) -> str | None:
     """What lets the file be written that ``error``, or its cause, is about; None: not known."""
     while error is not None and not isinstance(error, OSError):
