@@ -54,15 +54,29 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
         flags = read_flags()
     except UserError as error:
         exit_with_message(str(error))
+    run_script = _import_libraries()
+    run_script(lambda: main(flags))
+
+
+def _import_libraries() -> Callable[[Callable[[], object]], None]:
+    """TorchRec and what it imports; returns `model.ending.run_script`."""
     # Collections of garbage take a fifth of the imports' time; later ones leave these objects out.
     gc.disable()
-    import torchrec.distributed  # noqa: F401
+    try:
+        import torchrec.distributed  # noqa: F401
 
-    from model.ending import run_script
-
+        from model.ending import run_script
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:  # builds that do not fit each other raise many kinds
+        cause = next(iter(str(error).splitlines()), "")
+        exit_with_message(
+            f"TorchRec cannot be imported ({type(error).__name__}: {cause}): activate the virtual "
+            "environment (. .venv/bin/activate), or install as docs/operations.md says"
+        )
     gc.freeze()
     gc.enable()
-    run_script(lambda: main(flags))
+    return run_script
 
 
 def _prepare_streams() -> None:
