@@ -110,8 +110,12 @@ def _has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
+def run_script(main: Callable[[], object], if_too_large: str = "use more ranks") -> None:
+    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2.
+
+    Args:
+        if_too_large: what to do if there is not enough memory.
+    """
     silence_libraries()
     try:
         main()
@@ -121,7 +125,7 @@ def run_script(main: Callable[[], object]) -> None:
     except SystemExit as end:
         exit_rank(int(end.code or 0))
     except Exception as error:
-        message = _users_to_fix(error)
+        message = _users_to_fix(error, if_too_large)
         is_lost = message is None and GONE.search(str(error))
         if _has_other_ranks() and (is_lost or isinstance(error, LostRankError)):
             if _is_printed() and not (isinstance(error, LostRankError) and error.is_known):
@@ -138,16 +142,13 @@ def run_script(main: Callable[[], object]) -> None:
             dist.destroy_process_group()
 
 
-def _users_to_fix(error: Exception) -> str | None:
+def _users_to_fix(error: Exception, if_too_large: str) -> str | None:
     """The message about an error, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(reason):
-        return (
-            f"not enough memory ({reason}): lower --train_batch_size, --max_len, --emb_dim or "
-            "--val_batch_size, or use more ranks"
-        )
+        return f"not enough memory ({reason}): {if_too_large}"
     if isinstance(error, OSError) and error.errno in _OF_WRITING:
         what = error.filename or "output"
         return f"{what} cannot be written: {error.strerror}; {remedy(error, 'try again')}"

@@ -40,10 +40,15 @@ class Stages:
         return {stage: float(seconds) for stage, seconds, _ in parts}
 
 
-def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:
+def start_script(
+    read_flags: Callable[[], C],
+    main: Callable[[C], object],
+    if_too_large: Callable[[C], str] = lambda flags: "use more ranks",
+) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
-    Both functions import torch and TorchRec late, so that errors in flags appear at once.
+    ``if_too_large`` says what to do if there is not enough memory. The other two functions import
+    torch and TorchRec late, so that errors in flags appear at once.
     """
     _prepare_streams()
     # Else a lost rank makes torch's C++ print stack traces above our line.
@@ -55,10 +60,10 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
     except UserError as error:
         exit_with_message(str(error))
     run_script = _import_libraries()
-    run_script(lambda: main(flags))
+    run_script(lambda: main(flags), if_too_large(flags))
 
 
-def _import_libraries() -> Callable[[Callable[[], object]], None]:
+def _import_libraries() -> Callable[[Callable[[], object], str], None]:
     """TorchRec and what it imports; returns `model.ending.run_script`."""
     # Collections of garbage take a fifth of the imports' time; later ones leave these objects out.
     gc.disable()
