@@ -286,6 +286,14 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     assert resumed == recorded | {"num_epochs": 2, "resume": "auto", "table_init": "normal"}
     outcome = run_main("train", *flags, "--mask_prob=0.1", "--resume=auto")
     assert_one_line(outcome, "train", "was trained with --mask_prob 0.4, not 0.1")
+    for other, error in (
+        ("--train_on_validation", "--patience needs validation items"),
+        ("--positions=none", "--positions none needs --learned_positions true"),
+        ("--left_context_share=0", "--two_stream needs windows with left context"),
+    ):  # beside flags of the run that nobody has given
+        outcome = run_main("train", *flags, other, "--resume=auto")
+        message = f"--resume auto: the flags of {run_dir} and those given do not fit each other"
+        assert_one_line(outcome, "train", f"{message} ({error}")
 
 
 @pytest.mark.usefixtures("one_rank")
