@@ -27,6 +27,7 @@ _WARNINGS = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
     (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
     (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # torch 2.13
+    (UserWarning, "Warning: Profiler clears events at the end of each cycle"),
     (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
     # TorchRec 1.6 with torch 2.11
     (UserWarning, "`_get_pg_default_device` will be deprecated"),

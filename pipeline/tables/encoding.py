@@ -35,12 +35,13 @@ class Encoding:
                 self._is_latin = True
                 self.tell(
                     f"{self.where}:{line}: not UTF-8 text: the file is read as CP1252 (Latin-1): "
-                    f"{_as_cp1252(shown)!r}; if that is wrong, convert it to UTF-8"
+                    f"{as_cp1252(shown)!r}; if that is wrong, convert it to UTF-8"
                 )
-        return _as_cp1252(block).encode()
+        return as_cp1252(block).encode()
 
 
-def _as_cp1252(text: bytes) -> str:
+def as_cp1252(text: bytes) -> str:
+    """Text of Windows; where it has bytes without a meaning there, Latin-1."""
     try:
         return text.decode("cp1252")
     except UnicodeDecodeError:  # five bytes have no meaning there
