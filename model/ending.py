@@ -10,16 +10,17 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import REMEDIES, UserError, exit_with_message, remedy, say
+from pipeline.errors import REMEDIES, UserError, exit_with_message, print_mistake, remedy, say
 
 _FAILURE = "failure"  # the store's key of the first failure of a rank
+_TOLD = f"told on {socket.gethostname()}"  # its key: how many ranks torchrun ended before they told
 _PRINTED = f"printed on {socket.gethostname()}"  # its key once this host has shown a failure's line
 
 # Warnings of libraries about their own code, shown at every start; they would hide ours.
@@ -79,6 +80,32 @@ def _is_printed() -> bool:
     return False
 
 
+@contextmanager
+def _told_at_the_end(message: str) -> Iterator[None]:
+    """One of the ranks that are left prints the line if torchrun ends them before their turn.
+
+    It does so at once where rank 0 was killed, which else would print.
+    """
+
+    def print_and_end(*_: object) -> None:
+        if not _is_printed() and _is_first_to_tell():
+            print_mistake(message)
+            _note_printed()
+        os._exit(2)
+
+    before = signal.signal(signal.SIGTERM, print_and_end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_first_to_tell() -> bool:
+    with suppress(RuntimeError, ValueError):
+        return _store().add(_TOLD, 1) == 1
+    return True
+
+
 def _store() -> dist.Store:
     # Private: the only way to the store of the default group.
     return dist.distributed_c10d._get_default_store()
@@ -132,6 +159,8 @@ def run_script(main: Callable[[], object], if_too_large: str = "use more ranks")
             if _is_printed() and not (isinstance(error, LostRankError) and error.is_known):
                 os._exit(2)
             message = message or failure_of_another_rank() or "another rank ended: see its error"
+            with _told_at_the_end(message):
+                exit_with_message(message, _note_printed)
         elif _has_other_ranks():
             _tell_other_ranks(message or f"{type(error).__name__}: {error}")
         if message is None:
