@@ -61,7 +61,7 @@ def evaluate(flags: EvalFlags) -> None:
 
 def main() -> None:
     """Evaluate with the flags of the command line."""
-    start_script(read_flags, evaluate)
+    start_script(read_flags, evaluate, lambda flags: "lower --batch_size, or use more ranks")
 
 
 if __name__ == "__main__":

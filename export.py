@@ -44,7 +44,7 @@ def export_model(flags: ExportFlags) -> None:
 
 def main() -> None:
     """Export with the flags of the command line."""
-    start_script(read_flags, export_model)
+    start_script(read_flags, export_model, lambda flags: "use a machine with more memory")
 
 
 if __name__ == "__main__":

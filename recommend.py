@@ -33,7 +33,7 @@ def recommend(flags: RecommendFlags) -> None:
 
 def main() -> None:
     """Recommend with the flags of the command line."""
-    start_script(read_flags, recommend)
+    start_script(read_flags, recommend, lambda flags: "lower --batch_size, or use more ranks")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,18 @@ def train(
     return results
 
 
+def if_too_large(given: Mapping[str, Any]) -> str:
+    """What to do if there is not enough memory."""
+    evaluated = "test" if given.get("train_on_validation") else "val"
+    return (
+        f"lower --train_batch_size, --max_len, --emb_dim or --{evaluated}_batch_size, or use more "
+        "ranks"
+    )
+
+
 def main() -> None:
     """Train with the flags of the command line."""
-    start_script(read_flags, train)
+    start_script(read_flags, train, if_too_large)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,17 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import REMEDIES, UserError, exit_with_message, remedy, say
+from pipeline.errors import REMEDIES, UserError, exit_with_message, print_mistake, remedy, say
 
 _FAILURE = "failure"  # the store's key of the first failure of a rank
+_TOLD = f"told on {socket.gethostname()}"  # its key: how many ranks torchrun ended before they told
 _PRINTED = f"printed on {socket.gethostname()}"  # its key once this host has shown a failure's line
 
 # Warnings of libraries about their own code, shown at every start; they would hide ours.
@@ -27,6 +28,7 @@ _WARNINGS = (
     (FutureWarning, "`broadcast_buffers` is deprecated"),  # TorchRec wrapping in DDP
     (FutureWarning, "Please use DTensor instead"),  # torch checkpointing TorchRec's shards
     (FutureWarning, r"`torch\.distributed\.\w+_tensor` is deprecated"),  # torch 2.13
+    (UserWarning, "Warning: Profiler clears events at the end of each cycle"),
     (UserWarning, "torch.distributed is disabled, unavailable or uninitialized"),  # exporting
     # TorchRec 1.6 with torch 2.11
     (UserWarning, "`_get_pg_default_device` will be deprecated"),
@@ -78,6 +80,32 @@ def _is_printed() -> bool:
     return False
 
 
+@contextmanager
+def _told_at_the_end(message: str) -> Iterator[None]:
+    """One of the ranks that are left prints the line if torchrun ends them before their turn.
+
+    It does so at once where rank 0 was killed, which else would print.
+    """
+
+    def print_and_end(*_: object) -> None:
+        if not _is_printed() and _is_first_to_tell():
+            print_mistake(message)
+            _note_printed()
+        os._exit(2)
+
+    before = signal.signal(signal.SIGTERM, print_and_end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_first_to_tell() -> bool:
+    with suppress(RuntimeError, ValueError):
+        return _store().add(_TOLD, 1) == 1
+    return True
+
+
 def _store() -> dist.Store:
     # Private: the only way to the store of the default group.
     return dist.distributed_c10d._get_default_store()
@@ -110,9 +138,12 @@ def _has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2."""
-    silence_libraries()
+def run_script(main: Callable[[], object], if_too_large: str = "use more ranks") -> None:
+    """Run a script's ``main``; a user's mistake becomes one line on stderr and exit code 2.
+
+    Args:
+        if_too_large: what to do if there is not enough memory.
+    """
     try:
         main()
         exit_rank()
@@ -121,12 +152,14 @@ def run_script(main: Callable[[], object]) -> None:
     except SystemExit as end:
         exit_rank(int(end.code or 0))
     except Exception as error:
-        message = _users_to_fix(error)
+        message = _users_to_fix(error, if_too_large)
         is_lost = message is None and GONE.search(str(error))
         if _has_other_ranks() and (is_lost or isinstance(error, LostRankError)):
             if _is_printed() and not (isinstance(error, LostRankError) and error.is_known):
                 os._exit(2)
             message = message or failure_of_another_rank() or "another rank ended: see its error"
+            with _told_at_the_end(message):
+                exit_with_message(message, _note_printed)
         elif _has_other_ranks():
             _tell_other_ranks(message or f"{type(error).__name__}: {error}")
         if message is None:
@@ -138,16 +171,13 @@ def run_script(main: Callable[[], object]) -> None:
             dist.destroy_process_group()
 
 
-def _users_to_fix(error: Exception) -> str | None:
+def _users_to_fix(error: Exception, if_too_large: str) -> str | None:
     """The message about an error, None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY.search(reason):
-        return (
-            f"not enough memory ({reason}): lower --train_batch_size, --max_len, --emb_dim or "
-            "--val_batch_size, or use more ranks"
-        )
+        return f"not enough memory ({reason}): {if_too_large}"
     if isinstance(error, OSError) and error.errno in _OF_WRITING:
         what = error.filename or "output"
         return f"{what} cannot be written: {error.strerror}; {remedy(error, 'try again')}"

@@ -48,6 +48,18 @@ def warn(text: str) -> None:
     say(f"warning: {printable(text)}", sys.stderr)
 
 
+def warn_once() -> Callable[[str], None]:
+    """A function like `warn` that prints equal lines once, of what is read several times."""
+    told: set[str] = set()
+
+    def warn_new(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
+
+    return warn_new
+
+
 def first_remedy(error: BaseException | None) -> str | None:
     """What lets the file be written that ``error``, or its cause, is about; None: not known."""
     while error is not None and not isinstance(error, OSError):
@@ -75,13 +87,21 @@ def exit_with_message(message: str, printed: Callable[[], None] = lambda: None) 
     Args:
         printed: called after the line is printed.
     """
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
+    if _rank():
         time.sleep(3)
-        message = f"rank {rank}: {message}"
+    print_mistake(message)
+    printed()
+    os._exit(2)
+
+
+def print_mistake(message: str) -> None:
+    """Print one line on stderr that names the script, and the rank if it is not 0."""
+    rank = f"rank {_rank()}: " if _rank() else ""
     with suppress(OSError):  # the exit code tells it too
         script = Path(sys.argv[0])
         name = script.parent.name if script.name == "__main__.py" else script.name  # python -m
-        say(f"{name}: {printable(message)}", sys.stderr)
-    printed()
-    os._exit(2)
+        say(f"{name}: {rank}{printable(message)}", sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))

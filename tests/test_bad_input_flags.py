@@ -52,6 +52,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--num_negatives=0", "--eval_negatives must be at least 1, not 0"),
     ("--nhead=3", "--nhead 3 does not divide --emb_dim 16"),
     ("--nhead=16", "--positions rotary needs heads of even width, not 1"),
+    ("--nhead=16385", "--nhead must be at most 16,384, not 16385"),
     ("--emb_dim=10", "--emb_dim must be a multiple of 4, not 10"),
     ("--num_layers=0", "--num_layers must be at least 1, not 0"),
     ("--dropout=1", "--dropout must be at least 0 and below 1, not 1.0"),

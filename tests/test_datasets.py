@@ -128,7 +128,7 @@ def test_recbole_folder_with_titles(tmp_path: Path) -> None:
 def test_titles_end_at_line_ends_only(tmp_path: Path) -> None:
     write(tmp_path / "ratings.csv", "user,item\nu,a\nu,b\nu,c\n")
     content = 'movieId,title\r\na,"One\u0085, two"\r\nb,T\u001dr\u00e9s\n'
-    (tmp_path / "movies.csv").write_bytes(content.encode("latin-1"))
+    (tmp_path / "movies.csv").write_bytes(content.encode())
     config = DataConfig(dataset_path=str(tmp_path), min_user_count=0, cache_dir=str(tmp_path / "c"))
     assert prepare(config).catalog.titles.to_pylist() == ["One\u0085, two", "T\u001drés", ""]
 

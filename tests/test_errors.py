@@ -282,6 +282,24 @@ def test_a_real_process_prints_one_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("ModuleNotFoundError('No module named x')", "ModuleNotFoundError: No module named x"),
+        ("OSError('libx.so: undefined symbol: f\\nmore')", "OSError: libx.so: undefined symbol: f"),
+        ("AttributeError()", "AttributeError: "),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, shown: str
+) -> None:
+    (tmp_path / "torchrec.py").write_text(f"raise {error}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = run_process(ROOT / "eval.py", "--checkpoint", "x")
+    message = f"TorchRec cannot be imported ({shown}): activate the virtual environment"
+    assert_one_line(outcome, "eval", message)
+
+
+@pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         pytest.param(

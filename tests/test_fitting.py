@@ -136,10 +136,28 @@ def test_flags_given_stay_and_the_others_fit_them() -> None:
     assert flat["embedding_lr"] == pytest.approx(0.03)
     assert flat["eval_every"] == 1
     assert flat["train_batch_size"] == 64  # 20 windows a user
-    assert fit(store, nhead=6)["emb_dim"] == 252
     assert not fit(store_of(9, 5), left_context_share=0.0)["two_stream"]
     assert fit(store, train_on_validation=True)["patience"] is None
     assert fit(store, embedding_optimizer="rowwise_adagrad")["embedding_lr"] is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "on_gpu", "on_cpu"),
+    [
+        (1, 256, 64),
+        (3, 252, 60),
+        (6, 252, 60),
+        (12, 240, 48),  # 252 would make heads of odd width
+        (64, 256, 128),  # two values a head are the least
+        (100, 200, 200),
+        (16_383, 65_532, 65_532),
+    ],
+)
+def test_the_width_fits_the_heads_given(heads: int, on_gpu: int, on_cpu: int) -> None:
+    store, flags = store_of(9, 5), {"dataset_path": "mine.csv", "nhead": heads}
+    build(RunConfig, with_recipe(flags))  # the check before the data are read
+    assert chosen(store, "emb_dim", "nhead", nhead=heads) == [on_gpu, heads]
+    assert chosen(store, "emb_dim", machine=Machine(), nhead=heads) == [on_cpu]
 
 
 def test_teachers_lower_dropout_and_need_the_exact_softmax() -> None:
@@ -268,6 +286,14 @@ def test_train_py_says_what_it_chose_and_goes_on_with_it(
     assert resumed == recorded | {"num_epochs": 2, "resume": "auto", "table_init": "normal"}
     outcome = run_main("train", *flags, "--mask_prob=0.1", "--resume=auto")
     assert_one_line(outcome, "train", "was trained with --mask_prob 0.4, not 0.1")
+    for other, error in (
+        ("--train_on_validation", "--patience needs validation items"),
+        ("--positions=none", "--positions none needs --learned_positions true"),
+        ("--left_context_share=0", "--two_stream needs windows with left context"),
+    ):  # beside flags of the run that nobody has given
+        outcome = run_main("train", *flags, other, "--resume=auto")
+        message = f"--resume auto: the flags of {run_dir} and those given do not fit each other"
+        assert_one_line(outcome, "train", f"{message} ({error}")
 
 
 @pytest.mark.usefixtures("one_rank")

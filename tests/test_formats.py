@@ -1036,6 +1036,18 @@ def test_tables_of_items_that_do_not_fit(tmp_path: Path) -> None:
     assert "rename the column 'train_count'" in message(b"item,train_count\ncup,2\n")
     config = {"items_path": str(tmp_path / "none.csv")}
     assert "no such file" in refused(tmp_path, {"r.csv": CSV}, **config)
+    folder = refused(tmp_path, {"r.csv": CSV}, items_path=str(tmp_path))
+    assert folder == f"cannot read {tmp_path}: it is a folder; name a file"
+
+
+def test_ids_of_items_are_decoded_as_those_of_ratings(tmp_path: Path) -> None:
+    """Text of Windows, which is not Latin-1 in all letters."""
+    ratings = "user,item\n" + "a,10 €\na,Œuvre\na,é\n"
+    (tmp_path / "i.csv").write_text("item,title\n10 €,“ten”\nŒuvre,œuvre\né,e\n", "cp1252")
+    flags = {"items_path": str(tmp_path / "i.csv")}
+    store = prepared(tmp_path, {"r.csv": ratings.encode("cp1252")}, **flags)
+    items, titles = store.catalog.items.to_pylist(), store.catalog.titles.to_pylist()
+    assert dict(zip(items, titles, strict=True)) == {"10 €": "“ten”", "Œuvre": "œuvre", "é": "e"}
 
 
 class Frame:

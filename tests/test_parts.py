@@ -448,6 +448,28 @@ def test_a_column_split_in_a_file_that_is_called_train(tmp_path: Path) -> None:
     assert targets_of(of_path(tmp_path, data), "test") == {"a": ["3"]}
 
 
+@pytest.mark.parametrize("form", ["files", "inside", "csv"])
+def test_a_warning_about_a_split_comes_once(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column split has its file read for each part, and files of parts have the same columns."""
+    lines = {"train": "a,é1,5\na,2,6\n", "valid": "a,3,7\n", "test": "a,4,8\n"}
+    (data := tmp_path / "data").mkdir()
+    if form == "csv":
+        rows = [line + f",{part}\n" for part, text in lines.items() for line in text.splitlines()]
+        (data / "mine.csv").write_text("user,item,dateRead,split\n" + "".join(rows), "latin-1")
+    else:
+        for part, text in lines.items():
+            head = "user,item,dateRead\n" + ("a,é0,1\n" if part == "train" else "")
+            place = data / (f"x.{part}.csv" if form == "files" else f"{part}/x.csv")
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(head + text, "latin-1")
+    of_path(tmp_path, data)
+    warnings = capsys.readouterr().err.splitlines()
+    assert sum("dateRead is the time" in line for line in warnings) == 1
+    assert sum("read as CP1252" in line for line in warnings) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

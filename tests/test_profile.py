@@ -99,6 +99,16 @@ def test_a_short_run_is_recorded_from_its_first_step(
     (trace,) = tmp_path.glob("profile/*.gz")
     # Two of the four steps warm the profiler up.
     assert names_in(trace)["encoder"] == 2
+    assert outcome.err == ""
+
+
+def test_a_run_that_ends_before_a_trace_says_so(
+    run_main: RunMain, tmp_path: Path, cache_dir: Path
+) -> None:
+    flags = [*TINY, f"--cache_dir={cache_dir}", f"--run_dir={tmp_path}"]
+    outcome = run_main("train", *flags, "--max_steps=2", "--profile=9")
+    assert outcome.code == 0, outcome.err
+    assert "/profile: no step: 2 steps only warm the profiler up" in outcome.out
 
 
 def test_the_graph_of_the_whole_step_is_off_for_a_second_trace(

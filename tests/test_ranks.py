@@ -20,6 +20,7 @@ from model.ending import LostRankError, failure_of_another_rank, run_script
 from model.run import script
 from model.training import agreement
 from model.training.agreement import NOTHING, STOP, Agreement
+from pipeline import errors
 from pipeline.errors import UserError
 from tests.conftest import run_process
 
@@ -53,6 +54,32 @@ def test_the_first_failure_is_told_by_the_others(
     monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
     assert ends(CLOSED, monkeypatch) == 2
     assert capsys.readouterr().err.endswith(": rank 0 failed: KeyError: 7\n")
+
+
+@pytest.mark.parametrize("told_by", ["nobody", "rank 0", "another rank that is left"])
+def test_one_of_the_ranks_that_are_left_tells_of_a_killed_rank_0(
+    one_rank: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told_by: str,
+) -> None:
+    """torchrun ends them at once, before their turn to print."""
+    monkeypatch.setattr(ending.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended_meanwhile(_: float) -> None:
+        if told_by == "rank 0":
+            ending._note_printed()
+        elif told_by != "nobody":
+            assert ending._is_first_to_tell()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(errors.time, "sleep", ended_meanwhile)
+    assert ends(LostRankError("another rank ended at step 6"), monkeypatch) == 2
+    line = ": rank 1: another rank ended at step 6\n"
+    assert capsys.readouterr().err.endswith(line) == (told_by == "nobody")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("lost", [CLOSED, LostRankError("rank 1 failed: no file")])

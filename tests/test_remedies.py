@@ -9,6 +9,7 @@ from typing import NoReturn
 import pytest
 import torch.distributed.checkpoint as dcp
 
+from model import distributed, training_run
 from model.checkpoints import export as export_module
 from model.checkpoints.checkpoints import Checkpoints
 from model.checkpoints.config import CheckpointConfig
@@ -165,11 +166,39 @@ def test_a_model_in_a_read_only_folder_is_evaluated(
             )
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "advice"),
+    [
+        ("train", "", "--train_batch_size --max_len --emb_dim --val_batch_size"),
+        (
+            "train",
+            "--train_on_validation",
+            "--train_batch_size --max_len --emb_dim --test_batch_size",
+        ),
+        ("eval", "--checkpoint=x", "--batch_size"),
+        ("recommend", "--checkpoint=x --user=1", "--batch_size"),
+        ("export", "--checkpoint=x --output=y", ""),
+    ],
+)
+def test_too_little_memory_names_flags_of_the_script(
+    run_main: RunMain, monkeypatch: pytest.MonkeyPatch, script: str, flags: str, advice: str
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(training_run if script == "train" else distributed, "start", fail)
+    outcome = run_main(script, *flags.split())
+    assert_one_line(outcome, script, "not enough memory (Unable to allocate 9 GiB): ")
+    assert [word.strip(",") for word in outcome.err.split() if word.startswith("--")] == (
+        advice.split()
+    )
+
+
 @every
 def test_a_write_that_no_file_s_own_message_tells(number: int) -> None:
     """Other causes than a lack of room are no proof that it was a write: a traceback shows it."""
     error = OSError(number, os.strerror(number), "runs/file")
-    message = _users_to_fix(error)
+    message = _users_to_fix(error, "")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         told = f"runs/file cannot be written: {os.strerror(number)}; {ADVICE[number]}try again"
         assert message == told

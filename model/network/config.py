@@ -6,6 +6,7 @@ from pipeline.config import Config, flag
 from pipeline.errors import UserError
 from pipeline.sources.config import expanded
 
+MOST_HEADS = 1 << 14  # whose heads of four values fit the largest width
 LOSSES = ("softmax", "sampled_softmax", "gbce")
 
 
@@ -16,7 +17,9 @@ class EncoderConfig(Config):
     emb_dim: int = flag(
         64, "width of all vectors, a multiple of 4 and --nhead", at_least=1, limit=1 << 16
     )
-    nhead: int = flag(2, "attention heads per layer; must divide --emb_dim", at_least=1)
+    nhead: int = flag(
+        2, "attention heads per layer; must divide --emb_dim", at_least=1, limit=MOST_HEADS
+    )
     num_layers: int = flag(2, "transformer layers of the encoder", at_least=1, limit=1000)
     dropout: float = flag(0.2, "dropout of embeddings and layer branches", at_least=0, below=1)
     positions: str = flag(

@@ -16,7 +16,7 @@ import torch
 from model.distributed import Ranks, from_first_rank
 from model.settings.config import WINDOW, RunConfig
 from model.settings.fitting import FITTED
-from model.settings.flags import current_flags, flatten
+from model.settings.flags import build, current_flags, flatten
 from model.settings.recipes import with_recipe
 from model.tables.sharding_plan import table_optimizer
 from pipeline.batches.attributes import MOST_ATTRIBUTES
@@ -30,7 +30,11 @@ _PACKAGES = ("torch", "torchrec", "torchdata", "numpy", "pyarrow")
 
 
 def recorded(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """The flags given, and those that were fitted to the data when the run that goes on began."""
+    """The flags given, and those that were fitted to the data when the run that goes on began.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
     again = given.get("resume") == "auto" or _is_restarted()
     if not again or not given.get("run_dir") or with_recipe(given)["recipe"] != "auto":
         return dict(given)
@@ -43,7 +47,15 @@ def recorded(given: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
             return {name: flags.get(name, plain[name]) for name in FITTED}
         return {}
 
-    return {**from_first_rank(ranks, read), **given}
+    flags = {**from_first_rank(ranks, read), **given}
+    try:
+        build(RunConfig, with_recipe(flags))
+    except UserError as error:
+        raise UserError(
+            f"--resume auto: the flags of {given['run_dir']} and those given do not fit each other "
+            f"({error}): give the flags of that run, or choose another --run_dir"
+        ) from error
+    return flags
 
 
 def _is_restarted() -> bool:

@@ -40,10 +40,15 @@ class Stages:
         return {stage: float(seconds) for stage, seconds, _ in parts}
 
 
-def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> None:
+def start_script(
+    read_flags: Callable[[], C],
+    main: Callable[[C], object],
+    if_too_large: Callable[[C], str] = lambda flags: "use more ranks",
+) -> None:
     """Run ``main(read_flags())``; a user's mistake becomes one line on stderr and exit code 2.
 
     ``read_flags`` does without torch, whose import takes seconds: errors in flags appear at once.
+    ``if_too_large`` says what to do if there is not enough memory.
     """
     _prepare_streams()
     # Else a lost rank makes torch's C++ print stack traces above our line.
@@ -52,21 +57,31 @@ def start_script(read_flags: Callable[[], C], main: Callable[[C], object]) -> No
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         flags = read_flags()
-        gc.disable()  # collections of garbage take a fifth of the imports' time
-        from model.ending import run_script
+        run_script = _import_libraries()
     except UserError as error:
         exit_with_message(str(error))
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
+    run_script(lambda: main(flags), if_too_large(flags))
 
-    def run() -> None:
-        import torchrec.distributed  # noqa: F401 - here, where its warnings are left out
 
-        gc.freeze()  # later collections leave out what the imports have made
-        gc.enable()
-        main(flags)
+def _import_libraries() -> Callable[[Callable[[], object], str], None]:
+    """TorchRec and what it imports; returns `model.ending.run_script`."""
+    gc.disable()  # collections of garbage take a fifth of the imports' time
+    try:
+        from model.ending import run_script, silence_libraries
 
-    run_script(run)
+        silence_libraries()
+        import torchrec.distributed  # noqa: F401
+    except Exception as error:  # builds that do not fit each other raise many kinds
+        cause = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"TorchRec cannot be imported ({type(error).__name__}: {cause}): activate the virtual "
+            "environment (. .venv/bin/activate), or install as docs/operations.md says"
+        ) from error
+    gc.freeze()  # later collections leave out what the imports have made
+    gc.enable()
+    return run_script
 
 
 def _prepare_streams() -> None:

@@ -21,7 +21,7 @@ from model.distributed import Ranks
 from model.network.initial_rows import MOST_VALUES
 from model.settings.config import RunConfig
 from model.settings.flags import build
-from model.settings.recipes import with_recipe
+from model.settings.recipes import width_of_heads, with_recipe
 from pipeline.batches.times import has_times
 from pipeline.preparation.store import SequenceStore
 from pipeline.training.config import WindowConfig
@@ -114,8 +114,7 @@ def _for_catalog(items: int, machine: Machine, given: Mapping[str, Any]) -> dict
     room = TABLE_SHARE * machine.memory * shards / BYTES_A_WEIGHT
     widths = WIDTHS[machine.device]
     width = next((each for each in widths if each * items <= room), widths[-1])
-    multiple = math.lcm(4, max(1, given.get("nhead", 1)))
-    width = given.get("emb_dim", max(1, width // multiple) * multiple)
+    width = given.get("emb_dim", width_of_heads(given.get("nhead", 1), width))
     exact = items <= EXACT_ITEMS[machine.device] or bool(given.get("teachers"))
     lr = given.get("lr", 1e-3)
     flags = {"emb_dim": width, "nhead": _heads(width), "num_layers": 2}

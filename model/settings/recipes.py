@@ -10,9 +10,11 @@ are prepared. ``synthetic`` ends within a minute on a CPU. ``torchrec-example`` 
 ``examples/bert4rec`` does, as far as flags can (``docs/differences.md``).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from model.network.config import MOST_HEADS, EncoderConfig
 from pipeline.sources.config import DataConfig
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -35,11 +37,23 @@ CHOICES = ("auto", "none", *RECIPES)
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags given on a command line on top of their recipe's; ``recipe`` is its name."""
+    """The flags given on a command line on top of their recipe's; ``recipe`` is its name.
+
+    With ``auto`` there is a width that fits the heads given, which a fit may replace.
+    """
     name = given.get("recipe", "auto")
     has_path = given.get("dataset_path") or given.get("split_path")
     dataset = given.get("dataset_name", DataConfig.dataset_name)
     if name == "auto" and dataset == "synthetic" and not has_path:
         name = "synthetic"
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}  # RunConfig refuses others
+    heads = given.get("nhead")  # RunConfig refuses other types and numbers
+    if name == "auto" and isinstance(heads, int) and 1 <= heads <= MOST_HEADS:
+        recipe = {"emb_dim": width_of_heads(heads, EncoderConfig.emb_dim)}
     return {**recipe, **given, "recipe": name}
+
+
+def width_of_heads(heads: int, most: int) -> int:
+    """The largest width up to ``most``, else the least, of heads of equal and even width."""
+    multiple = math.lcm(4, 2 * heads)  # rows are read in groups of four values
+    return max(1, most // multiple) * multiple

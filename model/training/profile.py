@@ -149,6 +149,8 @@ def summary(events: list[Any]) -> str:
         for stage, names in STAGES.items()
     }
     parts = [f"{stage} {time / count / 1000:.2f}" for stage, time in spent.items() if time]
+    if not parts:
+        return f"no step: {_WARM_UP} steps only warm the profiler up"
     whole = sum(event.cpu_time_total for event in steps)
     text = f"a step takes the host {whole / count / 1000:.2f} ms: {', '.join(parts)}"
     kernels = [

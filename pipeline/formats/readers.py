@@ -4,7 +4,7 @@ Text: text.py; JSON: jsonlines.py; Parquet, Arrow and ORC: parquet.py; packed fi
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from pipeline.formats.parquet import is_typed, read_typed
 from pipeline.formats.source_file import SourceFile
 from pipeline.formats.text import read_text
 from pipeline.stage import Stage
+from pipeline.tables.encoding import Encoding
 from pipeline.tables.names import NoRatings, Wanted
 from pipeline.tables.values import with_whole_times
 
@@ -30,6 +31,7 @@ class ReadRatings(Stage[pa.Table]):
     Args:
         columns, separator: --columns and --separator; "": by well-known names.
         wanted: in their place, both and the conditions of --where.
+        tell: called with each warning.
 
     Once streamed, ``trimmed`` is the number of ratings whose user or item id in a text file had
     blanks around it, which do not count; ``dates`` tells whether the times are dates;
@@ -42,12 +44,13 @@ class ReadRatings(Stage[pa.Table]):
         columns: str = "",
         separator: str = "",
         wanted: Wanted | None = None,
+        tell: Callable[[str], None] = warn,
     ) -> None:
         super().__init__()
         self.files = [
             file if isinstance(file, SourceFile) else SourceFile(Path(file)) for file in files
         ]
-        self.wanted = wanted or Wanted(columns, separator)
+        self.wanted, self.tell = wanted or Wanted(columns, separator), tell
         self.trimmed: Counter[str] = Counter()
         self.dates = False
         self.recognised: list[str] = []
@@ -60,9 +63,9 @@ class ReadRatings(Stage[pa.Table]):
         for file in self.files:
             rows = 0
             notes = self.recognised if file is self.files[0] else []
-            for table in _tables(file, self.wanted, self.trimmed, notes):
+            for table in self._tables(file, notes):
                 if file is self.files[0]:
-                    _warn_of(notes)
+                    self._warn_of(notes)
                 rows += table.num_rows
                 table, form = with_whole_times(table)
                 self.dates = form != ""
@@ -82,12 +85,18 @@ class ReadRatings(Stage[pa.Table]):
             where = f" for which --where {self.wanted.rows.text!r}" if self.wanted.rows else ""
             raise NoRatings(f"{self.files[0].path}: no ratings in it{where}")
 
+    def _tables(self, file: SourceFile, notes: list[str]) -> Iterator[pa.Table]:
+        if is_typed(file):
+            return read_typed(file, self.wanted, notes)
+        if is_json(file):
+            return read_json(file, self.wanted, notes)
+        return read_text(file, self.wanted, self.trimmed, notes, Encoding(str(file), self.tell))
 
-def _warn_of(notes: list[str]) -> None:
-    """Print all but the lines on the files and on the format as warnings, and remove them."""
-    for note in notes[2:]:
-        warn(note)
-    del notes[2:]
+    def _warn_of(self, notes: list[str]) -> None:
+        """Tell all but the lines on the files and on the format as warnings, and remove them."""
+        for note in notes[2:]:
+            self.tell(note)
+        del notes[2:]
 
 
 def _files_line(files: list[SourceFile]) -> str:
@@ -95,13 +104,3 @@ def _files_line(files: list[SourceFile]) -> str:
         return f"read: {files[0]}"
     shown = [*files[:3], "...", files[-1]] if len(files) > 4 else files
     return f"read: {len(files):,} files in this order: {', '.join(map(str, shown))}"
-
-
-def _tables(
-    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
-) -> Iterator[pa.Table]:
-    if is_typed(file):
-        return read_typed(file, wanted, notes)
-    if is_json(file):
-        return read_json(file, wanted, notes)
-    return read_text(file, wanted, trimmed, notes)

@@ -169,6 +169,8 @@ def reading(source: SourceFile | Path | RemotePath) -> Iterator[None]:
         if isinstance(error, NotImplementedError):
             raise UserError(f"cannot read {source}: {reason}; unpack it yourself") from error
         hint = error.strerror if isinstance(error, OSError) and error.strerror else None
+        if isinstance(error, IsADirectoryError):
+            hint = "it is a folder; name a file"
         raise UserError(f"cannot read {source}: {hint or f'{reason}; is it complete?'}") from error
 
 

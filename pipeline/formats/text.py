@@ -41,7 +41,7 @@ _SAMPLE = 1000  # records that are looked at to recognise the columns
 
 
 def read_text(
-    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
+    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str], encoding: Encoding
 ) -> Iterator[pa.Table]:
     """Checked tables of about half a million ratings, with a column for each role.
 
@@ -52,14 +52,15 @@ def read_text(
     """
     begun = False
     try:
-        for table in _read(file, wanted, trimmed, notes):
+        for table in _read(file, wanted, trimmed, notes, encoding):
             begun = True
             yield table
     except UserError:
         separator = "" if begun or wanted.separator else _other_separator(file)
         if not separator:
             raise
-        yield from _read(file, replace(wanted, separator=separator), trimmed, notes)
+        wanted = replace(wanted, separator=separator)
+        yield from _read(file, wanted, trimmed, notes, encoding)
 
 
 def _other_separator(file: SourceFile) -> str:
@@ -71,11 +72,10 @@ def _other_separator(file: SourceFile) -> str:
 
 
 def _read(
-    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str]
+    file: SourceFile, wanted: Wanted, trimmed: Counter[str], notes: list[str], encoding: Encoding
 ) -> Iterator[pa.Table]:
     text = None
     separator = find_separator(file.name, wanted.separator)
-    encoding = Encoding(str(file))
     for first_line, block in read_blocks(file, separator):
         block = encoding.as_utf8(block, first_line)
         if text is None:

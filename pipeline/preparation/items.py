@@ -23,6 +23,7 @@ from pipeline.formats.parquet import is_typed
 from pipeline.formats.source_file import SourceFile, reading
 from pipeline.formats.typed import without_views
 from pipeline.remote import seekable
+from pipeline.tables.encoding import as_cp1252
 from pipeline.tables.names import canonical, known_places, list_names, several, untyped
 from pipeline.tables.values import BLANKS
 
@@ -176,4 +177,4 @@ def _text(file: SourceFile) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return content.decode("latin-1")
+        return as_cp1252(content)  # as ratings, whose ids have to be the same text

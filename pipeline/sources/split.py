@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, warn_once
 from pipeline.formats.readers import ReadRatings
 from pipeline.formats.source_file import SourceFile, is_zip, reading, unpacked_name
 from pipeline.remote import RemotePath
@@ -40,11 +40,12 @@ def find_split(
         path.stat()
     is_many = path.is_dir() or (path.is_file() and is_zip(path))
     names = names_in(path) if is_many else []
-    parts = _parts(names)
+    parts, tell = _parts(names), warn_once()
     if parts["train"] and parts["test"]:
         files = {part: [inside(path, each) for each in found] for part, found in parts.items()}
-        readers = [ReadRatings(*part, wanted=wanted) for part in files.values()]
-        whole = ReadRatings(*(each for part in files.values() for each in part), wanted=wanted)
+        readers = [ReadRatings(*part, wanted=wanted, tell=tell) for part in files.values()]
+        every = [each for part in files.values() for each in part]
+        whole = ReadRatings(*every, wanted=wanted, tell=tell)
         titles = [each for each in names if unpacked_name(each).endswith(".item")]
         of_item = inside(path, titles[0]) if len(titles) == 1 else None
         return SplitRatings(readers, whole), of_item
@@ -56,8 +57,8 @@ def find_split(
             raise
         raise UserError(f"--split_path {path}: {missing}") from error
     of_rows = [_of_rows(wanted, words, missing) for words in PART_WORDS.values()]
-    readers = [ReadRatings(*found, wanted=each) for each in of_rows]
-    return SplitRatings(readers, ReadRatings(*found, wanted=wanted)), of_item
+    readers = [ReadRatings(*found, wanted=each, tell=tell) for each in of_rows]
+    return SplitRatings(readers, ReadRatings(*found, wanted=wanted, tell=tell)), of_item
 
 
 def _parts(names: list[str]) -> dict[str, list[str]]:

@@ -1,13 +1,15 @@
 """The encoding of a text file: UTF-8, or else CP1252 with a warning."""
 
-from pipeline.errors import UserError, warn
+from collections.abc import Callable
+
+from pipeline.errors import UserError
 
 
 class Encoding:
     """UTF-8, or CP1252 (Latin-1) for the whole file, with a warning."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where  # the file's name in errors
+    def __init__(self, where: str, tell: Callable[[str], None]) -> None:
+        self.where, self.tell = where, tell  # the file's name in errors; called with the warning
         self._is_utf8 = self._is_latin = False  # by the first text that is not ASCII
 
     def as_utf8(self, block: bytes, first_line: int) -> bytes:
@@ -31,14 +33,15 @@ class Encoding:
                 if self._is_utf8 or not block[: error.start].isascii():
                     raise UserError(f"{self.where}:{line}: not UTF-8 text: {shown!r}") from error
                 self._is_latin = True
-                warn(
+                self.tell(
                     f"{self.where}:{line}: not UTF-8 text: the file is read as CP1252 (Latin-1): "
-                    f"{_as_cp1252(shown)!r}; if that is wrong, convert it to UTF-8"
+                    f"{as_cp1252(shown)!r}; if that is wrong, convert it to UTF-8"
                 )
-        return _as_cp1252(block).encode()
+        return as_cp1252(block).encode()
 
 
-def _as_cp1252(text: bytes) -> str:
+def as_cp1252(text: bytes) -> str:
+    """Text of Windows; where it has bytes without a meaning there, Latin-1."""
     try:
         return text.decode("cp1252")
     except UnicodeDecodeError:  # five bytes have no meaning there
