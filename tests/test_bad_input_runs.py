@@ -334,6 +334,10 @@ def test_evaluating_on_other_ratings_of_the_same_items(
         assert path.name.endswith(f"-ratings-{result['other_ratings']}.json")
         assert result["other_ratings"] in first
     assert (folder / "eval_test.json").read_bytes() == before
+    told = f"warning: the histories are of other ratings than {folder} was trained on: give those"
+    recommended = run_main("recommend", *flags, "--user=1", f"--dataset_path={data}")
+    assert recommended.code == 0 and recommended.err.startswith(told)
+    assert run_main("recommend", *flags, "--user=1").err == ""
     # Ratings that have changed in their place are other ones, too.
     rewrite_config(folder, lambda config: config["flags"].update(dataset_path=str(data)))
     assert "on other ratings" in run_main("eval", *flags).out

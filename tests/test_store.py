@@ -134,7 +134,7 @@ def test_catalog_copy_has_the_same_fingerprint_and_another_order_has_not(tmp_pat
     assert catalog_of("b", "a", "c", "d", "é").fingerprint != catalog.fingerprint
     # joined ids of two different catalogs must differ
     assert catalog_of("a", "b").fingerprint != catalog_of("a\0b").fingerprint
-    with pytest.raises(UserError, match="no readable catalog"):
+    with pytest.raises(UserError, match="No such file or directory; restore its cat"):
         Catalog.read(tmp_path / "nowhere")
 
 

@@ -162,7 +162,10 @@ def test_two_ranks_with_teachers_equal_one(
             "--teacher_share must be above 0 and at most 1, not 0.0",
         ),
         ("--teachers=TEACHER --loss=gbce", "--teachers needs --loss softmax, not gbce"),
-        ("--teachers=TEACHER --max_len=17", "reads windows of 16 items at most"),
+        (
+            "--teachers=TEACHER --max_len=17",
+            "reads windows of 16 items at most, and this run has 17: give --max_len 16",
+        ),
         (
             "--teachers=TEACHER --synthetic_item_count=90",
             "items that are not the 90 of this data: take another of --teachers",

@@ -32,10 +32,10 @@ def load_teachers(
                 f"--teachers {folder} was trained on other ratings of these items, or with another "
                 "split: it may know the held-out ones, and metrics would be too good"
             )
-        if run.config.windows.max_len < config.windows.max_len:
+        if (most := run.config.windows.max_len) < config.windows.max_len:
             raise UserError(
-                f"--teachers {folder} reads windows of {run.config.windows.max_len} items at most: "
-                "give no larger --max_len"
+                f"--teachers {folder} reads windows of {most} items at most, and this run has "
+                f"{config.windows.max_len}: give --max_len {most} or less, or take another teacher"
             )
         if run.config.windows.train_on_validation and not config.windows.train_on_validation:
             raise UserError(

@@ -80,6 +80,11 @@ def histories_of(
     from_first_rank(ranks, run.check_places)
     store = prepared_data(run.config.data, ranks)
     run.check_catalog(store)
+    if run.other_ratings(store):
+        ranks.warn(
+            f"the histories are of other ratings than {run.folder} was trained on: give those by "
+            "--dataset_path, unless these are meant"
+        )
     everyone = known.of_store(store, run.span is not None)
     if flags.user is None:
         return everyone

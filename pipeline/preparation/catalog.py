@@ -73,8 +73,10 @@ class Catalog:
                 validation_counts=validation,
             )
         except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no readable catalog in {folder}: {reason}") from error
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise UserError(
+                f"no readable catalog in {folder}: {reason}; restore its {' and '.join(FILES)}"
+            ) from error
         if fingerprint and catalog.fingerprint != fingerprint:
             raise UserError(
                 f"{paths[0]} has other items than the model was trained on: restore it, or train "
