@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from model.distributed import ALONE
 from model.kernels import compiler
@@ -40,6 +41,7 @@ from model.run.execution import plan_execution
 from model.run.warm_up import FakeStep, KernelsAhead
 from model.settings.config import RunConfig
 from model.settings.flags import FlagParser
+from model.step.pipelines import MODULES_CALLED, ExchangingPipeline, StepPipeline
 from pipeline.batches.attributes import ItemAttributes
 from pipeline.training.loader import TrainLoader
 from tests.conftest import ROOT, TINY, environment
@@ -245,9 +247,11 @@ def test_a_rank_of_two_sends_nothing(no_device: None, cache_dir: Path) -> None:
 def compile_ahead(cache_dir: Path) -> None:
     """Start as train.py does, and wait for everything."""
     _, loader, config, plan = parts(cache_dir)
+    usual = sys.getswitchinterval()
     KernelsAhead(replace(ALONE, device=GPU)).start(config, 80, loader, plan)
     before_capture()
     assert not compiler._awaited
+    assert sys.getswitchinterval() == usual
 
 
 def test_other_threads_compile_each_kernel_once(
@@ -263,6 +267,34 @@ def test_other_threads_compile_each_kernel_once(
     expected = {*launches_of(cache_dir, steps=9), *launches_of(cache_dir, steps=0)}
     assert Counter(noted for noted, _ in compiled) == Counter(expected)
     assert threading.current_thread().name not in {name for _, name in compiled}
+
+
+def test_no_module_is_called_while_a_model_is_traced(
+    no_device: None, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.fx replaces the call of all modules, in all threads."""
+    held: list[tuple[str, bool]] = []
+
+    def notes(owner: type, name: str) -> None:
+        called = getattr(owner, name)
+
+        def noted(*given: Any) -> None:
+            held.append((name, MODULES_CALLED.locked()))
+            called(*given)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    notes(FakeStep, "train")
+    notes(FakeStep, "evaluate")
+    monkeypatch.setattr(Launch, "compile", lambda noted: None)
+    compile_ahead(cache_dir)
+    assert {*held} == {("train", True), ("evaluate", True)}
+    monkeypatch.setattr(TrainPipelineSparseDist, "_pipeline_model", lambda *_: None)
+    notes(TrainPipelineSparseDist, "_pipeline_model")
+    for pipeline in (StepPipeline, ExchangingPipeline):
+        pipeline._pipeline_model(object.__new__(pipeline), None, None)
+        assert held.pop() == ("_pipeline_model", True)
+    assert not MODULES_CALLED.locked()
 
 
 def test_a_compiler_that_fails_is_a_warning(

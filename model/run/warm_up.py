@@ -11,6 +11,7 @@ that it misses is compiled when it is used.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,7 @@ from model.kernels.compiler import (
 from model.run.build import build_plain_model, num_attributes
 from model.settings.config import RunConfig
 from model.step.flat_adamw import FlatAdamW, split_by_decay
+from model.step.pipelines import MODULES_CALLED
 from model.step.train_step import backward
 from model.tables.item_table import TableShard, exchanged_ids, look_up_all
 from model.tables.row_exchange import RowExchange
@@ -56,6 +58,9 @@ from pipeline.training.loader import TrainLoader
 
 # There are some 20 kernels, compiled mostly by other processes or without the interpreter's lock.
 _THREADS = 16
+# Seconds until a thread that compiles gives the lock to one that waits for it, meanwhile. By
+# default it is 5 ms: the thread that builds the model waits as long for each of the others in turn.
+_TURN = 0.0005
 
 
 class KernelsAhead:
@@ -65,7 +70,8 @@ class KernelsAhead:
         self._ranks, self._noted, self._untold = ranks, dict[Launch, Future[None]](), Lock()
         self._pool: ThreadPoolExecutor | None = None
         if THREADS_COMPILE and ranks.device.type == "cuda":
-            threads = max(1, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
+            # At least two: one may wait until the pipeline has traced the model.
+            threads = max(2, min(_THREADS, (os.cpu_count() or 1) // ranks.local_world_size))
             # Every thread has a current device of its own.
             self._pool = ThreadPoolExecutor(
                 threads, "kernels", torch.cuda.set_device, (ranks.device,)
@@ -89,10 +95,12 @@ class KernelsAhead:
             with self._failures_told():
                 # Made here: another thread would change the generator of the initial weights.
                 step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
+                self._turn = sys.getswitchinterval()
+                sys.setswitchinterval(_TURN)
                 captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
     def _find(self, step: "FakeStep", batches: Iterator[PackedBatch]) -> None:
-        with self._failures_told(), noted_launches(self._note):
+        with self._failures_told(), noted_launches(self._note), MODULES_CALLED:
             step.train(next(batches))
         assert self._pool is not None
         captures_wait(self._pool.submit(self._find_others, step, batches))
@@ -102,9 +110,12 @@ class KernelsAhead:
         futures.wait([*self._noted.values()])
         with self._failures_told(), noted_launches(self._note):
             for batch in batches:
-                step.train(batch)
-            step.evaluate()
+                with MODULES_CALLED:
+                    step.train(batch)
+            with MODULES_CALLED:
+                step.evaluate()
         assert self._pool is not None
+        captures_wait(self._pool.submit(sys.setswitchinterval, self._turn))  # the last one to start
         self._pool.shutdown(wait=False)
 
     def _note(self, launch: Launch) -> None:

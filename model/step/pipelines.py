@@ -10,6 +10,7 @@ With exchange "torchrec" of the plan, TorchRec also runs the steps. Otherwise a 
 """
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,8 +23,22 @@ from model.step.train_step import Stepper, TrainStep, backward
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 
+# Held where a module is called in another thread than the training's.
+MODULES_CALLED = Lock()
 
-class ExchangingPipeline(TrainPipelineSparseDist):
+
+class _TracedAlone(TrainPipelineSparseDist):
+    """TorchRec's pipeline; while it traces the model, no other thread calls a module.
+
+    torch.fx replaces the call of all modules meanwhile, and knows those of one model.
+    """
+
+    def _pipeline_model(self, *args: Any, **kwargs: Any) -> None:
+        with MODULES_CALLED:
+            super()._pipeline_model(*args, **kwargs)
+
+
+class ExchangingPipeline(_TracedAlone):
     """TorchRec's pipeline, for a scalar loss."""
 
     def __init__(
@@ -39,7 +54,7 @@ class ExchangingPipeline(TrainPipelineSparseDist):
         unwrap(self._model).dense_step.release()
 
 
-class StepPipeline(TrainPipelineSparseDist):
+class StepPipeline(_TracedAlone):
     """TorchRec's pipeline with steps that are one call of ``train_step``.
 
     TorchRec's own ``progress`` takes the host longer and slows small steps (docs/distributed.md).
