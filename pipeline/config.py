@@ -12,9 +12,11 @@ errors in flags appear at once.
 
 import math
 import operator
+import reprlib
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, get_args
 
 from pipeline.errors import UserError
 
@@ -72,11 +74,30 @@ class Config:
     def __post_init__(self) -> None:
         for entry in fields(self):
             if "choices" in entry.metadata:
-                _check_value(entry, getattr(self, entry.name))
+                value = getattr(self, entry.name)
+                _check_type(entry, value)
+                _check_value(entry, value)
         self.check()
 
     def check(self) -> None:
         """Rules about more than one flag; subclasses raise UserError."""
+
+
+def plain_type(entry: Field) -> type:
+    """``int`` of a flag ``int | None``."""
+    kinds = get_args(entry.type) or (entry.type,)
+    return next(each for each in kinds if each is not type(None))
+
+
+def _check_type(entry: Field, value: Any) -> None:
+    """Values of callers and of files have any type; those of NumPy count as Python's."""
+    if entry.metadata["values"] > 1 or (value is None and type(None) in get_args(entry.type)):
+        return
+    plain = plain_type(entry)
+    kind = {int: Integral, float: Real}.get(plain, plain)
+    if not isinstance(value, kind) or (type(value) is bool and plain is not bool):
+        found = reprlib.repr(value)
+        raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {found}")
 
 
 def _check_value(entry: Field, value: Any) -> None:

@@ -294,7 +294,6 @@ def test_two_ranks_end_with_the_same_exit_code(workplace: Path, tmp_path: Path) 
     assert len(first) >= 10 and first.keys() == second.keys()
     for case, ended in first.items():
         assert ended["code"] == second[case]["code"] == ended["expected"], (case, ended)
-        assert max(ended["seconds"], second[case]["seconds"]) < 15, case
         if ended["code"]:
             assert ended["said"].startswith("train.py: ") and ended["said"].count("\n") == 1, case
             said = ended["said"].replace("train.py: ", "train.py: rank 1: ")

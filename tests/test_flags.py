@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from model.bert4rec import TABLE_PRECISIONS
@@ -20,7 +21,7 @@ from model.tables.config import EMBEDDING_OPTIMIZERS
 from model.tables.sharding_plan import FUSED_OPTIMIZERS
 from pipeline.config import Config, flag
 from pipeline.errors import UserError
-from pipeline.sources.config import MOVIELENS
+from pipeline.sources.config import MOVIELENS, DataConfig
 from pipeline.sources.download import CHECKSUMS
 from tests.conftest import ROOT, TINY, RunMain, assert_one_line, environment, seal
 
@@ -284,6 +285,15 @@ def test_config_json_and_back(tmp_path: Path) -> None:
 def test_a_file_of_settings_is_checked(flat: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(RunConfig, flat)
+
+
+def test_types_of_a_caller_s_settings_are_checked() -> None:
+    with pytest.raises(UserError, match="--min_user_count must be of type int, not '3'"):
+        DataConfig(min_user_count="3")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--columns must be of type str, not \\['u', 'i'\\]"):
+        DataConfig(columns=["u", "i"])  # type: ignore[arg-type]
+    assert DataConfig(min_user_count=np.int64(3)).min_user_count == 3  # type: ignore[arg-type]
+    assert DataConfig(min_rating=np.float32(3)).min_rating == 3  # type: ignore[arg-type]
 
 
 EARLIER = {

@@ -95,8 +95,8 @@ class RunConfig(Config):
             raise UserError("--targets all needs --split_time or --split_path: else there is one")
         if self.windows.train_on_validation and self.training.patience is not None:
             raise UserError(
-                "--patience needs validation items that are not trained on: leave it out, or "
-                "--train_on_validation"
+                "--patience needs validation items that are not trained on: leave out --patience "
+                "or --train_on_validation"
             )
         if self.encoder.item_attributes and not self.data.items_path:
             raise UserError("--item_attributes names columns of --items_path: give that, too")

@@ -6,14 +6,12 @@ Names are flat: ``--max_len`` is the field ``max_len`` of the group that declare
 import argparse
 import dataclasses
 import difflib
-import reprlib
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config import Config
+from pipeline.config import Config, plain_type
 from pipeline.errors import UserError
 
 C = TypeVar("C", bound=Config)
@@ -165,7 +163,7 @@ class _HelpAll(argparse.Action):
 
 
 def _add_flag(where: Any, entry: dataclasses.Field, hidden: bool = False) -> None:
-    plain, choices = _plain(entry.type), entry.metadata["choices"]
+    plain, choices = plain_type(entry), entry.metadata["choices"]
     convert: Callable[[str], Any] = _boolean if plain is bool else plain
     if entry.metadata["is_path"]:
         convert = _path
@@ -194,11 +192,6 @@ def _underscored(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _plain(kind: Any) -> type:
-    """``int`` of ``int | None``."""
-    return next(each for each in typing.get_args(kind) or (kind,) if each is not type(None))
-
-
 def _path(text: str) -> str:
     try:
         return str(Path(text).expanduser()) if text.startswith("~") else text
@@ -214,15 +207,9 @@ def _boolean(text: str) -> bool:
 
 
 def _converted(entry: dataclasses.Field, value: Any) -> Any:
-    """``value`` as the flag's type; UserError if a file has another type."""
-    if value is None and isinstance(entry.type, types.UnionType):
-        return None
-    if entry.metadata["values"] > 1:  # only on command lines, whose parser has checked them
+    """A value of a file or a command line, in which lists and whole numbers stand for others."""
+    if entry.metadata["values"] > 1:
         return tuple(value)
-    plain = _plain(entry.type)
-    if plain is float and type(value) is int and abs(value) < 1 << 63:
+    if plain_type(entry) is float and type(value) is int and abs(value) < 1 << 63:
         return float(value)
-    if type(value) is not plain:  # True is no int
-        found = reprlib.repr(value)
-        raise UserError(f"--{entry.name} must be of type {plain.__name__}, not {found}")
     return value
