@@ -25,7 +25,7 @@ from pipeline.formats.layout import (
 )
 from pipeline.formats.source_file import SourceFile, reading
 from pipeline.tables.encoding import Encoding
-from pipeline.tables.names import ROLES, Wanted
+from pipeline.tables.names import OTHER_RATING, ROLES, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
 from pipeline.tables.times import MIXED, NANOSECONDS, ZONED, date_mistake, read_dates
 from pipeline.tables.values import BLANKS, checked, first_failing, is_number, time_mistake
@@ -281,7 +281,8 @@ class _Text:
             (not text and not self.wanted.needs_rating)
             or (_arrow_reads(text, kind) and math.isfinite(float(text)))
         ):
-            return f"{value} is not a number"
+            is_date = role == "rating" and text and not date_mistake(text)
+            return f"{value} is {f'a date: {OTHER_RATING}' if is_date else 'not a number'}"
         if kind == pa.bool_() and not _arrow_reads(text, kind):
             return f"{value} is not true or false"
         if kind == pa.string() and (mistake := time_mistake(text)):
