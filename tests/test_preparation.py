@@ -233,6 +233,14 @@ def test_nothing_left(tmp_path: Path, flags: dict[str, float], message: str) -> 
     assert not list((tmp_path / "c").glob("stores/[!.]*"))
 
 
+def test_a_remedy_for_dropped_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("user,item,timestamp\n1,a,1\n1,a,1\n1,b,2\n")
+    flags = {"min_user_count": 0, "duplicates": "drop", "cache_dir": str(tmp_path / "c")}
+    with pytest.raises(UserError, match="need: give --duplicates keep, or check --columns"):
+        prepare(DataConfig(dataset_path=str(path), **flags))
+
+
 IDS = st.sampled_from(["1", "2", "10", "007", "a", "b c", "é", "-3"])
 RATING = st.tuples(IDS, IDS, st.integers(1, 5), st.integers(-3, 3))
 

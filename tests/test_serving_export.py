@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -232,12 +232,25 @@ def test_times_need_a_model_that_reads_them(exported: Exported) -> None:
         serving.user_vectors([["i1"]], at=5)
 
 
-def test_a_discount_is_that_of_recommend_py(exported: Exported) -> None:
+@pytest.mark.parametrize("trains_on_validation", [False, True])
+def test_a_discount_is_that_of_recommend_py(
+    exported: Exported, tmp_path: Path, trains_on_validation: bool
+) -> None:
     catalog, ranks = exported.catalog, Ranks(0, 1, 1, torch.device("cpu"))
+    folder = exported.folder
+    if trains_on_validation:  # i2, of training count 0, may be recommended
+        counts = np.eye(V, dtype=np.int64)[2]
+        catalog = replace(catalog, validation_counts=counts)
+        folder = shutil.copytree(folder, tmp_path / "exported")
+        items = json.loads((folder / "items.json").read_text())
+        write_json(folder / "items.json", items | {"validation_counts": counts.tolist()})
+        (folder / CHECKSUMS).unlink()
+        write_json(folder / CHECKSUMS, describe_files(folder, "*"))
     whole = recommender.Recommender(exported.bert, catalog, MAX_LEN, ranks)
     histories = [[f"i{row}" for row in history] for history in HISTORIES]
     table = whole.recommended(histories, k=V, popularity_discount=0.7).to_pylist()
-    serving = Recommender(exported.folder)
+    assert ("i2" in {row["item"] for row in table}) == trains_on_validation
+    serving = Recommender(folder)
     found = serving.recommend([*histories, []], V, popularity_discount=0.7)
     assert found[:-1] != serving.recommend(histories, V)
     assert [name for each in found[:-1] for name, _ in each] == [row["item"] for row in table]

@@ -44,7 +44,9 @@ class Recommender:
         # Validation counts are there if the model was trained on them, too.
         self.trained = self.train_counts + np.array(known.get("validation_counts", 0)) > 0
         temperature = self.config["flags"]["logit_temperature"] or 1  # 0: logits are the scores
-        self._popularity = temperature * np.log1p(self.train_counts, dtype=np.float32)
+        logs = np.log1p(self.train_counts, dtype=np.float32)
+        # An item of count 0 is lowered like the most popular one.
+        self._popularity = temperature * np.where(self.train_counts > 0, logs, logs.max())
         self._rows = {str(item): row for row, item in enumerate(self.items)}
 
     def outdated(self) -> bool:

@@ -25,7 +25,7 @@ from pipeline.formats.layout import (
 )
 from pipeline.formats.source_file import SourceFile, reading
 from pipeline.tables.encoding import Encoding
-from pipeline.tables.names import ROLES, Wanted
+from pipeline.tables.names import OTHER_RATING, ROLES, Wanted
 from pipeline.tables.sequences import explode, split_lists, split_rows
 from pipeline.tables.times import MIXED, NANOSECONDS, ZONED, date_mistake, read_dates
 from pipeline.tables.values import BLANKS, checked, first_failing, is_number, time_mistake
@@ -258,15 +258,13 @@ class _Text:
         record = block[bounds[at] : bounds[at + 1]].rstrip(b"\r\n").decode()
         fields = split_line(record, layout.separator)
         reason = mistake(at, at + 1) or str(error).splitlines()[0]
-        if layout.rest or layout.lists:
+        if layout.rest or layout.lists or reason.startswith("--where"):
             return f"{where}: {reason}"
         if len(fields) != layout.width:
             unnamed = not (layout.has_header or self.wanted.columns or layout.separator == "::")
             rows = unnamed and len(fields) > 1
             hint = '; if a row is a user and its items: --columns "1,2..."' if rows else ""
             return f"{where}: {len(fields)} fields where {layout.width} are expected{hint}"
-        if reason.startswith("--where"):
-            return f"{where}: {reason}"
         fields += self.keys
         texts = ((role, fields[layout.places[role]].strip()) for role in self.types)
         mistakes = (self._field_mistake(role, text) for role, text in texts)
@@ -281,6 +279,8 @@ class _Text:
             (not text and not self.wanted.needs_rating)
             or (_arrow_reads(text, kind) and math.isfinite(float(text)))
         ):
+            if role == "rating" and not date_mistake(text):
+                return f"{value} is a date: {OTHER_RATING}"
             return f"{value} is not a number"
         if kind == pa.bool_() and not _arrow_reads(text, kind):
             return f"{value} is not true or false"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import UserError
-from pipeline.tables.names import Wanted, find_columns, several, unread_time
+from pipeline.tables.names import OTHER_RATING, Wanted, find_columns, several, unread_time
 from pipeline.tables.sequences import explode, field_names, open_structs
 from pipeline.tables.times import OUT_OF_RANGE, date_mistake, read_dates
 from pipeline.tables.values import checked, first_failing, is_number, time_mistake
@@ -122,7 +122,8 @@ class TypedColumns:
                 column = column.cast(pa.string()).dictionary_encode()
         elif role == "rating":
             if not (_is(kind, _IS_NUMBER) or pa.types.is_boolean(kind)):
-                raise UserError(f"{self.where}: the rating column is {kind}, not a number")
+                advice = "" if self.wanted.columns is None else f": {OTHER_RATING}"
+                raise UserError(f"{self.where}: the rating column is {kind}, not a number{advice}")
             if kind == pa.float32() or pa.types.is_decimal(kind):  # 4.1 is 4.1, as --min_rating is
                 column = column.cast(pa.string())
             column = column.cast(pa.float64())

@@ -190,7 +190,11 @@ def _check_targets(store: SequenceStore, config: DataConfig, kept: list[dict[str
             for before, after in pairwise(kept)
             if after["ratings"] < before["ratings"]
         ]
-        advice = f"lower {' and '.join(dropping)}, or " if dropping else ""
+        remedies = [
+            "give --duplicates keep" if flag == "--duplicates" else f"lower {flag}"
+            for flag in dropping
+        ]
+        advice = f"{' and '.join(remedies)}, or " if remedies else ""
         raise UserError(
             f"no user of {config.name} has 3 items, which training, validation and test need: "
             f"{advice}check --columns, or hold out by time with --split_time"

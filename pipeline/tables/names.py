@@ -35,6 +35,8 @@ _KNOWN = {
 }
 LISTS = "itemids items itemidlist itemlist itemsequence movieids productids asins history sequence"
 
+# What to do about a column of ratings that holds something else.
+OTHER_RATING = 'choose another one with --columns, or none: "user,item,,time"'
 _TIME_LIKE = re.compile(
     "(?<!up)(?<!candi)(?<!play)(?<!life)(?<!run)(date|time)(?!zone)|stamp|da?t$|day$"
 )
