@@ -105,7 +105,7 @@ class Optimizers:
 
     def __str__(self) -> str:
         if self._plan.is_replicated:
-            return f"AdamW, lr {self._config.lr:g}"
+            return f"AdamW, lr {self._config.lr:g}, of tables {self._plan.table_lr:g}"
         tables = f"tables {self._plan.table_optimizer}, lr {self._plan.table_lr:g}"
         return f"encoder AdamW, lr {self._config.lr:g}, {tables}"
 
