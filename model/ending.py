@@ -20,7 +20,7 @@ import torch.distributed as dist
 from pipeline.errors import REMEDIES, UserError, exit_with_message, print_mistake, remedy, say
 
 _FAILURE = "failure"  # the store's key of the first failure of a rank
-_TOLD = f"told on {socket.gethostname()}"  # its key: how many ranks torchrun ended before they told
+_TOLD = f"told on {socket.gethostname()}"  # its key: how many ranks were ended before they printed
 _PRINTED = f"printed on {socket.gethostname()}"  # its key once this host has shown a failure's line
 
 # Warnings of libraries about their own code, shown at every start; they would hide ours.
@@ -82,9 +82,9 @@ def _is_printed() -> bool:
 
 @contextmanager
 def _told_at_the_end(message: str) -> Iterator[None]:
-    """One of the ranks that are left prints the line if torchrun ends them before their turn.
+    """If torchrun ends the other ranks before their turn to print, one of them prints the line.
 
-    It does so at once where rank 0 was killed, which else would print.
+    Torchrun does so at once where rank 0, whose turn is first, was killed.
     """
 
     def print_and_end(*_: object) -> None:

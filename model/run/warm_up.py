@@ -59,9 +59,9 @@ from pipeline.training.loader import TrainLoader
 # There are some 40 kernels. A fifth of compiling them holds the interpreter's lock, for which more
 # threads wait in turn: on two cores 2 threads took 4.4 s, 8 5.3, 16 6.8.
 _THREADS = 8
-# Seconds until a thread that compiles gives the lock to one that waits for it, meanwhile. By
-# default it is 5 ms: the thread that builds the model waits as long for each of the others in turn.
-_TURN = 0.0005
+# Seconds until a thread that compiles gives the lock to one that waits for it. By default it is
+# 5 ms: the thread that builds the model waits as long for each of the others in turn.
+_TURN, _USUAL_TURN = 0.0005, sys.getswitchinterval()
 
 
 class KernelsAhead:
@@ -96,7 +96,6 @@ class KernelsAhead:
             with self._failures_told():
                 # Made here: another thread would change the generator of the initial weights.
                 step = FakeStep(config, num_items, plan, self._ranks, span, attributes)
-                self._turn = sys.getswitchinterval()
                 sys.setswitchinterval(_TURN)
                 captures_wait(self._pool.submit(self._find, step, loader.examples()))
 
@@ -116,7 +115,8 @@ class KernelsAhead:
             with MODULES_CALLED:
                 step.evaluate()
         assert self._pool is not None
-        captures_wait(self._pool.submit(sys.setswitchinterval, self._turn))  # the last one to start
+        # The last work to start.
+        captures_wait(self._pool.submit(sys.setswitchinterval, _USUAL_TURN))
         self._pool.shutdown(wait=False)
 
     def _note(self, launch: Launch) -> None:

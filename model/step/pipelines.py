@@ -23,7 +23,7 @@ from model.step.train_step import Stepper, TrainStep, backward
 from model.tables.distribute import unwrap
 from pipeline.batches.train_batch import PackedBatch
 
-# Held where a module is called in another thread than the training's.
+# Held by a pipeline that traces the model, and by another thread that calls a module.
 MODULES_CALLED = Lock()
 
 

@@ -54,7 +54,7 @@ class TrainStep:
     Attributes:
         is_eager: kernels are launched one by one, so that a profile shows the parts of a step.
         is_recorded: a profile is recorded: the graph of a step, and the pipeline's copies, are
-            ranges with names, which take the host some 60 us a step.
+            ranges with names, which take the host time in every step.
     """
 
     def __init__(

@@ -106,7 +106,7 @@ class StepOnDevice:
         self.key = self._written[self._KEY :][:1].view(torch.int32)
 
     def write(self, optimizer: str, step: Step, encoder_lr: float = 0.0) -> None:
-        """Write the values of ``step`` by one copy: a copy takes the host about 10 us."""
+        """Write the values of ``step`` by one copy: fills of each took the host 50 to 150 us."""
         values = np.zeros(self._SIZE, dtype=np.float32)
         for place, rate in enumerate(step.rates(optimizer), self._RATES):
             values[place] = rate
